@@ -1,0 +1,127 @@
+"""Which implementation of an op runs: what is available, why not, and the one function that chooses.
+
+Backends, best first for their device: `cuda` (C++/CUDA) and `triton` for CUDA tensors, `cpu` (C++) for CPU tensors,
+`reference` (plain PyTorch) for any. `auto` takes the first that is available for the tensor's device. A backend asked
+for by name, by `impl=`, `use_backend` or the environment variable ALRAO_BACKEND, runs or raises; it is never
+replaced silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from alrao_fast import _extension
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+# Each op's stem and the dispatcher op whose kernel shows that a compiled backend implements it.
+OPS = {
+    "feature_sgd": "feature_sgd_",
+    "feature_adam": "feature_adam_",
+    "switch_mixture": "switch_mixture_nll",
+    "switch_update": "switch_update_",
+}
+_DISPATCH_KEY = {"cuda": "CUDA", "cpu": "CPU"}
+_AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+
+
+class Status(NamedTuple):
+    """Whether a backend can run an op here, and if not, why and what to do about it."""
+
+    available: bool
+    reason: str
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot run; the message says why and what to do."""
+
+
+def status(op: str, backend: str) -> Status:
+    """Can `backend` (one of `BACKENDS`) run `op` (one of `OPS`) on this machine?
+
+    Asking about `cuda` or `triton` initialises no device, but may ask the driver how many there are.
+    """
+    if op not in OPS:
+        raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return Status(True, "plain PyTorch")
+    if backend == "triton":
+        return Status(False, "this version has no Triton kernels: use impl='auto'")
+    if _extension.ERROR is not None:
+        return Status(False, _extension.ERROR)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"alrao_fast::{OPS[op]}", _DISPATCH_KEY[backend]
+    ):
+        if backend == "cpu":
+            return Status(False, f"the extension has no CPU kernel for {op}: reinstall alrao_fast")
+        skipped = _extension.build_info().get("cuda_skipped")
+        return Status(
+            False, skipped or f"this version has no CUDA kernel for {op}: use impl='auto'"
+        )
+    if backend == "cuda" and not torch.cuda.is_available():
+        return Status(False, "the kernels are built, but torch sees no CUDA device here")
+    return Status(True, "built")
+
+
+def available(op: str, device: torch.device | str) -> list[str]:
+    """The backends that can run `op` on tensors of `device`, best first."""
+    order = _AUTO_ORDER.get(torch.device(device).type, ("reference",))
+    return [name for name in order if status(op, name).available]
+
+
+# What `auto` means: "auto", or the backend named by ALRAO_BACKEND or by `use_backend`.
+_default = os.environ.get("ALRAO_BACKEND", "auto")
+_chosen: dict[tuple[str, str, str], str] = {}
+
+
+def _choose(op: str, device_type: str, impl: str) -> str:
+    order = _AUTO_ORDER.get(device_type, ("reference",))
+    if impl == "auto":
+        return next(name for name in order if status(op, name).available)
+    if impl not in BACKENDS:
+        raise ValueError(f"impl: got {impl!r}, expected auto or one of {', '.join(BACKENDS)}")
+    if impl not in order:
+        raise ValueError(
+            f"impl: {impl!r} does not run on {device_type} tensors, expected one of {', '.join(order)}"
+        )
+    state = status(op, impl)
+    if not state.available:
+        raise BackendUnavailableError(f"backend {impl!r} cannot run {op}: {state.reason}")
+    return impl
+
+
+# torch.compile takes the answer as a constant instead of tracing the look-ups (the attribute that
+# torch.compiler.assume_constant_result sets, without its import of the whole compiler).
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def select(op: str, device: torch.device, impl: str = "auto") -> str:
+    """The implementation that runs `op` on tensors of `device`: the only place where that is decided.
+
+    Raises ValueError for an unknown name or one that does not run on that device, `BackendUnavailableError` for a
+    backend that was asked for and is not available here.
+    """
+    name = _default if impl == "auto" else impl
+    key = (op, device.type, name)
+    if key not in _chosen:
+        _chosen[key] = _choose(op, device.type, name)
+    return _chosen[key]
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block `impl="auto"` means the backend `name`; "auto" restores the choice by device."""
+    global _default
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"name: got {name!r}, expected auto or one of {', '.join(BACKENDS)}")
+    previous, _default = _default, name
+    try:
+        yield
+    finally:
+        _default = previous

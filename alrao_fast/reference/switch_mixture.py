@@ -1,0 +1,189 @@
+"""The N clones of the last layer, evaluated together and mixed by the switch posterior (paper, section 3.2).
+
+With `logp[b,n] = log p_n(y_b | x_b)` the log-likelihood of sample b under clone n and `a` the switch log-posterior:
+
+    loss   = -mean_b logsumexp_n(a_n + logp[b,n])        value, and gradient to x
+    own_n  = -mean_b logp[b,n]                           gradient to clone n's weight and bias, as if it were alone
+
+One returned scalar carries both gradients: the mixture is built on detached weights, the clones' own losses on
+detached features, and their value is subtracted again.
+
+Clones that are not finite. A clone with a non-finite output (or log-likelihood) for a sample is dead there: its
+log-likelihood is -inf, so its responsibility is 0. A clone that is dead for any counted sample gets no gradient from
+the batch. To keep 0 * inf out of autograd, everything below runs on operands in which non-finite rows are replaced by
+zeros, and the replaced results are masked.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _accumulator(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any tensor is float64, else float32."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def _finite_rows(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    return x.isfinite().all(dims, keepdim=True)
+
+
+def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Outputs [B, N, C] of the clones."""
+    out = torch.einsum("bd,ncd->bnc", x, weight)
+    return out if bias is None else out + bias
+
+
+def _safe_outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Outputs [B, N, C], all finite, and the mask [B, N] of where they are the true ones."""
+    with torch.no_grad():
+        alive = _outputs(x, weight, bias).isfinite().all(2)
+    x = torch.where(_finite_rows(x, 1), x, 0)
+    weight = torch.where(_finite_rows(weight, (1, 2)), weight, 0)
+    if bias is not None:
+        bias = torch.where(_finite_rows(bias, 1), bias, 0)
+    out = _outputs(x, weight, bias)
+    return torch.where(alive.unsqueeze(2), out, 0), alive
+
+
+def _masked_log_likelihood(logp: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """`logp [B, N]` with -inf where dead, and the final mask of who is alive."""
+    alive = alive & logp.detach().isfinite()
+    return torch.where(alive, logp, -math.inf), alive
+
+
+def _categorical(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor):
+    """Log-likelihood [B, N] of the class `target [B]`, mask of the living [B, N], correct predictions [B, N]."""
+    logits, alive = _safe_outputs(x, weight, bias)
+    index = target.view(-1, 1, 1).expand(-1, weight.size(0), 1)
+    logp = logits.log_softmax(2).gather(2, index).squeeze(2)
+    logp, alive = _masked_log_likelihood(logp, alive)
+    correct = (logits.argmax(2) == target.unsqueeze(1)) & alive
+    return logp, alive, correct.double()
+
+
+def _gaussian(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, sigma2: float):
+    """Log-density [B, N] of `target [B, K]`, mask of the living [B, N], squared error [B, N]."""
+    means, alive = _safe_outputs(x, weight, bias)
+    # As for x: a target that is not finite is unlikely under every clone and must not reach the gradients.
+    squared = (target.unsqueeze(1) - means).square().sum(2)
+    finite = torch.isfinite(squared.detach())
+    squared = (torch.where(_finite_rows(target, 1), target, 0).unsqueeze(1) - means).square().sum(2)
+    logp = -squared / (2 * sigma2) - 0.5 * target.size(1) * math.log(2 * math.pi * sigma2)
+    logp, alive = _masked_log_likelihood(logp, alive & finite)
+    return logp, alive, torch.where(alive, squared.detach(), math.inf).double()
+
+
+def _combine(mixture_logp, own_logp, alive, score, log_posterior, reduction: str):
+    """Loss with both gradients, and the statistics, from the log-likelihoods of the counted samples [B, N].
+
+    `mixture_logp` has the graph to x, `own_logp` the graph to the clones; their values are the same.
+    """
+    count, num_clones = mixture_logp.shape
+    norm = max(count, 1) if reduction == "mean" else 1
+
+    joint = log_posterior.to(mixture_logp.dtype) + mixture_logp
+    # A sample on which every clone with posterior mass is dead: the loss is +inf, visible, with zero gradient.
+    possible = (joint.detach() > -math.inf).any(1, keepdim=True)
+    log_mixture = torch.logsumexp(torch.where(possible, joint, 0), dim=1)
+    loss = -torch.where(possible.squeeze(1), log_mixture, -math.inf).sum() / norm
+
+    never_dead = alive.all(0)
+    own = -torch.where(never_dead, own_logp, 0).sum() / norm
+    loss = loss + (own - own.detach())
+
+    stats = torch.stack(
+        [
+            -own_logp.detach().double().sum(0),
+            score.sum(0),
+            torch.full((num_clones,), count, dtype=torch.float64, device=score.device),
+        ]
+    )
+    return loss, stats
+
+
+def switch_mixture_nll(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_posterior: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of the mixture of N linear softmax classifiers.
+
+    `x [B, D]`, `weight [N, C, D]`, `bias [N, C]` or None, `log_posterior [N]`, `target [B]` int64. Returns the loss
+    and float64 `stats [3, N]`: sum of the clone's own -log p over the counted samples, its correct predictions, the
+    number of counted samples.
+    """
+    dtype = _accumulator(x, weight)
+    counted = target != ignore_index
+    x, target = x[counted].to(dtype), target[counted]
+    weight = weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    fixed_bias = None if bias is None else bias.detach()
+    mixture, _, _ = _categorical(x, weight.detach(), fixed_bias, target)
+    own, alive, correct = _categorical(x.detach(), weight, bias, target)
+    return _combine(mixture, own, alive, correct, log_posterior, reduction)
+
+
+def switch_mixture_gaussian_nll(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_posterior: Tensor,
+    target: Tensor,
+    *,
+    sigma2: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """The same for N linear regressors with Gaussian noise of variance `sigma2`; `target [B, K]`, K outputs.
+
+    Row 1 of the statistics is the sum of squared errors (inf for a clone that was dead).
+    """
+    dtype = _accumulator(x, weight)
+    x, weight, target = x.to(dtype), weight.to(dtype), target.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    fixed_bias = None if bias is None else bias.detach()
+    mixture, _, _ = _gaussian(x, weight.detach(), fixed_bias, target, sigma2)
+    own, alive, squared = _gaussian(x.detach(), weight, bias, target, sigma2)
+    return _combine(mixture, own, alive, squared, log_posterior, reduction)
+
+
+def switch_mixture_log_prob(
+    x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor
+) -> Tensor:
+    """Mixture log-probabilities [B, C]: `log sum_n exp(a_n + logp[b,n,c])`; dead clones contribute nothing.
+
+    A sample on which every clone is dead gets -inf everywhere.
+    """
+    dtype = _accumulator(x, weight)
+    bias = None if bias is None else bias.to(dtype)
+    logits, alive = _safe_outputs(x.to(dtype), weight.to(dtype), bias)
+    joint = log_posterior.detach().to(dtype).view(1, -1, 1) + F.log_softmax(logits, dim=2)
+    joint = torch.where(alive.unsqueeze(2), joint, -math.inf)
+    possible = (joint.detach() > -math.inf).any(1)
+    mixture = torch.logsumexp(torch.where(possible.unsqueeze(1), joint, 0), dim=1)
+    return torch.where(possible, mixture, -math.inf)
+
+
+def switch_mixture_mean(
+    x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor
+) -> Tensor:
+    """Posterior mean [B, K] of the regressors: `sum_n p_n f_n(x)` over the living clones, p renormalised to them.
+
+    NaN where every clone with posterior mass is dead.
+    """
+    dtype = _accumulator(x, weight)
+    bias = None if bias is None else bias.to(dtype)
+    means, alive = _safe_outputs(x.to(dtype), weight.to(dtype), bias)
+    p = torch.where(alive, log_posterior.detach().to(dtype).exp(), 0)
+    p = p / p.sum(1, keepdim=True)
+    return (p.unsqueeze(2) * means).sum(1)

@@ -1,0 +1,52 @@
+"""The switch posterior over clones: one Bayesian update (van Erven, Grunwald, de Rooij, NIPS 2007; paper, section 3.2).
+
+The state is a joint posterior over (row, clone). Row 0, "unstable": the sequence of best clones may still switch at
+the next observation; row 1, "stable": it stays with this clone for ever. `logw [2, N]` holds its logarithm. At
+observation t an unstable hypothesis switches with probability pi = 1 / (t + 1): that mass is pooled over the clones
+and handed out again uniformly, a share theta of it unstable and 1 - theta stable.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def initial_state(num_clones: int, theta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`(logw [2, N] float64, log_posterior [N] float64, t int64 scalar)` before any observation."""
+    logw = torch.empty(2, num_clones, dtype=torch.float64)
+    logw[0] = math.log(theta) - math.log(num_clones)
+    logw[1] = math.log(1 - theta) - math.log(num_clones)
+    log_posterior = torch.full((num_clones,), -math.log(num_clones), dtype=torch.float64)
+    return logw, log_posterior, torch.tensor(1)
+
+
+@torch.no_grad()
+def switch_update_(
+    logw: Tensor, log_posterior: Tensor, t: Tensor, log_likelihood: Tensor, theta: float
+) -> None:
+    """Update `logw [2, N]`, `log_posterior [N]` and `t` in place by one observation, `log_likelihood [N]`.
+
+    A log-likelihood that is NaN or +inf counts as -inf (a clone that diverged). If all are -inf the observation says
+    nothing and the state stays as it was.
+    """
+    num_clones = logw.size(1)
+    evidence = log_likelihood.to(logw.dtype)
+    evidence = torch.where(evidence < math.inf, evidence, -math.inf)
+
+    new = logw + evidence
+    pi = 1 / (t.to(logw.dtype) + 1)
+    pool = torch.logsumexp(new[0], dim=0) + pi.log() - math.log(num_clones)
+    unstable = torch.logaddexp(new[0] + torch.log1p(-pi), math.log(theta) + pool)
+    stable = torch.logaddexp(new[1], math.log(1 - theta) + pool)
+    new = torch.stack([unstable, stable])
+    new = new - torch.logsumexp(new.flatten(), dim=0)
+
+    informative = (evidence > -math.inf).any()
+    logw.copy_(torch.where(informative, new, logw))
+    log_posterior.copy_(
+        torch.where(informative, torch.logsumexp(new, dim=0), log_posterior.to(new.dtype))
+    )
+    t.add_(informative.to(t.dtype))

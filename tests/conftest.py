@@ -1,0 +1,35 @@
+"""Fixtures of the suite: poisoned memory, and the backends that a test of an op runs on."""
+
+import pytest
+import torch
+
+from alrao_fast import backends, testing
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill fresh tensors with NaN, so that reading what nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=backends.BACKENDS)
+def backend(request):
+    """Every backend by name, skipped with its reason where the test's op (module constant OP) cannot run."""
+    reason = testing.require(request.module.OP, request.param)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def device(backend):
+    """The device whose tensors the backend takes."""
+    return torch.device("cuda" if backend in ("cuda", "triton") else "cpu")
