@@ -93,6 +93,7 @@ def test_stochastic_rounding_is_unbiased_and_keeps_representable_values(dtype):
 
     for value in (1.0 + 1 / 3000, -0.3, 5.3e-7):
         values = torch.full((65536,), value)
+        value = float(values[0])
         rounded = rounding.stochastic_round(values, dtype, torch.arange(65536)).double()
         spacing = rounded.max() - rounded.min()
         assert rounded.min() <= value <= rounded.max()
