@@ -60,11 +60,12 @@ def test_dead_clone_equals_a_mixture_without_it(poison):
     loss, dx, dweight, dbias = run(weight, inputs.bias, inputs.log_posterior)
     expected = run(inputs.weight[living], inputs.bias[living], inputs.log_posterior[living])
     torch.testing.assert_close((loss, dx, dweight[living], dbias[living]), expected)
-    assert not dweight[2].any() and not dbias[2].any()
+    assert not dweight[2].any()
+    assert not dbias[2].any()
 
 
 @pytest.mark.parametrize(
-    "counter, key, expected",
+    ("counter", "key", "expected"),
     [
         ((0,) * 4, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         (

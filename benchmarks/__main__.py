@@ -1,0 +1,26 @@
+"""`python benchmarks demo | speed`: see what Alrao buys and what it costs, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+COMMANDS = {
+    "demo": "Alrao against a grid of learning rates and Adam, on scikit-learn's digits",
+    "speed": "time of the optimizer step and of whole training steps against plain SGD",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks",
+        description=__doc__,
+        epilog="; ".join(f"{name}: {text}" for name, text in COMMANDS.items()),
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the command")
+    options = parser.parse_args()
+    importlib.import_module(options.command).main(options.arguments)
+
+
+main()

@@ -1,0 +1,85 @@
+"""The networks that the benchmarks train: backbones for Alrao, plus a plain last layer for ordinary SGD."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class LSTMBackbone(nn.Module):
+    """The paper's language model without its last layer: embedding, LSTM; tokens [T, B] -> features [T, B, hidden]."""
+
+    def __init__(self, num_tokens: int, hidden: int = 100, layers: int = 2) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_tokens, hidden)
+        self.lstm = nn.LSTM(hidden, hidden, layers)
+
+    def forward(
+        self, tokens: Tensor, state: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return self.lstm(self.embedding(tokens), state)
+
+
+def mlp_backbone(inputs: int = 64, hidden: int = 256) -> nn.Sequential:
+    """Two hidden ReLU layers: [B, inputs] -> [B, hidden]."""
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
+
+
+class PlainModel(nn.Module):
+    """Backbone and one linear classifier: the network that plain SGD or Adam trains, with `AlraoModel`'s call."""
+
+    def __init__(self, backbone: nn.Module, features: int, classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(features, classes)
+
+    def forward(self, *args, targets: Tensor | None = None):
+        out = self.backbone(*args)
+        features = out[0] if isinstance(out, tuple) else out
+        logits = self.head(features)
+        if targets is None:
+            return logits.log_softmax(-1)
+        return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+class ClonesOneByOne(nn.Module):
+    """Alrao's head the straightforward way: N separate layers, evaluated for the mixture and again for their own loss.
+
+    `losses` returns the mixture loss and the list of the clones' own losses (on detached features); the training step
+    backpropagates all N + 1. This is what the fused head replaces, kept as the peer it is measured against.
+    """
+
+    def __init__(self, backbone: nn.Module, features: int, classes: int, clones: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.clones = nn.ModuleList(nn.Linear(features, classes) for _ in range(clones))
+        self.register_buffer("log_posterior", torch.full((clones,), 1 / clones).log())
+
+    def losses(self, *args, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+        out = self.backbone(*args)
+        features = (out[0] if isinstance(out, tuple) else out).flatten(0, -2)
+        targets = targets.flatten()
+        log_probs = [clone(features).log_softmax(-1) for clone in self.clones]
+        joint = torch.stack(log_probs, dim=-1) + self.log_posterior
+        mixture = nn.functional.nll_loss(torch.logsumexp(joint, dim=-1), targets)
+        fixed = features.detach()
+        own = [nn.functional.cross_entropy(clone(fixed), targets) for clone in self.clones]
+        return mixture, own
+
+    def backward(self, mixture: Tensor, own: list[Tensor]) -> None:
+        """Gradient of the mixture loss in the backbone, of its own loss in each clone."""
+        mixture.backward()
+        self.clones.zero_grad()
+        for loss in own:
+            loss.backward()
+
+
+def vgg19_shapes(classes: int = 10) -> list[tuple[int, ...]]:
+    """Shapes of the parameters of VGG19 with batch normalisation for 32x32 images (20 million entries)."""
+    widths = [64] * 2 + [128] * 2 + [256] * 4 + [512] * 8
+    shapes: list[tuple[int, ...]] = []
+    previous = 3
+    for width in widths:
+        shapes += [(width, previous, 3, 3), (width,), (width,), (width,)]
+        previous = width
+    return [*shapes, (classes, 512), (classes,)]

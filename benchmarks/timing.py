@@ -1,0 +1,57 @@
+"""Interleaved timing: every candidate runs in every round, so that the machine's moods fall on all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+
+class Timing(NamedTuple):
+    """Median seconds of one call, and the first and third quartile over the rounds."""
+
+    median: float
+    lower: float
+    upper: float
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    seconds_per_block: float = 0.05,
+    on_round: Callable[[], None] | None = None,
+) -> dict[str, Timing]:
+    """Time the candidates in `rounds` rounds of one block each, in an order that rotates from round to round.
+
+    A block repeats its call for about `seconds_per_block` seconds; its mean is one observation.
+    """
+    names = list(candidates)
+    repeats = {}
+    for name in names:
+        call = candidates[name]
+        call()
+        start = time.perf_counter()
+        call()
+        once = time.perf_counter() - start
+        repeats[name] = max(1, round(seconds_per_block / max(once, 1e-7)))
+    observed: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            call, count = candidates[name], repeats[name]
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            observed[name].append((time.perf_counter() - start) / count)
+        if on_round is not None:
+            on_round()
+    return {name: _summary(values) for name, values in observed.items()}
+
+
+def _summary(values: list[float]) -> Timing:
+    if len(values) == 1:
+        return Timing(values[0], values[0], values[0])
+    lower, median, upper = statistics.quantiles(values, n=4)
+    return Timing(median, lower, upper)
