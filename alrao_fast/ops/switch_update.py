@@ -1,0 +1,58 @@
+"""switch_update_: one Bayesian update of the switch posterior (reference/switch_update.py)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alrao_fast import backends
+from alrao_fast.ops._library import define
+from alrao_fast.reference import switch_update as reference
+
+OP = "switch_update"
+
+
+def _fake(
+    logw: Tensor, log_posterior: Tensor, t: Tensor, log_likelihood: Tensor, theta: float
+) -> None:
+    return None
+
+
+define(
+    "switch_update_(Tensor(a!) logw, Tensor(b!) log_posterior, Tensor(c!) t, "
+    "Tensor log_likelihood, float theta) -> ()",
+    _fake,
+)
+
+
+def switch_update_(
+    logw: Tensor,
+    log_posterior: Tensor,
+    t: Tensor,
+    log_likelihood: Tensor,
+    *,
+    theta: float = 0.999,
+    impl: str = "auto",
+) -> None:
+    """Update the switch state in place by one observation: the N clones' log-likelihoods.
+
+    Args:
+        logw: `[2, N]` float64, the log of the joint posterior over (unstable, stable) and clone.
+        log_posterior: `[N]` float64, the log posterior over clones, `logsumexp_k logw[k]`.
+        t: int64 scalar tensor, the number of the next observation (1 at the start).
+        log_likelihood: `[N]` float32 or float64. NaN and +inf count as -inf. If all are -inf the
+            state stays as it is.
+        theta: the share of redistributed mass that may switch again, in (0, 1). 0.999 in the paper.
+        impl: "auto", or the backend that must run it.
+
+    With `l` the log-likelihood and `pi = 1 / (t + 1)`:
+        logw += l;  pool = logsumexp(logw[0]) + log(pi);  logw[0] += log(1 - pi)
+        logw[k] = logaddexp(logw[k], log([theta, 1 - theta][k]) + pool - log N)
+        logw -= logsumexp(logw);  log_posterior = logsumexp_k logw[k];  t += 1
+    """
+    if backends.select(OP, logw.device, impl) == "reference":
+        reference.switch_update_(logw, log_posterior, t, log_likelihood, theta)
+    else:
+        torch.ops.alrao_fast.switch_update_(
+            logw, log_posterior, t, log_likelihood.detach(), float(theta)
+        )
