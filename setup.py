@@ -71,7 +71,8 @@ def write_ninja(cpp: Cpp, torch: Torch, cuda: Toolkit | None, gencode: list[str]
         f"-I{csrc}",
         *(word for folder in headers for word in ("-isystem", folder)),
     ]
-    link = ["-shared", f"-L{torch.root / 'lib'}", "-ltorch_cpu"]
+    # Names of static libraries stay inside: torch brings its own CUDA runtime into the process.
+    link = ["-shared", "-Wl,--exclude-libs,ALL", f"-L{torch.root / 'lib'}", "-ltorch_cpu"]
     if cpp.multi_isa:
         flags.append("-DALRAO_MULTI_ISA")
     if cuda:
