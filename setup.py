@@ -15,6 +15,7 @@ CUDA_HOME, CXX, CXXFLAGS, LDFLAGS, NVCC_APPEND_FLAGS and MAX_JOBS have their usu
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -76,7 +77,6 @@ def write_ninja(cpp: Cpp, torch: Torch, cuda: Toolkit | None, gencode: list[str]
     if cpp.multi_isa:
         flags.append("-DALRAO_MULTI_ISA")
     if cuda:
-        flags += ["-isystem", str(cuda.root / "include")]
         link += [f"-L{cuda.libraries}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
     link += shlex.split(os.environ.get("LDFLAGS", ""))
@@ -123,11 +123,10 @@ def write_ninja(cpp: Cpp, torch: Torch, cuda: Toolkit | None, gencode: list[str]
             compile_source(source, "cxx", "", [*KERNEL_FLAGS, "-DALRAO_ISA=plain"])
     if cuda:
         for source in sorted(csrc.glob("cuda/*.cpp")):
-            compile_source(source, "cxx")
+            compile_source(source, "cxx", extra=["-isystem", str(cuda.root / "include")])
         for source in sorted(csrc.glob("cuda/*.cu")):
             compile_source(source, "cuda")
     lines += [f"build {LIBRARY}: link {' '.join(objects)}", f"default {LIBRARY}"]
-    WORK.mkdir(parents=True, exist_ok=True)
     (WORK / "build.ninja").write_text("\n".join(lines) + "\n")
 
 
@@ -147,6 +146,12 @@ class BuildKernels(build_ext):
         inplace = self.inplace or getattr(self, "editable_mode", False)
         package = (ROOT if inplace else Path(self.build_lib)) / "alrao_fast"
         package.mkdir(parents=True, exist_ok=True)
+        WORK.mkdir(parents=True, exist_ok=True)
+        with open(WORK / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until closed: builds share WORK
+            self._build_into(package)
+
+    def _build_into(self, package: Path) -> None:
         info = self._compile()
         target = package / LIBRARY
         if info["extension_skipped"]:

@@ -36,7 +36,7 @@ def _load() -> str | None:
     try:
         importlib.import_module("alrao_fast._C")
     except ModuleNotFoundError:
-        reason = build_info().get("cpp_left_out")
+        reason = build_info().get("extension_skipped")
         return f"the compiled extension was not built ({reason or 'no build record'}): {_REBUILD}"
     except (ImportError, OSError, RuntimeError) as error:
         built_for = build_info().get("torch", "an unknown torch")

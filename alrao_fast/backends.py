@@ -60,7 +60,7 @@ def status(op: str, backend: str) -> Status:
     ):
         if backend == "cpu":
             return Status(False, f"the extension has no CPU kernel for {op}: reinstall alrao_fast")
-        skipped = _extension.build_info().get("cuda_left_out")
+        skipped = _extension.build_info().get("cuda_skipped")
         return Status(
             False, skipped or f"this version has no CUDA kernel for {op}: use impl='auto'"
         )
