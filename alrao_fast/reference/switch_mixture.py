@@ -79,7 +79,7 @@ def _gaussian(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, si
     return logp, alive, torch.where(alive, squared.detach(), math.inf).double()
 
 
-def _combine(mixture_logp, own_logp, alive, score, log_posterior, reduction: str):
+def combine(mixture_logp, own_logp, alive, score, log_posterior, reduction: str):
     """Loss with both gradients, and the statistics, from the log-likelihoods of the counted samples [B, N].
 
     `mixture_logp` has the graph to x, `own_logp` the graph to the clones; their values are the same.
@@ -131,7 +131,7 @@ def switch_mixture_nll(
     fixed_bias = None if bias is None else bias.detach()
     mixture, _, _ = _categorical(x, weight.detach(), fixed_bias, target)
     own, alive, correct = _categorical(x.detach(), weight, bias, target)
-    return _combine(mixture, own, alive, correct, log_posterior, reduction)
+    return combine(mixture, own, alive, correct, log_posterior, reduction)
 
 
 def switch_mixture_gaussian_nll(
@@ -154,7 +154,7 @@ def switch_mixture_gaussian_nll(
     fixed_bias = None if bias is None else bias.detach()
     mixture, _, _ = _gaussian(x, weight.detach(), fixed_bias, target, sigma2)
     own, alive, squared = _gaussian(x.detach(), weight, bias, target, sigma2)
-    return _combine(mixture, own, alive, squared, log_posterior, reduction)
+    return combine(mixture, own, alive, squared, log_posterior, reduction)
 
 
 def switch_mixture_log_prob(

@@ -1,0 +1,7 @@
+"""The modules: the switch, the clones of the last layer, and the model that joins them to a backbone."""
+
+from alrao_fast.nn.clones import ClassifierClones, RegressorClones
+from alrao_fast.nn.model import AlraoModel
+from alrao_fast.nn.switch import Switch
+
+__all__ = ["AlraoModel", "ClassifierClones", "RegressorClones", "Switch"]

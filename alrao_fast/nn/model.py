@@ -1,0 +1,85 @@
+"""AlraoModel: a backbone and its clones, and the way back to an ordinary network."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from alrao_fast.nn.clones import LinearClones
+from alrao_fast.nn.collapse import collapse
+
+
+class AlraoModel(nn.Module):
+    """A network to be trained by Alrao: any backbone, and N clones in place of its last layer.
+
+    Args:
+        backbone: any module that returns features `[..., D]`, or a tuple (features, *extras) as recurrent ones do.
+        head: `ClassifierClones` or `RegressorClones` for D features.
+
+    `net(x, targets=y)` returns the mixture's loss and, in training mode, updates the switch; `net(x)` returns the
+    mixture's log-probabilities (regression: its mean). With extras the result is a tuple, (loss or prediction,
+    *extras). All other arguments go to the backbone.
+    """
+
+    def __init__(self, backbone: nn.Module, head: LinearClones) -> None:
+        super().__init__()
+        if not isinstance(head, LinearClones):
+            raise TypeError(
+                f"head: got {type(head).__name__}, expected ClassifierClones or RegressorClones"
+            )
+        self.backbone = backbone
+        self.head = head
+        self._num_extras: int | None = None
+
+    def forward(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
+        out = self.backbone(*args, **kwargs)
+        if isinstance(out, tuple):
+            # Past nn.Module's __setattr__, which costs microseconds.
+            self.__dict__["_num_extras"] = len(out) - 1
+            return (self.head(out[0], targets), *out[1:])
+        self.__dict__["_num_extras"] = 0
+        return self.head(out, targets)
+
+    def posterior(self) -> Tensor:
+        """Probabilities `[N]` of the clones, float64."""
+        return self.head.switch.posterior()
+
+    def suggested_lr(self) -> float:
+        """The clones' learning rates averaged under the posterior (geometrically): a hint for a later plain SGD run.
+
+        Raises RuntimeError before an optimizer has set the rates.
+        """
+        rates = self.head.clone_lr.double()
+        if rates.isnan().any():
+            raise RuntimeError(
+                "the clones have no learning rates yet: make an AlraoSGD or AlraoAdam of this model first"
+            )
+        return float(torch.xlogy(self.posterior(), rates).sum().exp())
+
+    def clone_metrics(self, reset: bool = False) -> dict[str, Tensor]:
+        """The head's `clone_metrics`: per-clone running loss and accuracy (or squared error) in training."""
+        return self.head.clone_metrics(reset)
+
+    def collapse(
+        self, which: Literal["best", "mixture"] = "best", *, num_extras: int | None = None
+    ) -> torch.fx.GraphModule:
+        """An ordinary module, without a trace of this package, that computes what `net.eval()(x)` does.
+
+        Args:
+            which: "mixture" gives the same output as this model in eval mode; "best" has only the clone of largest
+                posterior, at the cost of one last layer.
+            num_extras: how many values the backbone returns beside the features; None takes it from the last call
+                of this model.
+
+        The result holds copies (this model stays as it is), is in eval mode, and takes the arguments that the
+        backbone's forward names. Clones with non-finite weights are left out.
+        """
+        num_extras = self._num_extras if num_extras is None else num_extras
+        if num_extras is None:
+            raise RuntimeError(
+                "collapse has not seen yet whether the backbone returns features or (features, *extras): run one "
+                "batch through the model first, or pass num_extras (0 for features alone)"
+            )
+        return collapse(self.backbone, self.head, which, num_extras)

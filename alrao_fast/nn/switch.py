@@ -1,0 +1,120 @@
+"""The switch: the posterior over clones as a module (mathematics: reference/switch_update.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from alrao_fast.ops.switch_update import switch_update_
+from alrao_fast.reference.switch_update import initial_state
+
+
+class FixedDtypeBuffers(nn.Module):
+    """A module whose own buffers keep their dtype under `.half()`, `.to(dtype)` and the like, and follow the device.
+
+    For state whose precision is part of its meaning: a float16 posterior over clones would be stuck at its rounding.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        own = {id(buffer) for buffer in self._buffers.values()}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in own and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class Switch(FixedDtypeBuffers):
+    """Posterior over N clones, updated by the switch distribution (van Erven, Grunwald, de Rooij, NIPS 2007).
+
+    Args:
+        num_clones: N >= 1.
+        theta: share of the redistributed mass that may switch again, in (0, 1).
+        process_group: the processes of `torch.distributed` that observe together; None is the default group, a group
+            of one process keeps to itself. Without an initialised `torch.distributed` it means nothing.
+
+    Buffers, float64 through every dtype conversion of the module, all in the state_dict: `logw [2, N]`, the log of the
+    joint posterior over (may switch, stays) and clone; `log_posterior [N]`, the log posterior over clones; `t`, the
+    number of the next observation (int64 scalar, 1 at the start).
+    """
+
+    logw: Tensor
+    log_posterior: Tensor
+    t: Tensor
+
+    def __init__(
+        self,
+        num_clones: int,
+        theta: float = 0.999,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if num_clones < 1:
+            raise ValueError(f"num_clones: got {num_clones}, expected at least 1")
+        if not 0 < theta < 1:
+            raise ValueError(f"theta: got {theta}, expected 0 < theta < 1")
+        self.num_clones = num_clones
+        self.theta = theta
+        self.process_group = process_group
+        logw, log_posterior, t = initial_state(num_clones, theta)
+        self.register_buffer("logw", logw.to(device))
+        self.register_buffer("log_posterior", log_posterior.to(device))
+        self.register_buffer("t", t.to(device))
+
+    def reset_parameters(self) -> None:
+        """Forget every observation: the state at the start, in place."""
+        for buffer, start in zip(
+            (self.logw, self.log_posterior, self.t), initial_state(self.num_clones, self.theta)
+        ):
+            buffer.copy_(start)
+
+    def posterior(self) -> Tensor:
+        """Probabilities `[N]` of the clones, float64, a fresh tensor."""
+        return self.log_posterior.exp()
+
+    def update(self, log_likelihood: Tensor) -> None:
+        """Take the clones' log-likelihoods `[N]` (float32 or float64) as one observation.
+
+        NaN and +inf count as -inf; if all are -inf the state stays as it is. Under `torch.distributed` every process
+        of the group must call it; the observation is the mean over the processes, and all end with the same state.
+        """
+        total = self.sum_over_processes(log_likelihood)
+        if total is not log_likelihood:
+            total = total / dist.get_world_size(self.process_group)
+        self.observe(total)
+
+    def observe(self, log_likelihood: Tensor) -> None:
+        """`update` for log-likelihoods that already speak for all processes: nothing is communicated."""
+        switch_update_(self.logw, self.log_posterior, self.t, log_likelihood, theta=self.theta)
+
+    def sum_over_processes(self, values: Tensor) -> Tensor:
+        """Sum of `values` over the process group, the same bits on every process; `values` itself if there is one.
+
+        The values are gathered and summed in the order of the ranks: an all-reduce may round differently per rank,
+        and the posteriors of the ranks would drift apart.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return values
+        world = dist.get_world_size(self.process_group)
+        if world == 1:
+            return values
+        gathered = values.new_empty(world * values.numel())
+        dist.all_gather_into_tensor(
+            gathered, values.detach().flatten().contiguous(), group=self.process_group
+        )
+        total, *rest = gathered.view(world, *values.shape).unbind()
+        for value in rest:
+            total = total + value
+        return total
+
+    def extra_repr(self) -> str:
+        return f"num_clones={self.num_clones}, theta={self.theta}"
