@@ -1,0 +1,128 @@
+"""The optimizers' fast path: a plan made once for tensors that stay, so that a step passes only the gradients.
+
+Eager mode only; under torch.compile the list ops (`feature_sgd_`, `feature_adam_`) are the honest graph nodes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from alrao_fast.ops._library import define
+
+define(
+    "_feature_plan(Tensor[] tensors, int num_params, int num_states, int[] inners, int[] seeds, Tensor steps) -> int"
+)
+define("_feature_plan_free(int plan) -> ()")
+define(
+    "_feature_sgd_planned_(int plan, Tensor[] grads, float lr, Tensor? lr_tensor, float momentum, float dampening, "
+    "float weight_decay, bool nesterov, bool maximize, bool authors_momentum, Tensor? grad_scale, Tensor? found_inf) "
+    "-> bool"
+)
+define(
+    "_feature_adam_planned_(int plan, Tensor[] grads, float lr, Tensor? lr_tensor, float beta1, float beta2, "
+    "float eps, float weight_decay, bool amsgrad, bool decoupled, bool maximize, bool authors_eps, "
+    "Tensor? grad_scale, Tensor? found_inf) -> bool"
+)
+_make = torch.ops.alrao_fast._feature_plan.default
+_free = torch.ops.alrao_fast._feature_plan_free.default
+_sgd = torch.ops.alrao_fast._feature_sgd_planned_.default
+_adam = torch.ops.alrao_fast._feature_adam_planned_.default
+
+
+class FeaturePlan:
+    """Parameters with their states, masters, rates and layouts, checked and cut into pieces for the threads.
+
+    Arguments as in the list ops: `states` holds the lists of states (`[momentum_buffers]`, `[]` without momentum,
+    `[exp_avgs, exp_avg_sqs]` or, with amsgrad, `[exp_avgs, exp_avg_sqs, max_exp_avg_sqs]`). Raises RuntimeError, as
+    they do, where the tensors do not fit together.
+
+    The plan keeps the tensors alive. `sgd` and `adam` return False, with nothing written, where a tensor is no longer
+    what the plan saw (memory, shape, dtype: `module.to(...)`, `param.data = ...`): make a new plan then. They do not
+    bump version counters: the caller does (`torch.autograd.graph.increment_version`).
+    """
+
+    __slots__ = ("__weakref__", "_number")
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        states: Sequence[Sequence[Tensor]],
+        masters: Sequence[Tensor],
+        rates: Sequence[Tensor],
+        inners: Sequence[int],
+        seeds: Sequence[int],
+        steps: Tensor,
+    ) -> None:
+        tensors = [*params, *(tensor for state in states for tensor in state), *masters, *rates]
+        self._number: int = _make(tensors, len(params), len(states), inners, seeds, steps)
+        weakref.finalize(self, _free, self._number).atexit = False
+
+    def sgd(
+        self,
+        grads: list[Tensor],
+        *,
+        lr: float,
+        lr_tensor: Tensor | None,
+        momentum: float,
+        dampening: float,
+        weight_decay: float,
+        nesterov: bool,
+        maximize: bool,
+        authors_momentum: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> bool:
+        """One step of `feature_sgd_`."""
+        return _sgd(
+            self._number,
+            grads,
+            lr,
+            lr_tensor,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize,
+            authors_momentum,
+            grad_scale,
+            found_inf,
+        )
+
+    def adam(
+        self,
+        grads: list[Tensor],
+        *,
+        lr: float,
+        lr_tensor: Tensor | None,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        amsgrad: bool,
+        decoupled: bool,
+        maximize: bool,
+        authors_eps: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> bool:
+        """One step of `feature_adam_`."""
+        return _adam(
+            self._number,
+            grads,
+            lr,
+            lr_tensor,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            amsgrad,
+            decoupled,
+            maximize,
+            authors_eps,
+            grad_scale,
+            found_inf,
+        )

@@ -1,0 +1,31 @@
+// What a kernel of the feature optimizers knows about one parameter: plain data, no torch headers.
+#pragma once
+
+#include <cstdint>
+
+namespace alrao {
+
+enum class Dtype : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+constexpr int kMaxStates = 3;
+
+// All tensors of one parameter are dense and have the parameter's strides, so element i means the
+// same entry in each of them. In memory order entry i has the rate rates[(i / inner) % period].
+struct FeatureRecord {
+  void* param;
+  const void* grad;  // of the parameter's dtype
+  void* states[kMaxStates];
+  float* master;  // null, or the float32 copy of a bf16 or fp16 parameter that takes the update
+  const void* rates;
+  int64_t numel;
+  int64_t inner;
+  int64_t period;
+  int64_t step;  // updates the parameter has had before this one
+  uint64_t seed;
+  bool stochastic;  // round stochastically into the parameter (bf16 and fp16 without master)
+  Dtype param_dtype;
+  Dtype state_dtypes[kMaxStates];
+  Dtype rate_dtype;
+};
+
+}  // namespace alrao

@@ -1,0 +1,151 @@
+// Many tensors in one pass: what the feature optimizers share and what knows no equation.
+//
+// A plan describes the tensors that stay from step to step (parameters, states, masters, rates)
+// once: they are checked, and cut into pieces of about equal cost. A step then brings only the
+// gradients.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "feature_record.h"
+
+namespace alrao {
+
+using torch::stable::Tensor;
+
+// The tensors of an op's list arguments, before anything is checked.
+struct TensorLists {
+  std::vector<Tensor> params;
+  std::vector<std::vector<Tensor>> states;
+  std::vector<Tensor> masters;  // empty, or one each; one without elements stands for none
+  std::vector<Tensor> rates;
+  std::vector<int64_t> inners;
+  std::vector<int64_t> seeds;  // empty: round to nearest
+  std::optional<Tensor> steps;
+};
+
+// Scalars that live in tensors, so that schedulers and loss scalers need not synchronise.
+struct ScalarTensors {
+  std::optional<Tensor> lr;
+  std::optional<Tensor> grad_scale;
+  std::optional<Tensor> found_inf;
+};
+
+struct Shape {
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t dim;
+};
+
+// Owned handles of the tensors of a list argument.
+class HandleList {
+ public:
+  explicit HandleList(StableIValue list);
+  ~HandleList();
+  HandleList(const HandleList&) = delete;
+  HandleList& operator=(const HandleList&) = delete;
+
+  const std::vector<AtenTensorHandle>& handles() const { return handles_; }
+
+ private:
+  std::vector<AtenTensorHandle> handles_;
+};
+
+class MultiTensor {
+ public:
+  // Entries per piece: large enough that a piece's overhead vanishes, small enough to balance
+  // threads.
+  static constexpr int64_t kPiece = 16384;
+
+  // Throws, naming the argument, if the tensors do not fit together. `op` stands in the messages.
+  MultiTensor(std::string op, TensorLists lists);
+
+  const std::string& op() const { return op_; }
+  int64_t num_states() const { return static_cast<int64_t>(lists_.states.size()); }
+
+  // Throws unless there are `expected` states per parameter; `name` is the list that may be empty,
+  // `because` the option that decides it.
+  void check_states(int64_t expected, const char* name, const char* because) const;
+
+  // Whether the tensors still are what the plan saw: same memory, dtype and shape.
+  bool unchanged() const;
+
+  // Checks the gradients and points the records at them, through copies where the strides differ
+  // from the parameter's; reads the steps. The gradients must outlive the update.
+  void bind(const std::vector<AtenTensorHandle>& grads);
+
+  // body(record, begin, end) for every piece, in parallel. Which pieces there are does not depend
+  // on the number of threads.
+  template <class Body>
+  void for_each_piece(const Body& body) const {
+    const auto tasks = static_cast<int64_t>(task_starts_.size()) - 1;
+    const auto run = [&](int64_t first, int64_t last) {
+      for (int64_t i = task_starts_[first]; i < task_starts_[last]; ++i)
+        body(records_[pieces_[i].tensor], pieces_[i].begin, pieces_[i].end);
+    };
+    if (tasks <= kSerialTasks) {
+      run(0, tasks);
+    } else {
+      torch::stable::parallel_for(0, tasks, kSerialTasks, run);
+    }
+  }
+
+  // Counts the update and lets go of the gradients.
+  void finish();
+
+  // Held during a step: a plan has one set of gradients.
+  std::mutex mutex;
+
+ private:
+  // So many tasks take less time than waking another thread.
+  static constexpr int64_t kSerialTasks = 4;
+
+  struct Piece {
+    int64_t tensor, begin, end;
+  };
+  struct Seen {
+    AtenTensorHandle handle;
+    void* data;
+    int64_t numel;
+  };
+
+  void check_lists() const;
+  void add_record(int64_t t);
+  void see(const Tensor& tensor);
+  void check_overlap() const;
+  void cut();
+  Shape param_shape(size_t t) const;
+
+  std::string op_;
+  TensorLists lists_;
+  int32_t device_type_ = 0, device_index_ = 0;
+  std::vector<FeatureRecord> records_;
+  std::vector<Seen> seen_;  // the parameters first
+  std::vector<int32_t> dtypes_;
+  std::vector<int64_t> shapes_;        // per parameter: its sizes, then its strides
+  std::vector<int64_t> shape_starts_;  // and one past the last
+  std::vector<Piece> pieces_;
+  std::vector<int64_t> task_starts_;  // pieces [task_starts_[k], task_starts_[k + 1]) are task k
+  int64_t* steps_ = nullptr;
+  std::vector<Tensor> copies_;
+};
+
+std::vector<AtenTensorHandle> borrow(const std::vector<Tensor>& tensors);
+
+// The plan behind a number that _feature_plan returned; throws for any other.
+std::shared_ptr<MultiTensor> find_plan(int64_t number);
+
+// The value of a one-element CPU tensor, or `otherwise` without one.
+double read_scalar(const std::string& op, const char* name, const std::optional<Tensor>& tensor,
+                   double otherwise);
+
+}  // namespace alrao
