@@ -1,0 +1,149 @@
+"""Samplers: where the learning rates come from.
+
+A sampler is called as `sampler(n, generator)` and returns `n` non-negative rates, a float32 tensor of shape [n] on the
+CPU. `sampler.clone_rates(num_clones)` gives the rates of the clones of the output layer; a plain callable without that
+method leaves them to the optimizer's `lr_range`. A sampler whose attribute `per_weight` is true is asked for one rate
+per entry of a parameter instead of one per feature.
+
+Every draw is made on the CPU in float64 and then rounded, so that a seed gives the same rates for every device and
+every parameter dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Sampler = Callable[[int, "torch.Generator | None"], Tensor]
+
+
+def check_lr_range(lr_range: Any, name: str = "lr_range") -> tuple[float, float]:
+    """Returns `lr_range` as two floats; raises ValueError unless 0 < lo <= hi, both finite."""
+    try:
+        lo, hi = (float(bound) for bound in lr_range)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {lr_range!r}; expected two numbers (lo, hi)") from None
+    if not (0.0 < lo <= hi < math.inf):
+        raise ValueError(f"{name} is ({lo}, {hi}); expected 0 < lo <= hi, both finite")
+    return lo, hi
+
+
+def log_spaced(lo: float, hi: float, n: int) -> Tensor:
+    """`n` rates from lo to hi, evenly spaced in the logarithm; the geometric mean for n = 1 (float32, [n])."""
+    if n == 1:
+        return torch.tensor([math.sqrt(lo) * math.sqrt(hi)], dtype=torch.float32)
+    rates = torch.linspace(math.log(lo), math.log(hi), n, dtype=torch.float64).exp_()
+    # exp(log(x)) may miss x by a rounding: the ends are exact.
+    rates[:1], rates[-1:] = lo, hi
+    return rates.to(torch.float32)
+
+
+class LogUniform:
+    """Rates whose logarithm is uniform on [log lo, log hi]: the paper's choice.
+
+    Clone n of N has lo * (hi/lo)^(n/(N-1)).
+    """
+
+    per_weight = False
+
+    def __init__(self, lo: float = 1e-5, hi: float = 10.0) -> None:
+        self.lo, self.hi = check_lr_range((lo, hi))
+
+    def __call__(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        u = torch.rand(n, generator=generator, dtype=torch.float64)
+        log_lo, log_hi = math.log(self.lo), math.log(self.hi)
+        rates = u.mul_(log_hi - log_lo).add_(log_lo).exp_()
+        return rates.clamp_(self.lo, self.hi).to(torch.float32)
+
+    def clone_rates(self, num_clones: int) -> Tensor:
+        return log_spaced(self.lo, self.hi, num_clones)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.lo:g}, {self.hi:g})"
+
+
+class PerWeight(LogUniform):
+    """One log-uniform rate for each single entry of each parameter (the paper's appendix E)."""
+
+    per_weight = True
+
+
+class Fraction:
+    """The rate `lr` with probability `p`, else 0: a random part of the features learns (the paper's appendix F)."""
+
+    per_weight = False
+
+    def __init__(self, p: float, lr: float) -> None:
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"p is {p}; expected a probability, 0 <= p <= 1")
+        self.p, self.lr = float(p), _check_lr(lr)
+
+    def __call__(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        u = torch.rand(n, generator=generator, dtype=torch.float64)
+        return (u < self.p).to(torch.float32) * self.lr
+
+    def clone_rates(self, num_clones: int) -> Tensor:
+        return torch.full((num_clones,), self.lr, dtype=torch.float32)
+
+    def __repr__(self) -> str:
+        return f"Fraction({self.p:g}, {self.lr:g})"
+
+
+class Constant:
+    """The same rate everywhere, for the clones too: plain SGD or Adam."""
+
+    per_weight = False
+
+    def __init__(self, lr: float) -> None:
+        self.lr = _check_lr(lr)
+
+    def __call__(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return torch.full((n,), self.lr, dtype=torch.float32)
+
+    def clone_rates(self, num_clones: int) -> Tensor:
+        return self(num_clones)
+
+    def __repr__(self) -> str:
+        return f"Constant({self.lr:g})"
+
+
+def _check_lr(lr: float) -> float:
+    if not 0.0 <= lr < math.inf:
+        raise ValueError(f"lr is {lr}; expected a finite number >= 0")
+    return float(lr)
+
+
+def draw(sampler: Sampler, n: int, generator: torch.Generator | None) -> Tensor:
+    """`n` checked rates from `sampler`: float32, [n], CPU. Raises where the sampler returns anything else."""
+    if n == 0:
+        return torch.empty(0, dtype=torch.float32)
+    return _checked(sampler(n, generator), n, f"sampler {sampler!r}")
+
+
+def draw_clones(sampler: Sampler, lr_range: tuple[float, float], num_clones: int) -> Tensor:
+    """The rates of `num_clones` clones: the sampler's `clone_rates`, or log-spaced over `lr_range` if it has none."""
+    clone_rates = getattr(sampler, "clone_rates", None)
+    if clone_rates is None:
+        return log_spaced(*lr_range, num_clones)
+    return _checked(clone_rates(num_clones), num_clones, f"{sampler!r}.clone_rates")
+
+
+def _checked(rates: Any, n: int, source: str) -> Tensor:
+    if not isinstance(rates, Tensor):
+        raise TypeError(
+            f"{source} returned {type(rates).__name__}; expected a float32 tensor of shape [{n}]"
+        )
+    if rates.shape != (n,) or not rates.is_floating_point():
+        raise ValueError(
+            f"{source} returned {rates.dtype} of shape {list(rates.shape)}; expected float32 of shape [{n}]"
+        )
+    rates = rates.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
+    if not bool((torch.isfinite(rates) & (rates >= 0)).all()):
+        raise ValueError(
+            f"{source} returned a negative or non-finite rate; expected finite rates >= 0"
+        )
+    return rates
