@@ -18,22 +18,22 @@ struct SwitchMass {
 };
 
 // A log-likelihood that is NaN or +inf comes from a diverged clone and counts as -inf.
-ALRAO_HOST_DEVICE inline double switch_evidence(double log_likelihood) {
+ALRAO_HOST_DEVICE static inline double switch_evidence(double log_likelihood) {
   return log_likelihood < INFINITY ? log_likelihood : -INFINITY;
 }
 
 // The mass of one hypothesis after the observation, `reference` being the largest logw + evidence.
-ALRAO_HOST_DEVICE inline double switch_mass(double logw, double evidence, double reference) {
+ALRAO_HOST_DEVICE static inline double switch_mass(double logw, double evidence, double reference) {
   return exp(logw + evidence - reference);
 }
 
 // What each clone receives from the pool: the instability 1 / (t + 1) of the unstable mass, divided
 // uniformly.
-ALRAO_HOST_DEVICE inline double switch_share(double unstable_mass, int64_t t, int64_t num_clones) {
+ALRAO_HOST_DEVICE static inline double switch_share(double unstable_mass, int64_t t, int64_t num_clones) {
   return unstable_mass / (static_cast<double>(t + 1) * static_cast<double>(num_clones));
 }
 
-ALRAO_HOST_DEVICE inline SwitchMass switch_redistribute(SwitchMass mass, double share, int64_t t,
+ALRAO_HOST_DEVICE static inline SwitchMass switch_redistribute(SwitchMass mass, double share, int64_t t,
                                                         double theta) {
   const double keep = static_cast<double>(t) / static_cast<double>(t + 1);
   return {mass.unstable * keep + theta * share, mass.stable + (1 - theta) * share};
