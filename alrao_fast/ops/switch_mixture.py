@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from alrao_fast import backends
 from alrao_fast.ops._library import LIB, define
@@ -76,10 +77,314 @@ def _scale_gradients(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tens
     )
 
 
+def _fake_log_prob(x, weight, bias, log_posterior, memory_budget):
+    return x.new_empty((x.size(0), weight.size(1)), dtype=_accumulator(x.dtype))
+
+
+def _fake_log_prob_backward(
+    grad, x, weight, bias, log_posterior, log_prob, need_dx, need_dw, memory_budget
+):
+    return _fake_result(x, weight, need_dx, need_dw)[2:]
+
+
+def _save_log_prob(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.has_bias = inputs[2] is not None
+    ctx.memory_budget = inputs[4]
+    ctx.save_for_backward(*(t for t in inputs[:4] if t is not None), output)
+
+
+@once_differentiable
+def _log_prob_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
+    x, weight, *bias, log_posterior, log_prob = ctx.saved_tensors
+    need_dx, need_dw = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+    dx, dweight, dbias = torch.ops.alrao_fast.switch_mixture_log_prob_backward(
+        grad.contiguous(),
+        x,
+        weight,
+        bias[0] if ctx.has_bias else None,
+        log_posterior,
+        log_prob,
+        need_dx,
+        need_dw,
+        ctx.memory_budget,
+    )
+    return (
+        dx if need_dx else None,
+        dweight.to(weight.dtype) if need_dw else None,
+        dbias.to(weight.dtype) if need_dw and ctx.has_bias else None,
+        None,
+        None,
+    )
+
+
 for _schema, _fake in (
-    (f"switch_mixture_nll({_INPUTS}, Tensor target, int ignore_index, {_NEEDS}) -> {_RESULT}", _fake_nll),
-    (f"switch_mixture_gaussian_nll({_INPUTS}, Tensor target, float sigma2, {_NEEDS}) -> {_RESULT}", _fake_gaussian_nll),
+    (f"switch_mixture_nll({_INPUTS}, Tensor target, int ignore_index, {_NEEDS})", _fake_nll),
+    (
+        f"switch_mixture_gaussian_nll({_INPUTS}, Tensor target, float sigma2, {_NEEDS})",
+        _fake_gaussian_nll,
+    ),
 ):
     torch.library.register_autograd(
-        define(_schema, _fake), _scale_gradients, setup_context=_save_gradients, lib=LIB
+        define(f"{_schema} -> {_RESULT}", _fake),
+        _scale_gradients,
+        setup_context=_save_gradients,
+        lib=LIB,
     )
+torch.library.register_autograd(
+    define(f"switch_mixture_log_prob({_INPUTS}, int memory_budget) -> Tensor", _fake_log_prob),
+    _log_prob_backward,
+    setup_context=_save_log_prob,
+    lib=LIB,
+)
+define(
+    f"switch_mixture_log_prob_backward(Tensor grad, {_INPUTS}, Tensor log_prob, bool need_dx, "
+    "bool need_dw, int memory_budget) -> (Tensor, Tensor, Tensor)",
+    _fake_log_prob_backward,
+)
+
+
+def _flat(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The samples in rows, and all in the widest of the floating dtypes, as under autocast."""
+    if x.dim() == 0:
+        raise ValueError("x: got a scalar, expected [..., D]")
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    if x.dtype != weight.dtype:
+        x, weight = x.to(dtype), weight.to(dtype)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    return (x if x.dim() == 2 else x.reshape(-1, x.size(-1))), weight, bias
+
+
+def _is_mean(reduction: str) -> bool:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: got {reduction!r}, expected 'mean' or 'sum'")
+    return reduction == "mean"
+
+
+def _needs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool]:
+    """Whether the gradient to x, and those to weight and bias, are wanted."""
+    if not torch.is_grad_enabled():
+        return False, False
+    return x.requires_grad, weight.requires_grad or (bias is not None and bias.requires_grad)
+
+
+def switch_mixture_stats(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_posterior: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    memory_budget: int | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`switch_mixture_nll` with the sums behind its second result, for running statistics.
+
+    Returns the loss and float64 `stats [3, N]`, detached: per clone the sum of its own -log p over
+    the counted samples (inf if it was dead for one), its correct predictions, and the number of
+    counted samples.
+    """
+    mean = _is_mean(reduction)
+    if target.shape != x.shape[:-1]:
+        raise ValueError(
+            f"target: got shape {list(target.shape)}, expected {list(x.shape[:-1])}, that of x "
+            "without the features"
+        )
+    backend = backends.select(OP, x.device, impl)
+    x, weight, bias = _flat(x, weight, bias)
+    target = target.reshape(-1)
+    if backend == "reference":
+        return reference.switch_mixture_nll(
+            x, weight, bias, log_posterior, target, ignore_index=ignore_index, reduction=reduction
+        )
+    loss, stats, *_ = torch.ops.alrao_fast.switch_mixture_nll(
+        x,
+        weight,
+        bias,
+        log_posterior,
+        target,
+        ignore_index,
+        mean,
+        *_needs(x, weight, bias),
+        CPU_MEMORY_BUDGET if memory_budget is None else memory_budget,
+    )
+    return loss, stats
+
+
+def switch_mixture_nll(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_posterior: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    memory_budget: int | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of a mixture of N linear softmax classifiers, and each clone's own.
+
+    Args:
+        x: `[..., D]` features; float32, float64, bfloat16 or float16.
+        weight, bias: `[N, C, D]` and `[N, C]` (or None), the clones.
+        log_posterior: `[N]` float64 or float32, the switch's log-posterior `a`. No gradient.
+        target: `[...]` int64 classes.
+        ignore_index: targets of this value do not count.
+        reduction: "mean" over the counted samples, or "sum".
+        memory_budget: bytes for the logits of a chunk of samples; None: 64 MiB.
+        impl: "auto", or the backend that must run it.
+
+    Returns:
+        The mixture's loss (a scalar; float32, or float64 for float64 inputs), and `clone_nll [N]`
+        float64, detached: always the mean over the counted samples, NaN where nothing counted.
+
+    With `logp[b,n,c] = log_softmax_c(W_n x_b + b_n)` (paper, section 3.2):
+        loss        = -mean_b logsumexp_n(a_n + logp[b,n,y_b])     its gradient goes to x
+        clone_nll_n = -mean_b logp[b,n,y_b]                        its gradient goes to W_n and b_n
+    All gradients scale with the loss's upstream gradient. A clone with a logit that is not finite
+    for a sample is dead there: it takes no part in the mixture, and gets no gradient from the
+    batch. Where all are dead the loss is +inf and the sample has no gradient.
+    """
+    loss, stats = switch_mixture_stats(
+        x,
+        weight,
+        bias,
+        log_posterior,
+        target,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        memory_budget=memory_budget,
+        impl=impl,
+    )
+    return loss, stats[0] / stats[2]
+
+
+def switch_mixture_gaussian_stats(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_posterior: Tensor,
+    target: Tensor,
+    *,
+    sigma2: float = 1.0,
+    reduction: str = "mean",
+    memory_budget: int | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`switch_mixture_gaussian_nll` with the sums behind its second result.
+
+    As `switch_mixture_stats`; row 1 is the sum of squared errors.
+    """
+    mean = _is_mean(reduction)
+    expected = (*x.shape[:-1], weight.size(1))
+    if target.shape != expected:
+        raise ValueError(
+            f"target: got shape {list(target.shape)}, expected {list(expected)}: that of x with "
+            "the clones' outputs in place of the features"
+        )
+    backend = backends.select(OP, x.device, impl)
+    x, weight, bias = _flat(x, weight, bias)
+    target = target.detach().reshape(-1, weight.size(1)).to(x.dtype)
+    if backend == "reference":
+        return reference.switch_mixture_gaussian_nll(
+            x, weight, bias, log_posterior, target, sigma2=sigma2, reduction=reduction
+        )
+    loss, stats, *_ = torch.ops.alrao_fast.switch_mixture_gaussian_nll(
+        x,
+        weight,
+        bias,
+        log_posterior,
+        target,
+        float(sigma2),
+        mean,
+        *_needs(x, weight, bias),
+        CPU_MEMORY_BUDGET if memory_budget is None else memory_budget,
+    )
+    return loss, stats
+
+
+def switch_mixture_gaussian_nll(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_posterior: Tensor,
+    target: Tensor,
+    *,
+    sigma2: float = 1.0,
+    reduction: str = "mean",
+    memory_budget: int | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The same for N linear regressors with Gaussian noise of fixed variance.
+
+    `target [..., K]` is what the outputs `f_n(x) = W_n x + b_n`, `[..., K]`, should be; no gradient
+    goes to it. `sigma2 > 0` is the variance of the noise. All else as in `switch_mixture_nll`, with
+        logp[b,n] = -|y_b - f_n(x_b)|^2 / (2 sigma2) - K/2 log(2 pi sigma2)
+    """
+    loss, stats = switch_mixture_gaussian_stats(
+        x,
+        weight,
+        bias,
+        log_posterior,
+        target,
+        sigma2=sigma2,
+        reduction=reduction,
+        memory_budget=memory_budget,
+        impl=impl,
+    )
+    return loss, stats[0] / stats[2]
+
+
+def switch_mixture_log_prob(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_posterior: Tensor,
+    *,
+    memory_budget: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Log-probabilities `[..., C]` of the mixture: `log sum_n exp(a_n + logp[b,n,c])`.
+
+    Arguments as in `switch_mixture_nll`. float32, or float64 for float64 inputs; differentiable in
+    x, weight and bias in the ordinary sense. Dead clones take no part; -inf where all are dead.
+    """
+    backend = backends.select(OP, x.device, impl)
+    rows, weight, bias = _flat(x, weight, bias)
+    if backend == "reference":
+        result = reference.switch_mixture_log_prob(rows, weight, bias, log_posterior)
+    else:
+        result = torch.ops.alrao_fast.switch_mixture_log_prob(
+            rows,
+            weight,
+            bias,
+            log_posterior,
+            CPU_MEMORY_BUDGET if memory_budget is None else memory_budget,
+        )
+    return result if x.dim() == 2 else result.reshape(*x.shape[:-1], weight.size(1))
+
+
+def switch_mixture_mean(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_posterior: Tensor,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """Posterior mean `[..., K]` of N linear regressors: `sum_n p_n f_n(x)`, p the posterior.
+
+    A clone with an output that is not finite for a sample is left out there and p renormalised; NaN
+    where every clone with posterior mass is. The plain PyTorch of the reference on every backend:
+    there is nothing to fuse.
+    """
+    backends.select(OP, x.device, impl)
+    rows, weight, bias = _flat(x, weight, bias)
+    result = reference.switch_mixture_mean(rows, weight, bias, log_posterior)
+    return result if x.dim() == 2 else result.reshape(*x.shape[:-1], weight.size(1))
