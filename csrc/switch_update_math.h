@@ -29,12 +29,13 @@ ALRAO_HOST_DEVICE static inline double switch_mass(double logw, double evidence,
 
 // What each clone receives from the pool: the instability 1 / (t + 1) of the unstable mass, divided
 // uniformly.
-ALRAO_HOST_DEVICE static inline double switch_share(double unstable_mass, int64_t t, int64_t num_clones) {
+ALRAO_HOST_DEVICE static inline double switch_share(double unstable_mass, int64_t t,
+                                                    int64_t num_clones) {
   return unstable_mass / (static_cast<double>(t + 1) * static_cast<double>(num_clones));
 }
 
-ALRAO_HOST_DEVICE static inline SwitchMass switch_redistribute(SwitchMass mass, double share, int64_t t,
-                                                        double theta) {
+ALRAO_HOST_DEVICE static inline SwitchMass switch_redistribute(SwitchMass mass, double share,
+                                                               int64_t t, double theta) {
   const double keep = static_cast<double>(t) / static_cast<double>(t + 1);
   return {mass.unstable * keep + theta * share, mass.stable + (1 - theta) * share};
 }

@@ -36,8 +36,9 @@ torch::stable::Tensor as_tensor(const Matrix<T>& m) {
 }
 
 // out = a b, or out += a b. The CPU kernels are called below the dispatcher: about 1 us a call, and
-// neither autograd nor a dispatch mode of the calling thread matters in the threads of parallel_for.
-// Within parallel_for a product runs on one thread, so its result depends on its shape alone.
+// neither autograd nor a dispatch mode of the calling thread matters in the threads of
+// parallel_for. Within parallel_for a product runs on one thread, so its result depends on its
+// shape alone.
 template <class T>
 void gemm(const Matrix<T>& out, const Matrix<const T>& a, const Matrix<const T>& b,
           bool accumulate) {

@@ -138,8 +138,7 @@ ALRAO_INLINE Vector<T> log_series(Vector<T> x, Bits half_root, T ln2_high, T ln2
 
 ALRAO_INLINE Vector<float> log_positive(Vector<float> x) {
   typedef Simd<float>::Bits Bits;
-  return log_series<float, Bits, 23, 5>(x, (Bits)splat(0.70710678f), 0.693359375f,
-                                        -2.12194440e-4f);
+  return log_series<float, Bits, 23, 5>(x, (Bits)splat(0.70710678f), 0.693359375f, -2.12194440e-4f);
 }
 
 ALRAO_INLINE Vector<double> log_positive(Vector<double> x) {

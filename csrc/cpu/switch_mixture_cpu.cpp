@@ -40,36 +40,6 @@ int64_t count_targets(const Tensor& target, int64_t ignore_index, int64_t classe
   return counted;
 }
 
-// 0 * nan would carry what an ignored sample holds into dweight.
-template <class T>
-Tensor without_ignored_infinities(const Tensor& x, const int64_t* target, int64_t ignore_index) {
-  Tensor result = x;
-  const int64_t features = x.size(1);
-  for (int64_t b = 0; b < x.size(0); ++b) {
-    if (target[b] != ignore_index) continue;
-    T* row = static_cast<T*>(result.mutable_data_ptr()) + b * features;
-    if (all_finite(row, features)) continue;
-    if (result.get() == x.get()) {
-      result = torch::stable::clone(x);
-      row = static_cast<T*>(result.mutable_data_ptr()) + b * features;
-    }
-    std::fill_n(row, features, T(0));
-  }
-  return result;
-}
-
-template <class T>
-Tensor in_type(const Tensor& tensor) {
-  const Tensor dense = torch::stable::contiguous(tensor);
-  return dense.scalar_type() == kScalarType<T> ? dense : torch::stable::to(dense, kScalarType<T>);
-}
-
-std::vector<double> as_doubles(const Tensor& tensor) {
-  const Tensor dense = in_type<double>(tensor);
-  const double* p = static_cast<const double*>(dense.const_data_ptr());
-  return {p, p + dense.numel()};
-}
-
 template <class T>
 Outputs run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
             const Tensor& log_posterior, const Likelihood& likelihood, bool mean, bool need_dx,
@@ -77,9 +47,8 @@ Outputs run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
   const auto [samples, features, clones, classes] = size;
   const Tensor target = likelihood.gaussian ? in_type<T>(*likelihood.target)
                                             : torch::stable::contiguous(*likelihood.target);
-  const int64_t counted = likelihood.gaussian
-                              ? samples
-                              : count_targets(target, likelihood.ignore_index, classes);
+  const int64_t counted =
+      likelihood.gaussian ? samples : count_targets(target, likelihood.ignore_index, classes);
 
   Tensor loss = empty_tensor<T>({}), stats = empty_tensor<double>({3, clones});
   Tensor dx = need_dx ? empty_tensor<T>({samples, features}) : empty_tensor<T>({0});
@@ -101,8 +70,9 @@ Outputs run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
   } else {
     Tensor inputs = in_type<T>(x);
     if (counted < samples && need_dw) {
-      inputs = without_ignored_infinities<T>(
-          inputs, static_cast<const int64_t*>(target.const_data_ptr()), likelihood.ignore_index);
+      const int64_t* y = static_cast<const int64_t*>(target.const_data_ptr());
+      inputs =
+          with_finite_rows<T>(inputs, [&](int64_t b) { return y[b] == likelihood.ignore_index; });
     }
     const Tensor weights = in_type<T>(weight);
     std::optional<Tensor> offsets;

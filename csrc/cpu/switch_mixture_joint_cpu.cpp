@@ -12,36 +12,9 @@ namespace {
 constexpr double kTaskFlops = 1e6;
 
 int64_t task_count(double flops, int64_t limit) {
-  return std::clamp<int64_t>(static_cast<int64_t>(flops / kTaskFlops), 1, std::max<int64_t>(limit, 1));
+  return std::clamp<int64_t>(static_cast<int64_t>(flops / kTaskFlops), 1,
+                             std::max<int64_t>(limit, 1));
 }
-
-// The weights with zeros for the clones that have one that is not finite: such a clone has
-// responsibility 0 everywhere, and 0 * inf must not reach dx.
-template <class T>
-class FiniteWeight {
- public:
-  explicit FiniteWeight(const MixtureProblem<T>& p) : p_(p), checked_(p.size.clones, false) {}
-
-  const T* get(const std::vector<CloneHealth>& health) {
-    const int64_t count = p_.size.classes * p_.size.features;
-    for (int64_t n = 0; n < p_.size.clones; ++n) {
-      if (!health[n].suspect || checked_[n]) continue;
-      checked_[n] = true;
-      if (all_finite(p_.clone_weight(n), count)) continue;
-      if (!copy_) {
-        copy_.emplace(p_.size.clones * count);
-        std::copy_n(p_.weight, p_.size.clones * count, copy_->data());
-      }
-      std::fill_n(copy_->data() + n * count, count, T(0));
-    }
-    return copy_ ? copy_->data() : p_.weight;
-  }
-
- private:
-  const MixtureProblem<T>& p_;
-  std::vector<bool> checked_;
-  std::optional<Buffer<T>> copy_;
-};
 
 template <class T>
 class Joint {
@@ -57,7 +30,7 @@ class Joint {
         lane_(p.size.clones * ld_ * 5),
         is_argmax_(p.size.clones * ld_),
         health_(p.size.clones),
-        finite_weight_(p) {
+        finite_weight_(p.weight, p.size.clones, p.size.classes * p.size.features) {
     const double flops = 2.0 * ld_ * p.size.features * rows_;
     clones_per_task_ = ceil_div(p.size.clones, task_count(flops, p.size.clones));
     lanes_per_task_ = round_up(ceil_div(ld_, task_count(flops, ld_ / kLaneTile)), kLaneTile);
@@ -187,7 +160,7 @@ class Joint {
   int64_t ld_;
   Buffer<T> z_;                    // [N C][ld], and again weighted by the responsibilities
   Buffer<double> log_likelihood_;  // [N][ld], then the mixture's max and sum
-  Buffer<T> lane_;                 // [N][max, sum, target logit, factor][ld], responsibility [N][ld]
+  Buffer<T> lane_;  // [N][max, sum, target logit, factor][ld], responsibility [N][ld]
   std::vector<uint8_t> is_argmax_;
   std::vector<CloneHealth> health_;
   FiniteWeight<T> finite_weight_;

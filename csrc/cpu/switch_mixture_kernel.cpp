@@ -260,9 +260,9 @@ ALRAO_INLINE void share_gradient(const ShareGradientRows<T>& a) {
 
 }  // namespace
 
-#define ALRAO_DEFINE(name, body, Args)                      \
-  void name##_float(const Args<float>& a) { body(a); }      \
-  void name##_double(const Args<double>& a) { body(a); }    \
+#define ALRAO_DEFINE(name, body, Args)                   \
+  void name##_float(const Args<float>& a) { body(a); }   \
+  void name##_double(const Args<double>& a) { body(a); } \
   static_assert(true, "a semicolon follows")
 
 ALRAO_DEFINE(softmax_rows, softmax, SoftmaxRows);

@@ -130,16 +130,16 @@ struct ShareGradientRows {
 };
 
 #ifdef ALRAO_ISA
-#define ALRAO_ROW_KERNEL(name, Args)                                  \
-  ALRAO_DECLARE_KERNEL(void, name##_float, (const Args<float>& a));   \
+#define ALRAO_ROW_KERNEL(name, Args)                                \
+  ALRAO_DECLARE_KERNEL(void, name##_float, (const Args<float>& a)); \
   ALRAO_DECLARE_KERNEL(void, name##_double, (const Args<double>& a))
 #else
 // Callers choose by the argument's type.
-#define ALRAO_ROW_KERNEL(name, Args)                                           \
-  ALRAO_DECLARE_KERNEL(void, name##_float, (const Args<float>& a));            \
-  ALRAO_DECLARE_KERNEL(void, name##_double, (const Args<double>& a));          \
-  inline void name(const Args<float>& a) { ALRAO_KERNEL(name##_float)(a); }    \
-  inline void name(const Args<double>& a) { ALRAO_KERNEL(name##_double)(a); }  \
+#define ALRAO_ROW_KERNEL(name, Args)                                          \
+  ALRAO_DECLARE_KERNEL(void, name##_float, (const Args<float>& a));           \
+  ALRAO_DECLARE_KERNEL(void, name##_double, (const Args<double>& a));         \
+  inline void name(const Args<float>& a) { ALRAO_KERNEL(name##_float)(a); }   \
+  inline void name(const Args<double>& a) { ALRAO_KERNEL(name##_double)(a); } \
   static_assert(true, "a semicolon follows")
 #endif
 

@@ -183,6 +183,67 @@ inline bool all_finite(const double* values, int64_t count) {
   return wrong == 0;
 }
 
+// The contents of a tensor in one type, dense.
+template <class T>
+torch::stable::Tensor in_type(const torch::stable::Tensor& tensor) {
+  const auto dense = torch::stable::contiguous(tensor);
+  return dense.scalar_type() == kScalarType<T> ? dense : torch::stable::to(dense, kScalarType<T>);
+}
+
+inline std::vector<double> as_doubles(const torch::stable::Tensor& tensor) {
+  const auto dense = in_type<double>(tensor);
+  const double* p = static_cast<const double*>(dense.const_data_ptr());
+  return {p, p + dense.numel()};
+}
+
+// x with zeros for the rows that are not finite, among those that `chosen` picks: such rows have no
+// gradient to the logits, and 0 * inf must not reach dweight.
+template <class T, class Chosen>
+torch::stable::Tensor with_finite_rows(const torch::stable::Tensor& x, const Chosen& chosen) {
+  auto result = x;
+  bool copied = false;
+  const int64_t features = x.size(1);
+  for (int64_t b = 0; b < x.size(0); ++b) {
+    if (!chosen(b) ||
+        all_finite(static_cast<const T*>(x.const_data_ptr()) + b * features, features))
+      continue;
+    if (!copied) result = torch::stable::clone(x);
+    copied = true;
+    std::fill_n(static_cast<T*>(result.mutable_data_ptr()) + b * features, features, T(0));
+  }
+  return result;
+}
+
+// The weights with zeros for the clones that have one that is not finite: such a clone is dead for
+// every sample, and 0 * inf must not reach dx.
+template <class T>
+class FiniteWeight {
+ public:
+  FiniteWeight(const T* weight, int64_t clones, int64_t weights_per_clone)
+      : weight_(weight), count_(weights_per_clone), checked_(clones, false) {}
+
+  const T* get(const std::vector<CloneHealth>& health) {
+    const int64_t clones = static_cast<int64_t>(health.size());
+    for (int64_t n = 0; n < clones; ++n) {
+      if (!health[n].suspect || checked_[n]) continue;
+      checked_[n] = true;
+      if (all_finite(weight_ + n * count_, count_)) continue;
+      if (!copy_) {
+        copy_.emplace(clones * count_);
+        std::copy_n(weight_, clones * count_, copy_->data());
+      }
+      std::fill_n(copy_->data() + n * count_, count_, T(0));
+    }
+    return copy_ ? copy_->data() : weight_;
+  }
+
+ private:
+  const T* weight_;
+  int64_t count_;
+  std::vector<bool> checked_;
+  std::optional<Buffer<T>> copy_;
+};
+
 // All clones of a chunk of samples at once: for few classes.
 template <class T>
 void mixture_joint(const MixtureProblem<T>& p, MixtureResult<T>& out);

@@ -76,9 +76,7 @@ class Streamed {
     return budget / per_sample / kLaneTile * kLaneTile;
   }
 
-  int64_t rows(int64_t block) const {
-    return std::min(kBlockRows, classes_ - block * kBlockRows);
-  }
+  int64_t rows(int64_t block) const { return std::min(kBlockRows, classes_ - block * kBlockRows); }
 
   LaneSums<T> sums(int64_t block) {
     T* p = block_.data() + block * ld_ * 4;
@@ -115,8 +113,8 @@ class Streamed {
         residual_rows(
             ResidualRows<T>{z, rows(block), ld_, ld_, bias, chunk.expected + row * ld_, s.sum});
       } else {
-        softmax_rows(SoftmaxRows<T>{z, rows(block), ld_, ld_, bias, chunk.target, row, s.max,
-                                    s.sum, s.target_logit, s.is_argmax});
+        softmax_rows(SoftmaxRows<T>{z, rows(block), ld_, ld_, bias, chunk.target, row, s.max, s.sum,
+                                    s.target_logit, s.is_argmax});
       }
     });
     return p_.expected ? finish_gaussian(chunk, n, health) : finish_classes(chunk, n, health);
@@ -180,10 +178,9 @@ class Streamed {
     for_each_group([&](int64_t group, int64_t block) {
       const int64_t row = block * kBlockRows;
       T* z = z_.data() + row * ld_;
-      gradient_rows(GradientRows<T>{z, rows(block), ld_, ld_, factor(block),
-                                    p_.expected ? nullptr : chunk.target, row,
-                                    static_cast<T>(p_.norm),
-                                    p_.need_dw ? out_.dbias + n * classes_ + row : nullptr, !first});
+      gradient_rows(GradientRows<T>{
+          z, rows(block), ld_, ld_, factor(block), p_.expected ? nullptr : chunk.target, row,
+          static_cast<T>(p_.norm), p_.need_dw ? out_.dbias + n * classes_ + row : nullptr, !first});
       const auto g = row_major<const T>(z, rows(block), chunk.size, ld_);
       if (p_.need_dw) {
         gemm<T>(row_major(out_.dweight + (n * classes_ + row) * features_, rows(block), features_,
