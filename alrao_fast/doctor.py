@@ -180,16 +180,22 @@ def _feature_adam(impl: str, dtype: torch.dtype, device: torch.device) -> Output
 
 def _switch_mixture(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
     inputs = testing.mixture_inputs(37, 19, 11, 3, dtype=dtype, device=device)
-    assert inputs.bias is not None
-    leaves = {"dx": inputs.x, "dweight": inputs.weight, "dbias": inputs.bias}
-    for leaf in leaves.values():
-        leaf.requires_grad_()
-    arguments = (*leaves.values(), inputs.log_posterior)
-    loss, clone_nll = functional.switch_mixture_nll(*arguments, inputs.target, impl=impl)
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    log_prob = functional.switch_mixture_log_prob(*arguments, impl=impl)
-    outputs = {"loss": loss, "clone_nll": clone_nll, "log_prob": log_prob}
-    return outputs | dict(zip(leaves, gradients))
+    x, weight, bias, log_posterior, target = inputs
+    assert bias is not None
+    leaves = [leaf.requires_grad_() for leaf in (x, weight, bias)]
+    loss, clone_nll = functional.switch_mixture_nll(
+        x, weight, bias, log_posterior, target, impl=impl
+    )
+    dx, dweight, dbias = torch.autograd.grad(loss, leaves)
+    log_prob = functional.switch_mixture_log_prob(x, weight, bias, log_posterior, impl=impl)
+    return {
+        "loss": loss,
+        "clone_nll": clone_nll,
+        "dx": dx,
+        "dweight": dweight,
+        "dbias": dbias,
+        "log_prob": log_prob,
+    }
 
 
 def _switch_update(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
