@@ -2,14 +2,21 @@
 
 # Registers the layouts of torch.nn's modules.
 import alrao_fast.optim.rules  # noqa: F401
+from alrao_fast.optim.adam import AlraoAdam
+from alrao_fast.optim.describe import RateRow, describe_rates
 from alrao_fast.optim.layouts import Feature, register_feature_layout
 from alrao_fast.optim.rates import Constant, Fraction, LogUniform, PerWeight
+from alrao_fast.optim.sgd import AlraoSGD
 
 __all__ = [
+    "AlraoAdam",
+    "AlraoSGD",
     "Constant",
     "Feature",
     "Fraction",
     "LogUniform",
     "PerWeight",
+    "RateRow",
+    "describe_rates",
     "register_feature_layout",
 ]

@@ -1,0 +1,456 @@
+"""What AlraoSGD and AlraoAdam share: param groups, the drawn rates, state, checkpoints and the frame of `step()`.
+
+The class gathers tensors and stores them; the arithmetic is the ops'. What an update needs of a param group is
+gathered once into buckets, one per device and dtype, and kept until something changes: `step()` then only collects
+the gradients.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import profiler
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import (
+    Optimizer,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
+
+from alrao_fast import backends
+from alrao_fast.optim import checkpoint
+from alrao_fast.optim.buckets import Bucket, Gathered, Needs, check_gradient, gather
+from alrao_fast.optim.layouts import Layout, check_not_lazy, default_layout, resolve
+from alrao_fast.optim.rates import LogUniform, Sampler, check_lr_range, draw, draw_clones
+
+ROUNDINGS = (None, "nearest", "stochastic")
+RULES = ("torch", "authors")
+
+
+class AlraoOptimizer(Optimizer):
+    """Base class: not for use on its own."""
+
+    # GradScaler hands over grad_scale and found_inf instead of unscaling and checking on the host.
+    _step_supports_amp_scaling = True
+    # The stem of the op, the option that may name the authors' rule, and the states a group's update keeps.
+    _op: str
+    _rule_option: str
+    # Whether states of bf16 and fp16 parameters are float32 even without master weights.
+    _float32_states = False
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        sampler: Sampler | None,
+        generator: torch.Generator | None,
+        model: nn.Module | None,
+    ) -> None:
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model is a {type(model).__name__}; expected a torch.nn.Module or None"
+            )
+        if generator is not None and generator.device.type != "cpu":
+            raise ValueError(
+                f"generator is on {generator.device}; expected a CPU generator: rates are drawn on the CPU, so that a "
+                "seed gives the same ones on every device"
+            )
+        _check_sampler(sampler)
+        self._sampler = sampler
+        self._generator = generator
+        # The layout of every parameter met so far, in the order in which rates are drawn.
+        self._layouts: dict[Tensor, Layout] = {}
+        self._rates: dict[Tensor, Tensor] = {}
+        # Vectors drawn with the optimizer's own sampler: parameters added later share them.
+        self._vectors: dict[Any, Tensor] = {}
+        self._gathered: dict[int, Gathered] = {}
+        # Rates are drawn once all groups are there, in the model's order whatever the groups.
+        self._undrawn: dict[Tensor, tuple[Sampler | None, tuple[float, float]]] = {}
+        self._constructing = True
+        groups = _as_groups(params)
+        for root in [model] if model is not None else _modules_of(groups):
+            resolve(root, self._layouts)
+        super().__init__(groups, defaults)
+        self._constructing = False
+        self._draw()
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError where an option of `group` (defaults filled in) is out of range."""
+        raise NotImplementedError
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The per-parameter states that the update of `group` keeps, besides rate, step and master."""
+        raise NotImplementedError
+
+    def _update(
+        self,
+        bucket: Bucket,
+        grads: list[Tensor],
+        group: dict[str, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> bool:
+        """Run the op on a bucket; False, with nothing written, where its plan is out of date."""
+        raise NotImplementedError
+
+    # Param groups and rates.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group: `params` is a module, a tensor, or an iterable of modules, tensors and (name, tensor) pairs.
+
+        The group's options are those of the constructor; it may also have its own `sampler` and `lr_range`. A bare
+        tensor has the layout its model gives it, if the optimizer has met the model, else one rate per index of dim 0.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group is a {type(param_group).__name__}; expected a dict")
+        group = dict(param_group)
+        sampler = group.pop("sampler", None)
+        _check_sampler(sampler)
+        merged = {**self.defaults, **group}
+        self._check_common(merged)
+        self._check_group(merged)
+        if "lr_range" in group:
+            group["lr_range"] = check_lr_range(group["lr_range"])
+            sampler = sampler or LogUniform(*group["lr_range"])
+        if isinstance(group.get("params"), set):
+            raise TypeError("params is a set; expected an ordered collection, such as a list")
+        group["params"] = self._expand(group["params"])
+        for part in self._clones_apart(group, merged[self._rule_option]):
+            first = len(self._layouts)
+            self._register(part["params"])
+            try:
+                super().add_param_group(part)
+            except Exception:
+                for param in list(self._layouts)[first:]:
+                    del self._layouts[param]
+                raise
+            added = self.param_groups[-1]
+            for param in added["params"]:
+                self._undrawn[param] = (sampler, added["lr_range"])
+        if not self._constructing:
+            self._draw()
+
+    def _expand(self, params: Any) -> list[Any]:
+        """Tensors and (name, tensor) pairs, the modules among `params` replaced by their parameters."""
+        entries: list[Any] = []
+        for item in [params] if isinstance(params, nn.Module | Tensor) else params:
+            if isinstance(item, nn.Module):
+                resolve(item, self._layouts)
+                known = {id(_tensor(entry)) for entry in entries}
+                entries += [p for p in item.parameters() if id(p) not in known]
+            else:
+                entries.append(item)
+        return entries
+
+    def _register(self, entries: Iterable[Any]) -> None:
+        """Give the tensors that no module has laid out one rate per index of dimension 0, with a warning."""
+        unknown = []
+        for number, entry in enumerate(entries):
+            param = _tensor(entry)
+            if isinstance(param, Tensor) and param not in self._layouts:
+                name = entry[0] if isinstance(entry, tuple) else f"params[{number}]"
+                check_not_lazy(name, param)
+                self._layouts[param] = default_layout(name, param)
+                unknown.append(name)
+            elif isinstance(param, Tensor):
+                check_not_lazy(self._layouts[param].name, param)
+        if unknown:
+            warnings.warn(
+                f"{len(unknown)} bare tensors ({', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}) get one "
+                "learning rate per index of dimension 0, none of them shared: pass the module itself, or model=, to "
+                "use the modules' feature layouts",
+                stacklevel=5,
+            )
+
+    def _clones_apart(self, group: dict[str, Any], rule: str) -> list[dict[str, Any]]:
+        """The authors' rules are for the pre-classifier: under one, clones become a group of their own."""
+        if rule != "authors":
+            return [group]
+        clones: list[Any] = []
+        others: list[Any] = []
+        for entry in group["params"]:
+            layout = self._layouts.get(_tensor(entry))
+            (clones if layout and layout.vector.kind == "clone" else others).append(entry)
+        if not clones:
+            return [group]
+        part = {**group, "params": clones, self._rule_option: "torch"}
+        return [{**group, "params": others}, part] if others else [part]
+
+    def _check_common(self, group: dict[str, Any]) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1:
+                raise ValueError(
+                    f"lr is a tensor of shape {list(lr.shape)}; expected a single element"
+                )
+        elif not lr >= 0.0:
+            raise ValueError(f"lr is {lr}; expected a multiplier >= 0 of the drawn rates")
+        check_lr_range(group["lr_range"])
+        if not group["weight_decay"] >= 0.0:
+            raise ValueError(f"weight_decay is {group['weight_decay']}; expected a number >= 0")
+        if group["rounding"] not in ROUNDINGS:
+            raise ValueError(
+                f"rounding is {group['rounding']!r}; expected None, 'nearest' or 'stochastic'"
+            )
+        if group["rounding"] == "stochastic" and group["master_weights"]:
+            raise ValueError(
+                "rounding is 'stochastic' with master_weights=True; expected one of the two: masters keep every bit"
+            )
+        if group[self._rule_option] not in RULES:
+            raise ValueError(
+                f"{self._rule_option} is {group[self._rule_option]!r}; expected 'torch' or 'authors'"
+            )
+        if group["foreach"]:
+            raise ValueError(
+                "foreach is True; expected None or False: one fused call updates all tensors"
+            )
+        if group["differentiable"]:
+            raise ValueError(
+                "differentiable is True; expected False: the update is done in place and has no gradient"
+            )
+
+    def _draw(self) -> None:
+        """Draw the rates of the parameters that have none, in the model's order, and store them in the state."""
+        pending, self._undrawn = self._undrawn, {}
+        own = self._sampler or LogUniform(*self.defaults["lr_range"])
+        drawn: dict[Any, Tensor] = {}
+        for param in [p for p in self._layouts if p in pending]:
+            layout = self._layouts[param]
+            group_sampler, lr_range = pending[param]
+            sampler = group_sampler or own
+            if layout.vector.kind != "clone" and getattr(sampler, "per_weight", False):
+                layout = self._layouts[param] = layout.per_entry(param)
+            cache: dict[Any, Tensor] = self._vectors if group_sampler is None else drawn
+            key = layout.vector if group_sampler is None else (layout.vector, id(group_sampler))
+            rates = cache.get(key)
+            if rates is None:
+                length = layout.vector.length
+                if layout.vector.kind == "clone":
+                    rates = draw_clones(sampler, lr_range, length)
+                else:
+                    rates = draw(sampler, length, self._generator)
+                cache[key] = rates
+            self._rates[param] = layout.rates(rates)
+        for group in self.param_groups:
+            if "rounding_seed" not in group:
+                # The tensors of a group round with consecutive seeds, starting here.
+                seed = torch.randint(2**62, (), generator=self._generator)
+                group["rounding_seed"] = int(seed)
+        self._store_rates()
+
+    def _store_rates(self) -> None:
+        """Put the rates into the state, on their parameters' devices, shared vectors as one tensor."""
+        moved: dict[tuple[int, torch.device], Tensor] = {}
+        for param, rate in self._rates.items():
+            device = rate.device if param.is_meta else param.device
+            key = (id(rate), device)
+            if key not in moved:
+                moved[key] = rate.to(device)
+            self._rates[param] = self.state[param]["rate"] = moved[key]
+            self._layouts[param].show(moved[key])
+        self._gathered.clear()
+
+    def layout_of(self, param: Tensor) -> Layout:
+        """The feature layout of one of the optimizer's parameters."""
+        return self._layouts[param]
+
+    # Checkpoints and copies.
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state that `state_dict()` returned; raises, changing nothing, where it does not fit the parameters.
+
+        Tensors are copied. Rates stay float32, step counts int64 and master weights float32, whatever the parameters'
+        dtype; the groups' options, the rounding seeds among them, are taken from `state_dict`.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        groups, state = checkpoint.fitted(state_dict, self.param_groups, self._layouts)
+        for group in groups:
+            self._check_common(group)
+            self._check_group(group)
+        self.param_groups, self.state = groups, state
+        for group in groups:
+            for param in group["params"]:
+                self._rates[param] = state[param]["rate"]
+                layout = self._layouts[param]
+                if layout.vector in self._vectors and layout.feature_of is None:
+                    self._vectors[layout.vector] = self._rates[param]
+        self._store_rates()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = [p for group in self.param_groups for p in group["params"]]
+        return {
+            **super().__getstate__(),
+            "_layouts": {p: layout for p, layout in self._layouts.items() if p in set(own)},
+            "_rates": self._rates,
+            "_vectors": self._vectors,
+            "_sampler": self._sampler,
+            "_generator": self._generator,
+            "_constructing": False,
+            "_undrawn": {},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._gathered = {}
+
+    # The step.
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # Set by GradScaler for the duration of its step.
+        scaler_sets = self.__dict__
+        grad_scale, found_inf = scaler_sets.get("grad_scale"), scaler_sets.get("found_inf")
+        for number, group in enumerate(self.param_groups):
+            params = group["params"]
+            grads = [g for p in params if (g := p.grad) is not None]
+            if not grads:
+                continue
+            gathered = self._gathered.get(number)
+            if gathered is None or not gathered.fits(
+                params, len(grads), self.state, self._needs(group)
+            ):
+                gathered = self._gather(number)
+            for number_in_group, bucket in enumerate(gathered.buckets):
+                if not self._run(bucket, grads, group, grad_scale, found_inf):
+                    self._run_rest(number, number_in_group, grad_scale, found_inf)
+                    break
+        return loss
+
+    def _run(
+        self,
+        bucket: Bucket,
+        grads: list[Tensor],
+        group: dict[str, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> bool:
+        """Update one bucket; False where a parameter's memory, strides or dtype is no longer what was gathered."""
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(bucket.steps.device)
+        if found_inf is not None:
+            found_inf = found_inf.to(bucket.steps.device)
+        if bucket.positions is not None:
+            grads = [grads[k] for k in bucket.positions]
+        if bucket.masters:
+            bucket.follow_changes()
+        try:
+            updated = self._update(bucket, grads, group, grad_scale, found_inf)
+        except RuntimeError:
+            # Gradients are looked at when gathered; one that has turned sparse since has a clearer message there.
+            for param in bucket.params:
+                check_gradient(param, self._layouts[param].name)
+            raise
+        if updated and bucket.impl != "reference" and not torch.compiler.is_compiling():
+            # Autograd has to see that the parameters have changed; the kernels do not tell it.
+            increment_version(bucket.params)
+        if bucket.masters:
+            bucket.note_versions()
+        return updated
+
+    def _run_rest(
+        self, number: int, first: int, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Gather anew and update all buckets from `first` on; those before it have had this step."""
+        group = self.param_groups[number]
+        done = {id(p) for bucket in self._gathered[number].buckets[:first] for p in bucket.params}
+        gathered = self._gather(number, done)
+        rest = [p.grad for p in group["params"] if p.grad is not None and id(p) not in done]
+        for bucket in gathered.buckets:
+            if not self._run(bucket, rest, group, grad_scale, found_inf):
+                raise RuntimeError(
+                    "internal error: an update plan is stale right after it was made"
+                )
+        if done:
+            del self._gathered[number]
+
+    def _needs(self, group: dict[str, Any]) -> Needs:
+        if group["fused"] is False:
+            impl = "reference"
+        else:
+            impl = backends.select(self._op, group["params"][0].device)
+        return Needs(
+            self._state_names(group),
+            self._float32_states,
+            group["master_weights"],
+            group["rounding"],
+            impl,
+        )
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _gather(self, number: int, done: frozenset[int] | set[int] = frozenset()) -> Gathered:
+        group = self.param_groups[number]
+        needs, seed = self._needs(group), group["rounding_seed"]
+        gathered = gather(group["params"], self._layouts, self.state, needs, seed, done)
+        self._gathered[number] = gathered
+        return gathered
+
+    _hooked_step = Optimizer.profile_hook_step(_step)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; returns what `closure`, if given, returns."""
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or profiler._is_profiler_enabled
+        ):
+            return self._hooked_step() if closure is None else self._hooked_step(closure)
+        return self._step(closure)
+
+    # torch would wrap step in a profiler range, which costs more than the whole of a small update; `step` above runs
+    # the hooks, and the range while a profiler is on.
+    step.hooked = True  # type: ignore[attr-defined]
+
+
+def _check_sampler(sampler: Any) -> None:
+    if sampler is not None and not callable(sampler):
+        raise TypeError(
+            f"sampler is {sampler!r}; expected LogUniform, PerWeight, Fraction, Constant, a function "
+            "(n, generator) -> rates, or None"
+        )
+
+
+def _as_groups(params: Any) -> list[dict[str, Any]]:
+    """`params` of the constructor as a list of param groups."""
+    if isinstance(params, nn.Module):
+        return [{"params": params}]
+    if isinstance(params, Tensor):
+        raise TypeError("params is a tensor; expected a module, an iterable of tensors or groups")
+    entries = list(params)
+    if entries and isinstance(entries[0], dict):
+        return entries
+    if not entries:
+        raise ValueError("params is empty; expected at least one parameter")
+    return [{"params": entries}]
+
+
+def _modules_of(groups: list[dict[str, Any]]) -> list[nn.Module]:
+    """The modules that the groups name, in order."""
+    modules = []
+    for group in groups:
+        params = group["params"] if isinstance(group, dict) and "params" in group else ()
+        if isinstance(params, nn.Module):
+            modules.append(params)
+        elif isinstance(params, list | tuple):
+            modules += [item for item in params if isinstance(item, nn.Module)]
+    return modules
+
+
+def _tensor(entry: Any) -> Any:
+    """The tensor of an entry of a group: bare, or in a (name, tensor) pair."""
+    return entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry

@@ -1,0 +1,145 @@
+"""SGD with one learning rate per feature."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alrao_fast.ops.feature_sgd import feature_sgd_
+from alrao_fast.optim.base import AlraoOptimizer
+from alrao_fast.optim.buckets import Bucket
+from alrao_fast.optim.rates import Sampler, check_lr_range
+
+
+class AlraoSGD(AlraoOptimizer):
+    """torch.optim.SGD in which every feature has its own learning rate, drawn once (arXiv 1810.01322, section 3).
+
+        p = p - lr * r(i) * d,    log r ~ U(log lo, log hi) per feature;  d: gradient, momentum and decay as in SGD
+
+    params: an `AlraoModel` or any module, an iterable of tensors or (name, tensor) pairs, or param groups whose
+        "params" are any of these. A group may have its own `sampler` and `lr_range`. Frozen parameters get their rate
+        and are skipped while they have no gradient.
+    lr_range: (lo, hi), the interval of the rates, 0 < lo <= hi. Clone n of N has lo * (hi/lo)^(n/(N-1)).
+    lr: the multiplier of all drawn rates, float or one-element tensor: what LR schedulers move.
+    momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
+    sampler: `LogUniform(*lr_range)` if None; `PerWeight`, `Fraction`, `Constant` or a function
+        `(n, generator) -> [n]` of rates.
+    generator: a CPU torch.Generator to draw from; the same seed gives the same rates on any device. In distributed
+        training give every rank the same seed.
+    momentum_rule: "torch", or "authors" for that of the paper's code, which shortens the memory of fast features; it
+        is for the pre-classifier only: clones keep torch's and get a param group of their own.
+    rounding: how bfloat16 and float16 parameters are rounded: "stochastic" (None: the same) or "nearest", under which
+        a rate of 1e-5 moves next to nothing.
+    master_weights: keep a float32 copy of bfloat16 and float16 parameters in the state, and float32 momentum.
+    model: the module whose feature layouts apply where `params` are bare tensors; without it they get one rate per
+        index of dimension 0.
+    fused: None or True for the best implementation available, False for the plain PyTorch reference.
+    foreach, differentiable: must not be true. capturable: always so; accepted for uniformity.
+
+    State per parameter: "rate" (float32), "step" (int64), "momentum_buffer", "master". Raises ValueError for options
+    out of range and for uninitialized lazy parameters, RuntimeError at `step()` for sparse gradients.
+    """
+
+    _op = "feature_sgd"
+    _rule_option = "momentum_rule"
+
+    def __init__(
+        self,
+        params: Any,
+        lr_range: tuple[float, float] = (1e-5, 10.0),
+        *,
+        lr: float | Tensor = 1.0,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        maximize: bool = False,
+        sampler: Sampler | None = None,
+        generator: torch.Generator | None = None,
+        momentum_rule: str = "torch",
+        rounding: str | None = None,
+        master_weights: bool = False,
+        model: nn.Module | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "momentum_rule": momentum_rule,
+            "rounding": rounding,
+            "master_weights": master_weights,
+            "lr_range": check_lr_range(lr_range),
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults, sampler=sampler, generator=generator, model=model)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        momentum, dampening = group["momentum"], group["dampening"]
+        if not momentum >= 0.0:
+            raise ValueError(f"momentum is {momentum}; expected a number >= 0")
+        if group["nesterov"] and (momentum == 0 or dampening != 0):
+            raise ValueError(
+                f"nesterov is True with momentum={momentum}, dampening={dampening}; expected a momentum > 0 and no "
+                "dampening"
+            )
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _update(
+        self,
+        bucket: Bucket,
+        grads: list[Tensor],
+        group: dict[str, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> bool:
+        lr = group["lr"]
+        if bucket.plan is not None and not torch.compiler.is_compiling():
+            tensor = isinstance(lr, Tensor)
+            return bucket.plan.sgd(
+                grads,
+                lr=1.0 if tensor else lr,
+                lr_tensor=lr if tensor else None,
+                momentum=group["momentum"],
+                dampening=group["dampening"],
+                weight_decay=group["weight_decay"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+                authors_momentum=group["momentum_rule"] == "authors",
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+            )
+        feature_sgd_(
+            bucket.params,
+            grads,
+            bucket.rates,
+            inners=bucket.inners,
+            momentum_buffers=bucket.states[0] if bucket.states else None,
+            masters=bucket.masters or None,
+            steps=bucket.steps,
+            seeds=bucket.seeds or None,
+            lr=lr,
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            momentum_rule=group["momentum_rule"],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            impl=bucket.impl,
+        )
+        return True
