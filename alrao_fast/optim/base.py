@@ -315,7 +315,8 @@ class AlraoOptimizer(Optimizer):
         grad_scale, found_inf = scaler_sets.get("grad_scale"), scaler_sets.get("found_inf")
         for number, group in enumerate(self.param_groups):
             params = group["params"]
-            grads = [g for p in params if (g := p.grad) is not None]
+            # No := here: it would make g a cell variable, slower, and torch.compile would break the graph.
+            grads = [g for g in [p.grad for p in params] if g is not None]
             if not grads:
                 continue
             gathered = self._gathered.get(number)

@@ -47,6 +47,8 @@ class Bucket:
     plan: FeaturePlan | None = None
     versions: list[int] = field(default_factory=list)
 
+    # Version counters are Python's business: torch.compile breaks its graph here, with master weights only.
+    @torch.compiler.disable
     def follow_changes(self) -> None:
         """Take into the master weights what was written into the parameters since the last step."""
         if self.masters and self.versions != [p._version for p in self.params]:
@@ -54,6 +56,7 @@ class Bucket:
                 if master.numel():
                     _reconcile(master, param)
 
+    @torch.compiler.disable
     def note_versions(self) -> None:
         """Remember the parameters as this step has left them."""
         if self.masters:
