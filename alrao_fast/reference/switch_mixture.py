@@ -79,29 +79,40 @@ def _gaussian(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, si
     return logp, alive, torch.where(alive, squared.detach(), math.inf).double()
 
 
-def combine(mixture_logp, own_logp, alive, score, log_posterior, reduction: str):
-    """Loss with both gradients, and the statistics, from the log-likelihoods of the counted samples [B, N].
+def combine(
+    mixture_logp: Tensor,
+    own_logp: Tensor,
+    alive: Tensor,
+    score: Tensor,
+    counted: Tensor,
+    log_posterior: Tensor,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """Loss with both gradients, and the statistics, from the clones' log-likelihoods `[B, N]`, -inf where not `alive`.
 
-    `mixture_logp` has the graph to x, `own_logp` the graph to the clones; their values are the same.
+    `mixture_logp` has the graph to x, `own_logp` the graph to the clones; their values are the same. `score [B, N]`
+    is summed into row 1 of the statistics, `counted [B]` says which samples count.
     """
-    count, num_clones = mixture_logp.shape
-    norm = max(count, 1) if reduction == "mean" else 1
+    counted = counted.unsqueeze(1)
+    count = counted.sum()
+    norm = count.clamp(min=1).to(mixture_logp.dtype) if reduction == "mean" else 1
 
     joint = log_posterior.to(mixture_logp.dtype) + mixture_logp
     # A sample on which every clone with posterior mass is dead: the loss is +inf, visible, with zero gradient.
     possible = (joint.detach() > -math.inf).any(1, keepdim=True)
-    log_mixture = torch.logsumexp(torch.where(possible, joint, 0), dim=1)
-    loss = -torch.where(possible.squeeze(1), log_mixture, -math.inf).sum() / norm
+    log_mixture = torch.logsumexp(torch.where(possible, joint, 0), dim=1, keepdim=True)
+    log_mixture = torch.where(possible, log_mixture, -math.inf)
+    loss = -torch.where(counted, log_mixture, 0).sum() / norm
 
-    never_dead = alive.all(0)
-    own = -torch.where(never_dead, own_logp, 0).sum() / norm
+    never_dead = (alive | ~counted).all(0)
+    own = -torch.where(never_dead & counted, own_logp, 0).sum() / norm
     loss = loss + (own - own.detach())
 
     stats = torch.stack(
         [
-            -own_logp.detach().double().sum(0),
-            score.sum(0),
-            torch.full((num_clones,), count, dtype=torch.float64, device=score.device),
+            -torch.where(counted, own_logp.detach(), 0).double().sum(0),
+            torch.where(counted, score, 0).sum(0),
+            count.double().expand(score.size(1)),
         ]
     )
     return loss, stats
@@ -125,13 +136,15 @@ def switch_mixture_nll(
     """
     dtype = _accumulator(x, weight)
     counted = target != ignore_index
-    x, target = x[counted].to(dtype), target[counted]
+    # What does not count may be anything, NaN too, and gets a zero gradient.
+    x = torch.where(counted.unsqueeze(1), x.to(dtype), 0)
+    target = torch.where(counted, target, 0)
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     fixed_bias = None if bias is None else bias.detach()
     mixture, _, _ = _categorical(x, weight.detach(), fixed_bias, target)
     own, alive, correct = _categorical(x.detach(), weight, bias, target)
-    return combine(mixture, own, alive, correct, log_posterior, reduction)
+    return combine(mixture, own, alive, correct, counted, log_posterior, reduction)
 
 
 def switch_mixture_gaussian_nll(
@@ -154,7 +167,8 @@ def switch_mixture_gaussian_nll(
     fixed_bias = None if bias is None else bias.detach()
     mixture, _, _ = _gaussian(x, weight.detach(), fixed_bias, target, sigma2)
     own, alive, squared = _gaussian(x.detach(), weight, bias, target, sigma2)
-    return combine(mixture, own, alive, squared, log_posterior, reduction)
+    counted = torch.ones_like(alive[:, 0])
+    return combine(mixture, own, alive, squared, counted, log_posterior, reduction)
 
 
 def switch_mixture_log_prob(
