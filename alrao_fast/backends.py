@@ -108,6 +108,9 @@ def select(op: str, device: torch.device, impl: str = "auto") -> str:
     backend that was asked for and is not available here.
     """
     name = _default if impl == "auto" else impl
+    if torch.compiler.is_compiling():
+        # A guard on the memory would recompile as soon as an eager call has filled it.
+        return _choose(op, device.type, name)
     key = (op, device.type, name)
     if key not in _chosen:
         _chosen[key] = _choose(op, device.type, name)
