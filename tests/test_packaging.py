@@ -246,8 +246,14 @@ def test_wheel_is_complete(tmp_path):
     assert "-cp310-abi3-linux" in next(tmp_path.glob("*.whl")).name
 
 
-USE_SWITCH = """
-import sys, torch, alrao_fast
+# The tested package may be installed in editable mode too, whose finder would fill the gaps of this one.
+ONLY_HERE = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+"""
+
+USE_SWITCH = f"""{ONLY_HERE}
+import torch, alrao_fast
 from alrao_fast import _extension, backends
 from alrao_fast.ops.switch_update import switch_update_
 from alrao_fast.reference.switch_update import initial_state
@@ -351,7 +357,7 @@ def test_cuda_kernels_compile_link_and_load(tmp_path):
         dirs_exist_ok=True,
         ignore=shutil.ignore_patterns("_C*", "_build*"),
     )
-    code = """
+    code = f"""{ONLY_HERE}
 import torch
 from alrao_fast import _extension
 from alrao_fast.ops.switch_update import switch_update_
