@@ -46,7 +46,7 @@ Outputs run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
             bool need_dw, int64_t memory_budget, const MixtureSizes& size) {
   const auto [samples, features, clones, classes] = size;
   const Tensor target = likelihood.gaussian ? in_type<T>(*likelihood.target)
-                                            : torch::stable::contiguous(*likelihood.target);
+                                            : contents(*likelihood.target);
   const int64_t counted =
       likelihood.gaussian ? samples : count_targets(target, likelihood.ignore_index, classes);
 
@@ -99,7 +99,6 @@ Outputs run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
     }
   }
   *static_cast<T*>(loss.mutable_data_ptr()) = static_cast<T>(out.loss);
-  if (dx.scalar_type() != x.scalar_type()) dx = torch::stable::to(dx, x.scalar_type());
   return {loss, stats, dx, dweight, dbias};
 }
 

@@ -245,7 +245,6 @@ Gradients backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
     torch::stable::zero_(dweight);
     torch::stable::zero_(dbias);
   }
-  if (dx.scalar_type() != x.scalar_type()) dx = torch::stable::to(dx, x.scalar_type());
   return {dx, dweight, dbias};
 }
 
