@@ -1,3 +1,44 @@
-"""Alrao, all learning rates at once, at the price of plain SGD (arXiv 1810.01322)."""
+"""Alrao, all learning rates at once, at the price of plain SGD (arXiv 1810.01322).
+
+    head = alrao_fast.ClassifierClones(in_features=512, num_classes=10)
+    net = alrao_fast.AlraoModel(backbone, head)
+    opt = alrao_fast.AlraoSGD(net)
+
+and the training loop that every PyTorch user has, with `loss = net(x, targets=y)`.
+"""
 
 __version__ = "0.1.0"
+
+from alrao_fast import backends, functional
+from alrao_fast.backends import use_backend
+from alrao_fast.nn import AlraoModel, ClassifierClones, RegressorClones, Switch
+from alrao_fast.optim import (
+    AlraoAdam,
+    AlraoSGD,
+    Constant,
+    Feature,
+    Fraction,
+    LogUniform,
+    PerWeight,
+    describe_rates,
+    register_feature_layout,
+)
+
+__all__ = [
+    "AlraoAdam",
+    "AlraoModel",
+    "AlraoSGD",
+    "ClassifierClones",
+    "Constant",
+    "Feature",
+    "Fraction",
+    "LogUniform",
+    "PerWeight",
+    "RegressorClones",
+    "Switch",
+    "backends",
+    "describe_rates",
+    "functional",
+    "register_feature_layout",
+    "use_backend",
+]
