@@ -7,6 +7,7 @@ tolerance is guessed per test.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -107,3 +108,110 @@ def mixture_inputs(
         log_posterior.to(device),
         target.to(device),
     )
+
+
+class FeatureProblem(NamedTuple):
+    """Arguments of one feature_sgd or feature_adam call; `names` say what each parameter stresses."""
+
+    names: list[str]
+    params: list[Tensor]
+    grads: list[Tensor]
+    rates: list[Tensor]
+    inners: list[int]
+
+    def to(self, dtype: torch.dtype) -> FeatureProblem:
+        """A copy with parameters and gradients of another dtype, strides kept, rates as they are."""
+        return self._replace(
+            params=[p.to(dtype, copy=True) for p in self.params],
+            grads=[g.to(dtype, copy=True) for g in self.grads],
+        )
+
+
+# name: shape, number of rates, inner (in elements of memory order); changed by _arrange where the name says so.
+FEATURE_CASES: dict[str, tuple[tuple[int, ...], int, int]] = {
+    "rows of a linear layer": ((7, 33), 7, 33),
+    "long rows, more than one piece": ((3, 6011), 3, 6011),
+    "short rows: a depthwise 3x3 convolution": ((70, 1, 3, 3), 70, 9),
+    "short rows: a first convolution": ((21, 3, 3, 3), 21, 27),
+    "gates share the units' rates": ((4 * 13, 10), 13, 10),
+    "bias of gates": ((4 * 13,), 13, 1),
+    "columns of an embedding": ((11, 100), 100, 1),
+    "few columns": ((50, 9), 9, 1),
+    "transposed convolution": ((3, 8, 2, 2), 8, 4),
+    "one rate": ((5, 7), 1, 35),
+    "a rate per weight": ((37, 41), 37 * 41, 1),
+    "one element": ((1,), 1, 1),
+    "no dimension": ((), 1, 1),
+    "empty": ((0, 3), 3, 1),
+    "vector body and tail": ((3, 67), 3, 67),
+    "channels_last": ((6, 5, 3, 3), 6, 45),
+    "transposed": ((9, 30), 9, 1),
+    "unaligned": ((5, 40), 5, 40),
+    "gradient with other strides": ((12, 10), 12, 10),
+    "gradient expanded": ((4, 6), 4, 6),
+    **{f"small tensor {n}": ((n,), n, 1) for n in range(2, 40, 3)},
+}
+
+
+def _arrange(tensor: Tensor, name: str, is_grad: bool) -> Tensor:
+    if name == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if name == "transposed" or (name == "gradient with other strides" and is_grad):
+        return tensor.t().contiguous().t()
+    if name == "unaligned":
+        room = tensor.new_zeros(tensor.numel() + 1)
+        return room[1:].view_as(tensor).copy_(tensor)
+    if name == "gradient expanded" and is_grad:
+        return tensor[:1].expand_as(tensor)
+    return tensor
+
+
+def feature_problem(
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    names: Iterable[str] = FEATURE_CASES,
+    low: float = 1e-4,
+    high: float = 1.0,
+    seed: int = 0,
+) -> FeatureProblem:
+    """The named cases in one list, standard normal, with log-uniform rates in [low, high]."""
+    generator = torch.Generator().manual_seed(seed)
+    problem = FeatureProblem([], [], [], [], [])
+    for name in names:
+        shape, period, inner = FEATURE_CASES[name]
+        for tensors, is_grad in ((problem.params, False), (problem.grads, True)):
+            values = torch.randn(shape, generator=generator, dtype=torch.float64)
+            tensors.append(_arrange(values.to(device, dtype), name, is_grad))
+        exponent = torch.rand(period, generator=generator)
+        problem.rates.append((low * (high / low) ** exponent).to(device))
+        problem.names.append(name)
+        problem.inners.append(inner)
+    return problem
+
+
+# Beyond the reference's own error: two roundings of the storage dtype, in units of the largest true magnitude.
+FEATURE_SLACK = {
+    torch.float64: 1e-15,
+    torch.float32: 5e-7,
+    torch.bfloat16: 8e-3,
+    torch.float16: 1e-3,
+}
+
+
+def assert_feature_within_budget(
+    actual: list[Tensor],
+    reference: list[Tensor],
+    truth: list[Tensor],
+    names: list[str],
+    what: str,
+) -> None:
+    """`assert_within_budget` for one kind of tensor (`what`) of every parameter of a `FeatureProblem`."""
+    for t, name in enumerate(names):
+        assert_within_budget(
+            actual[t],
+            reference[t],
+            truth[t],
+            f"{what} of {name!r}",
+            slack=FEATURE_SLACK[actual[t].dtype],
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ def check_inputs(
     inners: Sequence[int],
     seeds: Sequence[int],
     steps: Tensor,
+    scalars: dict[str, Tensor | None],
 ) -> None:
     """Raise RuntimeError, naming the argument, what it is and what is expected, unless all tensors fit together.
 
@@ -89,6 +91,14 @@ def check_inputs(
         f"steps has dtype {_name(steps)} and {_text(steps)}, expected a contiguous int64 tensor with {count} entries, "
         "one for each of params",
     )
+
+    for name, scalar in scalars.items():
+        if scalar is not None:
+            check(
+                scalar.dtype in (torch.float32, torch.float64) and scalar.numel() == 1,
+                f"{name} has dtype {_name(scalar)} and {scalar.numel()} elements, expected one float32 or float64 "
+                "element on the parameters' device",
+            )
 
     for t, param in enumerate(params):
         tensors = {f"{name}[{t}]": values[t] for name, values in present.items()}
@@ -166,6 +176,18 @@ def check_inputs(
         check(
             grad.shape == param.shape,
             f"grads[{t}] has {_text(grad)}, expected the shape of params[{t}], {_text(param)}",
+        )
+
+    if not torch.compiler.is_compiling():  # tensors have no memory yet while a graph is traced
+        written = [*params, *(tensor for state in present.values() for tensor in state), *masters]
+        starts = sorted(
+            (tensor.data_ptr(), tensor.numel() * tensor.element_size())
+            for tensor in written
+            if tensor.numel()
+        )
+        check(
+            all(a + size <= b for (a, size), (b, _) in itertools.pairwise(starts)),
+            "two of params, their states and masters share memory, expected each tensor once",
         )
 
 

@@ -110,7 +110,16 @@ def feature_adam_(
             if largest:
                 states["max_exp_avg_sqs"] = State(largest)
             check_inputs(
-                "feature_adam_", params, grads, states, masters, rates, inners, seeds, steps
+                "feature_adam_",
+                params,
+                grads,
+                states,
+                masters,
+                rates,
+                inners,
+                seeds,
+                steps,
+                {"lr": scalars["lr_tensor"], "grad_scale": grad_scale, "found_inf": found_inf},
             )
             reference.feature_adam_(*args, **scalars)
         else:

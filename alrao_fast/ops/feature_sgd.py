@@ -119,7 +119,16 @@ def feature_sgd_(
             option = "momentum is not 0" if momentum else "momentum is 0"
             states = {"momentum_buffers": State(buffers, momentum != 0, option)}
             check_inputs(
-                "feature_sgd_", params, grads, states, masters, rates, inners, seeds, steps
+                "feature_sgd_",
+                params,
+                grads,
+                states,
+                masters,
+                rates,
+                inners,
+                seeds,
+                steps,
+                {"lr": scalars["lr_tensor"], "grad_scale": grad_scale, "found_inf": found_inf},
             )
             reference.feature_sgd_(*args, **scalars)
         else:

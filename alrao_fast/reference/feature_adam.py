@@ -62,7 +62,7 @@ def feature_adam_(
         g = scaled_gradient(grads[t], param, dtype, maximize, grad_scale)
         if decoupled:
             p = p * (1 - rate * weight_decay)
-        else:
+        elif weight_decay:
             g = g + weight_decay * p
 
         first, second = memory_order(exp_avgs[t]), memory_order(exp_avg_sqs[t])

@@ -99,7 +99,8 @@ def feature_sgd_(
         step = int(steps[t])
 
         g = scaled_gradient(grads[t], param, dtype, maximize, grad_scale)
-        g = g + weight_decay * p
+        if weight_decay:
+            g = g + weight_decay * p
         d = g
         if momentum:
             stored = memory_order(momentum_buffers[t])
