@@ -1,7 +1,7 @@
 """Protects: what is built where, and the one line that says what was left out; the contents of sdist and wheel; an
-install without a compiler; a binary that does not load; the choice of the CPU instruction set; the binary's promise to
-use only torch's stable ABI; the compilation of the CUDA kernels without warnings and spills, and that the result loads
-on a machine without a driver."""
+install without a compiler; a binary that does not load; the choice of the CPU instruction set; that the binary uses
+only torch's stable ABI, and that code for a newer processor stays in its namespace; that the CUDA kernels compile
+without warnings and spills, and load on a machine without a driver."""
 
 import importlib.util
 import json
@@ -316,24 +316,34 @@ def test_instruction_set_can_be_chosen():
     assert 'ALRAO_CPU_ISA is "v9"; this build on this machine takes one of: ' in done.stderr
 
 
-def undefined_symbols(library):
+def symbols(path, *which):
+    """(type, name) of a binary's symbols."""
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("nm is not installed")
-    said = subprocess.run(
-        [nm, "-D", "--undefined-only", str(library)], capture_output=True, text=True
-    )
-    return [line.split()[-1] for line in said.stdout.splitlines()]
+    said = subprocess.run([nm, *which, str(path)], capture_output=True, text=True, check=True)
+    return [tuple(line.split()[-2:]) for line in said.stdout.splitlines()]
 
 
 @needs_extension
 def test_only_the_stable_abi_of_torch_is_used():
-    symbols = undefined_symbols(ROOT / "alrao_fast" / "_C.abi3.so")
-    # Mangled names of the namespaces at, c10 and torch are torch's C++ ABI, which changes with every version.
-    assert not [
-        name for name in symbols if name.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch", "_ZNK3c10"))
+    names = [
+        name for _, name in symbols(ROOT / "alrao_fast" / "_C.abi3.so", "-D", "--undefined-only")
     ]
-    assert any(name.startswith(("torch_", "aoti_torch_")) for name in symbols)
+    # Mangled names in at, c10 and torch are torch's C++ ABI, which changes with every version.
+    changing = ("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "_ZNK5torch")
+    assert not [name for name in names if name.startswith(changing)]
+    assert any(name.startswith(("torch_", "aoti_torch_")) for name in names)
+
+
+def test_no_wide_instructions_leak_out_of_a_kernel():
+    # The linker keeps one copy of a weak function: perhaps the one compiled for a newer processor.
+    objects = sorted((ROOT / "build" / "ext" / "cpu").glob("*_kernel.cpp.v*.o"))
+    if not objects:
+        pytest.skip("no kernel objects: nothing was compiled in this folder")
+    for path in objects:
+        weak = [name for kind, name in symbols(path, "--defined-only") if kind in "WVu"]
+        assert not weak, path.name
 
 
 @pytest.mark.skipif(
