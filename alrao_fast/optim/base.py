@@ -8,7 +8,7 @@ the gradients.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,11 +24,16 @@ from torch.optim.optimizer import (
 from alrao_fast import backends
 from alrao_fast.optim import checkpoint
 from alrao_fast.optim.buckets import Bucket, Gathered, Needs, check_gradient, gather
+from alrao_fast.optim.groups import (
+    as_groups,
+    check_options,
+    check_sampler,
+    expanded,
+    modules_of,
+    tensor_of,
+)
 from alrao_fast.optim.layouts import Layout, check_not_lazy, default_layout, resolve
 from alrao_fast.optim.rates import LogUniform, Sampler, check_lr_range, draw, draw_clones
-
-ROUNDINGS = (None, "nearest", "stochastic")
-RULES = ("torch", "authors")
 
 
 class AlraoOptimizer(Optimizer):
@@ -60,7 +65,7 @@ class AlraoOptimizer(Optimizer):
                 f"generator is on {generator.device}; expected a CPU generator: rates are drawn on the CPU, so that a "
                 "seed gives the same ones on every device"
             )
-        _check_sampler(sampler)
+        check_sampler(sampler)
         self._sampler = sampler
         self._generator = generator
         # The layout of every parameter met so far, in the order in which rates are drawn.
@@ -72,12 +77,14 @@ class AlraoOptimizer(Optimizer):
         # Rates are drawn once all groups are there, in the model's order whatever the groups.
         self._undrawn: dict[Tensor, tuple[Sampler | None, tuple[float, float]]] = {}
         self._constructing = True
-        groups = _as_groups(params)
-        for root in [model] if model is not None else _modules_of(groups):
+        self._bare: list[str] = []
+        groups = as_groups(params)
+        for root in [model] if model is not None else modules_of(groups):
             resolve(root, self._layouts)
         super().__init__(groups, defaults)
-        self._constructing = False
         self._draw()
+        self._warn_of_bare_tensors()
+        self._constructing = False
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError where an option of `group` (defaults filled in) is out of range."""
@@ -105,66 +112,60 @@ class AlraoOptimizer(Optimizer):
 
         The group's options are those of the constructor; it may also have its own `sampler` and `lr_range`. A bare
         tensor has the layout its model gives it, if the optimizer has met the model, else one rate per index of dim 0.
+        Raises, and adds nothing, where an option or a parameter is not valid.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group is a {type(param_group).__name__}; expected a dict")
         group = dict(param_group)
         sampler = group.pop("sampler", None)
-        _check_sampler(sampler)
-        merged = {**self.defaults, **group}
-        self._check_common(merged)
-        self._check_group(merged)
+        check_sampler(sampler)
+        options = {**self.defaults, **group}
+        check_options(options, self._rule_option)
+        self._check_group(options)
         if "lr_range" in group:
             group["lr_range"] = check_lr_range(group["lr_range"])
             sampler = sampler or LogUniform(*group["lr_range"])
-        if isinstance(group.get("params"), set):
-            raise TypeError("params is a set; expected an ordered collection, such as a list")
-        group["params"] = self._expand(group["params"])
-        for part in self._clones_apart(group, merged[self._rule_option]):
-            first = len(self._layouts)
-            self._register(part["params"])
-            try:
+        before = len(self.param_groups), dict(self._layouts)
+        try:
+            for module in modules_of([group]):
+                resolve(module, self._layouts)
+            group["params"] = expanded(group["params"])
+            self._lay_out(group["params"])
+            for part in self._clones_apart(group, options[self._rule_option]):
                 super().add_param_group(part)
-            except Exception:
-                for param in list(self._layouts)[first:]:
-                    del self._layouts[param]
-                raise
-            added = self.param_groups[-1]
-            for param in added["params"]:
-                self._undrawn[param] = (sampler, added["lr_range"])
+                added = self.param_groups[-1]
+                self._undrawn.update(dict.fromkeys(added["params"], (sampler, added["lr_range"])))
+            if not self._constructing:
+                self._draw()
+        except Exception:
+            del self.param_groups[before[0] :]
+            self._layouts, self._undrawn, self._bare = before[1], {}, []
+            raise
         if not self._constructing:
-            self._draw()
+            self._warn_of_bare_tensors()
 
-    def _expand(self, params: Any) -> list[Any]:
-        """Tensors and (name, tensor) pairs, the modules among `params` replaced by their parameters."""
-        entries: list[Any] = []
-        for item in [params] if isinstance(params, nn.Module | Tensor) else params:
-            if isinstance(item, nn.Module):
-                resolve(item, self._layouts)
-                known = {id(_tensor(entry)) for entry in entries}
-                entries += [p for p in item.parameters() if id(p) not in known]
-            else:
-                entries.append(item)
-        return entries
-
-    def _register(self, entries: Iterable[Any]) -> None:
-        """Give the tensors that no module has laid out one rate per index of dimension 0, with a warning."""
-        unknown = []
+    def _lay_out(self, entries: list[Any]) -> None:
+        """Give the tensors that no module has laid out one rate per index of dimension 0."""
         for number, entry in enumerate(entries):
-            param = _tensor(entry)
-            if isinstance(param, Tensor) and param not in self._layouts:
-                name = entry[0] if isinstance(entry, tuple) else f"params[{number}]"
-                check_not_lazy(name, param)
-                self._layouts[param] = default_layout(name, param)
-                unknown.append(name)
-            elif isinstance(param, Tensor):
+            param = tensor_of(entry)
+            if not isinstance(param, Tensor):
+                # torch's own add_param_group has the message.
+                continue
+            if param in self._layouts:
                 check_not_lazy(self._layouts[param].name, param)
-        if unknown:
+                continue
+            name = entry[0] if isinstance(entry, tuple) else f"params[{number}]"
+            self._layouts[param] = default_layout(name, param)
+            self._bare.append(name)
+
+    def _warn_of_bare_tensors(self) -> None:
+        bare, self._bare = self._bare, []
+        if bare:
             warnings.warn(
-                f"{len(unknown)} bare tensors ({', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}) get one "
-                "learning rate per index of dimension 0, none of them shared: pass the module itself, or model=, to "
-                "use the modules' feature layouts",
-                stacklevel=5,
+                f"{len(bare)} bare tensors ({', '.join(bare[:3])}{', ...' if len(bare) > 3 else ''}) get one learning "
+                "rate per index of dimension 0, none of them shared: pass the module itself, or model=, to use the "
+                "modules' feature layouts",
+                stacklevel=3 if not self._constructing else 4,
             )
 
     def _clones_apart(self, group: dict[str, Any], rule: str) -> list[dict[str, Any]]:
@@ -174,45 +175,12 @@ class AlraoOptimizer(Optimizer):
         clones: list[Any] = []
         others: list[Any] = []
         for entry in group["params"]:
-            layout = self._layouts.get(_tensor(entry))
+            layout = self._layouts.get(tensor_of(entry))
             (clones if layout and layout.vector.kind == "clone" else others).append(entry)
         if not clones:
             return [group]
         part = {**group, "params": clones, self._rule_option: "torch"}
         return [{**group, "params": others}, part] if others else [part]
-
-    def _check_common(self, group: dict[str, Any]) -> None:
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            if lr.numel() != 1:
-                raise ValueError(
-                    f"lr is a tensor of shape {list(lr.shape)}; expected a single element"
-                )
-        elif not lr >= 0.0:
-            raise ValueError(f"lr is {lr}; expected a multiplier >= 0 of the drawn rates")
-        check_lr_range(group["lr_range"])
-        if not group["weight_decay"] >= 0.0:
-            raise ValueError(f"weight_decay is {group['weight_decay']}; expected a number >= 0")
-        if group["rounding"] not in ROUNDINGS:
-            raise ValueError(
-                f"rounding is {group['rounding']!r}; expected None, 'nearest' or 'stochastic'"
-            )
-        if group["rounding"] == "stochastic" and group["master_weights"]:
-            raise ValueError(
-                "rounding is 'stochastic' with master_weights=True; expected one of the two: masters keep every bit"
-            )
-        if group[self._rule_option] not in RULES:
-            raise ValueError(
-                f"{self._rule_option} is {group[self._rule_option]!r}; expected 'torch' or 'authors'"
-            )
-        if group["foreach"]:
-            raise ValueError(
-                "foreach is True; expected None or False: one fused call updates all tensors"
-            )
-        if group["differentiable"]:
-            raise ValueError(
-                "differentiable is True; expected False: the update is done in place and has no gradient"
-            )
 
     def _draw(self) -> None:
         """Draw the rates of the parameters that have none, in the model's order, and store them in the state."""
@@ -246,7 +214,7 @@ class AlraoOptimizer(Optimizer):
     def _store_rates(self) -> None:
         """Put the rates into the state, on their parameters' devices, shared vectors as one tensor."""
         moved: dict[tuple[int, torch.device], Tensor] = {}
-        for param, rate in self._rates.items():
+        for param, rate in dict(self._rates).items():
             device = rate.device if param.is_meta else param.device
             key = (id(rate), device)
             if key not in moved:
@@ -273,7 +241,7 @@ class AlraoOptimizer(Optimizer):
             state_dict = state_dict if replaced is None else replaced
         groups, state = checkpoint.fitted(state_dict, self.param_groups, self._layouts)
         for group in groups:
-            self._check_common(group)
+            check_options(group, self._rule_option)
             self._check_group(group)
         self.param_groups, self.state = groups, state
         for group in groups:
@@ -297,6 +265,7 @@ class AlraoOptimizer(Optimizer):
             "_generator": self._generator,
             "_constructing": False,
             "_undrawn": {},
+            "_bare": [],
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -345,6 +314,8 @@ class AlraoOptimizer(Optimizer):
             found_inf = found_inf.to(bucket.steps.device)
         if bucket.positions is not None:
             grads = [grads[k] for k in bucket.positions]
+        if (bucket.plan is None or torch.compiler.is_compiling()) and bucket.is_stale():
+            return False
         if bucket.masters:
             bucket.follow_changes()
         try:
@@ -395,6 +366,10 @@ class AlraoOptimizer(Optimizer):
     def _gather(self, number: int, done: frozenset[int] | set[int] = frozenset()) -> Gathered:
         group = self.param_groups[number]
         needs, seed = self._needs(group), group["rounding_seed"]
+        for param in group["params"]:
+            # Clearing the state forgets momentum, not the rates.
+            if param in self._rates:
+                self.state[param].setdefault("rate", self._rates[param])
         gathered = gather(group["params"], self._layouts, self.state, needs, seed, done)
         self._gathered[number] = gathered
         return gathered
@@ -416,42 +391,3 @@ class AlraoOptimizer(Optimizer):
     # torch would wrap step in a profiler range, which costs more than the whole of a small update; `step` above runs
     # the hooks, and the range while a profiler is on.
     step.hooked = True  # type: ignore[attr-defined]
-
-
-def _check_sampler(sampler: Any) -> None:
-    if sampler is not None and not callable(sampler):
-        raise TypeError(
-            f"sampler is {sampler!r}; expected LogUniform, PerWeight, Fraction, Constant, a function "
-            "(n, generator) -> rates, or None"
-        )
-
-
-def _as_groups(params: Any) -> list[dict[str, Any]]:
-    """`params` of the constructor as a list of param groups."""
-    if isinstance(params, nn.Module):
-        return [{"params": params}]
-    if isinstance(params, Tensor):
-        raise TypeError("params is a tensor; expected a module, an iterable of tensors or groups")
-    entries = list(params)
-    if entries and isinstance(entries[0], dict):
-        return entries
-    if not entries:
-        raise ValueError("params is empty; expected at least one parameter")
-    return [{"params": entries}]
-
-
-def _modules_of(groups: list[dict[str, Any]]) -> list[nn.Module]:
-    """The modules that the groups name, in order."""
-    modules = []
-    for group in groups:
-        params = group["params"] if isinstance(group, dict) and "params" in group else ()
-        if isinstance(params, nn.Module):
-            modules.append(params)
-        elif isinstance(params, list | tuple):
-            modules += [item for item in params if isinstance(item, nn.Module)]
-    return modules
-
-
-def _tensor(entry: Any) -> Any:
-    """The tensor of an entry of a group: bare, or in a (name, tensor) pair."""
-    return entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry

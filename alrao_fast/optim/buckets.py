@@ -6,6 +6,7 @@ compiled plan notices by itself when a parameter's memory has changed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -46,6 +47,11 @@ class Bucket:
     impl: str
     plan: FeaturePlan | None = None
     versions: list[int] = field(default_factory=list)
+    looks: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def is_stale(self) -> bool:
+        """Whether a parameter's shape, strides, dtype or device is no longer that of its states (a plan knows)."""
+        return self.looks != [_look(p) for p in self.params]
 
     # Version counters are Python's business: torch.compile breaks its graph here, with master weights only.
     @torch.compiler.disable
@@ -138,6 +144,7 @@ def _bucket(
     for param in params:
         name, own = _name(param, layouts), state[param]
         own["rate"] = own["rate"].to(param.device)
+        _check_shape(param, layouts[param], own, needs)
         # Without entries there are no features either; the ops expect at least one rate.
         rate = own["rate"] if own["rate"].numel() else own["rate"].new_ones(1)
         rate, inner = memory_rates(rate, param, layouts[param].dims, name)
@@ -159,12 +166,30 @@ def _bucket(
         steps=_steps(params, state),
         impl=needs.impl,
         versions=[p._version for p in params] if with_masters else [],
+        looks=[_look(p) for p in params],
     )
     if needs.impl in PLANNED:
         bucket.plan = FeaturePlan(
             params, bucket.states, bucket.masters, rates, inners, bucket.seeds, bucket.steps
         )
     return bucket
+
+
+def _look(param: Tensor) -> tuple[Any, ...]:
+    return param.shape, param.stride(), param.dtype, param.device
+
+
+def _check_shape(param: Tensor, layout: Layout, own: dict[str, Any], needs: Needs) -> None:
+    """Raises where a parameter has another shape than the rates and states were made for."""
+    size = math.prod(param.size(d) for d in layout.dims if d < param.dim())
+    rates = own["rate"].numel()
+    fits = size == rates or (len(layout.dims) == 1 and rates and size % rates == 0)
+    kept = [own[key] for key in (*needs.states, "master") if key in own]
+    if not fits or any(state.shape != param.shape for state in kept):
+        raise RuntimeError(
+            f"parameter {layout.name!r} has shape {list(param.shape)}, which its learning rates and states were not "
+            "made for: construct a new optimizer after changing a parameter's shape"
+        )
 
 
 def _name(param: Tensor, layouts: dict[Tensor, Layout]) -> str:
