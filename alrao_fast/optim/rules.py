@@ -1,4 +1,4 @@
-"""The feature layouts of torch.nn's own modules: one rule per row of the design's table."""
+"""The feature layouts of torch.nn's own modules and of our heads: one rule per row of the design's table."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 
+from alrao_fast.nn.clones import LinearClones
 from alrao_fast.optim.layouts import Feature, register_builtin
 
 
@@ -88,3 +89,9 @@ def _normalized_entries(module: nn.LayerNorm | nn.RMSNorm) -> dict[str, Feature]
 @register_builtin(nn.PReLU)
 def _slopes(module: nn.PReLU) -> dict[str, Feature]:
     return {"weight": Feature(dim=0)}
+
+
+@register_builtin(LinearClones)
+def _clones(module: LinearClones) -> dict[str, Feature]:
+    rate = Feature(dim=0, vector="clone", kind="clone")
+    return {"weight": rate, "bias": rate}
