@@ -140,12 +140,13 @@ class LinearClones(FixedDtypeBuffers):
 
     def _observe(self, stats: Tensor) -> None:
         """One observation of the switch from the statistics `[3, N]` of a batch."""
-        stats = self.switch.sum_over_processes(stats)
+        switch = self.switch
+        stats = switch.sum_over_processes(stats)
         self.running.add_(stats)
-        negative, _, count = stats.unbind()
+        count = stats[2]
         # With nothing counted 0/0 = NaN, and the switch takes that for no observation at all.
-        mean = negative / count
-        self.switch.observe(-mean if self.evidence == "mean" else -mean * count)
+        mean = -stats[0] / count
+        switch.observe(mean if self.evidence == "mean" else mean * count)
 
     def clone_metrics(self, reset: bool = False) -> dict[str, Tensor]:
         """Per-clone means over the training samples since construction or the last reset, float64, on the device.

@@ -85,27 +85,24 @@ def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linea
 
 def _call_backbone(graph: fx.Graph, backbone: nn.Module) -> fx.Node:
     """Placeholders for the arguments that the backbone's forward names, and its call with them."""
-    named = [
-        p
-        for p in inspect.signature(backbone.forward).parameters.values()
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    named: list[tuple[inspect.Parameter, bool]] = []
+    by_position = True
+    for p in inspect.signature(backbone.forward).parameters.values():
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            continue
         # A default that source text cannot repeat stays the backbone's own business.
-        and (p.default is p.empty or isinstance(p.default, _LITERALS))
-    ]
+        spelled = p.default is p.empty or isinstance(p.default, _LITERALS)
+        by_position = by_position and spelled and p.kind is not p.KEYWORD_ONLY
+        if spelled:
+            named.append((p, by_position))
     if not named:
         raise ValueError(
             f"backbone: {type(backbone).__name__}.forward names no argument, so there is nothing to write into the "
             "collapsed module's signature: give it named arguments in place of *args, **kwargs"
         )
-    # A required keyword-only argument may stand behind a default in the original, not in ours.
-    named.sort(key=lambda p: p.default is not p.empty)
-    args: list[fx.node.Argument] = []
-    kwargs: dict[str, fx.node.Argument] = {}
-    for p in named:
-        default = inspect.Signature.empty if p.default is p.empty else p.default
-        node = graph.placeholder(p.name, default_value=default)
-        if p.kind is p.KEYWORD_ONLY:
-            kwargs[p.name] = node
-        else:
-            args.append(node)
-    return graph.call_module("backbone", tuple(args), kwargs)
+    # A required keyword-only argument may stand behind a default there, but not here.
+    named.sort(key=lambda entry: entry[0].default is not inspect.Parameter.empty)
+    nodes = {p.name: graph.placeholder(p.name, default_value=p.default) for p, _ in named}
+    args = tuple(nodes[p.name] for p, positional in named if positional)
+    kwargs: dict[str, Any] = {p.name: nodes[p.name] for p, positional in named if not positional}
+    return graph.call_module("backbone", args, kwargs)

@@ -94,7 +94,11 @@ class Switch(FixedDtypeBuffers):
 
     def observe(self, log_likelihood: Tensor) -> None:
         """`update` for log-likelihoods that already speak for all processes: nothing is communicated."""
-        switch_update_(self.logw, self.log_posterior, self.t, log_likelihood, theta=self.theta)
+        # This runs in every training step: past nn.Module's __getattr__, which costs as much as a small kernel.
+        own: dict[str, Any] = self._buffers
+        switch_update_(
+            own["logw"], own["log_posterior"], own["t"], log_likelihood, theta=self.theta
+        )
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
         """Sum of `values` over the process group, the same bits on every process; `values` itself if there is one.
