@@ -1,0 +1,266 @@
+"""Protects the way back from Alrao to an ordinary network.
+
+- Equal to the model in eval mode (mixture) or to its best clone, classification and regression, all dtypes.
+- Ordinary: pickles and state_dicts, exports, runs where this package cannot be imported; backbones with extras.
+- The original is untouched; diverged clones are left out; messages.
+"""
+
+import copy
+import io
+import math
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from alrao_fast.nn import AlraoModel, ClassifierClones, RegressorClones
+
+
+class Recurrent(nn.Module):
+    """[T, B, 3] -> (features [T, B, 8], state, a constant)."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(3, 8)
+
+    def forward(self, sequence, state=None, *, scale: float = 1.0, **unused):
+        features, state = self.rnn(sequence, state)
+        return features * scale, state, 7
+
+
+def feed_forward():
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5))
+
+
+def trained(head, backbone=None, dtype=torch.float32):
+    """A model whose posterior is not uniform; its best clone is the second."""
+    net = AlraoModel(backbone or feed_forward(), head).to(dtype)
+    targets = torch.randint(4, (6,)) if isinstance(head, ClassifierClones) else torch.randn(6, 4)
+    net(
+        torch.randn(6, 3, dtype=dtype),
+        targets=targets.to(dtype) if targets.is_floating_point() else targets,
+    )
+    net.head.switch.reset_parameters()
+    net.head.switch.update(torch.tensor([-1.0, -0.5, -2.0]))
+    return net
+
+
+def classifier(**arguments):
+    return ClassifierClones(8, 4, 3, **arguments)
+
+
+def regressor(**arguments):
+    return RegressorClones(8, 4, 3, **arguments)
+
+
+def snapshot(net):
+    return {name: t.clone() for name, t in (*net.named_parameters(), *net.named_buffers())}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("make", [classifier, regressor])
+def test_mixture_is_the_model_in_eval_mode(make, bias, dtype):
+    net = trained(make(bias=bias), dtype=dtype)
+    x = torch.randn(5, 3, dtype=dtype)
+    plain = net.collapse("mixture")
+    expected = net.eval()(x)
+    result = plain(x)
+    assert result.dtype == expected.dtype
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("make", [classifier, regressor])
+def test_best_is_the_clone_with_the_largest_posterior(make):
+    net = trained(make())
+    x = torch.randn(5, 3)
+    plain = net.collapse()
+    net.eval()
+    expected = F.linear(net.backbone(x), net.head.weight[1], net.head.bias[1])
+    if make is classifier:
+        expected = expected.log_softmax(-1)
+    torch.testing.assert_close(plain(x), expected)
+
+
+def test_by_hand():
+    # Posterior 3/4, 1/4; probabilities of class 0: 1/2 and 1/4.
+    net = AlraoModel(nn.Identity(), ClassifierClones(1, 2, 2))
+    with torch.no_grad():
+        net.head.weight.zero_()
+        net.head.bias.copy_(torch.tensor([[0.0, 0.0], [0.0, math.log(3)]]))
+    net.head.switch.log_posterior.copy_(torch.tensor([0.75, 0.25]).log())
+    x = torch.zeros(1, 1)
+    assert net.collapse("best", num_extras=0)(x).exp()[0, 0].item() == pytest.approx(0.5)
+    assert net.collapse("mixture", num_extras=0)(x).exp()[0, 0].item() == pytest.approx(0.4375)
+
+
+@pytest.mark.parametrize("which", ["best", "mixture"])
+@pytest.mark.parametrize("make", [classifier, regressor])
+def test_original_is_untouched_and_shares_nothing(make, which):
+    net = trained(make())
+    before, training = snapshot(net), [m.training for m in net.modules()]
+    plain = net.collapse(which)
+    with torch.no_grad():
+        for tensor in (*plain.parameters(), *plain.buffers()):
+            tensor.zero_()
+    assert [m.training for m in net.modules()] == training
+    for name, tensor in snapshot(net).items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True, msg=name)
+    assert not plain.training and not plain.backbone[3].training
+
+
+@pytest.mark.parametrize("which", ["best", "mixture"])
+def test_backbone_with_extras(which):
+    net = AlraoModel(Recurrent(), classifier())
+    x = torch.randn(7, 2, 3)
+    _, state, _ = net(x, targets=torch.randint(4, (7, 2)))
+    state = tuple(s.detach() for s in state)
+    plain = net.collapse(which)
+    net.eval()
+    result, (h, c), constant = plain(x, state, scale=0.5)
+    expected, (h_net, c_net), _ = net(x, state, scale=0.5)
+    assert result.shape == (7, 2, 4)
+    if which == "mixture":
+        torch.testing.assert_close(result, expected)
+    assert torch.equal(h, h_net) and torch.equal(c, c_net)
+    assert constant == 7
+    plain(x)
+    plain(sequence=x)
+
+
+def test_diverged_clones_are_left_out():
+    net = trained(classifier())
+    with torch.no_grad():
+        net.head.weight[1, 0, 0] = math.nan
+        net.head.bias[2, 1] = math.inf
+    x = torch.randn(5, 3)
+    expected = net.eval()(x)
+    torch.testing.assert_close(net.collapse("mixture")(x), expected)
+    best = F.linear(net.backbone(x), net.head.weight[0], net.head.bias[0]).log_softmax(-1)
+    torch.testing.assert_close(net.collapse("best")(x), best)
+    with torch.no_grad():
+        net.head.bias.fill_(math.nan)
+    with pytest.raises(ValueError, match="every clone has non-finite weights"):
+        net.collapse()
+
+
+def test_diverged_regressors_are_left_out():
+    net = trained(regressor())
+    with torch.no_grad():
+        net.head.weight[1] = math.inf
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(net.collapse("mixture")(x), net.eval()(x))
+
+
+@pytest.mark.parametrize("which", ["best", "mixture"])
+def test_is_an_ordinary_module(which):
+    net = trained(classifier())
+    plain = net.collapse(which)
+    x = torch.randn(5, 3)
+    expected = plain(x)
+
+    assert torch.equal(pickle.loads(pickle.dumps(plain))(x), expected)
+    assert torch.equal(copy.deepcopy(plain)(x), expected)
+    file = io.BytesIO()
+    torch.save(plain.state_dict(), file)
+    file.seek(0)
+    other = trained(classifier()).collapse(which)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(x), expected)
+    torch.testing.assert_close(torch.export.export(plain, (x,)).module()(x), expected)
+    torch.testing.assert_close(
+        torch.compile(plain, fullgraph=True, backend="aot_eager")(x), expected
+    )
+    plain(x).sum().backward()
+    assert all(p.grad is not None for p in plain.parameters())
+    last_layer = sum(p.numel() for p in plain.head.parameters())
+    assert last_layer == (1 if which == "best" else 3) * (8 * 4 + 4)
+
+
+WITHOUT_US = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("alrao_fast", "tests", "test_collapse"):
+            raise ImportError(name + " is not here")
+
+sys.meta_path.insert(0, Refuse())
+import torch
+for name in ("best", "mixture"):
+    saved = torch.load(f"{sys.argv[1]}/{name}.pt", weights_only=False)
+    torch.testing.assert_close(saved["plain"](saved["x"]), saved["expected"])
+    program = torch.export.load(f"{sys.argv[1]}/{name}.pt2")
+    torch.testing.assert_close(program.module()(saved["x"]), saved["expected"])
+assert not [name for name in sys.modules if name.startswith("alrao")]
+print("served")
+"""
+
+
+def test_serves_where_the_package_is_missing(tmp_path):
+    net = trained(classifier())
+    x = torch.randn(5, 3)
+    for which in ("best", "mixture"):
+        plain = net.collapse(which)
+        with torch.no_grad():
+            torch.save({"plain": plain, "x": x, "expected": plain(x)}, tmp_path / f"{which}.pt")
+        torch.export.save(torch.export.export(plain, (x,)), tmp_path / f"{which}.pt2")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_US, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.stdout.strip() == "served", done.stderr
+
+
+class Strange(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.forward = forward
+
+
+def test_required_keyword_after_a_default():
+    backbone = Strange(lambda x, shift=0.0, *, scale: (x + shift) * scale)
+    plain = AlraoModel(backbone, classifier()).collapse(num_extras=0)
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(plain(x, scale=2.0), plain(x, shift=x, scale=1.0))
+
+
+def test_default_that_source_cannot_spell_stays_the_backbones():
+    backbone = Strange(lambda x, activation=torch.tanh, shift=1.0: activation(x) + shift)
+    net = AlraoModel(backbone, classifier())
+    plain = net.collapse("mixture", num_extras=0)
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(plain(x), net.eval()(x))
+    torch.testing.assert_close(plain(x, shift=0.5), net(x, shift=0.5))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: trained(classifier()).collapse("worst"),
+            ValueError,
+            "which: got 'worst', expected one of best",
+        ),
+        (
+            lambda: AlraoModel(nn.Identity(), classifier()).collapse(),
+            RuntimeError,
+            "run one batch through the model first, or pass num_extras",
+        ),
+        (
+            lambda: AlraoModel(Strange(lambda *args: args[0]), classifier()).collapse(num_extras=0),
+            ValueError,
+            "Strange.forward names no argument",
+        ),
+    ],
+)
+def test_invalid(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
