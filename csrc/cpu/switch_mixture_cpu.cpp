@@ -45,8 +45,8 @@ Outputs run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
             const Tensor& log_posterior, const Likelihood& likelihood, bool mean, bool need_dx,
             bool need_dw, int64_t memory_budget, const MixtureSizes& size) {
   const auto [samples, features, clones, classes] = size;
-  const Tensor target = likelihood.gaussian ? in_type<T>(*likelihood.target)
-                                            : contents(*likelihood.target);
+  const Tensor target =
+      likelihood.gaussian ? in_type<T>(*likelihood.target) : contents(*likelihood.target);
   const int64_t counted =
       likelihood.gaussian ? samples : count_targets(target, likelihood.ignore_index, classes);
 

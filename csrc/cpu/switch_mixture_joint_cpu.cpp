@@ -73,15 +73,13 @@ class Joint {
   void logits(const Chunk& chunk, bool first) {
     const int64_t features = p_.size.features, clones = p_.size.clones;
     const int64_t tasks = ceil_div(clones, clones_per_task_);
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t n0 = i * clones_per_task_, n1 = std::min(n0 + clones_per_task_, clones);
-        const int64_t rows = (n1 - n0) * p_.size.classes;
-        gemm<T>(row_major(z_.data() + n0 * p_.size.classes * ld_, rows, chunk.size, ld_),
-                row_major(p_.clone_weight(n0), rows, features, features),
-                samples(chunk).transposed(), false);
-        for (int64_t n = n0; n < n1; ++n) clone(chunk, n, first);
-      }
+    run_tasks(tasks, [&](int64_t i) {
+      const int64_t n0 = i * clones_per_task_, n1 = std::min(n0 + clones_per_task_, clones);
+      const int64_t rows = (n1 - n0) * p_.size.classes;
+      gemm<T>(row_major(z_.data() + n0 * p_.size.classes * ld_, rows, chunk.size, ld_),
+              row_major(p_.clone_weight(n0), rows, features, features), samples(chunk).transposed(),
+              false);
+      for (int64_t n = n0; n < n1; ++n) clone(chunk, n, first);
     });
   }
 
@@ -111,13 +109,11 @@ class Joint {
     const int64_t by_lanes = ceil_div(ld_, lanes_per_task_);
     const int64_t by_clones = p_.need_dw ? ceil_div(p_.size.clones, clones_per_task_) : 0;
     const T* weight = p_.need_dx ? finite_weight_.get(health_) : nullptr;
-    torch::stable::parallel_for(0, by_lanes + by_clones, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        if (i < by_lanes) {
-          mix(chunk, i * lanes_per_task_, weight);
-        } else {
-          weight_gradient(chunk, (i - by_lanes) * clones_per_task_, first);
-        }
+    run_tasks(by_lanes + by_clones, [&](int64_t i) {
+      if (i < by_lanes) {
+        mix(chunk, i * lanes_per_task_, weight);
+      } else {
+        weight_gradient(chunk, (i - by_lanes) * clones_per_task_, first);
       }
     });
     const double* max = log_likelihood_.data() + p_.size.clones * ld_;

@@ -33,7 +33,8 @@ class LogProb {
         block_(size.clones * blocks_ * ld_ * 3),
         clone_(size.clones * ld_ * 3),
         health_(size.clones),
-        finite_weight_(static_cast<const T*>(weight_.const_data_ptr()), size.clones, size.classes * size.features) {
+        finite_weight_(static_cast<const T*>(weight_.const_data_ptr()), size.clones,
+                       size.classes * size.features) {
     if (bias) bias_ = in_type<T>(*bias);
     log_posterior_ = as_doubles(log_posterior);
   }
@@ -43,17 +44,14 @@ class LogProb {
     for (int64_t begin = 0; begin < size_.samples; begin += ld_) {
       const int64_t count = std::min(ld_, size_.samples - begin);
       logits(begin, count);
-      torch::stable::parallel_for(0, blocks_, 1, [&](int64_t block, int64_t end) {
-        for (; block < end; ++block) {
-          const int64_t row = block * kBlockRows;
-          T* tile = transposed.data() + row * ld_;
-          log_mixture_rows(LogMixtureRows<T>{tile, z_.data() + row * ld_, size_.clones,
-                                             size_.classes * ld_, rows(block), ld_, ld_,
-                                             offset(0)});
-          for (int64_t lane = 0; lane < count; ++lane) {
-            T* to = out + (begin + lane) * size_.classes + row;
-            for (int64_t i = 0; i < rows(block); ++i) to[i] = tile[i * ld_ + lane];
-          }
+      run_tasks(blocks_, [&](int64_t block) {
+        const int64_t row = block * kBlockRows;
+        T* tile = transposed.data() + row * ld_;
+        log_mixture_rows(LogMixtureRows<T>{tile, z_.data() + row * ld_, size_.clones,
+                                           size_.classes * ld_, rows(block), ld_, ld_, offset(0)});
+        for (int64_t lane = 0; lane < count; ++lane) {
+          T* to = out + (begin + lane) * size_.classes + row;
+          for (int64_t i = 0; i < rows(block); ++i) to[i] = tile[i * ld_ + lane];
         }
       });
     }
@@ -73,14 +71,12 @@ class LogProb {
       if (!dx) continue;
       const T* weight = finite_weight_.get(health_);
       const int64_t all = size_.clones * size_.classes;
-      torch::stable::parallel_for(0, ceil_div(count, kLaneTile), 1, [&](int64_t i, int64_t end) {
-        for (; i < end; ++i) {
-          const int64_t lane = i * kLaneTile, lanes = std::min(kLaneTile, count - lane);
-          gemm<T>(row_major(dx + (begin + lane) * size_.features, lanes, size_.features,
-                            size_.features),
-                  row_major<const T>(z_.data() + lane, all, lanes, ld_).transposed(),
-                  row_major(weight, all, size_.features, size_.features), false);
-        }
+      run_tasks(ceil_div(count, kLaneTile), [&](int64_t i) {
+        const int64_t lane = i * kLaneTile, lanes = std::min(kLaneTile, count - lane);
+        gemm<T>(
+            row_major(dx + (begin + lane) * size_.features, lanes, size_.features, size_.features),
+            row_major<const T>(z_.data() + lane, all, lanes, ld_).transposed(),
+            row_major(weight, all, size_.features, size_.features), false);
       });
     }
   }
@@ -111,9 +107,7 @@ class LogProb {
 
   template <class Body>
   void for_each_block(const Body& body) {
-    torch::stable::parallel_for(0, size_.clones * blocks_, 1, [&](int64_t i, int64_t end) {
-      for (; i < end; ++i) body(i / blocks_, i % blocks_);
-    });
+    run_tasks(size_.clones * blocks_, [&](int64_t i) { body(i / blocks_, i % blocks_); });
   }
 
   // Logits of all clones; per clone and lane the normaliser, and offset = log_posterior - norm.

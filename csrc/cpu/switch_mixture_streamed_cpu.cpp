@@ -8,6 +8,8 @@
 // gradients. Second pass: gradients, dweight, and each group's part of (gradient x weight).
 #include <torch/csrc/stable/ops.h>
 
+#include <limits>
+
 #include "cpu/gemm.h"
 #include "cpu/switch_mixture_problem.h"
 
@@ -91,11 +93,9 @@ class Streamed {
 
   template <class Body>
   void for_each_group(const Body& body) {
-    torch::stable::parallel_for(0, groups_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t group = begin; group < end; ++group) {
-        const int64_t last = std::min((group + 1) * blocks_per_group_, blocks_);
-        for (int64_t block = group * blocks_per_group_; block < last; ++block) body(group, block);
-      }
+    run_tasks(groups_, [&](int64_t group) {
+      const int64_t last = std::min((group + 1) * blocks_per_group_, blocks_);
+      for (int64_t block = group * blocks_per_group_; block < last; ++block) body(group, block);
     });
   }
 
@@ -167,7 +167,11 @@ class Streamed {
     for (int64_t block = 0; block < blocks_; ++block) {
       T* scale = factor(block);
       for (int64_t lane = 0; lane < ld_; ++lane) {
-        scale[lane] = common[lane] == 0 ? T(0) : scale[lane] * common[lane];
+        // A factor 0 means "no gradient", so one that underflows must not become it: the target may
+        // be in this block.
+        scale[lane] = common[lane] == 0
+                          ? T(0)
+                          : std::max(scale[lane] * common[lane], std::numeric_limits<T>::min());
       }
     }
     return any;
@@ -221,11 +225,11 @@ class Streamed {
       beta[lane] = static_cast<T>(take);
     }
     if (!p_.need_dx) return;
-    torch::stable::parallel_for(0, ceil_div(chunk.size, kLaneTile), 1, [&](int64_t i, int64_t end) {
-      const int64_t lane = i * kLaneTile, stop = std::min(end * kLaneTile, chunk.size);
+    run_tasks(ceil_div(chunk.size, kLaneTile), [&](int64_t i) {
+      const int64_t lane = i * kLaneTile, count = std::min(kLaneTile, chunk.size - lane);
       blend_rows(BlendRows<T>{out_.dx + (chunk.begin + lane) * features_,
-                              part_.data() + lane * features_, groups_, ld_ * features_,
-                              stop - lane, features_, alpha + lane, beta + lane});
+                              part_.data() + lane * features_, groups_, ld_ * features_, count,
+                              features_, alpha + lane, beta + lane});
     });
   }
 
