@@ -18,7 +18,6 @@ from alrao_fast.ops.switch_mixture import (
     switch_mixture_mean,
     switch_mixture_stats,
 )
-from alrao_fast.optim.layouts import Feature, register_builtin
 from alrao_fast.reference import switch_mixture as reference
 
 Reduction = Literal["mean", "sum"]
@@ -178,12 +177,6 @@ def _per_sample(losses: Tensor, num_clones: int) -> Tensor:
             "and sample, without reduction"
         )
     return losses.flatten(1).t().to(torch.promote_types(losses.dtype, torch.float32))
-
-
-@register_builtin(LinearClones)
-def _clone_rates(head: LinearClones) -> dict[str, Feature]:
-    clone = Feature(dim=0, vector="clones", kind="clone")
-    return {"weight": clone, "bias": clone}
 
 
 class ClassifierClones(LinearClones):
