@@ -7,6 +7,7 @@ gradients of one function: x gets the mixture's, each clone its own, so there is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,13 +70,18 @@ def _save_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 
 @once_differentiable
 def _scale_gradients(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, None if grad is None else lambda saved: saved * grad)
+
+
+def _gradients(ctx: Any, scaled: Callable[[Tensor], Tensor] | None) -> tuple[Tensor | None, ...]:
+    """The gradients to the op's ten inputs from the saved ones; None: nothing arrived."""
     gradients: list[Tensor | None] = [None] * 10
-    if grad is not None:
+    if scaled is not None:
         need_dx, need_dw = ctx.needs
         needed = need_dx, need_dw, need_dw and ctx.dtypes[2] is not None
-        for i, value in enumerate(ctx.saved_tensors):
+        for i, saved in enumerate(ctx.saved_tensors):
             if needed[i]:
-                gradients[i] = (value * grad).to(ctx.dtypes[i])
+                gradients[i] = scaled(saved).to(ctx.dtypes[i])
     return tuple(gradients)
 
 
@@ -95,6 +101,10 @@ class _EagerGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+        # `loss.backward()` brings the factor 1, and on the CPU looking at it costs nothing: then
+        # autograd takes the saved gradients as they are (or copies them, if the graph is kept).
+        if grad is not None and grad.device.type == "cpu" and grad.item() == 1:
+            return None, *_gradients(ctx, lambda saved: saved)
         return None, *_scale_gradients(ctx, grad)
 
 

@@ -10,6 +10,8 @@ namespace {
 
 // A task smaller than this costs more to hand out than it saves.
 constexpr double kTaskFlops = 1e6;
+// The product that gives dx reads all weights for each task.
+constexpr int64_t kTaskLanes = 64;
 
 int64_t task_count(double flops, int64_t limit) {
   return std::clamp<int64_t>(static_cast<int64_t>(flops / kTaskFlops), 1,
@@ -33,7 +35,7 @@ class Joint {
         finite_weight_(p.weight, p.size.clones, p.size.classes * p.size.features) {
     const double flops = 2.0 * ld_ * p.size.features * rows_;
     clones_per_task_ = ceil_div(p.size.clones, task_count(flops, p.size.clones));
-    lanes_per_task_ = round_up(ceil_div(ld_, task_count(flops, ld_ / kLaneTile)), kLaneTile);
+    lanes_per_task_ = round_up(ceil_div(ld_, task_count(flops, ld_ / kTaskLanes)), kLaneTile);
   }
 
   void run() {

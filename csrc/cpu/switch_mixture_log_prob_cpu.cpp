@@ -16,6 +16,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBlockRows = 512;
+constexpr int64_t kTaskLanes = 64;
 
 // The inputs in one type, and what both directions compute first.
 template <class T>
@@ -71,8 +72,8 @@ class LogProb {
       if (!dx) continue;
       const T* weight = finite_weight_.get(health_);
       const int64_t all = size_.clones * size_.classes;
-      run_tasks(ceil_div(count, kLaneTile), [&](int64_t i) {
-        const int64_t lane = i * kLaneTile, lanes = std::min(kLaneTile, count - lane);
+      run_tasks(ceil_div(count, kTaskLanes), [&](int64_t i) {
+        const int64_t lane = i * kTaskLanes, lanes = std::min(kTaskLanes, count - lane);
         gemm<T>(
             row_major(dx + (begin + lane) * size_.features, lanes, size_.features, size_.features),
             row_major<const T>(z_.data() + lane, all, lanes, ld_).transposed(),
