@@ -1,0 +1,174 @@
+"""Protects training by several processes (two, over gloo, on this machine).
+
+- The switch observes the mean over all processes' counted samples, equal to one process with the whole batch, and
+  every process ends with the same bits; a process group of one keeps to itself.
+- DistributedDataParallel around an AlraoModel: gradients of the whole batch, equal models after some steps.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from alrao_fast.nn import AlraoModel, ClassifierClones, Switch
+from alrao_fast.optim import AlraoSGD
+
+WORLD = 2
+
+
+def make_model(**arguments):
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh())
+    return AlraoModel(backbone, ClassifierClones(8, 5, 3, **arguments))
+
+
+def data(ignored=True):
+    """Four batches of 8, half for each process; the processes count a different number of samples."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 8, 6, generator=generator)
+    y = torch.randint(5, (4, 8), generator=generator)
+    if ignored:
+        y[0, :3] = y[2, :4] = y[3] = -100
+    return x, y
+
+
+def state(net):
+    return {k: v.clone() for k, v in (*net.state_dict().items(), ("running", net.head.running))}
+
+
+def switch_alone(rank):
+    switch = Switch(3)
+    # A clone that is dead on one process is dead for all.
+    for observation in ([-1.0, -2.0, -3.0], [-2.0, -1.0, -math.inf]):
+        switch.update(torch.tensor(observation) * (rank + 1))
+    return switch.state_dict()
+
+
+def heads(rank):
+    """Only the forward: what the switch sees. The head alone, because BatchNorm is per process."""
+    result = {}
+    for evidence in ("mean", "sum"):
+        net = make_model(evidence=evidence)
+        for x, y in zip(*data()):
+            part = slice(4 * rank, 4 * rank + 4)
+            net.head(net.backbone[0](x[part]), y[part])
+        result[evidence] = state(net)
+    return result
+
+
+def alone(rank):
+    """A group of one process each: nothing is shared."""
+    groups = [dist.new_group([r]) for r in range(WORLD)]
+    switch = Switch(3, process_group=groups[rank])
+    switch.update(torch.tensor([-1.0, -2.0, -3.0]) * (rank + 1))
+    return switch.state_dict()
+
+
+def data_parallel(rank):
+    net = make_model()
+    torch.manual_seed(rank)
+    wrapped = DistributedDataParallel(net)
+    opt = AlraoSGD(net, generator=torch.Generator().manual_seed(0), momentum=0.9)
+    for x, y in zip(*data(ignored=False)):
+        part = slice(4 * rank, 4 * rank + 4)
+        opt.zero_grad()
+        wrapped(x[part], targets=y[part]).backward()
+        opt.step()
+    return {"state": state(net), "gradient": net.head.weight.grad}
+
+
+def gradients(rank):
+    net = make_model()
+    net.backbone = net.backbone[0]
+    wrapped = DistributedDataParallel(net)
+    x, y = (values[0] for values in data(ignored=False))
+    part = slice(4 * rank, 4 * rank + 4)
+    wrapped(x[part], targets=y[part]).backward()
+    return {name: p.grad for name, p in net.named_parameters()}
+
+
+JOBS = (switch_alone, heads, alone, data_parallel, gradients)
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
+    )
+    torch.save({job.__name__: job(rank) for job in JOBS}, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What the jobs returned, per process: one start of the processes for all tests."""
+    if not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(work, (str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_switch_takes_the_mean_over_processes(results):
+    one, two = (r["switch_alone"] for r in results)
+    assert_same_bits(one, two)
+    switch = Switch(3)
+    switch.update(torch.tensor([-1.5, -3.0, -4.5]))
+    switch.update(torch.tensor([-3.0, -1.5, -math.inf]))
+    assert_same_bits(one, switch.state_dict())
+
+
+@pytest.mark.parametrize("evidence", ["mean", "sum"])
+def test_heads_see_the_whole_batch(results, evidence):
+    one, two = (r["heads"][evidence] for r in results)
+    assert_same_bits(one, two)
+    net = make_model(evidence=evidence)
+    for x, y in zip(*data()):
+        net.head(net.backbone[0](x), y)
+    expected = state(net)
+    for name, value in one.items():
+        torch.testing.assert_close(
+            value, expected[name], rtol=1e-6, atol=1e-6, equal_nan=True, msg=name
+        )
+    # Nobody counted a sample of the last batch: it is no observation.
+    assert one["head.switch.t"].item() == 4
+    assert one["running"][2].tolist() == [17] * 3
+
+
+def test_group_of_one(results):
+    for rank in range(WORLD):
+        switch = Switch(3)
+        switch.update(torch.tensor([-1.0, -2.0, -3.0]) * (rank + 1))
+        assert_same_bits(results[rank]["alone"], switch.state_dict())
+
+
+def test_data_parallel_models_stay_equal(results):
+    one, two = (r["data_parallel"]["state"] for r in results)
+    # BatchNorm's statistics are each process's own between two broadcasts.
+    own = [name for name in one if "running_" in name]
+    assert own
+    assert_same_bits(*({k: v for k, v in s.items() if k not in own} for s in (one, two)))
+    assert one["head.switch.t"].item() == 5
+    assert one["running"][2].tolist() == [32] * 3
+
+
+def test_data_parallel_gradients_are_those_of_the_whole_batch(results):
+    one, two = (r["gradients"] for r in results)
+    assert_same_bits(one, two)
+    net = make_model()
+    net.backbone = net.backbone[0]
+    x, y = (values[0] for values in data(ignored=False))
+    net(x, targets=y).backward()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(one[name], p.grad, msg=name)
