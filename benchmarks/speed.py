@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,15 +143,17 @@ def head_memory(kind: str) -> float:
         head = ClonesOneByOne(nn.Identity(), case["features"], case["tokens"], case["clones"])
     once(2)
     head.zero_grad()
-    before = current_memory()
+    before = resident_memory("VmRSS")
     once(case["samples"])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return resident_memory("VmHWM") - before
 
 
-def current_memory() -> float:
-    """Resident memory of this process in MB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def resident_memory(field: str) -> float:
+    """Resident memory of this process in MB: VmRSS now, VmHWM at its peak (getrusage would count the parent's)."""
+    line = next(
+        row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(field)
+    )
+    return int(line.split()[1]) / 1024
 
 
 def measure_head_memory(kind: str) -> float:
