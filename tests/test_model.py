@@ -175,6 +175,32 @@ def test_copies_train_alike():
         assert torch.equal(net(x, targets=y), other(x, targets=y))
 
 
+def test_under_autocast(backend):
+    """Features in bfloat16, clones in float32; gradients in the parameters' dtype."""
+    net = mlp()
+    x, y = torch.randn(6, 3), torch.randint(5, (6,))
+    expected = net.eval()(x, targets=y)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        assert net.backbone(x).dtype == torch.bfloat16
+        loss = net(x, targets=y)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+    assert {p.grad.dtype for p in net.parameters()} == {torch.float32}
+
+
+def test_inference_mode(backend):
+    """It serves there, and a training loss computed there leaves the model able to train."""
+    net = mlp()
+    x, y = torch.randn(6, 3), torch.randint(5, (6,))
+    with torch.inference_mode():
+        net(x, targets=y)
+        result = net.eval()(x)
+    assert torch.equal(result, net(x))
+    net.train()(x, targets=y).backward()
+    assert net.head.switch.t.item() == 3
+
+
 def test_regression():
     net = AlraoModel(nn.Linear(3, 8), RegressorClones(8, 2, 3))
     x, y = torch.randn(5, 3), torch.randn(5, 2)
