@@ -14,6 +14,11 @@ using torch::headeronly::ScalarType;
 
 // Small tensors cost this many entries' time on top of their own.
 constexpr int64_t kPieceOverhead = 64;
+// Entries per task: enough tasks to balance the threads, each large enough to hide its own
+// overhead.
+constexpr int64_t kTasks = 64, kSmallestTask = 1024, kLargestTask = 16384;
+// Threads with fewer entries than this are not worth waking.
+constexpr int64_t kSerialEntries = 32768;
 
 Shape shape_of(AtenTensorHandle tensor) {
   int64_t dim, *sizes, *strides;
@@ -373,14 +378,21 @@ void MultiTensor::check_overlap() const {
 }
 
 void MultiTensor::cut() {
+  int64_t total = 0;
+  for (const FeatureRecord& record : records_) total += record.numel + kPieceOverhead;
+  // A power of two, so that kernels see multiples of their block.
+  int64_t task = kSmallestTask;
+  while (task < kLargestTask && task * kTasks < total) task *= 2;
+  serial_tasks_ = kSerialEntries / task;
+
   int64_t cost = 0;
   task_starts_.push_back(0);
   for (size_t t = 0; t < records_.size(); ++t) {
-    for (int64_t begin = 0; begin < records_[t].numel; begin += kPiece) {
-      const int64_t end = std::min(begin + kPiece, records_[t].numel);
+    for (int64_t begin = 0; begin < records_[t].numel; begin += task) {
+      const int64_t end = std::min(begin + task, records_[t].numel);
       pieces_.push_back({static_cast<int64_t>(t), begin, end});
       cost += end - begin + kPieceOverhead;
-      if (cost >= kPiece) {
+      if (cost >= task) {
         task_starts_.push_back(static_cast<int64_t>(pieces_.size()));
         cost = 0;
       }

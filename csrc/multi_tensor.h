@@ -62,10 +62,6 @@ class HandleList {
 
 class MultiTensor {
  public:
-  // Entries per piece: large enough that a piece's overhead vanishes, small enough to balance
-  // threads.
-  static constexpr int64_t kPiece = 16384;
-
   // Throws, naming the argument, if the tensors do not fit together. `op` stands in the messages.
   MultiTensor(std::string op, TensorLists lists);
 
@@ -92,10 +88,10 @@ class MultiTensor {
       for (int64_t i = task_starts_[first]; i < task_starts_[last]; ++i)
         body(records_[pieces_[i].tensor], pieces_[i].begin, pieces_[i].end);
     };
-    if (tasks <= kSerialTasks) {
+    if (tasks <= serial_tasks_) {
       run(0, tasks);
     } else {
-      torch::stable::parallel_for(0, tasks, kSerialTasks, run);
+      torch::stable::parallel_for(0, tasks, serial_tasks_, run);
     }
   }
 
@@ -106,9 +102,6 @@ class MultiTensor {
   std::mutex mutex;
 
  private:
-  // So many tasks take less time than waking another thread.
-  static constexpr int64_t kSerialTasks = 4;
-
   struct Piece {
     int64_t tensor, begin, end;
   };
@@ -135,6 +128,7 @@ class MultiTensor {
   std::vector<int64_t> shape_starts_;  // and one past the last
   std::vector<Piece> pieces_;
   std::vector<int64_t> task_starts_;  // pieces [task_starts_[k], task_starts_[k + 1]) are task k
+  int64_t serial_tasks_ = 1;          // so many take less time than waking another thread
   int64_t* steps_ = nullptr;
   std::vector<Tensor> copies_;
 };
