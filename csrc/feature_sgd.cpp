@@ -45,24 +45,24 @@ void feature_sgd_(const std::vector<Tensor>& params, const std::vector<Tensor>& 
         grad_scale, found_inf});
 }
 
-// Unboxed by hand: a list of stable::Tensor would allocate for every gradient.
+// Unboxed by hand: a list of stable::Tensor would allocate for every gradient. The plan's options
+// are lr, momentum, dampening, weight_decay, nesterov, maximize, authors_momentum.
 void feature_sgd_planned_(StableIValue* stack, uint64_t, uint64_t) {
   const auto number = to<int64_t>(stack[0]);
   const HandleList grads(stack[1]);
-  const Scalars scalars{to<double>(stack[2]),
-                        to<std::optional<Tensor>>(stack[3]),
-                        to<double>(stack[4]),
-                        to<double>(stack[5]),
-                        to<double>(stack[6]),
-                        to<bool>(stack[7]),
-                        to<bool>(stack[8]),
-                        to<bool>(stack[9]),
-                        to<std::optional<Tensor>>(stack[10]),
-                        to<std::optional<Tensor>>(stack[11])};
+  auto lr = to<std::optional<Tensor>>(stack[2]);
+  auto grad_scale = to<std::optional<Tensor>>(stack[3]);
+  auto found_inf = to<std::optional<Tensor>>(stack[4]);
   const auto plan = find_plan(number);
   const std::lock_guard<std::mutex> lock(plan->mutex);
+  const std::vector<double>& o = plan->options;
+  STD_TORCH_CHECK(o.size() == 7, "the plan has ", o.size(), " options, expected 7");
   const bool current = plan->unchanged();
-  if (current) step(*plan, grads.handles(), scalars);
+  if (current) {
+    step(*plan, grads.handles(),
+         {o[0], std::move(lr), o[1], o[2], o[3], o[4] != 0, o[5] != 0, o[6] != 0,
+          std::move(grad_scale), std::move(found_inf)});
+  }
   stack[0] = torch::stable::detail::from(current);
 }
 

@@ -178,6 +178,12 @@ int64_t feature_plan(const std::vector<Tensor>& tensors, int64_t num_params, int
   return table.next++;
 }
 
+void feature_plan_options(int64_t number, std::vector<double> options) {
+  const auto plan = find_plan(number);
+  const std::lock_guard<std::mutex> lock(plan->mutex);
+  plan->options = std::move(options);
+}
+
 void feature_plan_free(int64_t number) {
   PlanTable& table = plan_table();
   std::shared_ptr<MultiTensor> last;  // released after the lock
@@ -501,6 +507,7 @@ double read_scalar(const std::string& op, const char* name, const std::optional<
 STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CPU, m) { m.impl("_feature_plan", TORCH_BOX(&feature_plan)); }
 
 STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CompositeExplicitAutograd, m) {
+  m.impl("_feature_plan_options", TORCH_BOX(&feature_plan_options));
   m.impl("_feature_plan_free", TORCH_BOX(&feature_plan_free));
 }
 

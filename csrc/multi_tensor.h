@@ -101,6 +101,10 @@ class MultiTensor {
   // Held during a step: a plan has one set of gradients.
   std::mutex mutex;
 
+  // The op's numbers that seldom change, for planned steps. They are kept here because parsing them
+  // from Python costs as much as updating thousands of entries.
+  std::vector<double> options;
+
  private:
   struct Piece {
     int64_t tensor, begin, end;

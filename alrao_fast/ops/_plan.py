@@ -11,23 +11,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from alrao_fast.ops._library import define
+from alrao_fast.ops._library import LIB, define
 
 define(
     "_feature_plan(Tensor[] tensors, int num_params, int num_states, int[] inners, int[] seeds, Tensor steps) -> int"
 )
+define("_feature_plan_options(int plan, float[] options) -> ()")
 define("_feature_plan_free(int plan) -> ()")
-define(
-    "_feature_sgd_planned_(int plan, Tensor[] grads, float lr, Tensor? lr_tensor, float momentum, float dampening, "
-    "float weight_decay, bool nesterov, bool maximize, bool authors_momentum, Tensor? grad_scale, Tensor? found_inf) "
-    "-> bool"
-)
-define(
-    "_feature_adam_planned_(int plan, Tensor[] grads, float lr, Tensor? lr_tensor, float beta1, float beta2, "
-    "float eps, float weight_decay, bool amsgrad, bool decoupled, bool maximize, bool authors_eps, "
-    "Tensor? grad_scale, Tensor? found_inf) -> bool"
-)
+for _op in ("_feature_sgd_planned_", "_feature_adam_planned_"):
+    define(
+        f"{_op}(int plan, Tensor[] grads, Tensor? lr, Tensor? grad_scale, Tensor? found_inf) -> bool"
+    )
+    LIB.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 _make = torch.ops.alrao_fast._feature_plan.default
+_set_options = torch.ops.alrao_fast._feature_plan_options.default
 _free = torch.ops.alrao_fast._feature_plan_free.default
 _sgd = torch.ops.alrao_fast._feature_sgd_planned_.default
 _adam = torch.ops.alrao_fast._feature_adam_planned_.default
@@ -45,7 +42,7 @@ class FeaturePlan:
     bump version counters: the caller does (`torch.autograd.graph.increment_version`).
     """
 
-    __slots__ = ("__weakref__", "_number")
+    __slots__ = ("__weakref__", "_number", "_options")
 
     def __init__(
         self,
@@ -59,6 +56,7 @@ class FeaturePlan:
     ) -> None:
         tensors = [*params, *(tensor for state in states for tensor in state), *masters, *rates]
         self._number: int = _make(tensors, len(params), len(states), inners, seeds, steps)
+        self._options: tuple[float, ...] = ()
         weakref.finalize(self, _free, self._number).atexit = False
 
     def sgd(
@@ -77,20 +75,10 @@ class FeaturePlan:
         found_inf: Tensor | None,
     ) -> bool:
         """One step of `feature_sgd_`."""
-        return _sgd(
-            self._number,
-            grads,
-            lr,
-            lr_tensor,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
-            maximize,
-            authors_momentum,
-            grad_scale,
-            found_inf,
-        )
+        options = (lr, momentum, dampening, weight_decay, nesterov, maximize, authors_momentum)
+        if options != self._options:
+            self._set(options)
+        return _sgd(self._number, grads, lr_tensor, grad_scale, found_inf)
 
     def adam(
         self,
@@ -110,11 +98,8 @@ class FeaturePlan:
         found_inf: Tensor | None,
     ) -> bool:
         """One step of `feature_adam_`."""
-        return _adam(
-            self._number,
-            grads,
+        options = (
             lr,
-            lr_tensor,
             beta1,
             beta2,
             eps,
@@ -123,6 +108,11 @@ class FeaturePlan:
             decoupled,
             maximize,
             authors_eps,
-            grad_scale,
-            found_inf,
         )
+        if options != self._options:
+            self._set(options)
+        return _adam(self._number, grads, lr_tensor, grad_scale, found_inf)
+
+    def _set(self, options: tuple[float, ...]) -> None:
+        _set_options(self._number, [float(option) for option in options])
+        self._options = options
