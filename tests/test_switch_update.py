@@ -14,6 +14,7 @@ import torch
 
 from alrao_fast import backends, testing
 from alrao_fast.functional import switch_update_
+from alrao_fast.ops.switch_update import switch_observe_
 from alrao_fast.reference.switch_update import initial_state
 
 OP = "switch_update"
@@ -174,6 +175,25 @@ def test_gaps_of_hundreds_of_nats_and_a_common_offset(backend, device, offset):
     assert current[0].isfinite().all()
 
 
+@pytest.mark.parametrize("mean", [True, False])
+def test_observing_a_batch_is_its_parts(backend, device, mean):
+    ours, other = state(3, device=device), state(3, device=device)
+    running, sums = (torch.ones(3, 3, dtype=torch.float64, device=device) for _ in range(2))
+    for i, losses in enumerate(evidence(5, 3).abs()):
+        stats = torch.stack([losses, losses + 1, torch.full((3,), 4.0)]).to(device)
+        if i == 2:
+            stats[0, 1] = INF
+        if i == 3:
+            stats.zero_()
+        switch_observe_(*ours, running, stats, mean=mean, impl=backend)
+        sums += stats
+        if i != 3:
+            switch_update_(*other, -stats[0] / 4 if mean else -stats[0], impl=backend)
+        for one, two in zip((*ours, running), (*other, sums)):
+            torch.testing.assert_close(one, two)
+    assert ours[2].item() == 5
+
+
 def test_strided_likelihood(compiled):
     device = device_of(compiled)
     table = evidence(4, 3).to(device)
@@ -189,6 +209,11 @@ def test_opcheck(compiled):
         likelihood = evidence(1, 4)[0].to(device, dtype)
         torch.library.opcheck(
             torch.ops.alrao_fast.switch_update_.default, (*state(4, device=device), likelihood, 0.9)
+        )
+    if compiled == "cpu":
+        running, stats = torch.rand(2, 3, 4, dtype=torch.float64)
+        torch.library.opcheck(
+            torch.ops.alrao_fast.switch_observe_.default, (*state(4), running, stats, True, 0.9)
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from alrao_fast.ops.switch_mixture import (
     switch_mixture_mean,
     switch_mixture_stats,
 )
+from alrao_fast.ops.switch_update import switch_observe_
 from alrao_fast.reference import switch_mixture as reference
 
 Reduction = Literal["mean", "sum"]
@@ -141,12 +142,17 @@ class LinearClones(FixedDtypeBuffers):
     def _observe(self, stats: Tensor) -> None:
         """One observation of the switch from the statistics `[3, N]` of a batch."""
         switch = self.switch
-        stats = switch.sum_over_processes(stats)
-        self.running.add_(stats)
-        count = stats[2]
-        # With nothing counted 0/0 = NaN, and the switch takes that for no observation at all.
-        mean = -stats[0] / count
-        switch.observe(mean if self.evidence == "mean" else mean * count)
+        # This runs in every training step: past nn.Module's __getattr__, which costs as much as a small kernel.
+        state: dict[str, Any] = switch._buffers
+        switch_observe_(
+            state["logw"],
+            state["log_posterior"],
+            state["t"],
+            self.running,
+            switch.sum_over_processes(stats),
+            mean=self.evidence == "mean",
+            theta=switch.theta,
+        )
 
     def clone_metrics(self, reset: bool = False) -> dict[str, Tensor]:
         """Per-clone means over the training samples since construction or the last reset, float64, on the device.

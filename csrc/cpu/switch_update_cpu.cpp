@@ -2,8 +2,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
+#include "checks.h"
 #include "switch_update.h"
 #include "switch_update_math.h"
 
@@ -12,25 +14,15 @@ namespace {
 
 using torch::stable::Tensor;
 
-void switch_update_cpu(const Tensor& logw, const Tensor& log_posterior, const Tensor& t,
-                       const Tensor& log_likelihood, double theta) {
-  check_switch_update(logw, log_posterior, t, log_likelihood, theta);
-  const int64_t n = logw.size(1);
-  const int64_t stride = log_likelihood.stride(0);
-  const bool is_double = log_likelihood.scalar_type() == torch::headeronly::ScalarType::Double;
-  const void* likelihood = log_likelihood.const_data_ptr();
-
-  double* unstable_logw = static_cast<double*>(logw.mutable_data_ptr());
-  double* stable_logw = unstable_logw + n;
-  double* posterior = static_cast<double*>(log_posterior.mutable_data_ptr());
-  int64_t* step = static_cast<int64_t*>(t.mutable_data_ptr());
-
-  std::vector<double> evidence(n);
+// `evidence` holds the log-likelihoods and is overwritten.
+void update(double* logw, double* log_posterior, int64_t* t, std::vector<double>& evidence,
+            double theta) {
+  const int64_t n = static_cast<int64_t>(evidence.size());
+  double* unstable_logw = logw;
+  double* stable_logw = logw + n;
   double reference = -INFINITY;
   for (int64_t i = 0; i < n; ++i) {
-    const double value = is_double ? static_cast<const double*>(likelihood)[i * stride]
-                                   : static_cast<const float*>(likelihood)[i * stride];
-    evidence[i] = switch_evidence(value);
+    evidence[i] = switch_evidence(evidence[i]);
     reference = std::max(reference, evidence[i] + std::max(unstable_logw[i], stable_logw[i]));
   }
   // Every clone is at -inf: the observation says nothing.
@@ -43,24 +35,68 @@ void switch_update_cpu(const Tensor& logw, const Tensor& log_posterior, const Te
                switch_mass(stable_logw[i], evidence[i], reference)};
     unstable += mass[i].unstable;
   }
-  const double share = switch_share(unstable, *step, n);
+  const double share = switch_share(unstable, *t, n);
   double total = 0;
   for (SwitchMass& m : mass) {
-    m = switch_redistribute(m, share, *step, theta);
+    m = switch_redistribute(m, share, *t, theta);
     total += m.unstable + m.stable;
   }
   for (int64_t i = 0; i < n; ++i) {
     unstable_logw[i] = std::log(mass[i].unstable / total);
     stable_logw[i] = std::log(mass[i].stable / total);
-    posterior[i] = std::log((mass[i].unstable + mass[i].stable) / total);
+    log_posterior[i] = std::log((mass[i].unstable + mass[i].stable) / total);
   }
-  *step += 1;
+  *t += 1;
+}
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+void switch_update(const Tensor& logw, const Tensor& log_posterior, const Tensor& t,
+                   const Tensor& log_likelihood, double theta) {
+  check_switch_update(logw, log_posterior, t, log_likelihood, theta);
+  const int64_t stride = log_likelihood.stride(0);
+  const bool is_double = log_likelihood.scalar_type() == torch::headeronly::ScalarType::Double;
+  const void* likelihood = log_likelihood.const_data_ptr();
+  std::vector<double> evidence(logw.size(1));
+  for (size_t i = 0; i < evidence.size(); ++i) {
+    evidence[i] = is_double ? static_cast<const double*>(likelihood)[i * stride]
+                            : static_cast<const float*>(likelihood)[i * stride];
+  }
+  update(data<double>(logw), data<double>(log_posterior), data<int64_t>(t), evidence, theta);
+}
+
+void switch_observe(const Tensor& logw, const Tensor& log_posterior, const Tensor& t,
+                    const Tensor& running, const Tensor& stats, bool mean, double theta) {
+  // The first row of the statistics stands for the log-likelihoods: same size, same type.
+  check_switch_update(logw, log_posterior, t, log_posterior, theta);
+  const int64_t n = logw.size(1);
+  check_shape("running", running, {3, n});
+  check_shape("stats", stats, {3, n});
+  for (const auto& [name, tensor] : {std::pair{"running", &running}, std::pair{"stats", &stats}}) {
+    check_dtype(name, *tensor, {torch::headeronly::ScalarType::Double});
+    check_contiguous(name, *tensor);
+    check_same_device(name, *tensor, "logw", logw);
+  }
+  const double* observed = static_cast<const double*>(stats.const_data_ptr());
+  double* sums = data<double>(running);
+  for (int64_t i = 0; i < 3 * n; ++i) sums[i] += observed[i];
+  std::vector<double> evidence(n);
+  for (int64_t i = 0; i < n; ++i) {
+    // With nothing counted this is 0/0 = NaN: no observation.
+    const double average = -observed[i] / observed[2 * n + i];
+    evidence[i] = mean ? average : average * observed[2 * n + i];
+  }
+  update(data<double>(logw), data<double>(log_posterior), data<int64_t>(t), evidence, theta);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CPU, m) {
-  m.impl("switch_update_", TORCH_BOX(&switch_update_cpu));
+  m.impl("switch_update_", TORCH_BOX(&switch_update));
+  m.impl("switch_observe_", TORCH_BOX(&switch_observe));
 }
 
 }  // namespace alrao
