@@ -7,25 +7,28 @@ namespace {
 
 template <typename acc, bool AMSGRAD, Decay DECAY>
 struct AdamUpdate {
+  static constexpr int kStates = AMSGRAD ? 3 : 2;
+  using Entries = Arrays<acc, kStates>;
+
   AdamScalars<acc> scalars;
 
-  void uniform(const Arrays<acc>& arrays, acc rate, int64_t n) const {
+  void uniform(const Entries& arrays, acc rate, int64_t n) const {
     const acc scaled = scalars.lr * rate;
     each(arrays, n, [scaled](int64_t) { return scaled; });
   }
 
-  void varying(const Arrays<acc>& arrays, const acc* rates, int64_t n) const {
+  void varying(const Entries& arrays, const acc* rates, int64_t n) const {
     const acc lr = scalars.lr;
     each(arrays, n, [lr, rates](int64_t i) { return lr * rates[i]; });
   }
 
  private:
   template <class Rate>
-  void each(const Arrays<acc>& arrays, int64_t n, Rate rate) const {
+  void each(const Entries& arrays, int64_t n, Rate rate) const {
     acc* const p = arrays.p;
     const acc* const g = arrays.g;
     acc *const ms = arrays.states[0], *const vs = arrays.states[1];
-    acc* const v_maxs = arrays.states[2];
+    acc* const v_maxs = arrays.states[kStates - 1];  // not used without AMSGRAD
     const AdamScalars<acc> s = scalars;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {

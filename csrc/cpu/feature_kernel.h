@@ -18,16 +18,16 @@ constexpr int64_t kBlock = 512;
 // Runs of equal rates shorter than this are expanded into a buffer, one rate per entry.
 constexpr int64_t kShortRun = 16;
 
-template <typename acc>
+template <typename acc, int STATES>
 struct Arrays {
   acc* p;
   const acc* g;
-  acc* states[kMaxStates];
+  acc* states[STATES > 0 ? STATES : 1];
 
   void advance(int64_t n) {
     p += n;
     g += n;
-    for (acc*& state : states) state += state ? n : 0;
+    for (int k = 0; k < STATES; ++k) states[k] += n;
   }
 };
 
@@ -104,7 +104,7 @@ static inline acc rate_of(const FeatureRecord& record, int64_t feature) {
 // Entries [begin, begin + n) of the parameter, whose arrays start at `begin`.
 template <typename acc, class Update>
 static void update_entries(const FeatureRecord& record, int64_t begin, int64_t n,
-                           Arrays<acc> arrays, const Update& update) {
+                           Arrays<acc, Update::kStates> arrays, const Update& update) {
   if (record.period == 1) {
     update.uniform(arrays, rate_of<acc>(record, 0), n);
     return;
@@ -156,24 +156,24 @@ template <typename acc, class Update>
 static void update_piece(const FeatureRecord& record, int64_t begin, int64_t end,
                          const Update& update) {
   constexpr Dtype kAcc = kDtypeOf<acc>;
+  constexpr int kStates = Update::kStates;
   acc* const direct_p = record.param_dtype == kAcc ? static_cast<acc*>(record.param)
                         : record.master            ? reinterpret_cast<acc*>(record.master)
                                                    : nullptr;
   bool buffered = record.param_dtype != kAcc;
-  for (int k = 0; k < kMaxStates; ++k)
-    buffered |= record.states[k] != nullptr && record.state_dtypes[k] != kAcc;
+  for (int k = 0; k < kStates; ++k) buffered |= record.state_dtypes[k] != kAcc;
   if (!buffered) {
-    Arrays<acc> arrays{direct_p + begin, static_cast<const acc*>(record.grad) + begin, {}};
-    for (int k = 0; k < kMaxStates; ++k)
-      if (record.states[k]) arrays.states[k] = static_cast<acc*>(record.states[k]) + begin;
+    Arrays<acc, kStates> arrays{direct_p + begin, static_cast<const acc*>(record.grad) + begin, {}};
+    for (int k = 0; k < kStates; ++k)
+      arrays.states[k] = static_cast<acc*>(record.states[k]) + begin;
     update_entries<acc>(record, begin, end - begin, arrays, update);
     return;
   }
 
-  acc p_buffer[kBlock], g_buffer[kBlock], state_buffers[kMaxStates][kBlock];
+  acc p_buffer[kBlock], g_buffer[kBlock], state_buffers[kStates > 0 ? kStates : 1][kBlock];
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = smaller(kBlock, end - i);
-    Arrays<acc> arrays{p_buffer, g_buffer, {}};
+    Arrays<acc, kStates> arrays{p_buffer, g_buffer, {}};
     if (direct_p) {
       arrays.p = direct_p + i;
     } else {
@@ -184,8 +184,7 @@ static void update_piece(const FeatureRecord& record, int64_t begin, int64_t end
     } else {
       load(g_buffer, record.grad, record.param_dtype, i, n);
     }
-    for (int k = 0; k < kMaxStates; ++k) {
-      if (!record.states[k]) continue;
+    for (int k = 0; k < kStates; ++k) {
       if (record.state_dtypes[k] == kAcc) {
         arrays.states[k] = static_cast<acc*>(record.states[k]) + i;
       } else {
@@ -203,8 +202,8 @@ static void update_piece(const FeatureRecord& record, int64_t begin, int64_t end
         store(record.param, record.param_dtype, i, arrays.p, n);
       }
     }
-    for (int k = 0; k < kMaxStates; ++k)
-      if (arrays.states[k] == state_buffers[k])
+    for (int k = 0; k < kStates; ++k)
+      if (record.state_dtypes[k] != kAcc)
         store(record.states[k], record.state_dtypes[k], i, state_buffers[k], n);
   }
 }

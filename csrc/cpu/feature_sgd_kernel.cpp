@@ -7,21 +7,24 @@ namespace {
 
 template <typename acc, Momentum MOMENTUM, bool NESTEROV, bool DECAY>
 struct SgdUpdate {
+  static constexpr int kStates = MOMENTUM == Momentum::kNone ? 0 : 1;
+  using Entries = Arrays<acc, kStates>;
+
   SgdScalars<acc> scalars;
 
-  void uniform(const Arrays<acc>& arrays, acc rate, int64_t n) const {
+  void uniform(const Entries& arrays, acc rate, int64_t n) const {
     const acc scaled = scalars.lr * rate;
     each(arrays, n, [scaled](int64_t) { return scaled; });
   }
 
-  void varying(const Arrays<acc>& arrays, const acc* rates, int64_t n) const {
+  void varying(const Entries& arrays, const acc* rates, int64_t n) const {
     const acc lr = scalars.lr;
     each(arrays, n, [lr, rates](int64_t i) { return lr * rates[i]; });
   }
 
  private:
   template <class Rate>
-  void each(const Arrays<acc>& arrays, int64_t n, Rate rate) const {
+  void each(const Entries& arrays, int64_t n, Rate rate) const {
     acc* const p = arrays.p;
     const acc* const g = arrays.g;
     acc* const bufs = arrays.states[0];
