@@ -15,8 +15,8 @@
 
 namespace alrao::cpu {
 
-// The smallest chunk buffer worth splitting for: about a second-level cache.
-constexpr int64_t kCacheBytes = 4 << 20;
+// The smallest chunk buffer worth splitting for: about the second-level caches of a few cores.
+constexpr int64_t kCacheBytes = 8 << 20;
 
 inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
