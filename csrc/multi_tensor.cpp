@@ -22,34 +22,34 @@ constexpr int64_t kSerialEntries = 32768;
 
 Shape shape_of(AtenTensorHandle tensor) {
   int64_t dim, *sizes, *strides;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dim));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
   return {sizes, strides, dim};
 }
 
 int32_t dtype_of(AtenTensorHandle tensor) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
   return dtype;
 }
 
 void* data_of(AtenTensorHandle tensor) {
   void* data;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
   return data;
 }
 
 int64_t numel_of(AtenTensorHandle tensor) {
   int64_t numel;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor, &numel));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor, &numel));
   return numel;
 }
 
 bool is_strided(AtenTensorHandle tensor) {
   static const int32_t strided = aoti_torch_layout_strided();
   int32_t layout;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor, &layout));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor, &layout));
   return layout == strided;
 }
 
@@ -199,14 +199,14 @@ void feature_plan_free(int64_t number) {
 HandleList::HandleList(StableIValue list) {
   const auto handle = torch::stable::detail::to<StableListHandle>(list);
   size_t size = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(handle, &size));
+  TORCH_ERROR_CODE_CHECK(torch_list_size(handle, &size));
   handles_.resize(size);
   for (size_t i = 0; i < size; ++i) {
     StableIValue item;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(handle, i, &item));
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(handle, i, &item));
     handles_[i] = torch::stable::detail::to<AtenTensorHandle>(item);
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(handle));
+  TORCH_ERROR_CODE_CHECK(torch_delete_list(handle));
 }
 
 HandleList::~HandleList() {
@@ -269,8 +269,8 @@ void MultiTensor::add_record(int64_t t) {
     if (!is_strided(tensor))
       fail(op_, name, " is sparse or of another layout, expected an ordinary strided tensor");
     int32_t type, index;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &index));
     if (t == 0 && tensor == param) {
       device_type_ = type;
       device_index_ = index;
@@ -438,8 +438,8 @@ void MultiTensor::bind(const std::vector<AtenTensorHandle>& grads) {
            " is sparse, expected an ordinary (dense) gradient: sparse=False in the embedding, or "
            "grad.to_dense()");
     int32_t device_type, device_index;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(grad, &device_type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(grad, &device_index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(grad, &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(grad, &device_index));
     if (device_type != device_type_ || device_index != device_index_)
       fail(op_, entry("grads", number),
            " is on another device than params, expected the same device");
@@ -452,15 +452,15 @@ void MultiTensor::bind(const std::vector<AtenTensorHandle>& grads) {
            entry("params", number), ", ", text(expected));
     if (!same_layout(own, expected)) {
       AtenTensorHandle copy;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(expected.dim, expected.sizes,
-                                                             expected.strides, dtypes_[t],
-                                                             device_type_, device_index_, &copy));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(expected.dim, expected.sizes,
+                                                      expected.strides, dtypes_[t], device_type_,
+                                                      device_index_, &copy));
       copies_.emplace_back(copy);
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy, grad, 0));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy, grad, 0));
       grad = copy;
     }
     const void* data;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(grad, &data));
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(grad, &data));
     records_[t].grad = data;
     records_[t].step = steps_[t];
   }

@@ -64,7 +64,7 @@ def check_inputs(
     for name, state in states.items():
         if state.needed:
             check(
-                bool(state.tensors),
+                len(state.tensors) > 0,
                 f"{name} is empty, expected one for each of params because {state.because}",
             )
         else:

@@ -33,7 +33,7 @@ torch::stable::Tensor as_tensor(const Matrix<T>& m) {
   static_assert(std::is_same_v<Value, float> || std::is_same_v<Value, double>);
   const int64_t sizes[] = {m.rows, m.cols}, strides[] = {m.row_stride, m.col_stride};
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
       const_cast<Value*>(m.data), 2, sizes, strides, 0,
       std::is_same_v<Value, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
       aoti_torch_device_type_cpu(), 0, &handle));
@@ -87,10 +87,10 @@ void gemm(const Matrix<T>& out, const Matrix<const T>& a, const Matrix<const T>&
     const auto right = as_tensor(
         Matrix<const T>{b.data + begin * b.row_stride, length, b.cols, b.row_stride, b.col_stride});
     if (accumulate || slice > 0) {
-      STABLE_TORCH_ERROR_CODE_CHECK(
+      TORCH_ERROR_CODE_CHECK(
           aoti_torch_cpu_addmm_out(c.get(), c.get(), left.get(), right.get(), 1.0, 1.0));
     } else {
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(c.get(), left.get(), right.get()));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(c.get(), left.get(), right.get()));
     }
   }
 }

@@ -40,7 +40,7 @@ torch::stable::Tensor empty_tensor(std::initializer_list<int64_t> sizes) {
     stride *= sizes.begin()[i];
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
       std::is_same_v<T, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
       aoti_torch_device_type_cpu(), 0, &handle));
