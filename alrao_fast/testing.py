@@ -134,6 +134,7 @@ FEATURE_CASES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "short rows: a depthwise 3x3 convolution": ((70, 1, 3, 3), 70, 9),
     "short rows: a first convolution": ((21, 3, 3, 3), 21, 27),
     "gates share the units' rates": ((4 * 13, 10), 13, 10),
+    "gates with long rows": ((4 * 5, 40), 5, 40),
     "bias of gates": ((4 * 13,), 13, 1),
     "columns of an embedding": ((11, 100), 100, 1),
     "few columns": ((50, 9), 9, 1),

@@ -577,10 +577,11 @@ def test_plan_gives_the_bits_of_the_list_op(compiled, dtype):
     [
         lambda p: setattr(p, "data", p.data.clone()),
         lambda p: setattr(p, "data", p.data.double()),
+        lambda p: setattr(p, "data", p.data.view(torch.int32)),
         lambda p: setattr(p, "data", p.data.as_strided((8, 6), (1, 8))),
         lambda p: p.resize_(3, 4),
     ],
-    ids=["memory", "dtype", "strides", "shape"],
+    ids=["memory", "dtype", "dtype in the same memory", "strides", "shape"],
 )
 def test_plan_notices_that_a_parameter_changed(compiled, change):
     param, rate, steps = torch.ones(8, 6), torch.ones(8), torch.zeros(1, dtype=torch.int64)
