@@ -96,7 +96,7 @@ def feature_adam_(
         "beta2": betas[1],
         "eps": eps,
         "weight_decay": weight_decay,
-        "amsgrad": bool(largest),
+        "amsgrad": len(largest) > 0,
         "decoupled": decoupled_weight_decay,
         "maximize": maximize,
         "authors_eps": eps_rule == "authors",
