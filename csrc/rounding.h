@@ -80,37 +80,30 @@ ALRAO_HOST_DEVICE static inline uint16_t float_to_fp16(float value) {
 ALRAO_HOST_DEVICE static inline uint16_t float_to_fp16_stochastic(float value, uint32_t random16) {
   const uint32_t bits = float_bits(value);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // 13 bits are dropped: up where remainder / 2^13 + random / 2^16 >= 1. Infinity has no remainder.
-  const uint32_t normal = magnitude >= 0x7f800000u ? magnitude : magnitude + (random16 >> 3);
-  // Capped where it is not used, so that the conversion to an integer is defined.
-  const float capped = bits_float(magnitude < (113u << 23) ? magnitude : 0u);
+  // 13 bits are dropped: up where remainder / 2^13 + random / 2^16 >= 1.
+  const uint32_t normal = magnitude + (random16 >> 3);
+  // Capped at 2^-14 where it is not used, so that the conversion to an integer is defined.
+  const float capped = bits_float(magnitude < (113u << 23) ? magnitude : (113u << 23));
   const float steps = capped * 16777216.0f;
   const int32_t below = static_cast<int32_t>(steps);
   const float remainder = steps - static_cast<float>(below);
-  const bool up = remainder + static_cast<float>(random16) * (1.0f / 65536.0f) >= 1.0f;
-  return assemble_fp16(bits, normal, static_cast<uint32_t>(below) + (up ? 1u : 0u));
+  const float raised = remainder + static_cast<float>(random16) * (1.0f / 65536.0f);
+  return assemble_fp16(bits, normal, static_cast<uint32_t>(below + static_cast<int32_t>(raised)));
 }
 
-// Philox4x32-10 (Salmon et al., SC 2011); `words` is the counter and becomes the output.
-ALRAO_HOST_DEVICE static inline void philox4x32(uint32_t words[4], uint32_t key0, uint32_t key1) {
-  uint32_t c0 = words[0], c1 = words[1], c2 = words[2], c3 = words[3];
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
-    const uint64_t product1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
-    const uint32_t high0 = static_cast<uint32_t>(product0 >> 32);
-    const uint32_t high1 = static_cast<uint32_t>(product1 >> 32);
-    c0 = high1 ^ c1 ^ key0;
-    c2 = high0 ^ c3 ^ key1;
-    c1 = static_cast<uint32_t>(product1);
-    c3 = static_cast<uint32_t>(product0);
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  words[0] = c0;
-  words[1] = c1;
-  words[2] = c2;
-  words[3] = c3;
+// Philox4x32-10 (Salmon et al., SC 2011): ten rounds turn a counter into four random words; the
+// keys advance between the rounds.
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9u, kPhiloxKeyStep1 = 0xBB67AE85u;
+
+ALRAO_HOST_DEVICE static inline void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2,
+                                                  uint32_t& c3, uint32_t key0, uint32_t key1) {
+  const uint64_t product0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
+  const uint64_t product1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+  c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;
+  c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key1;
+  c1 = static_cast<uint32_t>(product1);
+  c3 = static_cast<uint32_t>(product0);
 }
 
 }  // namespace alrao

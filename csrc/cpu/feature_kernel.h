@@ -64,32 +64,50 @@ static void store(void* to, Dtype dtype, int64_t begin, const acc* from, int64_t
   }
 }
 
-// `begin` is a multiple of 8 and n at most kBlock.
-static void store_stochastic(const FeatureRecord& record, int64_t begin, const float* from,
-                             int64_t n) {
-  uint32_t words[kBlock / 2];
+// The random bits of entries [begin, begin + n): `begin` a multiple of 8, n at most kBlock. Round
+// after round for all counters at once, which vectorises.
+static void random_bits(const FeatureRecord& record, int64_t begin, int64_t n, uint32_t* bits) {
+  constexpr int64_t kCalls = kBlock / 8;
   const uint64_t first = static_cast<uint64_t>(begin) / 8;
   const uint64_t step = static_cast<uint64_t>(record.step);
-  const uint32_t key0 = static_cast<uint32_t>(record.seed);
-  const uint32_t key1 = static_cast<uint32_t>(record.seed >> 32);
+  uint32_t c0[kCalls], c1[kCalls], c2[kCalls], c3[kCalls], words[4 * kCalls];
   const int64_t calls = (n + 7) / 8;
-#pragma omp simd
   for (int64_t k = 0; k < calls; ++k) {
     const uint64_t block = first + static_cast<uint64_t>(k);
-    uint32_t out[4] = {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
-                       static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32)};
-    philox4x32(out, key0, key1);
-    for (int w = 0; w < 4; ++w) words[4 * k + w] = out[w];
+    c0[k] = static_cast<uint32_t>(block);
+    c1[k] = static_cast<uint32_t>(block >> 32);
+    c2[k] = static_cast<uint32_t>(step);
+    c3[k] = static_cast<uint32_t>(step >> 32);
   }
-  uint32_t bits[kBlock];
+  uint32_t key0 = static_cast<uint32_t>(record.seed);
+  uint32_t key1 = static_cast<uint32_t>(record.seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+#pragma omp simd
+    for (int64_t k = 0; k < calls; ++k) philox_round(c0[k], c1[k], c2[k], c3[k], key0, key1);
+    key0 += kPhiloxKeyStep0;
+    key1 += kPhiloxKeyStep1;
+  }
+  for (int64_t k = 0; k < calls; ++k) {
+    words[4 * k] = c0[k];
+    words[4 * k + 1] = c1[k];
+    words[4 * k + 2] = c2[k];
+    words[4 * k + 3] = c3[k];
+  }
   for (int64_t k = 0; k < 4 * calls; ++k) {
     bits[2 * k] = words[k] & 0xffffu;
     bits[2 * k + 1] = words[k] >> 16;
   }
+}
+
+static void store_stochastic(const FeatureRecord& record, int64_t begin, const float* from,
+                             int64_t n) {
+  uint32_t bits[kBlock];
+  random_bits(record, begin, n, bits);
   uint16_t* x = static_cast<uint16_t*>(record.param) + begin;
   if (record.param_dtype == Dtype::kBFloat16) {
     for (int64_t i = 0; i < n; ++i) x[i] = float_to_bf16_stochastic(from[i], bits[i]);
   } else {
+#pragma omp simd  // gcc leaves the loop scalar otherwise
     for (int64_t i = 0; i < n; ++i) x[i] = float_to_fp16_stochastic(from[i], bits[i]);
   }
 }
