@@ -147,13 +147,13 @@ def show_table(
 ) -> Table:
     """The result as a table: one row per method."""
     table = Table(title=f"scikit-learn digits, {seeds} seeds: mean +- standard deviation")
-    for name in ("method", "test accuracy %", "test loss", "time per step / SGD"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    for name in ("method", "test accuracy %", "test loss", "step time / SGD"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     best = max((m for m in summary if m.startswith("sgd")), key=lambda m: summary[m]["accuracy"][0])
     for method, row in summary.items():
-        label = {"alrao": "Alrao, no learning rate", "adam": "Adam, default"}.get(method, method)
+        label = {"alrao": "Alrao, no search", "adam": "Adam, default"}.get(method, method)
         table.add_row(
-            label + (" (best of the grid)" if method == best else ""),
+            label + (", best of grid" if method == best else ""),
             "{:.2f} +- {:.2f}".format(*row["accuracy"]),
             "{:.3f} +- {:.3f}".format(*row["loss"]) if row["loss"][0] < math.inf else "diverged",
             f"{times[method.split()[0]]:.2f}",
@@ -207,7 +207,7 @@ def plot(runs: list[Run], folder: Path) -> list[Path]:
         ylabel="test loss (nats)",
         title="One run of Alrao, whatever the learning rate",
     )
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     paths.append(save(figure, "loss_vs_lr.png"))
 
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
@@ -228,7 +228,7 @@ def plot(runs: list[Run], folder: Path) -> list[Path]:
         ylabel="test loss (nats)",
         title=f"Learning curves, seed {seed}",
     )
-    axes.legend(fontsize="small", ncols=2)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     paths.append(save(figure, "learning_curves.png"))
 
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
