@@ -1,0 +1,165 @@
+"""Which pass evaluates the last layers: linear where they provably are, batched where that works, else a loop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from alrao_fast.compat._passes import ClonePass, GraphPass, LinearPass
+from alrao_fast.compat._stack import lay_out
+from alrao_fast.compat.custom_layers import LinearClassifier, LinearClassifierRNN, LinearRegressor
+
+Runner = Callable[[Tensor, Sequence[nn.Module]], ClonePass]
+_PLAIN = {nn.Linear, LinearClassifier, LinearClassifierRNN, LinearRegressor}
+
+
+class _Linear(NamedTuple):
+    name: str
+    log_softmax: bool
+    flatten: bool
+
+
+_KNOWN = {
+    LinearClassifier: _Linear("fc", True, False),
+    LinearClassifierRNN: _Linear("decoder", True, True),
+    LinearRegressor: _Linear("layer", False, False),
+}
+# A rule that only holds near zero (a clamp, a threshold) shows at other scales.
+_PROBE_SCALES = (1.0, 1e-3, 100.0)
+
+
+def signature(layers: Sequence[nn.Module], x: Tensor) -> Hashable:
+    """What the choice depends on; layers edited so that another pass is right have another signature."""
+    parts: list[Hashable] = [x.dim(), x.size(-1) if x.dim() else 0, x.dtype]
+    for layer in layers:
+        _describe(layer, parts)
+    return tuple(parts)
+
+
+def _describe(module: nn.Module, parts: list[Hashable]) -> None:
+    kind = type(module)
+    parts.append(kind)
+    parts.append(bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks))
+    parts.append(id(module))
+    if kind in _PLAIN:
+        parts.append("forward" in module.__dict__)
+        parts.append(len(module._parameters))
+    else:
+        # An attribute may change what the module computes: a temperature, the training mode.
+        for key, value in module.__dict__.items():
+            if key[0] != "_":
+                plain = isinstance(value, int | float | str)
+                parts.append(value if plain else id(value))
+    for child in module._modules.values():
+        if child is not None:
+            _describe(child, parts)
+
+
+def choose(layers: Sequence[nn.Module], x: Tensor) -> Runner:
+    """The pass for these layers and for features like `x`; asks the layers themselves where their class is unknown."""
+    loop: Runner = partial(GraphPass, batched=False)
+    modules = [m for layer in layers for m in layer.modules()]
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules):
+        return loop
+    known = _KNOWN.get(type(layers[0]))  # type: ignore[call-overload]
+    overridden = any("forward" in m.__dict__ for m in modules)
+    if x.dim() < 2:
+        return loop
+    if known is not None and all(type(layer) is type(layers[0]) for layer in layers):
+        # LinearClassifier normalises over dim 1, which is the classes only in a matrix.
+        fits = x.dim() == 2 or type(layers[0]) is not LinearClassifier
+        if fits and not overridden and _linears(layers) is not None:
+            return partial(_linear, log_softmax=known.log_softmax, flatten=known.flatten)
+    elif _linears(layers) is not None:
+        for log_softmax in (True, False):
+            for flatten in (False, True) if x.dim() > 2 else (False,):
+                runner = partial(_linear, log_softmax=log_softmax, flatten=flatten)
+                if _agrees(runner, loop, layers, x):
+                    return runner
+    batched: Runner = partial(GraphPass, batched=True)
+    if _stackable(layers):
+        with _evaluation(modules):
+            if _agrees(batched, loop, layers, x):
+                return batched
+    return loop
+
+
+def _linear(
+    x: Tensor, layers: Sequence[nn.Module], *, log_softmax: bool, flatten: bool
+) -> LinearPass:
+    linears = _linears(layers)
+    assert linears is not None
+    return LinearPass(x, linears, log_softmax=log_softmax, flatten=flatten)
+
+
+def _linears(layers: Sequence[nn.Module]) -> list[nn.Linear] | None:
+    """The single plain Linear in each layer, None where there is another number of them or anything else to learn."""
+    found = []
+    for layer in layers:
+        linear = None
+        for module in layer.modules():
+            if type(module) is nn.Linear and set(module._parameters) == {"weight", "bias"}:
+                if linear is not None:
+                    return None
+                linear = module
+            elif any(p is not None for p in module._parameters.values()) or module._buffers:
+                return None
+        if linear is None:
+            return None
+        found.append(linear)
+    with_bias = {linear.bias is not None for linear in found}
+    if len(with_bias) > 1 or lay_out([linear.weight for linear in found]) is None:
+        return None
+    if with_bias == {True} and lay_out([linear.bias for linear in found]) is None:
+        return None
+    return found
+
+
+def _stackable(layers: Sequence[nn.Module]) -> bool:
+    """Same class, no buffers, the same parameters in name and shape: one function of stacked parameters."""
+    named = [dict(layer.named_parameters()) for layer in layers]
+    names = list(named[0])
+    if not names or any(type(layer) is not type(layers[0]) for layer in layers):
+        return False
+    if any(list(own) != names for own in named):
+        return False
+    if any(m._buffers for layer in layers for m in layer.modules()):
+        return False
+    return all(lay_out([own[name] for own in named]) is not None for name in names)
+
+
+def _agrees(runner: Runner, loop: Runner, layers: Sequence[nn.Module], x: Tensor) -> bool:
+    """Whether `runner` computes what calling the layers does, on random features shaped like `x`."""
+    devices = [x.device] if x.is_cuda else []
+    tolerance = 1e-9 if x.dtype == torch.float64 else 1e-4
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        for scale in _PROBE_SCALES:
+            probe = torch.randn(x.shape, dtype=x.dtype, device=x.device) * scale
+            try:
+                expected, actual = loop(probe, layers).outputs, runner(probe, layers).outputs
+            except Exception:
+                # Whatever the layers or torch.func cannot do here, the loop will report or manage.
+                return False
+            if expected.shape != actual.shape or expected.dtype != actual.dtype:
+                return False
+            if not torch.allclose(expected, actual, rtol=tolerance, atol=tolerance * scale):
+                return False
+    return True
+
+
+@contextlib.contextmanager
+def _evaluation(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """The modules in evaluation mode for a while: their dropout would make any two evaluations differ."""
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in zip(modules, modes):
+            module.training = mode

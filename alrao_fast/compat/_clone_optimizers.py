@@ -1,0 +1,203 @@
+"""The last layers' optimizers: torch's own, one per layer, stepped all at once.
+
+Each layer has a real torch.optim optimizer, with options, state and state_dict of its own. While the layers agree in
+everything but the learning rate, one call of the op updates them all; its states are stacked tensors whose slices
+stand in the optimizers. Otherwise the optimizers step one after the other, to the same effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from alrao_fast.compat._stack import lay_out, stack
+from alrao_fast.functional import feature_adam_, feature_sgd_
+
+_OPTIONS: dict[type[Optimizer], tuple[str, ...]] = {
+    torch.optim.SGD: ("momentum", "dampening", "weight_decay", "nesterov", "maximize"),
+    torch.optim.Adam: ("betas", "eps", "weight_decay", "amsgrad", "maximize"),
+}
+
+
+class CloneOptimizers:
+    """`optimizers`: one per last layer, of `kind` torch.optim.SGD or Adam, with the rates `lrs`."""
+
+    def __init__(
+        self,
+        kind: type[Optimizer],
+        params_list: Iterable[Iterable[Tensor]],
+        lrs: Iterable[float],
+        options: dict[str, Any],
+    ) -> None:
+        lists, rates = [list(params) for params in params_list], [float(lr) for lr in lrs]
+        if len(lists) != len(rates):
+            raise ValueError(
+                f"last_layers_lr has {len(rates)} entries for {len(lists)} last layers; expected one for each"
+            )
+        self._kind = kind
+        self.optimizers = [
+            kind(params, lr=lr, **options)  # type: ignore[call-arg]
+            for params, lr in zip(lists, rates)
+        ]
+        self._forget()
+        for optimizer in self.optimizers:
+            optimizer.register_load_state_dict_post_hook(self._on_load)
+
+    def _on_load(self, optimizer: Optimizer) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop the stacked states: the optimizers' own are the truth."""
+        self._states: dict[str, list[Tensor]] = {}
+        self._steps: Tensor | None = None
+        self._shown: Tensor | None = None
+        self._rates: tuple[list[float], Tensor] | None = None
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every last layer that has gradients."""
+        if not self._step_together():
+            self._forget()
+            for optimizer in self.optimizers:
+                optimizer.step()
+
+    def _step_together(self) -> bool:
+        """Update all layers by one call; False, with nothing written, where they have to be updated one by one."""
+        groups = []
+        names = _OPTIONS[self._kind]
+        for optimizer in self.optimizers:
+            if len(optimizer.param_groups) != 1 or optimizer._optimizer_step_pre_hooks:
+                return False
+            groups.append(optimizer.param_groups[0])
+        first = groups[0]
+        options = [first[name] for name in names]
+        lrs = [group["lr"] for group in groups]
+        if any([group[name] for name in names] != options for group in groups[1:]):
+            return False
+        if any(isinstance(lr, Tensor) for lr in lrs):
+            return False
+        slots = list(zip(*(group["params"] for group in groups)))
+        if any(len(group["params"]) != len(slots) for group in groups):
+            return False
+        params, grads = [], []
+        for slot in slots:
+            own = [p.grad for p in slot]
+            together = None if any(g is None or g.is_sparse for g in own) else lay_out(slot)
+            if together is None:
+                return False
+            params.append(together)
+            grads.append(stack(own))
+        if not params or len({(p.dtype, p.device) for p in params}) > 1:
+            return False
+        if not self._gather(self._state_names(first), slots, params):
+            return False
+        self._update(params, grads, self._rates_of(lrs, params[0]), first)
+        for optimizer in self.optimizers:
+            # What a learning-rate scheduler looks at to see that there has been a step.
+            optimizer._opt_called = True  # type: ignore[attr-defined]
+        return True
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        if self._kind is torch.optim.SGD:
+            return ("momentum_buffer",) if group["momentum"] else ()
+        return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+
+    def _rates_of(self, lrs: list[float], like: Tensor) -> Tensor:
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        cached = self._rates
+        if cached is None or cached[0] != lrs or cached[1].device != like.device:
+            self._rates = cached = lrs, torch.tensor(lrs, dtype=dtype, device=like.device)
+        return cached[1].to(dtype)
+
+    def _gather(
+        self, names: Sequence[str], slots: Sequence[Sequence[Tensor]], params: list[Tensor]
+    ) -> bool:
+        """Have the stacked states `names` at hand; False if the layers' optimizers are not at the same step."""
+        fresh = self._steps is None or self._steps.device != params[0].device
+        fresh = fresh or any(
+            name not in self._states
+            or [(s.shape, s.dtype) for s in self._states[name]]
+            != [(p.shape, p.dtype) for p in params]
+            for name in names
+        )
+        if not fresh:
+            return True
+        counts = []
+        for slot in slots:
+            found = {self._count(k, p, names) for k, p in enumerate(slot)}
+            if len(found) > 1 or None in found:
+                return False
+            counts += found
+        for name in names:
+            self._states[name] = []
+            for slot, together in zip(slots, params):
+                stored = [o.state[p].get(name) for o, p in zip(self.optimizers, slot)]
+                if stored[0] is None:
+                    state = torch.zeros_like(together)
+                else:
+                    state = torch.stack(stored).to(together.device, together.dtype)
+                for optimizer, param, part in zip(self.optimizers, slot, state.unbind(0)):
+                    optimizer.state[param][name] = part
+                self._states[name].append(state)
+        self._steps = torch.tensor(counts, dtype=torch.int64, device=params[0].device)
+        if self._kind is torch.optim.Adam:
+            shown = self._steps.cpu().float().unsqueeze(1).repeat(1, len(self.optimizers))
+            for slot, row in zip(slots, shown.unbind(0)):
+                for optimizer, param, step in zip(self.optimizers, slot, row.unbind(0)):
+                    optimizer.state[param]["step"] = step
+            self._shown = shown
+        return True
+
+    def _count(self, k: int, param: Tensor, names: Sequence[str]) -> int | None:
+        """The updates that layer k's parameter has had, as far as the op asks; None if its state is incomplete."""
+        state = self.optimizers[k].state[param]
+        present = [state.get(name) is not None for name in names]
+        if any(present) != all(present):
+            return None
+        if self._kind is torch.optim.Adam:
+            return int(state["step"]) if all(present) else 0
+        return int(all(present) and bool(names))
+
+    def _update(
+        self, params: list[Tensor], grads: list[Tensor], rates: Tensor, group: dict[str, Any]
+    ) -> None:
+        count = len(params)
+        if self._kind is torch.optim.SGD:
+            feature_sgd_(
+                params,
+                grads,
+                [rates] * count,
+                momentum_buffers=self._states.get("momentum_buffer") if group["momentum"] else None,
+                steps=self._steps,
+                momentum=group["momentum"],
+                dampening=group["dampening"],
+                weight_decay=group["weight_decay"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+            )
+            return
+        assert self._steps is not None and self._shown is not None
+        feature_adam_(
+            params,
+            grads,
+            self._states["exp_avg"],
+            self._states["exp_avg_sq"],
+            [rates] * count,
+            steps=self._steps,
+            max_exp_avg_sqs=self._states["max_exp_avg_sq"] if group["amsgrad"] else None,
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+        )
+        self._shown += 1

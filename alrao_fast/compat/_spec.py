@@ -1,0 +1,258 @@
+"""SGD and Adam with a tensor of learning rates per parameter: for the internal network.
+
+Rates come in full size and are kept as a vector along one dimension where they are constant along all others. They
+are part of the state, next to the momentum, so that `state_dict` can resume a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from alrao_fast.functional import feature_adam_, feature_sgd_
+
+
+def compact_rates(rate: Any, param: Tensor, name: str = "lr_params") -> tuple[Tensor, int | None]:
+    """`(vector, dim)`: the rates of `param` along one dimension; all of them, in its shape, with None.
+
+    `rate` is a number, a tensor that broadcasts to the parameter, or a vector over its dimension 0. Raises ValueError
+    for any other shape and for rates that are negative or not finite.
+    """
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    rate = torch.as_tensor(rate, device=param.device).detach().to(dtype)
+    given = list(rate.shape)
+    if rate.dim() == 1 and param.dim() > 1 and rate.numel() == param.size(0):
+        rate = rate.view(-1, *[1] * (param.dim() - 1))
+    try:
+        rate = rate.expand(param.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: a tensor of shape {given} for a parameter of shape {list(param.shape)}; expected that shape, "
+            "one rate for each index of dimension 0, or a single rate"
+        ) from None
+    if not bool((rate.isfinite() & (rate >= 0)).all()):
+        raise ValueError(f"{name}: a rate is negative or not finite; expected finite rates >= 0")
+    if not rate.numel():
+        return rate.new_zeros(1), 0
+    first = rate.flatten()[:1]
+    if bool((rate == first).all()):
+        return first.clone(), 0
+    for dim in range(rate.dim()):
+        along = tuple(slice(None) if d == dim else slice(0, 1) for d in range(rate.dim()))
+        if bool((rate == rate[along]).all()):
+            return rate[along].flatten().clone(), dim
+    return rate.clone(memory_format=torch.contiguous_format), None
+
+
+class _Bucket(NamedTuple):
+    """What one call of the op takes: parameters of one device and dtype, with their rates and states."""
+
+    params: list[Tensor]
+    rates: list[Tensor]
+    inners: list[int]
+    states: list[list[Tensor]]
+    steps: Tensor
+
+
+class SpecOptimizer(Optimizer):
+    """Base class of `SGDSpec` and `AdamSpec`."""
+
+    def __init__(self, params: Any, lr_params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        # The groups' lr multiplies the rates, for whoever wants to schedule them.
+        super().__init__(params, {"lr": 1.0, **defaults})
+        self._buckets: dict[int, tuple[Any, list[_Bucket]]] = {}
+        own = [p for group in self.param_groups for p in group["params"]]
+        rates = list(lr_params)
+        if len(rates) != len(own):
+            raise ValueError(
+                f"lr_params has {len(rates)} entries; expected {len(own)}, one for each parameter"
+            )
+        for param, rate in zip(own, rates):
+            state = self.state[param]
+            state["rate"], state["rate_dim"] = compact_rates(rate, param)
+            state["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def _update(self, bucket: _Bucket, grads: list[Tensor], group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of the parameters that have a gradient; the gradients are only read."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for number, group in enumerate(self.param_groups):
+            params = [p for p in group["params"] if p.grad is not None]
+            key = [(id(p), p.dtype, p.device, p.stride()) for p in params], self._state_names(group)
+            if number not in self._buckets or self._buckets[number][0] != key:
+                self._buckets[number] = key, self._gather(params, key[1])
+            for bucket in self._buckets[number][1]:
+                self._update(bucket, [p.grad for p in bucket.params], group)  # type: ignore[misc]
+        return loss
+
+    def _gather(self, params: list[Tensor], names: tuple[str, ...]) -> list[_Bucket]:
+        kinds: dict[Any, list[Tensor]] = {}
+        for param in params:
+            kinds.setdefault((param.dtype, param.device), []).append(param)
+        buckets = []
+        for (_, device), members in kinds.items():
+            states = [[self._like(p, name) for p in members] for name in names]
+            steps = torch.stack([self.state[p]["step"].to(device) for p in members])
+            bucket = _Bucket(members, [], [], states, steps)
+            for k, param in enumerate(members):
+                self.state[param]["step"] = steps[k]
+                rate, dim = self.state[param]["rate"].to(device), self.state[param]["rate_dim"]
+                self.state[param]["rate"] = rate
+                inner = 1 if dim is None or rate.numel() == 1 else param.stride(dim)
+                bucket.rates.append(_in_memory_order(rate, param) if dim is None else rate)
+                bucket.inners.append(inner)
+            buckets.append(bucket)
+        return buckets
+
+    def _like(self, param: Tensor, name: str) -> Tensor:
+        """A state in the layout of the parameter as it is now; a new one is zero and starts the count of steps."""
+        state, stored = self.state[param], self.state[param].get(name)
+        if stored is None:
+            state["step"] = torch.zeros_like(state["step"])
+        like = torch.empty_strided(
+            param.size(), param.stride(), dtype=param.dtype, device=param.device
+        )
+        state[name] = like.zero_() if stored is None else like.copy_(stored)
+        return state[name]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` returned; the rates keep their precision whatever the parameters' dtype."""
+        saved = [k for group in state_dict["param_groups"] for k in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        present = [self.state[p] for p in own]
+        super().load_state_dict(state_dict)
+        self._buckets.clear()
+        for param, key, before in zip(own, saved, present):
+            state = {**before, **self.state[param]}
+            given = state_dict["state"].get(key, {})
+            if "rate" in given:
+                state["rate"] = given["rate"].to(param.device, before["rate"].dtype, copy=True)
+            self.state[param] = state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buckets = {}
+
+
+def _in_memory_order(rate: Tensor, param: Tensor) -> Tensor:
+    strided = torch.empty_strided(
+        param.size(), param.stride(), dtype=rate.dtype, device=rate.device
+    )
+    return strided.copy_(rate).as_strided((param.numel(),), (1,))
+
+
+def _check(options: dict[str, float]) -> None:
+    for name, value in options.items():
+        if not value >= 0:
+            raise ValueError(f"{name} is {value}; expected a number >= 0")
+
+
+class SGDSpec(SpecOptimizer):
+    """SGD with a rate tensor per parameter, and the authors' momentum:
+
+    d = grad + weight_decay p;  buf = d at first, then buf (1 - momentum min(sqrt(lr), 1 / momentum)) + (1 -
+    dampening) d;  p -= lr buf, or with nesterov lr (d + momentum buf).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr_params: Iterable[Any],
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+    ) -> None:
+        _check({"momentum": momentum, "weight_decay": weight_decay})
+        if nesterov and (momentum == 0 or dampening != 0):
+            raise ValueError(
+                f"nesterov is True with momentum={momentum}, dampening={dampening}; expected a momentum > 0 and no "
+                "dampening"
+            )
+        super().__init__(
+            params,
+            lr_params,
+            {
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+            },
+        )
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _update(self, bucket: _Bucket, grads: list[Tensor], group: dict[str, Any]) -> None:
+        feature_sgd_(
+            bucket.params,
+            grads,
+            bucket.rates,
+            inners=bucket.inners,
+            momentum_buffers=bucket.states[0] if bucket.states else None,
+            steps=bucket.steps,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            momentum_rule="authors",
+        )
+
+
+class AdamSpec(SpecOptimizer):
+    """Adam with a rate tensor per parameter, eps added to the root of the uncorrected second moment:
+
+    p -= lr sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr_params: Iterable[Any],
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+    ) -> None:
+        _check({"eps": eps, "weight_decay": weight_decay})
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas is {betas}; expected two numbers, 0 <= beta < 1")
+        super().__init__(
+            params,
+            lr_params,
+            {"betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad},
+        )
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+
+    def _update(self, bucket: _Bucket, grads: list[Tensor], group: dict[str, Any]) -> None:
+        feature_adam_(
+            bucket.params,
+            grads,
+            bucket.states[0],
+            bucket.states[1],
+            bucket.rates,
+            steps=bucket.steps,
+            max_exp_avg_sqs=bucket.states[2] if group["amsgrad"] else None,
+            inners=bucket.inners,
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            eps_rule="authors",
+        )
