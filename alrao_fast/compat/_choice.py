@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from alrao_fast.compat._passes import ClonePass, GraphPass, LinearPass
-from alrao_fast.compat._stack import lay_out
+from alrao_fast.compat._fused_pass import FusedPass, fits
+from alrao_fast.compat._graph_pass import GraphPass
+from alrao_fast.compat._passes import ClonePass, LinearPass
+from alrao_fast.compat._stack import ParameterStack, lay_out
 from alrao_fast.compat.custom_layers import LinearClassifier, LinearClassifierRNN, LinearRegressor
 
-Runner = Callable[[Tensor, Sequence[nn.Module]], ClonePass]
+Runner = Callable[[Tensor], ClonePass]
 _PLAIN = {nn.Linear, LinearClassifier, LinearClassifierRNN, LinearRegressor}
 
 
@@ -48,7 +49,7 @@ def _describe(module: nn.Module, parts: list[Hashable]) -> None:
     parts.append(id(module))
     if kind in _PLAIN:
         parts.append("forward" in module.__dict__)
-        parts.append(len(module._parameters))
+        parts.append(module._parameters.get("bias") is None)
     else:
         # An attribute may change what the module computes: a temperature, the training mode.
         for key, value in module.__dict__.items():
@@ -62,39 +63,62 @@ def _describe(module: nn.Module, parts: list[Hashable]) -> None:
 
 def choose(layers: Sequence[nn.Module], x: Tensor) -> Runner:
     """The pass for these layers and for features like `x`; asks the layers themselves where their class is unknown."""
-    loop: Runner = partial(GraphPass, batched=False)
+    def loop(x: Tensor) -> ClonePass:
+        return GraphPass(x, layers, batched=False)
+
+    def batched(x: Tensor) -> ClonePass:
+        return GraphPass(x, layers, batched=True)
+
     modules = [m for layer in layers for m in layer.modules()]
     if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules):
         return loop
     known = _KNOWN.get(type(layers[0]))  # type: ignore[call-overload]
     overridden = any("forward" in m.__dict__ for m in modules)
+    linears = _linears(layers)
     if x.dim() < 2:
         return loop
     if known is not None and all(type(layer) is type(layers[0]) for layer in layers):
         # LinearClassifier normalises over dim 1, which is the classes only in a matrix.
         fits = x.dim() == 2 or type(layers[0]) is not LinearClassifier
-        if fits and not overridden and _linears(layers) is not None:
-            return partial(_linear, log_softmax=known.log_softmax, flatten=known.flatten)
-    elif _linears(layers) is not None:
+        if fits and not overridden and linears is not None:
+            return LinearRunner(linears, known.log_softmax, known.flatten)
+    elif linears is not None:
         for log_softmax in (True, False):
             for flatten in (False, True) if x.dim() > 2 else (False,):
-                runner = partial(_linear, log_softmax=log_softmax, flatten=flatten)
-                if _agrees(runner, loop, layers, x):
+                runner = LinearRunner(linears, log_softmax, flatten)
+                if _agrees(runner, loop, x):
                     return runner
-    batched: Runner = partial(GraphPass, batched=True)
     if _stackable(layers):
         with _evaluation(modules):
-            if _agrees(batched, loop, layers, x):
+            if _agrees(batched, loop, x):
                 return batched
     return loop
 
 
-def _linear(
-    x: Tensor, layers: Sequence[nn.Module], *, log_softmax: bool, flatten: bool
-) -> LinearPass:
-    linears = _linears(layers)
-    assert linears is not None
-    return LinearPass(x, linears, log_softmax=log_softmax, flatten=flatten)
+class LinearRunner:
+    """Evaluates layers that are each one Linear of `linears`, with or without log_softmax."""
+
+    def __init__(self, linears: Sequence[nn.Linear], log_softmax: bool, flatten: bool) -> None:
+        self._parameters = [linear._parameters for linear in linears]
+        self._log_softmax, self._flatten = log_softmax, flatten
+        self._weight, self._bias = ParameterStack(), ParameterStack()
+
+    def __call__(self, x: Tensor) -> LinearPass:
+        weights = [own["weight"] for own in self._parameters]
+        biases = [own["bias"] for own in self._parameters]
+        weight = self._weight(weights)  # type: ignore[arg-type]
+        bias = None if biases[0] is None else self._bias(biases)  # type: ignore[arg-type]
+        if weight is None or (bias is None and biases[0] is not None):
+            raise RuntimeError("the last layers' parameters no longer have the same shape and device")
+        fused = self._log_softmax and (self._flatten or x.dim() == 2) and fits(x, weight)
+        return (FusedPass if fused else LinearPass)(
+            x,
+            weight,
+            bias,
+            weights if bias is None else weights + biases,  # type: ignore[arg-type]
+            log_softmax=self._log_softmax,
+            flatten=self._flatten,
+        )
 
 
 def _linears(layers: Sequence[nn.Module]) -> list[nn.Linear] | None:
@@ -133,7 +157,7 @@ def _stackable(layers: Sequence[nn.Module]) -> bool:
     return all(lay_out([own[name] for own in named]) is not None for name in names)
 
 
-def _agrees(runner: Runner, loop: Runner, layers: Sequence[nn.Module], x: Tensor) -> bool:
+def _agrees(runner: Runner, loop: Runner, x: Tensor) -> bool:
     """Whether `runner` computes what calling the layers does, on random features shaped like `x`."""
     devices = [x.device] if x.is_cuda else []
     tolerance = 1e-9 if x.dtype == torch.float64 else 1e-4
@@ -141,7 +165,7 @@ def _agrees(runner: Runner, loop: Runner, layers: Sequence[nn.Module], x: Tensor
         for scale in _PROBE_SCALES:
             probe = torch.randn(x.shape, dtype=x.dtype, device=x.device) * scale
             try:
-                expected, actual = loop(probe, layers).outputs, runner(probe, layers).outputs
+                expected, actual = loop(probe).outputs, runner(probe).outputs
             except Exception:
                 # Whatever the layers or torch.func cannot do here, the loop will report or manage.
                 return False

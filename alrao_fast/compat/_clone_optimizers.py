@@ -8,13 +8,15 @@ stand in the optimizers. Otherwise the optimizers step one after the other, to t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from alrao_fast.compat._stack import lay_out, stack
+from alrao_fast.compat._evaluation import Stacked
+from alrao_fast.compat._stack import ParameterStack, stack
 from alrao_fast.functional import feature_adam_, feature_sgd_
 
 _OPTIONS: dict[type[Optimizer], tuple[str, ...]] = {
@@ -43,6 +45,9 @@ class CloneOptimizers:
             kind(params, lr=lr, **options)  # type: ignore[call-arg]
             for params, lr in zip(lists, rates)
         ]
+        # Gradients that are known to be slices of one tensor.
+        self.stacked: list[Stacked] = []
+        self._stacks: list[ParameterStack] = []
         self._forget()
         for optimizer in self.optimizers:
             optimizer.register_load_state_dict_post_hook(self._on_load)
@@ -66,7 +71,9 @@ class CloneOptimizers:
     @torch.no_grad()
     def step(self) -> None:
         """Update every last layer that has gradients."""
-        if not self._step_together():
+        together = self._step_together()
+        self.stacked = []
+        if not together:
             self._forget()
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -90,13 +97,14 @@ class CloneOptimizers:
         if any(len(group["params"]) != len(slots) for group in groups):
             return False
         params, grads = [], []
-        for slot in slots:
+        self._stacks += [ParameterStack() for _ in slots[len(self._stacks) :]]
+        for slot, as_one in zip(slots, self._stacks):
             own = [p.grad for p in slot]
-            together = None if any(g is None or g.is_sparse for g in own) else lay_out(slot)
+            together = None if any(g is None or g.is_sparse for g in own) else as_one(slot)
             if together is None:
                 return False
             params.append(together)
-            grads.append(stack(own))
+            grads.append(self._stacked(own))
         if not params or len({(p.dtype, p.device) for p in params}) > 1:
             return False
         if not self._gather(self._state_names(first), slots, params):
@@ -106,6 +114,13 @@ class CloneOptimizers:
             # What a learning-rate scheduler looks at to see that there has been a step.
             optimizer._opt_called = True  # type: ignore[attr-defined]
         return True
+
+    def _stacked(self, grads: list[Tensor]) -> Tensor:
+        """The layers' gradients as one tensor [N, ...]."""
+        for known, together in self.stacked:
+            if len(known) == len(grads) and all(map(is_, known, grads)):
+                return together
+        return stack(grads)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         if self._kind is torch.optim.SGD:
@@ -162,11 +177,12 @@ class CloneOptimizers:
         """The updates that layer k's parameter has had, as far as the op asks; None if its state is incomplete."""
         state = self.optimizers[k].state[param]
         present = [state.get(name) is not None for name in names]
-        if any(present) != all(present):
+        if len(set(present)) > 1:
             return None
         if self._kind is torch.optim.Adam:
-            return int(state["step"]) if all(present) else 0
-        return int(all(present) and bool(names))
+            return int(state["step"]) if any(present) else 0
+        # SGD only asks whether there is momentum already.
+        return int(any(present))
 
     def _update(
         self, params: list[Tensor], grads: list[Tensor], rates: Tensor, group: dict[str, Any]

@@ -7,7 +7,7 @@ its outputs alone, which are small beside the layers themselves.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,18 +52,47 @@ def _squared_scale(criterion: Criterion, outputs: Tensor, targets: Any) -> tuple
     return None
 
 
+class NllTerms(NamedTuple):
+    """The mean negative log-likelihood as -sum_m share[m] outputs[n, m, targets[m]]."""
+
+    targets: Tensor
+    share: Tensor
+
+
+def nll_ignoring(
+    criterion: Criterion, classified: int | None, targets: Any, *, normalised: bool
+) -> int | None:
+    """`ignore_index` where `criterion` on outputs [N, M, C] and classes [M] is the mean negative log-likelihood.
+
+    classified: M, or None for outputs of another number of dimensions.
+
+    None where it is something else. normalised: the outputs are exact log-probabilities along their last dimension.
+    """
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or classified is None:
+        return None
+    return _ignored_class(criterion, normalised) if targets.shape == (classified,) else None
+
+
+def nll_terms(outputs: Tensor, targets: Tensor, ignored: int) -> NllTerms:
+    """The terms of the mean over the targets that are not `ignored`."""
+    counted = targets != ignored
+    share = counted.to(outputs.dtype)
+    return NllTerms(torch.where(counted, targets, 0), share / share.sum())
+
+
+def nll_losses(outputs: Tensor, terms: NllTerms) -> Tensor:
+    """The losses [N]; NaN where no sample counts, as torch has it."""
+    index = terms.targets.view(1, -1, 1).expand(outputs.size(0), -1, 1)
+    picked = outputs.gather(2, index).squeeze(2)
+    # An ignored sample has no say even where a layer's output is not finite; NaN shares are kept.
+    return -torch.where(terms.share == 0, 0, picked * terms.share).sum(1)
+
+
 @torch.no_grad()
 def clone_losses(
-    criterion: Criterion, outputs: Tensor, targets: Any, *, normalised: bool, need_grad: bool = True
+    criterion: Criterion, outputs: Tensor, targets: Any, *, need_grad: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """The losses [N] of the layers' `outputs [N, ...]`, and the gradient of each by its own outputs, `[N, ...]`.
-
-    normalised: the outputs are exact log-probabilities along their last dimension.
-    """
-    if isinstance(targets, Tensor) and outputs.dim() == 3 and outputs.shape[1:2] == targets.shape:
-        ignored = _ignored_class(criterion, normalised) if targets.dtype == torch.int64 else None
-        if ignored is not None:
-            return _negative_log_likelihood(outputs, targets, ignored, need_grad)
+    """The losses [N] of the layers' `outputs [N, ...]`, and the gradient of each by its own outputs, `[N, ...]`."""
     squared = _squared_scale(criterion, outputs, targets)
     if squared is not None:
         error = outputs - targets
@@ -85,18 +114,9 @@ def clone_losses(
     return losses.detach(), grad
 
 
-def _negative_log_likelihood(
-    outputs: Tensor, targets: Tensor, ignored: int, need_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    counted = targets != ignored
-    share = counted.to(outputs.dtype)
-    share = share / share.sum()
-    index = torch.where(counted, targets, 0).view(1, -1, 1).expand(outputs.size(0), -1, 1)
-    picked = outputs.gather(2, index).squeeze(2)
-    # An ignored sample has no say even where a layer's output is not finite.
-    losses = -torch.where(counted, picked * share, 0).sum(1)
-    losses = torch.where(share.isfinite().all(), losses, torch.nan)
-    if not need_grad:
-        return losses, None
-    grad = torch.zeros_like(outputs)
-    return losses, grad.scatter_(2, index, -share.view(1, -1, 1).expand_as(index))
+def correct_predictions(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The number [N] of targets [...] that are predicted by the outputs [N, ..., C]."""
+    # A maximum is faster to find than its place; a class that attains it is predicted.
+    index = torch.where(targets >= 0, targets, 0).expand(outputs.shape[:-1]).unsqueeze(-1)
+    at_target = outputs.gather(-1, index).squeeze(-1)
+    return ((at_target >= outputs.amax(-1)) & (targets >= 0)).flatten(1).sum(1)

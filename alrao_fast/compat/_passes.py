@@ -5,20 +5,33 @@ loss, to the features, and once for each layer's own loss, to its parameters.
 
 A layer is dead for a sample if its output there is not finite. Gradients of dead outputs are dropped on the way back,
 and nothing of a dead layer reaches the features.
+
+Gradients by the parameters go by slots: for passes that keep the layers' parameters stacked a slot is one name, its
+gradient [N, *shape]; for the others it is one parameter. `split` gives every parameter its own.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from alrao_fast.compat._stack import lay_out
+from alrao_fast.compat._losses import nll_losses, nll_terms
 
-Gradients = tuple["Tensor | None", list["Tensor | None"]]
+Slots = list["Tensor | None"]
+
+
+class Own(NamedTuple):
+    """Losses [N] of the layers, the gradients of their slots, and correct predictions [N], None if not counted."""
+
+    losses: Tensor
+    slots: Slots
+    correct: Tensor | None
 
 
 class ClonePass:
@@ -33,12 +46,57 @@ class ClonePass:
     alive: Tensor | None = None
     normalised = False
 
-    def pull(self, grad: Tensor, *, features: bool, masked: bool = True) -> Gradients:
-        """Gradients by the features (None unless asked for) and by `params`, from those by the outputs.
+    @property
+    def classified(self) -> int | None:
+        """M where the outputs are [N, M, C], else None."""
+        return self.outputs.size(1) if self.outputs.dim() == 3 else None
+
+    def pull(
+        self, grad: Tensor, *, features: bool, masked: bool = True
+    ) -> tuple[Tensor | None, Slots]:
+        """Gradients by the features (None unless asked for) and by the slots, from those by the outputs.
 
         masked: let dead outputs give no gradient; otherwise a dead layer's own gradient is not finite, as it is.
         """
         raise NotImplementedError
+
+    def own_nll(self, targets: Tensor, ignored: int, *, masked: bool) -> Own:
+        """What each layer's own mean negative log-likelihood of the classes [M] says; outputs are [N, M, C]."""
+        terms = nll_terms(self.outputs, targets, ignored)
+        losses = nll_losses(self.outputs, terms)
+        slots = self._pull_nll(*terms, masked=masked)
+        return Own(losses, self.only(losses.isfinite(), slots) if masked else slots, None)
+
+    def _pull_nll(self, targets: Tensor, share: Tensor, *, masked: bool) -> Slots:
+        """Gradients by the slots of each layer's own `-sum_m share[m] outputs[n, m, targets[m]]`."""
+        index = targets.view(1, -1, 1).expand(self.outputs.size(0), -1, 1)
+        grad = torch.zeros_like(self.outputs)
+        grad.scatter_(2, index, -share.view(1, -1, 1).expand_as(index))
+        return self.pull(grad, features=False, masked=masked)[1]
+
+    def only(self, good: Tensor, slots: Slots) -> Slots:
+        """The slots with zeros for those layers that are not among the `good [N]`."""
+        return [
+            None if g is None else torch.where(good.view(-1, *[1] * (g.dim() - 1)), g, 0)
+            for g in slots
+        ]
+
+    def split(self, slots: Slots) -> Slots:
+        """The gradient of each of `params`."""
+        parts: Slots = []
+        n = len(self.params) // max(len(slots), 1)
+        for grad in slots:
+            parts += [None] * n if grad is None else grad.unbind(0)
+        return parts
+
+    @property
+    def mixes(self) -> bool:
+        """Whether `mixture` can be used."""
+        return self.alive is None
+
+    def mixture(self, x: Tensor, log_prior: Tensor) -> Tensor:
+        """`log sum_n exp(log_prior[n] + outputs[n])`, differentiable."""
+        return _Mixture.apply(self, log_prior, x, *self.params)
 
     def attached(self, x: Tensor) -> Tensor:
         """The outputs as a differentiable function of the features `x` and of the parameters."""
@@ -47,22 +105,27 @@ class ClonePass:
     def check_finite(self, x: Tensor) -> None:
         """Raise ValueError unless the features are finite, and find out which layers are dead where."""
         # A sum is finite only if its terms are: one number for the host to look at, and details only where needed.
-        total = _sum(x) + _sum(self.outputs)
-        if bool(total.isfinite()):
-            return
-        if not bool(x.isfinite().all()):
-            raise ValueError(
-                "the output of internal_nn is not finite: the internal network has diverged"
-            )
-        alive = self._living()
-        self.alive = None if bool(alive.all()) else alive
-
-    def _living(self) -> Tensor:
-        finite = self.outputs.isfinite()
-        return finite.all(-1, keepdim=True) if finite.dim() > 1 else finite
+        if not math.isfinite((sum_of(x) + sum_of(self.outputs)).item()):
+            check_features(x)
+            self.alive = living(self.outputs)
 
 
-def _sum(tensor: Tensor) -> Tensor:
+def check_features(x: Tensor) -> None:
+    """Raise ValueError unless all of `x` is finite."""
+    if not bool(x.isfinite().all()):
+        raise ValueError(
+            "the output of internal_nn is not finite: the internal network has diverged"
+        )
+
+
+def living(outputs: Tensor) -> Tensor | None:
+    """Where the outputs are finite, [N, ..., 1]; None if everywhere."""
+    finite = outputs.isfinite()
+    alive = finite.all(-1, keepdim=True) if finite.dim() > 1 else finite
+    return None if bool(alive.all()) else alive
+
+
+def sum_of(tensor: Tensor) -> Tensor:
     wide = tensor.dtype if tensor.dtype == torch.float64 else torch.float32
     return tensor.detach().sum(dtype=wide)
 
@@ -76,37 +139,80 @@ class _Outputs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dparams = ctx.clone_pass.pull(grad, features=ctx.needs_input_grad[1])
-        return None, dx, *dparams
+        dx, slots = ctx.clone_pass.pull(grad, features=ctx.needs_input_grad[1])
+        return None, dx, *ctx.clone_pass.split(slots)
+
+
+class _Mixture(torch.autograd.Function):
+    """log sum_n exp(prior[n] + outputs[n]), its gradient by the outputs being softmax_n(prior[n] + outputs[n])."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, clone_pass: ClonePass, log_prior: Tensor, x: Tensor, *params: Tensor
+    ) -> Tensor:
+        log_prior = log_prior.to(clone_pass.outputs.dtype)
+        joint = clone_pass.outputs + log_prior.view(-1, *[1] * (clone_pass.outputs.dim() - 1))
+        largest = joint.amax(0)
+        joint.sub_(largest).exp_()
+        total = joint.sum(0)
+        ctx.clone_pass = clone_pass
+        ctx.save_for_backward(joint, total)
+        return total.log().add_(largest)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        joint, total = ctx.saved_tensors
+        dx, slots = ctx.clone_pass.pull(joint * (grad / total), features=ctx.needs_input_grad[2])
+        return None, None, dx, *ctx.clone_pass.split(slots)
 
 
 class LinearPass(ClonePass):
-    """Linear layers, with or without log_softmax, as one matrix product each way."""
+    """Linear layers, with or without log_softmax, as one matrix product each way.
+
+    weight [N, C, D] and bias [N, C] or None lie over `params`; flatten: the features are a matrix [M, D] to the
+    layers, whatever their shape.
+    """
 
     def __init__(
-        self, x: Tensor, linears: Sequence[nn.Linear], *, log_softmax: bool, flatten: bool
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        params: Sequence[Tensor],
+        *,
+        log_softmax: bool,
+        flatten: bool,
     ) -> None:
         x = x.detach()
-        weights = [linear.weight for linear in linears]
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        weight, bias = lay_out(weights), lay_out(biases) if biases else None
-        assert weight is not None
-        self.params = (*weights, *biases)
+        self.params = tuple(params)
         self.normalised = log_softmax
-        self._weight, self._has_bias = weight, bias is not None
+        self._weight, self._bias, self._flatten = weight, bias, flatten
         self._shape = x.shape
-        n, c, d = weight.shape
-        leading = (-1,) if flatten else x.shape[:-1]
-        self._x = x.reshape(-1, d)
-        with torch.no_grad():
-            logits = F.linear(self._x, weight.view(n * c, d), None if bias is None else bias.view(-1))
-            logits = logits.view(-1, n, c)
-            # [M, N, C]: the product's own memory order.
-            self._rows = logits.log_softmax(2) if log_softmax else logits
-        outputs = self._rows.transpose(0, 1)
-        self.outputs = outputs if len(leading) == 1 else outputs.unflatten(1, leading)
+        self._x = x if x.dim() == 2 else x.reshape(-1, weight.size(2))
 
-    def pull(self, grad: Tensor, *, features: bool, masked: bool = True) -> Gradients:
+    @functools.cached_property
+    def _rows(self) -> Tensor:
+        """The outputs as [M, N, C], the product's own memory order."""
+        n, c, d = self._weight.shape
+        bias = None if self._bias is None else self._bias.view(-1)
+        with torch.no_grad():
+            logits = F.linear(self._x, self._weight.view(n * c, d), bias).view(-1, n, c)
+            return logits.log_softmax(2) if self.normalised else logits
+
+    @property
+    def classified(self) -> int | None:
+        return self._x.size(0) if self._flatten or len(self._shape) == 2 else None
+
+    @functools.cached_property
+    def outputs(self) -> Tensor:  # type: ignore[override]
+        outputs = self._rows.transpose(0, 1)
+        matrix = self._flatten or len(self._shape) == 2
+        return outputs if matrix else outputs.unflatten(1, self._shape[:-1])
+
+    def pull(
+        self, grad: Tensor, *, features: bool, masked: bool = True
+    ) -> tuple[Tensor | None, Slots]:
         n, c, d = self._weight.shape
         rows = grad.reshape(n, -1, c).transpose(0, 1)
         if self.normalised:
@@ -120,93 +226,24 @@ class LinearPass(ClonePass):
         dx = None
         if features:
             dx = (rows @ weight.view(n * c, d).to(rows.dtype)).view(self._shape)
-        dweight = (rows.T @ self._x).view(n, c, d).to(weight.dtype)
-        dparams: list[Tensor | None] = [*dweight.unbind(0)]
-        if self._has_bias:
-            dparams += rows.sum(0).view(n, c).to(weight.dtype).unbind(0)
-        return dx, dparams
+        return dx, self._slots(rows, self._x, rows.sum(0))
 
+    def _pull_nll(self, targets: Tensor, share: Tensor, *, masked: bool) -> Slots:
+        if not self.normalised:
+            return super()._pull_nll(targets, share, masked=masked)
+        # Of the logits: share[m] (softmax - one-hot); the factor goes to the smaller side of the product.
+        rows = self._rows.exp()
+        index = targets.view(-1, 1, 1).expand(-1, rows.size(1), 1)
+        rows.scatter_add_(2, index, rows.new_full((), -1.0).expand_as(index))
+        if self.alive is not None and masked:
+            rows = torch.where(self.alive.transpose(0, 1), rows, 0)
+        rows = rows.flatten(1).to(self._x.dtype)
+        share = share.to(rows.dtype)
+        return self._slots(rows, self._x * share.unsqueeze(1), share @ rows)
 
-class GraphPass(ClonePass):
-    """Any layers: their autograd graph, from one copy of the features per layer, is kept for several ways back.
-
-    batched: evaluate them together by torch.func, on stacked parameters, instead of one after the other.
-    """
-
-    def __init__(self, x: Tensor, layers: Sequence[nn.Module], *, batched: bool) -> None:
-        self._layers = list(layers)
-        self._batched = batched
-        self._x = x.detach()
-        self._names = [name for name, _ in layers[0].named_parameters()] if batched else []
-        by_layer = [dict(layer.named_parameters()) for layer in layers]
-        if batched:
-            self.params = tuple(own[name] for name in self._names for own in by_layer)
-        else:
-            self.params = tuple(dict.fromkeys(p for own in by_layer for p in own.values()))
-        self._run()
-        self.outputs = self._graph.detach()
-
-    def _run(self) -> None:
-        # A copy of the features per layer: what a dead layer sends back can be told apart.
-        copies = self._x.expand(len(self._layers), *self._x.shape)
-        if torch.is_grad_enabled():
-            copies = copies.detach().requires_grad_(self._x.is_floating_point())
-        self._copies = copies
-        if self._batched:
-            outputs = self._run_batched()
-        else:
-            self._leaves: list[Tensor] = [p for p in self.params if p.requires_grad]
-            outputs = torch.stack(
-                [layer(own) for layer, own in zip(self._layers, copies.unbind(0))]
-            )
-        self._graph = outputs
-
-    def _run_batched(self) -> Tensor:
-        n, first = len(self._layers), self._layers[0]
-        stacked = {}
-        for k, name in enumerate(self._names):
-            together = lay_out(self.params[k * n : (k + 1) * n])
-            assert together is not None
-            stacked[name] = together.requires_grad_(torch.is_grad_enabled())
-        self._leaves = list(stacked.values())
-
-        def call(params: dict[str, Tensor], own: Tensor) -> Tensor:
-            return torch.func.functional_call(first, params, (own,))
-
-        return torch.func.vmap(call, randomness="different")(stacked, self._copies)
-
-    def pull(self, grad: Tensor, *, features: bool, masked: bool = True) -> Gradients:
-        if not self._graph.requires_grad and (features or self._leaves or self._names):
-            # The forward ran without a graph.
-            with torch.enable_grad():
-                self._run()
-        inputs = [self._copies] if features else []
-        inputs += self._leaves
-        if not inputs:
-            return None, [None] * len(self.params)
-        grads = list(
-            torch.autograd.grad(self._graph, inputs, grad, retain_graph=True, allow_unused=True)
-        )
-        dx = self._masked(grads.pop(0), masked) if features else None
-        dparams: list[Tensor | None] = []
-        if self._batched:
-            for together in grads:
-                together = self._masked(together, masked)
-                n = len(self._layers)
-                dparams += [None] * n if together is None else together.unbind(0)
-        else:
-            of = dict(zip(self._leaves, grads))
-            dparams = [self._finite(of.get(p), masked) for p in self.params]
-        return None if dx is None else dx.sum(0), dparams
-
-    def _masked(self, grad: Tensor | None, masked: bool) -> Tensor | None:
-        """Zero for the layers whose gradient is not finite, where some are dead."""
-        if grad is None or self.alive is None or not masked:
-            return grad
-        good = grad.flatten(1).isfinite().all(1)
-        return torch.where(good.view(-1, *[1] * (grad.dim() - 1)), grad, 0)
-
-    def _finite(self, grad: Tensor | None, masked: bool) -> Tensor | None:
-        if grad is None or self.alive is None or not masked:
-            return grad
-        return torch.where(grad.isfinite().all(), grad, 0)
+    def _slots(self, rows: Tensor, x: Tensor, bias: Tensor) -> Slots:
+        """The slots of weight and bias, from `rows` [M, N * C] and `x` whose product is the weight's gradient."""
+        n, c, d = self._weight.shape
+        dtype = self._weight.dtype
+        dweight = (rows.T @ x).view(n, c, d).to(dtype)
+        return [dweight] if self._bias is None else [dweight, bias.view(n, c).to(dtype)]

@@ -89,6 +89,11 @@ class SpecOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.update()
+        return loss
+
+    def update(self) -> None:
+        """`step()` without torch's hooks and profiling around it."""
         for number, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             key = [(id(p), p.dtype, p.device, p.stride()) for p in params], self._state_names(group)
@@ -96,7 +101,6 @@ class SpecOptimizer(Optimizer):
                 self._buckets[number] = key, self._gather(params, key[1])
             for bucket in self._buckets[number][1]:
                 self._update(bucket, [p.grad for p in bucket.params], group)  # type: ignore[misc]
-        return loss
 
     def _gather(self, params: list[Tensor], names: tuple[str, ...]) -> list[_Bucket]:
         kinds: dict[Any, list[Tensor]] = {}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from alrao_fast.compat._choice import Runner, choose, signature
-from alrao_fast.compat._losses import Criterion, clone_losses, own_criterion
-from alrao_fast.compat._passes import ClonePass
+from alrao_fast.compat._evaluation import Evaluation
+from alrao_fast.compat._losses import Criterion
 from alrao_fast.compat._stack import stack
 from alrao_fast.compat.custom_layers import LinearClassifier
 from alrao_fast.compat.switch import TASKS, Switch
@@ -87,16 +87,8 @@ class AlraoModel(nn.Module):
             setattr(self, f"last_layer_{k}", last_layer_gen(*rest, **options))
         self._forwarded: dict[str, tuple[str, str]] = {}
         self._runners: dict[Any, Runner] = {}
-        self._forget()
-
-    def _forget(self) -> None:
-        """Drop what the last forward left behind."""
-        self.last_x: Tensor | None = None
-        self.last_lst_logpx: list[Tensor] | None = None
-        self._pass: ClonePass | None = None
-        self._outputs: Tensor | None = None
-        # The losses of the last pass by criterion and targets, to be used again by the switch.
-        self._losses: tuple[Any, Any, Tensor] | None = None
+        self._last: Evaluation | None = None
+        self._log_evidence: Tensor | None = None
 
     # The evaluation.
 
@@ -108,81 +100,55 @@ class AlraoModel(nn.Module):
         """
         out = self.internal_nn(*args, **kwargs)
         x = out[0] if isinstance(out, tuple) else out
-        clone_pass, outputs = self._evaluate(x)
-        average = self.switch.average(outputs, clone_pass.alive)
+        last = self._evaluate(x)
+        if self.task == "classification" and torch.is_grad_enabled() and last.clone_pass.mixes:
+            average = last.clone_pass.mixture(x, self.switch.logposterior)
+        else:
+            average = self.switch.average(last.outputs(), last.clone_pass.alive)
         return (average, *out[1:]) if isinstance(out, tuple) else average
 
-    def _evaluate(self, x: Tensor) -> tuple[ClonePass, Tensor]:
-        """All last layers on the features `x`, stored as the last evaluation."""
-        self._forget()
+    def _evaluate(self, x: Tensor) -> Evaluation:
+        """All last layers on the features `x`, kept as the last evaluation."""
+        self._last = None
         layers = list(self.last_layers())
         key = signature(layers, x)
         runner = self._runners.get(key)
         if runner is None:
             runner = self._runners[key] = choose(layers, x)
-        clone_pass = runner(x, layers)
+        clone_pass = runner(x)
         clone_pass.check_finite(x)
-        outputs = clone_pass.attached(x) if torch.is_grad_enabled() else clone_pass.outputs
-        self.last_x, self._pass, self._outputs = x, clone_pass, outputs
-        return clone_pass, outputs
+        self._last = Evaluation(x, clone_pass)
+        return self._last
 
-    def _last_pass(self) -> ClonePass:
-        if self._pass is None:
+    def last_evaluation(self) -> Evaluation:
+        """What the last forward left behind; RuntimeError if there was none."""
+        if self._last is None:
             raise RuntimeError("no forward has been run yet: call the model, or pass x")
-        return self._pass
+        return self._last
+
+    @property
+    def last_x(self) -> Tensor | None:
+        """The features of the last forward."""
+        return None if self._last is None else self._last.x
 
     @property
     def last_lst_ll_out(self) -> list[Tensor]:
         """The last layers' outputs of the last forward, one per layer."""
-        return [] if self._outputs is None else list(self._outputs.unbind(0))
+        return [] if self._last is None else list(self._last.outputs().unbind(0))
+
+    @property
+    def last_lst_logpx(self) -> list[Tensor]:
+        """The last layers' log-likelihoods of the last update of the switch, one per layer."""
+        return [] if self._log_evidence is None else list(self._log_evidence.unbind(0))
 
     def last_layers_predictions(self, x: Any = None) -> list[Tensor]:
         """The outputs of the last layers on internal_nn(x), or those of the last evaluation."""
         if x is not None:
             out = self.internal_nn(x)
             self._evaluate(out[0] if isinstance(out, tuple) else out)
-        self._last_pass()
-        return self.last_lst_ll_out
+        return list(self.last_evaluation().outputs().unbind(0))
 
     # What a training step does with it.
-
-    def _losses_of(self, criterion: Criterion, targets: Any) -> Tensor:
-        """The layers' losses [N] on the last evaluation."""
-        known = self._losses
-        if known is not None and known[0] is criterion and known[1] is targets:
-            return known[2]
-        clone_pass = self._last_pass()
-        losses, _ = clone_losses(
-            criterion,
-            clone_pass.outputs,
-            targets,
-            normalised=clone_pass.normalised,
-            need_grad=False,
-        )
-        return losses
-
-    @torch.no_grad()
-    def own_gradients(
-        self, criterion: Criterion, targets: Any, remove_non_numerical: bool = True
-    ) -> None:
-        """Set the gradients of the last layers to those of their own losses on the last, detached, features.
-
-        remove_non_numerical: a layer whose loss is not finite gets a zero gradient.
-        """
-        clone_pass = self._last_pass()
-        criterion = own_criterion(criterion, self.loss)
-        losses, grad = clone_losses(
-            criterion, clone_pass.outputs, targets, normalised=clone_pass.normalised
-        )
-        assert grad is not None
-        self._losses = (criterion, targets, losses)
-        if remove_non_numerical:
-            good = losses.isfinite().view(-1, *[1] * (grad.dim() - 1))
-            grad = torch.where(good, grad, 0)
-        _, grads = clone_pass.pull(grad, features=False, masked=remove_non_numerical)
-        for param, own in zip(clone_pass.params, grads):
-            if param.requires_grad:
-                param.grad = own
 
     def update_switch(self, y: Any, x: Any = None, catch_up: bool = False) -> None:
         """One observation of the switch: the last evaluation, or the last layers applied to the features `x`.
@@ -192,9 +158,11 @@ class AlraoModel(nn.Module):
         if x is not None:
             with torch.no_grad():
                 self._evaluate(x)
-        losses = self._losses_of(self.loss, y)
-        self.switch.observe(losses, self._last_pass().outputs, y)
-        self.last_lst_logpx = list((-losses).unbind(0))
+        last = self.last_evaluation()
+        losses = last.losses(self.loss, y)
+        correct = last.correct(y) if self.task == "classification" else None
+        self.switch.observe(losses, correct, y)
+        self._log_evidence = -losses
         if catch_up:
             self.hard_catch_up()
 
@@ -222,8 +190,7 @@ class AlraoModel(nn.Module):
     def posterior(self) -> Tensor:
         """The posterior probabilities [N] of the last layers, in the dtype of their parameters."""
         ps = self.switch.posterior()
-        param = next(self.last_layer(0).parameters(), ps)
-        return ps.to(param.dtype)
+        return ps.to(next(self.last_layer(0).parameters(), ps).dtype)
 
     def repr_posterior(self) -> str:
         """The posterior as a row of bars, scaled to the largest."""
@@ -254,7 +221,7 @@ class AlraoModel(nn.Module):
         for module in (self.internal_nn, *self.last_layers()):
             _reset(module)
         self.switch.reset()
-        self._forget()
+        self._last = None
 
     def method_fwd_internal_nn(self, src: str, dst: str | None = None) -> None:
         """Make the internal network's method `src` callable on the model, as `dst` (default: the same name)."""
@@ -281,15 +248,7 @@ class AlraoModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle has no last forward: its graph cannot travel.
-        return {
-            **self.__dict__,
-            "_runners": {},
-            "last_x": None,
-            "last_lst_logpx": None,
-            "_pass": None,
-            "_outputs": None,
-            "_losses": None,
-        }
+        return {**self.__dict__, "_runners": {}, "_last": None}
 
     # The older names.
 

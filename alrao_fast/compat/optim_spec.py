@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from alrao_fast.compat._clone_optimizers import CloneOptimizers
-from alrao_fast.compat._losses import Criterion
+from alrao_fast.compat._evaluation import Stacked
+from alrao_fast.compat._losses import Criterion, own_criterion
 from alrao_fast.compat._spec import AdamSpec, SGDSpec, SpecOptimizer
 from alrao_fast.compat.alrao_model import AlraoModel
 from alrao_fast.compat.learningratesgen import generator_randomlr_neurons, lr_sampler_generic
@@ -64,6 +65,10 @@ class _AlraoOptimizer:
     def last_layers_zero_grad(self) -> None:
         """Drop the gradients of the last layers."""
         self._clones.zero_grad()
+
+    def expect(self, stacked: list[Stacked]) -> None:
+        """Learn which of the last layers' gradients are slices of one tensor, for the next step."""
+        self._clones.stacked = stacked
 
     def update_posterior(self, posterior: Any) -> None:
         """Keep the posterior over the last layers, as `posterior`."""
@@ -196,7 +201,7 @@ def init_alrao_optimizer(
 
 def alrao_step(
     net: AlraoModel,
-    optimizer: Any,
+    optimizer: SGDAlrao | AdamAlrao,
     criterion: Criterion,
     targets: Any,
     catch_up: bool = False,
@@ -211,7 +216,9 @@ def alrao_step(
     remove_non_numerical: a last layer whose loss is not finite is given a zero gradient. catch_up: see
     `AlraoModel.hard_catch_up`.
     """
-    net.own_gradients(criterion, targets, remove_non_numerical)
+    own = own_criterion(criterion, net.loss)
+    stacked = net.last_evaluation().own_gradients(own, targets, remove_non_numerical)
+    optimizer.expect(stacked)
     optimizer.step()
     net.update_switch(targets, catch_up=catch_up)
     optimizer.update_posterior(net.posterior())

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alrao_fast.compat._losses import Criterion, clone_losses
+from alrao_fast.compat._losses import Criterion, clone_losses, correct_predictions, nll_ignoring, nll_losses, nll_terms
 from alrao_fast.functional import switch_update_
 from alrao_fast.reference.switch_update import initial_state
 
@@ -129,29 +129,41 @@ class Switch(nn.Module):
     def Supdate(self, lst_ll_out: Sequence[Tensor], y: Tensor) -> None:
         """One observation: the models' outputs on a batch, and its targets. ValueError if a loss is NaN."""
         outputs = torch.stack([out.detach() for out in lst_ll_out])
-        losses, _ = clone_losses(self.loss, outputs, y, normalised=False, need_grad=False)
+        samples = outputs.size(1) if outputs.dim() == 3 else None
+        ignored = nll_ignoring(self.loss, samples, y, normalised=False)
+        if ignored is None:
+            losses, _ = clone_losses(self.loss, outputs, y, need_grad=False)
+        else:
+            losses = nll_losses(outputs, nll_terms(outputs, y, ignored))
         if bool(losses.isnan().any()):
             raise ValueError(f"the losses of the models are {losses.tolist()}; expected no NaN")
-        self.observe(losses, outputs, y)
+        perf = self.save_ll_perf and self.task == "classification"
+        self.observe(losses, correct_predictions(outputs, y) if perf else None, y)
 
     @torch.no_grad()
-    def observe(self, losses: Tensor, outputs: Tensor, y: Any) -> None:
-        """One observation, from the models' losses [N]; a model whose loss is not finite counts as impossible."""
+    def observe(self, losses: Tensor, correct: Tensor | None, y: Any) -> None:
+        """One observation: the models' losses [N] on the batch with targets `y`, and their correct predictions [N].
+
+        A model whose loss is not finite counts as impossible.
+        """
         if self.nb_models > 1:
             switch_update_(self.logw, self.logposterior, self._t, -losses, theta=self.theta)
         if not self.save_ll_perf:
             return
         count = y.numel() if self.task == "classification" else len(y)
         self.ll_total += count
-        self.ll_loss = self.ll_loss.to(losses.device) + losses.double() * count
-        if self.task == "classification":
-            correct = (outputs.argmax(-1) == y).flatten(1).sum(1)
-            self.ll_correct = self.ll_correct.to(losses.device) + correct
+        if self.ll_loss.device != losses.device:
+            self.ll_loss, self.ll_correct = (
+                s.to(losses.device) for s in (self.ll_loss, self.ll_correct)
+            )
+        self.ll_loss.add_(losses, alpha=count)
+        if correct is not None:
+            self.ll_correct.add_(correct)
 
     def reset_ll_perf(self) -> None:
         """Start the sums of `get_ll_perf()` anew."""
         self.ll_loss = torch.zeros(self.nb_models, dtype=torch.float64)
-        self.ll_correct = torch.zeros(self.nb_models, dtype=torch.int64)
+        self.ll_correct = torch.zeros(self.nb_models, dtype=torch.float64)
         self.ll_total = 0
 
     def get_ll_perf(self) -> list[Any]:
