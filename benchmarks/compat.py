@@ -24,7 +24,9 @@ Batch = tuple[Tensor, Tensor]
 def make_model(features: int, width: int, classes: int, clones: int) -> alrao.AlraoModel:
     """A perceptron with one hidden layer below `clones` last layers."""
     torch.manual_seed(0)
-    hidden = nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, width), nn.Tanh())
+    hidden = nn.Sequential(
+        nn.Linear(features, width), nn.ReLU(), nn.Linear(width, width), nn.Tanh()
+    )
     return alrao.AlraoModel(
         "classification", nn.NLLLoss(), hidden, clones, alrao.LinearClassifier, width, classes
     )
@@ -33,7 +35,9 @@ def make_model(features: int, width: int, classes: int, clones: int) -> alrao.Al
 class CompatStep:
     """One training step of alrao_fast.compat."""
 
-    def __init__(self, net: alrao.AlraoModel, rates: list[Tensor], clone_rates: list[float]) -> None:
+    def __init__(
+        self, net: alrao.AlraoModel, rates: list[Tensor], clone_rates: list[float]
+    ) -> None:
         self.net = net
         self.optimizer = alrao.SGDAlrao(
             net.parameters_internal_nn(), rates, net.last_layers_parameters_list(), clone_rates
@@ -53,7 +57,9 @@ class CompatStep:
 class LoopStep:
     """The same step by loops over the last layers and the parameters, in plain torch."""
 
-    def __init__(self, net: alrao.AlraoModel, rates: list[Tensor], clone_rates: list[float]) -> None:
+    def __init__(
+        self, net: alrao.AlraoModel, rates: list[Tensor], clone_rates: list[float]
+    ) -> None:
         self.internal = net.internal_nn
         self.layers = [layer.fc for layer in net.last_layers()]  # type: ignore[union-attr]
         self.rates = rates
@@ -105,7 +111,13 @@ class LoopStep:
 
 
 def measure(
-    *, batch: int = 32, features: int = 64, width: int = 64, classes: int = 10, clones: int = 10, rounds: int = 15
+    *,
+    batch: int = 32,
+    features: int = 64,
+    width: int = 64,
+    classes: int = 10,
+    clones: int = 10,
+    rounds: int = 15,
 ) -> tuple[float, float]:
     """(seconds of a compat step, seconds of the same step by loops): medians of interleaved rounds.
 
@@ -134,8 +146,14 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python benchmarks compat", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
     options = parser.parse_args(arguments)
-    print(f"{'batch':>6}{'width':>7}{'classes':>9}{'clones':>8}{'compat ms':>12}{'loop ms':>10}{'ratio':>8}")
-    for batch, width, classes, clones in ((32, 64, 10, 10), (128, 256, 100, 10), (700, 128, 2000, 6)):
+    print(
+        f"{'batch':>6}{'width':>7}{'classes':>9}{'clones':>8}{'compat ms':>12}{'loop ms':>10}{'ratio':>8}"
+    )
+    for batch, width, classes, clones in (
+        (32, 64, 10, 10),
+        (128, 256, 100, 10),
+        (700, 128, 2000, 6),
+    ):
         ours, loop = measure(
             batch=batch, width=width, classes=classes, clones=clones, rounds=options.rounds
         )

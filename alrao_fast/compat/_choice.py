@@ -44,7 +44,7 @@ def signature(layers: Sequence[nn.Module], x: Tensor) -> Hashable:
 
 def _describe(module: nn.Module, parts: list[Hashable]) -> None:
     kind = type(module)
-    parts.append(kind)
+    parts.append(id(kind))
     parts.append(bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks))
     parts.append(id(module))
     if kind in _PLAIN:
@@ -63,6 +63,7 @@ def _describe(module: nn.Module, parts: list[Hashable]) -> None:
 
 def choose(layers: Sequence[nn.Module], x: Tensor) -> Runner:
     """The pass for these layers and for features like `x`; asks the layers themselves where their class is unknown."""
+
     def loop(x: Tensor) -> ClonePass:
         return GraphPass(x, layers, batched=False)
 
@@ -72,7 +73,7 @@ def choose(layers: Sequence[nn.Module], x: Tensor) -> Runner:
     modules = [m for layer in layers for m in layer.modules()]
     if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules):
         return loop
-    known = _KNOWN.get(type(layers[0]))  # type: ignore[call-overload]
+    known = _KNOWN.get(type(layers[0]))
     overridden = any("forward" in m.__dict__ for m in modules)
     linears = _linears(layers)
     if x.dim() < 2:
@@ -109,7 +110,9 @@ class LinearRunner:
         weight = self._weight(weights)  # type: ignore[arg-type]
         bias = None if biases[0] is None else self._bias(biases)  # type: ignore[arg-type]
         if weight is None or (bias is None and biases[0] is not None):
-            raise RuntimeError("the last layers' parameters no longer have the same shape and device")
+            raise RuntimeError(
+                "the last layers' parameters no longer have the same shape and device"
+            )
         fused = self._log_softmax and (self._flatten or x.dim() == 2) and fits(x, weight)
         return (FusedPass if fused else LinearPass)(
             x,

@@ -147,7 +147,7 @@ class CloneOptimizers:
         )
         if not fresh:
             return True
-        counts = []
+        counts: list[int | None] = []
         for slot in slots:
             found = {self._count(k, p, names) for k, p in enumerate(slot)}
             if len(found) > 1 or None in found:

@@ -26,7 +26,9 @@ def install(name: str = "alrao") -> None:
     present = sys.modules.get(name)
     if present is not None and present is not package:
         origin = getattr(present, "__file__", None)
-        raise RuntimeError(f"{name} has already been imported, from {origin}: call install() before")
+        raise RuntimeError(
+            f"{name} has already been imported, from {origin}: call install() before"
+        )
     sys.modules[name] = package
     for submodule in SUBMODULES:
         sys.modules[f"{name}.{submodule}"] = sys.modules[f"{__package__}.{submodule}"]

@@ -39,7 +39,9 @@ def _ignored_class(criterion: Criterion, normalised: bool) -> int | None:
     return criterion.ignore_index if not getattr(criterion, "label_smoothing", 0.0) else None
 
 
-def _squared_scale(criterion: Criterion, outputs: Tensor, targets: Any) -> tuple[float, float] | None:
+def _squared_scale(
+    criterion: Criterion, outputs: Tensor, targets: Any
+) -> tuple[float, float] | None:
     """(s, c) where the criterion is s * (sum of squared errors) + c, else None."""
     if not isinstance(targets, Tensor) or outputs.shape[1:] != targets.shape or outputs.dim() != 3:
         return None
@@ -108,9 +110,9 @@ def clone_losses(
                 "over the batch"
             )
         losses = torch.stack([loss.reshape(()) for loss in each])
-    if not need_grad or not losses.requires_grad:
-        return losses.detach(), torch.zeros_like(outputs) if need_grad else None
-    (grad,) = torch.autograd.grad(losses.sum(), leaf)
+        if not need_grad or not losses.requires_grad:
+            return losses.detach(), torch.zeros_like(outputs) if need_grad else None
+        (grad,) = torch.autograd.grad(losses.sum(), leaf)
     return losses.detach(), grad
 
 

@@ -83,7 +83,7 @@ class SpecOptimizer(Optimizer):
         raise NotImplementedError
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of the parameters that have a gradient; the gradients are only read."""
         loss = None
         if closure is not None:
@@ -115,6 +115,8 @@ class SpecOptimizer(Optimizer):
                 self.state[param]["step"] = steps[k]
                 rate, dim = self.state[param]["rate"].to(device), self.state[param]["rate_dim"]
                 self.state[param]["rate"] = rate
+                # The op takes float64 rates for float64 parameters only.
+                rate = rate if param.dtype == torch.float64 else rate.float()
                 inner = 1 if dim is None or rate.numel() == 1 else param.stride(dim)
                 bucket.rates.append(_in_memory_order(rate, param) if dim is None else rate)
                 bucket.inners.append(inner)

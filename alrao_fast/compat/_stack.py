@@ -45,7 +45,8 @@ def lay_out(params: Sequence[Tensor]) -> Tensor | None:
         return view
     first = params[0]
     alike = all(
-        (p.shape, p.dtype, p.device, p.layout) == (first.shape, first.dtype, first.device, torch.strided)
+        (p.shape, p.dtype, p.device, p.layout)
+        == (first.shape, first.dtype, first.device, torch.strided)
         for p in params
     )
     if not alike or len({id(p) for p in params}) < len(params) or not first.numel():

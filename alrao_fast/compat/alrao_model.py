@@ -50,7 +50,7 @@ def _parse(
             rest,
             kwargs,
         )
-    return (*(values[name] for name in names), rest, kwargs)  # type: ignore[return-value]
+    return (*(values[name] for name in names), rest, kwargs)
 
 
 class AlraoModel(nn.Module):
@@ -234,7 +234,9 @@ class AlraoModel(nn.Module):
     def _forward_method(self, part: str, src: str, dst: str | None) -> None:
         dst = src if dst is None else dst
         if hasattr(self, dst):
-            raise AssertionError(f"dst is {dst!r}; expected a name that the model does not have yet")
+            raise AssertionError(
+                f"dst is {dst!r}; expected a name that the model does not have yet"
+            )
         self._forwarded[dst] = (part, src)
 
     def __getattr__(self, name: str) -> Any:

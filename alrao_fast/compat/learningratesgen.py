@@ -15,7 +15,9 @@ def lr_sampler_generic(minlr: float, maxlr: float) -> LrSampler:
     """A function `f(tensor, size)`: rates of shape `size`, log-uniform between `minlr` and `maxlr`, of the dtype and
     on the device of `tensor`."""
     if not 0 < minlr <= maxlr < math.inf:
-        raise ValueError(f"minlr, maxlr are {minlr}, {maxlr}; expected 0 < minlr <= maxlr, both finite")
+        raise ValueError(
+            f"minlr, maxlr are {minlr}, {maxlr}; expected 0 < minlr <= maxlr, both finite"
+        )
     low, high = math.log(minlr), math.log(maxlr)
 
     def sample(tensor: Tensor, size: torch.Size) -> Tensor:

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alrao_fast.compat._losses import Criterion, clone_losses, correct_predictions, nll_ignoring, nll_losses, nll_terms
+from alrao_fast.compat._losses import (
+    Criterion,
+    clone_losses,
+    correct_predictions,
+    nll_ignoring,
+    nll_losses,
+    nll_terms,
+)
 from alrao_fast.functional import switch_update_
 from alrao_fast.reference.switch_update import initial_state
 
@@ -38,6 +45,9 @@ class Switch(nn.Module):
     logw: Tensor
     logposterior: Tensor
     _t: Tensor
+    ll_loss: Tensor
+    ll_correct: Tensor
+    ll_total: int
 
     def __init__(
         self,
