@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from alrao_fast.compat._evaluation import Stacked
 from alrao_fast.compat._stack import ParameterStack, stack
-from alrao_fast.functional import feature_adam_, feature_sgd_
+from alrao_fast.compat._update import FeatureUpdate
 
 _OPTIONS: dict[type[Optimizer], tuple[str, ...]] = {
     torch.optim.SGD: ("momentum", "dampening", "weight_decay", "nesterov", "maximize"),
@@ -61,6 +61,7 @@ class CloneOptimizers:
         self._steps: Tensor | None = None
         self._shown: Tensor | None = None
         self._rates: tuple[list[float], Tensor] | None = None
+        self._update: FeatureUpdate | None = None
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -109,7 +110,20 @@ class CloneOptimizers:
             return False
         if not self._gather(self._state_names(first), slots, params):
             return False
-        self._update(params, grads, self._rates_of(lrs, params[0]), first)
+        rates = self._rates_of(lrs, params[0])
+        update = self._update
+        if update is None or update.rates[0] is not rates or not all(map(is_, params, update.params)):
+            states = [self._states[name] for name in self._state_names(first)]
+            inners = [p.stride(0) if len(lrs) > 1 else 1 for p in params]
+            assert self._steps is not None
+            update = FeatureUpdate(params, states, [rates] * len(params), inners, self._steps)
+            self._update = update
+        if self._kind is torch.optim.SGD:
+            update.sgd(grads, first, authors=False)
+        else:
+            update.adam(grads, first, authors=False)
+            assert self._shown is not None
+            self._shown += 1
         for optimizer in self.optimizers:
             # What a learning-rate scheduler looks at to see that there has been a step.
             optimizer._opt_called = True  # type: ignore[attr-defined]
@@ -130,9 +144,13 @@ class CloneOptimizers:
     def _rates_of(self, lrs: list[float], like: Tensor) -> Tensor:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         cached = self._rates
-        if cached is None or cached[0] != lrs or cached[1].device != like.device:
+        if (
+            cached is None
+            or cached[0] != lrs
+            or (cached[1].device, cached[1].dtype) != (like.device, dtype)
+        ):
             self._rates = cached = lrs, torch.tensor(lrs, dtype=dtype, device=like.device)
-        return cached[1].to(dtype)
+        return cached[1]
 
     def _gather(
         self, names: Sequence[str], slots: Sequence[Sequence[Tensor]], params: list[Tensor]
@@ -147,6 +165,7 @@ class CloneOptimizers:
         )
         if not fresh:
             return True
+        self._update = None
         counts: list[int | None] = []
         for slot in slots:
             found = {self._count(k, p, names) for k, p in enumerate(slot)}
@@ -183,37 +202,3 @@ class CloneOptimizers:
             return int(state["step"]) if any(present) else 0
         # SGD only asks whether there is momentum already.
         return int(any(present))
-
-    def _update(
-        self, params: list[Tensor], grads: list[Tensor], rates: Tensor, group: dict[str, Any]
-    ) -> None:
-        count = len(params)
-        if self._kind is torch.optim.SGD:
-            feature_sgd_(
-                params,
-                grads,
-                [rates] * count,
-                momentum_buffers=self._states.get("momentum_buffer") if group["momentum"] else None,
-                steps=self._steps,
-                momentum=group["momentum"],
-                dampening=group["dampening"],
-                weight_decay=group["weight_decay"],
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-            )
-            return
-        assert self._steps is not None and self._shown is not None
-        feature_adam_(
-            params,
-            grads,
-            self._states["exp_avg"],
-            self._states["exp_avg_sq"],
-            [rates] * count,
-            steps=self._steps,
-            max_exp_avg_sqs=self._states["max_exp_avg_sq"] if group["amsgrad"] else None,
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-        )
-        self._shown += 1

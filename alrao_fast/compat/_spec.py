@@ -7,13 +7,13 @@ are part of the state, next to the momentum, so that `state_dict` can resume a r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from alrao_fast.functional import feature_adam_, feature_sgd_
+from alrao_fast.compat._update import FeatureUpdate
 
 
 def compact_rates(rate: Any, param: Tensor, name: str = "lr_params") -> tuple[Tensor, int | None]:
@@ -48,23 +48,12 @@ def compact_rates(rate: Any, param: Tensor, name: str = "lr_params") -> tuple[Te
     return rate.clone(memory_format=torch.contiguous_format), None
 
 
-class _Bucket(NamedTuple):
-    """What one call of the op takes: parameters of one device and dtype, with their rates and states."""
-
-    params: list[Tensor]
-    rates: list[Tensor]
-    inners: list[int]
-    states: list[list[Tensor]]
-    steps: Tensor
-
-
 class SpecOptimizer(Optimizer):
     """Base class of `SGDSpec` and `AdamSpec`."""
 
     def __init__(self, params: Any, lr_params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        # The groups' lr multiplies the rates, for whoever wants to schedule them.
-        super().__init__(params, {"lr": 1.0, **defaults})
-        self._buckets: dict[int, tuple[Any, list[_Bucket]]] = {}
+        super().__init__(params, defaults)
+        self._updates: dict[int, tuple[Any, list[FeatureUpdate]]] = {}
         own = [p for group in self.param_groups for p in group["params"]]
         rates = list(lr_params)
         if len(rates) != len(own):
@@ -79,10 +68,9 @@ class SpecOptimizer(Optimizer):
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         raise NotImplementedError
 
-    def _update(self, bucket: _Bucket, grads: list[Tensor], group: dict[str, Any]) -> None:
+    def _run(self, update: FeatureUpdate, grads: list[Tensor], group: dict[str, Any]) -> None:
         raise NotImplementedError
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of the parameters that have a gradient; the gradients are only read."""
         loss = None
@@ -92,36 +80,36 @@ class SpecOptimizer(Optimizer):
         self.update()
         return loss
 
+    @torch.no_grad()
     def update(self) -> None:
         """`step()` without torch's hooks and profiling around it."""
         for number, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             key = [(id(p), p.dtype, p.device, p.stride()) for p in params], self._state_names(group)
-            if number not in self._buckets or self._buckets[number][0] != key:
-                self._buckets[number] = key, self._gather(params, key[1])
-            for bucket in self._buckets[number][1]:
-                self._update(bucket, [p.grad for p in bucket.params], group)  # type: ignore[misc]
+            if number not in self._updates or self._updates[number][0] != key:
+                self._updates[number] = key, self._gather(params, key[1])
+            for update in self._updates[number][1]:
+                self._run(update, [p.grad for p in update.params], group)  # type: ignore[misc]
 
-    def _gather(self, params: list[Tensor], names: tuple[str, ...]) -> list[_Bucket]:
+    def _gather(self, params: list[Tensor], names: tuple[str, ...]) -> list[FeatureUpdate]:
         kinds: dict[Any, list[Tensor]] = {}
         for param in params:
             kinds.setdefault((param.dtype, param.device), []).append(param)
-        buckets = []
+        updates = []
         for (_, device), members in kinds.items():
             states = [[self._like(p, name) for p in members] for name in names]
             steps = torch.stack([self.state[p]["step"].to(device) for p in members])
-            bucket = _Bucket(members, [], [], states, steps)
+            rates, inners = [], []
             for k, param in enumerate(members):
                 self.state[param]["step"] = steps[k]
                 rate, dim = self.state[param]["rate"].to(device), self.state[param]["rate_dim"]
                 self.state[param]["rate"] = rate
                 # The op takes float64 rates for float64 parameters only.
                 rate = rate if param.dtype == torch.float64 else rate.float()
-                inner = 1 if dim is None or rate.numel() == 1 else param.stride(dim)
-                bucket.rates.append(_in_memory_order(rate, param) if dim is None else rate)
-                bucket.inners.append(inner)
-            buckets.append(bucket)
-        return buckets
+                inners.append(1 if dim is None or rate.numel() == 1 else param.stride(dim))
+                rates.append(_in_memory_order(rate, param) if dim is None else rate)
+            updates.append(FeatureUpdate(members, states, rates, inners, steps))
+        return updates
 
     def _like(self, param: Tensor, name: str) -> Tensor:
         """A state in the layout of the parameter as it is now; a new one is zero and starts the count of steps."""
@@ -140,7 +128,7 @@ class SpecOptimizer(Optimizer):
         own = [p for group in self.param_groups for p in group["params"]]
         present = [self.state[p] for p in own]
         super().load_state_dict(state_dict)
-        self._buckets.clear()
+        self._updates.clear()
         for param, key, before in zip(own, saved, present):
             state = {**before, **self.state[param]}
             given = state_dict["state"].get(key, {})
@@ -150,7 +138,7 @@ class SpecOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._buckets = {}
+        self._updates = {}
 
 
 def _in_memory_order(rate: Tensor, param: Tensor) -> Tensor:
@@ -202,21 +190,8 @@ class SGDSpec(SpecOptimizer):
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _update(self, bucket: _Bucket, grads: list[Tensor], group: dict[str, Any]) -> None:
-        feature_sgd_(
-            bucket.params,
-            grads,
-            bucket.rates,
-            inners=bucket.inners,
-            momentum_buffers=bucket.states[0] if bucket.states else None,
-            steps=bucket.steps,
-            lr=group["lr"],
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            momentum_rule="authors",
-        )
+    def _run(self, update: FeatureUpdate, grads: list[Tensor], group: dict[str, Any]) -> None:
+        update.sgd(grads, group, authors=True)
 
 
 class AdamSpec(SpecOptimizer):
@@ -246,19 +221,5 @@ class AdamSpec(SpecOptimizer):
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
 
-    def _update(self, bucket: _Bucket, grads: list[Tensor], group: dict[str, Any]) -> None:
-        feature_adam_(
-            bucket.params,
-            grads,
-            bucket.states[0],
-            bucket.states[1],
-            bucket.rates,
-            steps=bucket.steps,
-            max_exp_avg_sqs=bucket.states[2] if group["amsgrad"] else None,
-            inners=bucket.inners,
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            eps_rule="authors",
-        )
+    def _run(self, update: FeatureUpdate, grads: list[Tensor], group: dict[str, Any]) -> None:
+        update.adam(grads, group, authors=True)

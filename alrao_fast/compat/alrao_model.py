@@ -240,6 +240,8 @@ class AlraoModel(nn.Module):
         self._forwarded[dst] = (part, src)
 
     def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__["_modules"]:
+            return self._modules[name]
         part, src = self.__dict__.get("_forwarded", {}).get(name, (None, None))
         if part == "internal_nn":
             return getattr(self.internal_nn, src)

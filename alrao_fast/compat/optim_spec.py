@@ -54,12 +54,18 @@ class _AlraoOptimizer:
 
     def step(self) -> None:
         """Update the internal network and the last layers by the gradients that are there."""
-        self.opt_internal_nn.step()
+        internal = self.opt_internal_nn
+        if internal._optimizer_step_pre_hooks or internal._optimizer_step_post_hooks:
+            internal.step()
+        else:
+            internal.update()
         self._clones.step()
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        self.opt_internal_nn.zero_grad()
+        for group in self.opt_internal_nn.param_groups:
+            for param in group["params"]:
+                param.grad = None
         self._clones.zero_grad()
 
     def last_layers_zero_grad(self) -> None:
