@@ -36,11 +36,19 @@ class CompatStep:
     """One training step of alrao_fast.compat."""
 
     def __init__(
-        self, net: alrao.AlraoModel, rates: list[Tensor], clone_rates: list[float]
+        self,
+        net: alrao.AlraoModel,
+        rates: list[Tensor],
+        clone_rates: list[float],
+        momentum: float,
     ) -> None:
         self.net = net
         self.optimizer = alrao.SGDAlrao(
-            net.parameters_internal_nn(), rates, net.last_layers_parameters_list(), clone_rates
+            net.parameters_internal_nn(),
+            rates,
+            net.last_layers_parameters_list(),
+            clone_rates,
+            momentum=momentum,
         )
 
     def __call__(self, batch: Batch) -> None:
@@ -58,13 +66,19 @@ class LoopStep:
     """The same step by loops over the last layers and the parameters, in plain torch."""
 
     def __init__(
-        self, net: alrao.AlraoModel, rates: list[Tensor], clone_rates: list[float]
+        self,
+        net: alrao.AlraoModel,
+        rates: list[Tensor],
+        clone_rates: list[float],
+        momentum: float,
     ) -> None:
         self.internal = net.internal_nn
         self.layers = [layer.fc for layer in net.last_layers()]  # type: ignore[union-attr]
         self.rates = rates
+        self.momentum = momentum
+        self.buffers: dict[Tensor, Tensor] = {}
         self.optimizers = [
-            torch.optim.SGD(layer.parameters(), lr=lr)  # type: ignore[union-attr]
+            torch.optim.SGD(layer.parameters(), lr=lr, momentum=momentum)  # type: ignore[union-attr]
             for layer, lr in zip(self.layers, clone_rates)
         ]
         self.switch = alrao.Switch(len(self.layers), save_ll_perf=True)
@@ -78,6 +92,8 @@ class LoopStep:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         features = self.internal(x)
+        if not features.isfinite().all():
+            raise ValueError("the features are not finite")
         outputs = self._log_probs(features)
         prior = self.switch.logposterior.float()
         mixture = torch.logsumexp(torch.stack([out + p for out, p in zip(outputs, prior)]), 0)
@@ -86,10 +102,20 @@ class LoopStep:
         with torch.no_grad():
             for param, rate in zip(self.internal.parameters(), self.rates):
                 assert param.grad is not None
-                param.sub_(rate * param.grad)
+                param.sub_(rate * self._direction(param, param.grad, rate))
         for optimizer in self.optimizers:
             optimizer.step()
         self._observe(outputs, y)
+
+    def _direction(self, param: Tensor, grad: Tensor, rate: Tensor) -> Tensor:
+        if not self.momentum:
+            return grad
+        if param not in self.buffers:
+            self.buffers[param] = grad.clone()
+        else:
+            keep = 1 - self.momentum * rate.sqrt().clamp(max=1 / self.momentum)
+            self.buffers[param].mul_(keep).add_(grad)
+        return self.buffers[param]
 
     def _own_gradients(self, features: Tensor, y: Tensor) -> None:
         for layer, optimizer in zip(self.layers, self.optimizers):
@@ -102,6 +128,8 @@ class LoopStep:
     def _observe(self, outputs: list[Tensor], y: Tensor) -> None:
         # What the switch reports: loss and accuracy of each layer.
         losses = torch.stack([F.nll_loss(out, y) for out in outputs])
+        if losses.isnan().any():
+            raise ValueError("a loss is not a number")
         correct = torch.stack([(out.argmax(1) == y).sum() for out in outputs])
         self.switch.observe(losses, correct, y)
 
@@ -117,6 +145,7 @@ def measure(
     width: int = 64,
     classes: int = 10,
     clones: int = 10,
+    momentum: float = 0.0,
     rounds: int = 15,
 ) -> tuple[float, float]:
     """(seconds of a compat step, seconds of the same step by loops): medians of interleaved rounds.
@@ -132,7 +161,8 @@ def measure(
     sampler = alrao.lr_sampler_generic(1e-5, 0.1)
     rates = list(alrao.generator_randomlr_neurons(nets[0].internal_nn, sampler))
     clone_rates = [1e-5 * math.exp(k / max(clones - 1, 1) * math.log(1e4)) for k in range(clones)]
-    ours, loop = CompatStep(nets[0], rates, clone_rates), LoopStep(nets[1], rates, clone_rates)
+    ours = CompatStep(nets[0], rates, clone_rates, momentum)
+    loop = LoopStep(nets[1], rates, clone_rates, momentum)
     for _ in range(5):
         ours(data)
         loop(data)
@@ -145,17 +175,29 @@ def measure(
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python benchmarks compat", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     print(
-        f"{'batch':>6}{'width':>7}{'classes':>9}{'clones':>8}{'compat ms':>12}{'loop ms':>10}{'ratio':>8}"
+        f"{'batch':>6}{'width':>7}{'classes':>9}{'clones':>8}{'momentum':>10}"
+        f"{'compat ms':>12}{'loop ms':>10}{'ratio':>8}"
     )
-    for batch, width, classes, clones in (
-        (32, 64, 10, 10),
-        (128, 256, 100, 10),
-        (700, 128, 2000, 6),
+    for batch, width, classes, clones, momentum in (
+        (32, 64, 10, 10, 0.0),
+        (32, 64, 10, 10, 0.9),
+        (32, 64, 10, 20, 0.9),
+        (128, 256, 100, 10, 0.9),
+        (700, 128, 2000, 6, 0.0),
     ):
         ours, loop = measure(
-            batch=batch, width=width, classes=classes, clones=clones, rounds=options.rounds
+            batch=batch,
+            width=width,
+            classes=classes,
+            clones=clones,
+            momentum=momentum,
+            rounds=options.rounds,
         )
-        row = f"{batch:6}{width:7}{classes:9}{clones:8}{ours * 1e3:12.3f}{loop * 1e3:10.3f}"
-        print(f"{row}{loop / ours:8.2f}")
+        print(
+            f"{batch:6}{width:7}{classes:9}{clones:8}{momentum:10}"
+            f"{ours * 1e3:12.3f}{loop * 1e3:10.3f}{loop / ours:8.2f}"
+        )

@@ -266,11 +266,40 @@ def test_a_resumed_run_is_the_same_run(cls, options):
         assert torch.equal(p, q)
 
 
-def test_moving_and_copying():
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copying(how):
     net = model()
     optimizer = optimizer_of(net, momentum=0.9)
     steps(net, optimizer, 2)
-    net, optimizer = copy.deepcopy((net, optimizer))
+    if how == "deepcopy":
+        other, copied = copy.deepcopy((net, optimizer))
+    else:
+        file = io.BytesIO()
+        torch.save((net, optimizer), file)
+        file.seek(0)
+        other, copied = torch.load(file, weights_only=False)
+    early = copied.state_dict()
+    early = copy.deepcopy(early)
+    steps(net, optimizer, 2, seed=2)
+    steps(other, copied, 2, seed=2)
+    for p, q in zip(net.parameters(), other.parameters()):
+        assert torch.equal(p, q)
+    # The copy notices that its last layers' states are loaded.
+    for opt, state in zip(copied.opt_last_layers, early["opt_last_layers"]):
+        opt.load_state_dict(state)
+    buffers = [s["momentum_buffer"].clone() for s in early["opt_last_layers"][1]["state"].values()]
+    F.nll_loss(other(torch.randn(8, 5).double()), torch.zeros(8, dtype=torch.long)).backward()
+    for opt in copied.opt_last_layers:
+        for p in opt.param_groups[0]["params"]:
+            p.grad.zero_()
+    copied.step()
+    for p, old in zip(copied.opt_last_layers[1].param_groups[0]["params"], buffers):
+        torch.testing.assert_close(copied.opt_last_layers[1].state[p]["momentum_buffer"], 0.9 * old)
+
+
+def test_moving():
+    net = model()
+    optimizer = optimizer_of(net, momentum=0.9)
     steps(net, optimizer, 1)
     net.float()
     x, y = torch.randn(8, 5), torch.randint(3, (8,))

@@ -45,12 +45,24 @@ class CloneOptimizers:
             kind(params, lr=lr, **options)  # type: ignore[call-arg]
             for params, lr in zip(lists, rates)
         ]
+        self._start()
+
+    def _start(self) -> None:
         # Gradients that are known to be slices of one tensor.
         self.stacked: list[Stacked] = []
         self._stacks: list[ParameterStack] = []
         self._forget()
         for optimizer in self.optimizers:
             optimizer.register_load_state_dict_post_hook(self._on_load)
+
+    # A copy gathers its states anew, from its own optimizers.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kind": self._kind, "optimizers": self.optimizers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
 
     def _on_load(self, optimizer: Optimizer) -> None:
         self._forget()
@@ -112,7 +124,11 @@ class CloneOptimizers:
             return False
         rates = self._rates_of(lrs, params[0])
         update = self._update
-        if update is None or update.rates[0] is not rates or not all(map(is_, params, update.params)):
+        if (
+            update is None
+            or update.rates[0] is not rates
+            or not all(map(is_, params, update.params))
+        ):
             states = [self._states[name] for name in self._state_names(first)]
             inners = [p.stride(0) if len(lrs) > 1 else 1 for p in params]
             assert self._steps is not None

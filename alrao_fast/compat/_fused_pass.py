@@ -17,6 +17,8 @@ from alrao_fast import backends
 from alrao_fast.compat._passes import LinearPass, Own, check_features, living, sum_of
 from alrao_fast.ops.switch_mixture import CPU_MEMORY_BUDGET
 
+# The pass has its own way back: the one registered for the ops would only cost time.
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _LOG_PROB = torch.ops.alrao_fast.switch_mixture_log_prob.default
 _LOG_PROB_BACKWARD = torch.ops.alrao_fast.switch_mixture_log_prob_backward.default
 _NLL = torch.ops.alrao_fast.switch_mixture_nll.default
@@ -50,20 +52,22 @@ class FusedPass(LinearPass):
 
     def log_prob(self, log_prior: Tensor) -> Tensor:
         """The mixture's log-probabilities [M, C]."""
-        return _LOG_PROB(*self._inputs(log_prior), CPU_MEMORY_BUDGET)
+        with _BelowAutograd():
+            return _LOG_PROB(*self._inputs(log_prior), CPU_MEMORY_BUDGET)
 
     def pull_mixture(
         self, grad: Tensor, log_prior: Tensor, log_prob: Tensor, features: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """The way back from `log_prob`: gradients by the features and by the slots."""
-        dx, *slots = _LOG_PROB_BACKWARD(
-            grad.contiguous(),
-            *self._inputs(log_prior),
-            log_prob,
-            features,
-            True,
-            CPU_MEMORY_BUDGET,
-        )
+        with _BelowAutograd():
+            dx, *slots = _LOG_PROB_BACKWARD(
+                grad.contiguous(),
+                *self._inputs(log_prior),
+                log_prob,
+                features,
+                True,
+                CPU_MEMORY_BUDGET,
+            )
         dx = dx.view(self._shape).to(self._x.dtype) if features else None
         return dx, self._typed(slots)
 
@@ -72,9 +76,10 @@ class FusedPass(LinearPass):
             # The kernels leave out dead layers; here they shall not be.
             return super().own_nll(targets, ignored, masked=masked)
         prior = torch.zeros(self._weight.size(0), dtype=torch.float64, device=targets.device)
-        _, stats, _, *slots = _NLL(
-            *self._inputs(prior), targets, ignored, True, False, True, CPU_MEMORY_BUDGET
-        )
+        with _BelowAutograd():
+            _, stats, _, *slots = _NLL(
+                *self._inputs(prior), targets, ignored, True, False, True, CPU_MEMORY_BUDGET
+            )
         return Own(stats[0] / stats[2], self._typed(slots), stats[1])
 
     def _inputs(self, log_prior: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:

@@ -126,8 +126,9 @@ def living(outputs: Tensor) -> Tensor | None:
 
 
 def sum_of(tensor: Tensor) -> Tensor:
-    wide = tensor.dtype if tensor.dtype == torch.float64 else torch.float32
-    return tensor.detach().sum(dtype=wide)
+    tensor = tensor.detach()
+    wide = tensor.dtype in (torch.float64, torch.float32)
+    return tensor.sum() if wide else tensor.sum(dtype=torch.float32)
 
 
 class _Outputs(torch.autograd.Function):

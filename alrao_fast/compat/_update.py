@@ -34,10 +34,6 @@ class FeatureUpdate:
         )
         self._plan: FeaturePlan | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        # Whoever is copied gathers its tensors anew.
-        return None
-
     def sgd(self, grads: Sequence[Tensor], group: dict[str, Any], *, authors: bool) -> None:
         """One step with the options of `group` and its lr as a multiplier."""
         options = {
@@ -97,9 +93,7 @@ class FeatureUpdate:
                     self.params, self.states, [], self.rates, self.inners, [], self.steps
                 )
             step = getattr(self._plan, name)
-            if step(
-                grads, lr=1.0, lr_tensor=None, grad_scale=None, found_inf=None, **options
-            ):
+            if step(grads, lr=1.0, lr_tensor=None, grad_scale=None, found_inf=None, **options):
                 # Autograd has to see that the parameters have changed; the kernels do not tell it.
                 increment_version(self.params)
                 return

@@ -85,6 +85,7 @@ class AlraoModel(nn.Module):
         self.n_last_layers = n
         for k in range(n):
             setattr(self, f"last_layer_{k}", last_layer_gen(*rest, **options))
+        self._layer_names = [f"last_layer_{k}" for k in range(n)]
         self._forwarded: dict[str, tuple[str, str]] = {}
         self._runners: dict[Any, Runner] = {}
         self._last: Evaluation | None = None
@@ -110,7 +111,8 @@ class AlraoModel(nn.Module):
     def _evaluate(self, x: Tensor) -> Evaluation:
         """All last layers on the features `x`, kept as the last evaluation."""
         self._last = None
-        layers = list(self.last_layers())
+        modules = self._modules
+        layers: list[Any] = [modules[name] for name in self._layer_names]
         key = signature(layers, x)
         runner = self._runners.get(key)
         if runner is None:
@@ -190,7 +192,9 @@ class AlraoModel(nn.Module):
     def posterior(self) -> Tensor:
         """The posterior probabilities [N] of the last layers, in the dtype of their parameters."""
         ps = self.switch.posterior()
-        return ps.to(next(self.last_layer(0).parameters(), ps).dtype)
+        if self._last is None:
+            return ps.to(next(self.last_layer(0).parameters(), ps).dtype)
+        return ps.to(self._last.clone_pass.params[0].dtype) if self._last.clone_pass.params else ps
 
     def repr_posterior(self) -> str:
         """The posterior as a row of bars, scaled to the largest."""
