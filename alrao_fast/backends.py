@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ OPS = {
     "switch_update": "switch_update_",
 }
 _DISPATCH_KEY = {"cuda": "CUDA", "cpu": "CPU"}
+# Triton reads the same variable, at its import: its kernels then run on CPU tensors, when asked for by name.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 
@@ -52,7 +55,7 @@ def status(op: str, backend: str) -> Status:
     if backend == "reference":
         return Status(True, "plain PyTorch")
     if backend == "triton":
-        return Status(False, "this version has no Triton kernels: use impl='auto'")
+        return _triton_status()
     if _extension.ERROR is not None:
         return Status(False, _extension.ERROR)
     if not torch._C._dispatch_has_kernel_for_dispatch_key(
@@ -67,6 +70,25 @@ def status(op: str, backend: str) -> Status:
     if backend == "cuda" and not torch.cuda.is_available():
         return Status(False, "the kernels are built, but torch sees no CUDA device here")
     return Status(True, "built")
+
+
+def _triton_status() -> Status:
+    if find_spec("triton") is None:
+        return Status(False, "triton is not installed: pip install triton (Linux)")
+    if INTERPRETED:
+        return Status(True, "interpreted on CPU tensors, slowly (TRITON_INTERPRET=1)")
+    if not torch.cuda.is_available():
+        return Status(
+            False,
+            "torch sees no CUDA or HIP device here; TRITON_INTERPRET=1 runs it on CPU tensors",
+        )
+    return Status(True, "compiled at the first call")
+
+
+def device_of(backend: str) -> torch.device:
+    """The device whose tensors `backend` takes; for `triton` the CPU while its kernels are interpreted."""
+    on_gpu = backend == "cuda" or (backend == "triton" and not INTERPRETED)
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def available(op: str, device: torch.device | str) -> list[str]:
@@ -84,6 +106,8 @@ def _choose(op: str, device_type: str, impl: str) -> str:
     order = _AUTO_ORDER.get(device_type, ("reference",))
     if impl == "auto":
         return next(name for name in order if status(op, name).available)
+    if impl == "triton" and INTERPRETED and device_type == "cpu":
+        order = (*order, "triton")
     if impl not in BACKENDS:
         raise ValueError(f"impl: got {impl!r}, expected auto or one of {', '.join(BACKENDS)}")
     if impl not in order:

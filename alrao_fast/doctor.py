@@ -110,7 +110,7 @@ def _check(op: str, backend: str) -> Row:
     status = backends.status(op, backend)
     if not status.available:
         return Row(op, backend, "unavailable", None, status.reason)
-    device = torch.device("cuda" if backend in ("cuda", "triton") else "cpu")
+    device = backends.device_of(backend)
     run = _SELF_TESTS[op]
     try:
         truth = run("reference", torch.float64, torch.device("cpu"))

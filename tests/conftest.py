@@ -32,4 +32,4 @@ def backend(request):
 @pytest.fixture
 def device(backend):
     """The device whose tensors the backend takes."""
-    return torch.device("cuda" if backend in ("cuda", "triton") else "cpu")
+    return backends.device_of(backend)

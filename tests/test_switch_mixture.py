@@ -56,7 +56,7 @@ def compiled(request):
 
 
 def device_of(backend):
-    return "cuda" if backend in ("cuda", "triton") else "cpu"
+    return backends.device_of(backend).type
 
 
 def gradients(inputs, impl, *, function=switch_mixture_stats, upstream=1.0, **kwargs):
@@ -175,7 +175,9 @@ def test_error_budget(compiled, shape, dtype):
     if budget:
         few = gradients(inputs, compiled, memory_budget=budget)
         for name, got, reference in zip(NAMES, few, gradients(inputs, compiled)):
-            testing.assert_within_budget(got, reference, reference, name)
+            # The logits of another chunk may be summed in another order.
+            slack = 4e-6 if name == "stats" and dtype != torch.float64 else None
+            testing.assert_within_budget(got, reference, reference, name, slack=slack)
 
 
 @pytest.mark.parametrize("classes", [10, 2200], ids=["joint", "streamed"])

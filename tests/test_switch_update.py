@@ -31,7 +31,7 @@ def compiled(request):
 
 
 def device_of(backend):
-    return "cuda" if backend in ("cuda", "triton") else "cpu"
+    return backends.device_of(backend).type
 
 
 def state(num_clones, theta=0.999, device="cpu"):

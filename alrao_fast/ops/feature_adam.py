@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alrao_fast import backends
+from alrao_fast.ops import _triton
 from alrao_fast.ops._feature import State, bump_versions, check_inputs, default_inners
 from alrao_fast.ops._library import LIB, define
 from alrao_fast.reference import feature_adam as reference
@@ -18,16 +19,53 @@ def _fake(*args: object, **kwargs: object) -> None:
     """Nothing is returned; the kernel checks its arguments."""
 
 
-_NAME = define(
+def _check(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    rates: Sequence[Tensor],
+    inners: Sequence[int],
+    seeds: Sequence[int],
+    steps: Tensor,
+    *,
+    lr_tensor: Tensor | None,
+    amsgrad: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    **others: object,
+) -> None:
+    """For the implementations in Python; the compiled ones check by themselves."""
+    states = {"exp_avgs": State(exp_avgs), "exp_avg_sqs": State(exp_avg_sqs)}
+    option = "amsgrad is on" if amsgrad else "amsgrad is off"
+    states["max_exp_avg_sqs"] = State(max_exp_avg_sqs, amsgrad, option)
+    check_inputs(
+        "feature_adam_",
+        params,
+        grads,
+        states,
+        masters,
+        rates,
+        inners,
+        seeds,
+        steps,
+        {"lr": lr_tensor, "grad_scale": grad_scale, "found_inf": found_inf},
+    )
+
+
+_SCHEMA = (
     "feature_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, Tensor[] rates, int[] inners, int[] seeds, Tensor(f!) steps, "
     "*, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, bool amsgrad, "
-    "bool decoupled, bool maximize, bool authors_eps, Tensor? grad_scale, Tensor? found_inf) -> ()",
-    _fake,
+    "bool decoupled, bool maximize, bool authors_eps, Tensor? grad_scale, Tensor? found_inf) -> ()"
 )
+_NAME = define(_SCHEMA, _fake)
+_TRITON_NAME = _triton.define(_SCHEMA, _fake, "feature_adam", _check, planned=True)
 # An optimizer step is no part of any graph: skip autograd instead of searching the lists for tensors that require it.
-LIB.impl(_NAME, torch.library.fallthrough_kernel, "Autograd")
-_OP = torch.ops.alrao_fast.feature_adam_.default
+for _name in (_NAME, _TRITON_NAME):
+    LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 def feature_adam_(
@@ -106,22 +144,8 @@ def feature_adam_(
     implementation = backends.select("feature_adam", params[0].device, impl)
     with torch.no_grad():
         if implementation == "reference":
-            states = {"exp_avgs": State(firsts), "exp_avg_sqs": State(seconds)}
-            if largest:
-                states["max_exp_avg_sqs"] = State(largest)
-            check_inputs(
-                "feature_adam_",
-                params,
-                grads,
-                states,
-                masters,
-                rates,
-                inners,
-                seeds,
-                steps,
-                {"lr": scalars["lr_tensor"], "grad_scale": grad_scale, "found_inf": found_inf},
-            )
+            _check(*args, **scalars)
             reference.feature_adam_(*args, **scalars)
         else:
-            _OP(*args, **scalars)
+            _triton.overload("feature_adam_", implementation)(*args, **scalars)
             bump_versions(params, firsts, seconds, largest, masters, [steps])

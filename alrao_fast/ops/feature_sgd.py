@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alrao_fast import backends
+from alrao_fast.ops import _triton
 from alrao_fast.ops._feature import State, bump_versions, check_inputs, default_inners
 from alrao_fast.ops._library import LIB, define
 from alrao_fast.reference import feature_sgd as reference
@@ -18,16 +19,49 @@ def _fake(*args: object, **kwargs: object) -> None:
     """Nothing is returned; the kernel checks its arguments."""
 
 
-_NAME = define(
+def _check(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    rates: Sequence[Tensor],
+    inners: Sequence[int],
+    seeds: Sequence[int],
+    steps: Tensor,
+    *,
+    lr_tensor: Tensor | None,
+    momentum: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    **others: object,
+) -> None:
+    """For the implementations in Python; the compiled ones check by themselves."""
+    option = "momentum is not 0" if momentum else "momentum is 0"
+    check_inputs(
+        "feature_sgd_",
+        params,
+        grads,
+        {"momentum_buffers": State(momentum_buffers, momentum != 0, option)},
+        masters,
+        rates,
+        inners,
+        seeds,
+        steps,
+        {"lr": lr_tensor, "grad_scale": grad_scale, "found_inf": found_inf},
+    )
+
+
+_SCHEMA = (
     "feature_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] masters, "
     "Tensor[] rates, int[] inners, int[] seeds, Tensor(d!) steps, *, float lr, Tensor? lr_tensor, float momentum, "
     "float dampening, float weight_decay, bool nesterov, bool maximize, bool authors_momentum, Tensor? grad_scale, "
-    "Tensor? found_inf) -> ()",
-    _fake,
+    "Tensor? found_inf) -> ()"
 )
+_NAME = define(_SCHEMA, _fake)
+_TRITON_NAME = _triton.define(_SCHEMA, _fake, "feature_sgd", _check, planned=True)
 # An optimizer step is no part of any graph: skip autograd instead of searching the lists for tensors that require it.
-LIB.impl(_NAME, torch.library.fallthrough_kernel, "Autograd")
-_OP = torch.ops.alrao_fast.feature_sgd_.default
+for _name in (_NAME, _TRITON_NAME):
+    LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 def feature_sgd_(
@@ -116,21 +150,8 @@ def feature_sgd_(
     implementation = backends.select("feature_sgd", params[0].device, impl)
     with torch.no_grad():
         if implementation == "reference":
-            option = "momentum is not 0" if momentum else "momentum is 0"
-            states = {"momentum_buffers": State(buffers, momentum != 0, option)}
-            check_inputs(
-                "feature_sgd_",
-                params,
-                grads,
-                states,
-                masters,
-                rates,
-                inners,
-                seeds,
-                steps,
-                {"lr": scalars["lr_tensor"], "grad_scale": grad_scale, "found_inf": found_inf},
-            )
+            _check(*args, **scalars)
             reference.feature_sgd_(*args, **scalars)
         else:
-            _OP(*args, **scalars)
+            _triton.overload("feature_sgd_", implementation)(*args, **scalars)
             bump_versions(params, buffers, masters, [steps])

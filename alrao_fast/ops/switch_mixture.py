@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alrao_fast import backends
+from alrao_fast.ops import _triton
+from alrao_fast.ops._checks import FLOATS, check, check_tensor
 from alrao_fast.ops._library import LIB, define
 from alrao_fast.reference import switch_mixture as reference
 
@@ -132,56 +134,140 @@ def _save_log_prob(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*(t for t in inputs[:4] if t is not None), output)
 
 
-@once_differentiable
-def _log_prob_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 5
-    x, weight, *bias, log_posterior, log_prob = ctx.saved_tensors
-    need_dx, need_dw = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
-    dx, dweight, dbias = torch.ops.alrao_fast.switch_mixture_log_prob_backward(
-        grad.contiguous(),
-        x,
-        weight,
-        bias[0] if ctx.has_bias else None,
-        log_posterior,
-        log_prob,
-        need_dx,
-        need_dw,
-        ctx.memory_budget,
+def _differentiate_log_prob(backward: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward of log_prob by the op of this name."""
+
+    @once_differentiable
+    def run(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 5
+        x, weight, *bias, log_posterior, log_prob = ctx.saved_tensors
+        need_dx, need_dw = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+        dx, dweight, dbias = getattr(torch.ops.alrao_fast, backward)(
+            grad.contiguous(),
+            x,
+            weight,
+            bias[0] if ctx.has_bias else None,
+            log_posterior,
+            log_prob,
+            need_dx,
+            need_dw,
+            ctx.memory_budget,
+        )
+        return (
+            dx.to(x.dtype) if need_dx else None,
+            dweight.to(weight.dtype) if need_dw else None,
+            dbias.to(weight.dtype) if need_dw and ctx.has_bias else None,
+            None,
+            None,
+        )
+
+    return run
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor, memory_budget: int
+) -> None:
+    """For Triton; the compiled implementations check by themselves (csrc/switch_mixture.cpp)."""
+    check(
+        weight.dim() == 3 and weight.size(0) > 0 and weight.size(1) > 0,
+        f"weight: got shape {list(weight.shape)}, expected [N, C, D] with N >= 1 and C >= 1",
     )
-    return (
-        dx.to(x.dtype) if need_dx else None,
-        dweight.to(weight.dtype) if need_dw else None,
-        dbias.to(weight.dtype) if need_dw and ctx.has_bias else None,
-        None,
-        None,
+    clones, classes, features = weight.shape
+    check_tensor("weight", weight, weight.shape, FLOATS, weight.device)
+    check(
+        x.dim() == 2 and x.size(1) == features,
+        f"x: got shape {list(x.shape)}, expected [B, {features}], D being that of weight "
+        f"{list(weight.shape)}",
+    )
+    same = (weight.dtype,)
+    check_tensor("x", x, x.shape, same, weight.device)
+    if bias is not None:
+        check_tensor("bias", bias, (clones, classes), same, weight.device)
+    posterior_dtypes = (torch.float32, torch.float64)
+    check_tensor("log_posterior", log_posterior, (clones,), posterior_dtypes, weight.device)
+    check(
+        memory_budget > 0,
+        f"memory_budget: got {memory_budget}, expected a positive number of bytes",
     )
 
 
-for _schema, _fake in (
-    (f"switch_mixture_nll({_INPUTS}, Tensor target, int ignore_index, {_NEEDS})", _fake_nll),
+def _check_nll(
+    x, weight, bias, log_posterior, target, ignore_index, mean, need_dx, need_dw, memory_budget
+):
+    _check(x, weight, bias, log_posterior, memory_budget)
+    check_tensor("target", target, x.shape[:1], (torch.int64,), x.device)
+    # Reading classes on a GPU would wait for it: there the loss is inf.
+    if x.device.type == "cpu":
+        classes = weight.size(1)
+        outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
+        if outside.any():
+            position = int(outside.nonzero()[0])
+            check(
+                False,
+                f"target: got {int(target[position])} at position {position}, expected a class "
+                f"from 0 to {classes - 1} or ignore_index {ignore_index}",
+            )
+
+
+def _check_gaussian_nll(
+    x, weight, bias, log_posterior, target, sigma2, mean, need_dx, need_dw, memory_budget
+):
+    _check(x, weight, bias, log_posterior, memory_budget)
+    check_tensor("target", target, (x.size(0), weight.size(1)), (x.dtype,), x.device)
+    check(sigma2 > 0, f"sigma2: got {sigma2:g}, expected a positive variance")
+
+
+def _check_log_prob_backward(
+    grad, x, weight, bias, log_posterior, log_prob, need_dx, need_dw, memory_budget
+):
+    _check(x, weight, bias, log_posterior, memory_budget)
+    for name, tensor in (("grad", grad), ("log_prob", log_prob)):
+        shape, dtypes = (x.size(0), weight.size(1)), (_accumulator(x.dtype),)
+        check_tensor(name, tensor, shape, dtypes, x.device)
+
+
+for _schema, _fake, _check_inputs in (
     (
-        f"switch_mixture_gaussian_nll({_INPUTS}, Tensor target, float sigma2, {_NEEDS})",
+        f"switch_mixture_nll({_INPUTS}, Tensor target, int ignore_index, {_NEEDS}) -> {_RESULT}",
+        _fake_nll,
+        _check_nll,
+    ),
+    (
+        f"switch_mixture_gaussian_nll({_INPUTS}, Tensor target, float sigma2, {_NEEDS}) -> {_RESULT}",
         _fake_gaussian_nll,
+        _check_gaussian_nll,
+    ),
+):
+    for _name in (
+        define(_schema, _fake),
+        _triton.define(_schema, _fake, "switch_mixture", _check_inputs),
+    ):
+        torch.library.register_autograd(_name, _scale_gradients, setup_context=_save_op, lib=LIB)
+_LOG_PROB = f"switch_mixture_log_prob({_INPUTS}, int memory_budget) -> Tensor"
+_LOG_PROB_BACKWARD = (
+    f"switch_mixture_log_prob_backward(Tensor grad, {_INPUTS}, Tensor log_prob, bool need_dx, "
+    "bool need_dw, int memory_budget) -> (Tensor, Tensor, Tensor)"
+)
+_MODULE = "switch_mixture_log_prob"
+for _name, _backward in (
+    (
+        define(_LOG_PROB, _fake_log_prob),
+        define(_LOG_PROB_BACKWARD, _fake_log_prob_backward),
+    ),
+    (
+        _triton.define(_LOG_PROB, _fake_log_prob, _MODULE, _check),
+        _triton.define(
+            _LOG_PROB_BACKWARD, _fake_log_prob_backward, _MODULE, _check_log_prob_backward
+        ),
     ),
 ):
     torch.library.register_autograd(
-        define(f"{_schema} -> {_RESULT}", _fake),
-        _scale_gradients,
-        setup_context=_save_op,
+        _name,
+        _differentiate_log_prob(_backward.removeprefix("alrao_fast::")),
+        setup_context=_save_log_prob,
         lib=LIB,
     )
-torch.library.register_autograd(
-    define(f"switch_mixture_log_prob({_INPUTS}, int memory_budget) -> Tensor", _fake_log_prob),
-    _log_prob_backward,
-    setup_context=_save_log_prob,
-    lib=LIB,
-)
-define(
-    f"switch_mixture_log_prob_backward(Tensor grad, {_INPUTS}, Tensor log_prob, bool need_dx, "
-    "bool need_dw, int memory_budget) -> (Tensor, Tensor, Tensor)",
-    _fake_log_prob_backward,
-)
 
 
 def _flat(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -241,7 +327,7 @@ def switch_mixture_stats(
             x, weight, bias, log_posterior, target, ignore_index=ignore_index, reduction=reduction
         )
     return _with_gradients(
-        torch.ops.alrao_fast.switch_mixture_nll.default,
+        _triton.overload("switch_mixture_nll", backend),
         x,
         weight,
         bias,
@@ -334,7 +420,7 @@ def switch_mixture_gaussian_stats(
             x, weight, bias, log_posterior, target, sigma2=sigma2, reduction=reduction
         )
     return _with_gradients(
-        torch.ops.alrao_fast.switch_mixture_gaussian_nll.default,
+        _triton.overload("switch_mixture_gaussian_nll", backend),
         x,
         weight,
         bias,
@@ -398,7 +484,7 @@ def switch_mixture_log_prob(
     if backend == "reference":
         result = reference.switch_mixture_log_prob(rows, weight, bias, log_posterior)
     else:
-        result = torch.ops.alrao_fast.switch_mixture_log_prob(
+        result = _triton.overload("switch_mixture_log_prob", backend)(
             rows,
             weight,
             bias,

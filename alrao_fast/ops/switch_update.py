@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from alrao_fast import backends
+from alrao_fast.ops import _triton
+from alrao_fast.ops._checks import check, check_tensor
 from alrao_fast.ops._library import define
 from alrao_fast.reference import switch_update as reference
 
@@ -35,11 +37,40 @@ define(
     "Tensor(d!) running, Tensor stats, bool mean, float theta) -> ()",
     _fake_observe,
 )
-define(
+
+
+def _check(
+    logw: Tensor, log_posterior: Tensor, t: Tensor, log_likelihood: Tensor, theta: float
+) -> None:
+    """For Triton; the compiled implementations check by themselves (csrc/switch_update.cpp)."""
+    check(
+        logw.dim() == 2 and logw.size(0) == 2 and logw.size(1) > 0,
+        f"logw: got shape {list(logw.shape)}, expected [2, N] with N >= 1",
+    )
+    clones = [logw.size(1)]
+    double, single, integer = torch.float64, torch.float32, torch.int64
+    for name, tensor, shape, dtypes in (
+        ("logw", logw, [2, *clones], (double,)),
+        ("log_posterior", log_posterior, clones, (double,)),
+        ("t", t, [], (integer,)),
+        ("log_likelihood", log_likelihood, clones, (single, double)),
+    ):
+        check_tensor(name, tensor, shape, dtypes, logw.device)
+    for name, tensor in (("logw", logw), ("log_posterior", log_posterior)):
+        check(
+            tensor.is_contiguous(),
+            f"{name}: got strides {list(tensor.stride())} for shape {list(tensor.shape)}, expected "
+            "a contiguous tensor",
+        )
+    check(0 < theta < 1, f"theta: got {theta:g}, expected 0 < theta < 1")
+
+
+_SCHEMA = (
     "switch_update_(Tensor(a!) logw, Tensor(b!) log_posterior, Tensor(c!) t, "
-    "Tensor log_likelihood, float theta) -> ()",
-    _fake,
+    "Tensor log_likelihood, float theta) -> ()"
 )
+define(_SCHEMA, _fake)
+_triton.define(_SCHEMA, _fake, "switch_update", _check)
 
 
 def switch_update_(
@@ -67,12 +98,12 @@ def switch_update_(
         logw[k] = logaddexp(logw[k], log([theta, 1 - theta][k]) + pool - log N)
         logw -= logsumexp(logw);  log_posterior = logsumexp_k logw[k];  t += 1
     """
-    if backends.select(OP, logw.device, impl) == "reference":
+    backend = backends.select(OP, logw.device, impl)
+    if backend == "reference":
         reference.switch_update_(logw, log_posterior, t, log_likelihood, theta)
     else:
-        torch.ops.alrao_fast.switch_update_(
-            logw, log_posterior, t, log_likelihood.detach(), float(theta)
-        )
+        op = _triton.overload("switch_update_", backend)
+        op(logw, log_posterior, t, log_likelihood.detach(), float(theta))
 
 
 def switch_observe_(
