@@ -1,0 +1,213 @@
+"""Protects the machine code of the Triton kernels, made without a GPU for NVIDIA sm_80, sm_90, sm_100 and AMD gfx942.
+
+- Every kernel compiles in every configuration that the launchers choose: sizes, dtypes and options.
+- No registers are spilled, shared memory fits, and full chunks of the optimizers move 16 bytes at a time.
+- Hyper-parameters, batch sizes and the number of the clone compile nothing anew.
+
+`pytest -s` prints the table of registers, spills and shared memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+from alrao_fast import backends, testing
+
+pytest.importorskip("triton", reason="triton is not installed")
+if backends.INTERPRETED:
+    pytest.skip("the kernels are interpreted in this process", allow_module_level=True)
+
+from alrao_fast.kernels import (
+    feature_adam,
+    feature_sgd,
+    multi_tensor,
+    switch_mixture,
+    switch_mixture_log_prob,
+    switch_update,
+)
+from triton_aot import TARGETS, Start, compile_for, record
+
+LARGE = multi_tensor.SMALL
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+
+def feature_step(dtype, *, numel=LARGE, adam=False, master=False, seeds=(), states=None, **options):
+    """Starts of one optimizer step over one tensor."""
+    param = torch.empty(numel, dtype=dtype)
+    state = torch.empty(numel, dtype=states or dtype)
+    scalar = torch.ones(())
+    common = {
+        "lr": options.pop("lr", 0.1),
+        "weight_decay": 0.01,
+        "maximize": False,
+        "lr_tensor": None,
+        "grad_scale": None,
+        "found_inf": None,
+        "check": lambda: None,
+    }
+    if options.pop("scalars", False):
+        common |= {"lr_tensor": scalar, "grad_scale": scalar, "found_inf": scalar}
+    lists = [[torch.empty(numel)] if master else [], [torch.ones(numel // 64)], [64], list(seeds)]
+    steps = torch.zeros(1, dtype=torch.int64)
+    if adam:
+        adams = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "authors_eps": False}
+        adams |= {"amsgrad": False, "decoupled": False} | options
+        moments = [state], [state], [state] if adams["amsgrad"] else []
+        return record(
+            lambda: feature_adam.feature_adam_(
+                [param], [param], *moments, *lists, steps, **common, **adams
+            )
+        )
+    sgd = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "authors_momentum": False}
+    sgd |= options
+    return record(
+        lambda: feature_sgd.feature_sgd_([param], [param], [state], *lists, steps, **common, **sgd)
+    )
+
+
+def feature_steps() -> list[Start]:
+    low, single, double = torch.bfloat16, torch.float32, torch.float64
+    found = [
+        *feature_step(single, numel=4096),
+        *feature_step(single, scalars=True, momentum=0.9, nesterov=True),
+        *feature_step(single, momentum=0.9, authors_momentum=True),
+        *feature_step(single, adam=True, scalars=True, amsgrad=True, decoupled=True),
+        *feature_step(single, adam=True, authors_eps=True),
+    ]
+    for dtype, adam in itertools.product((single, low, torch.float16, double), (False, True)):
+        momentum = {} if adam else {"momentum": 0.9}
+        found += feature_step(dtype, adam=adam, **momentum)
+        if not adam:
+            found += feature_step(dtype)
+        if dtype.itemsize == 2:
+            found += feature_step(dtype, adam=adam, seeds=[7], **momentum)
+            found += feature_step(dtype, adam=adam, master=True, states=single, **momentum)
+    return found
+
+
+# dtype, (B, D, C, N): every tile and row configuration, direct products and the library's, sizes of 1.
+MIXTURES = [
+    (torch.float32, (32, 64, 10, 10)),
+    (torch.bfloat16, (32, 64, 100, 10)),
+    (torch.float32, (8192, 64, 200, 10)),
+    (torch.float16, (8192, 64, 200, 10)),
+    (torch.float32, (4, 1, 1, 1)),
+    (torch.float32, (4, 64, 300, 100)),
+    (torch.float32, (4, 64, 20000, 2)),
+    (torch.bfloat16, (4, 64, 20000, 2)),
+    (torch.float64, (4, 64, 20000, 2)),
+]
+
+
+def mixture(dtype, shape, *, budget=1 << 30, needs=(True, True), log_prob=True) -> list[Start]:
+    x, weight, bias, log_posterior, target = testing.mixture_inputs(*shape, dtype=dtype)
+    common = (x, weight, bias, log_posterior)
+
+    def run() -> None:
+        switch_mixture.switch_mixture_nll(*common, target, -100, True, *needs, budget)
+        if log_prob:
+            out = switch_mixture_log_prob.switch_mixture_log_prob(*common, budget)
+            switch_mixture_log_prob.switch_mixture_log_prob_backward(
+                out, *common, out, *needs, budget
+            )
+
+    return record(run)
+
+
+def regression(dtype, shape) -> list[Start]:
+    x, weight, _, log_posterior, _ = testing.mixture_inputs(*shape, dtype=dtype)
+    target = torch.zeros(shape[0], shape[2], dtype=dtype)
+    arguments = (x, weight, None, log_posterior, target, 1.0, False, True, True, 1 << 30)
+    return record(lambda: switch_mixture.switch_mixture_gaussian_nll(*arguments))
+
+
+def mixtures() -> list[Start]:
+    found = []
+    for dtype, shape in MIXTURES:
+        found += mixture(dtype, shape)
+    for shape in (MIXTURES[0][1], MIXTURES[6][1]):
+        found += mixture(torch.float32, shape, needs=(False, False), log_prob=False)
+        found += regression(torch.float32, shape)
+    return found
+
+
+def updates() -> list[Start]:
+    found = []
+    for clones, dtype in ((10, torch.float64), (2000, torch.float32)):
+        logw = torch.zeros(2, clones, dtype=torch.float64)
+        evidence = torch.zeros(clones, dtype=dtype)
+        t = torch.tensor(1)
+        found += record(
+            functools.partial(switch_update.switch_update_, logw, logw[0], t, evidence, 0.999)
+        )
+    return found
+
+
+@functools.cache
+def starts() -> list[Start]:
+    return list(dict.fromkeys([*feature_steps(), *mixtures(), *updates()]))
+
+
+def _compile(job: tuple[int, str]):
+    number, target = job
+    try:
+        return compile_for(starts()[number], target)
+    except Exception as error:  # a compiler's exception may not travel between processes
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Resources, or the compiler's message, of every start for sm_90; for the other targets of one start per kernel and
+    number of warps, or of every start with ALRAO_AOT=all (minutes)."""
+    few = {}
+    for i, start in enumerate(starts()):
+        few.setdefault((start.kernel.__name__, start.options), i)
+    every = range(len(starts()))
+    complete = TARGETS if os.environ.get("ALRAO_AOT") == "all" else ("sm_90",)
+    jobs = [
+        (i, target) for target in TARGETS for i in (every if target in complete else few.values())
+    ]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        return dict(zip(jobs, pool.map(_compile, jobs, chunksize=8)))
+
+
+def test_everything_compiles_without_spills(compiled, capsys):
+    wrong, rows = [], []
+    for (number, target), result in compiled.items():
+        start = starts()[number]
+        if isinstance(result, str):
+            wrong.append(f"{target} {start}: {result}")
+            continue
+        rows.append(f"{target:7} {result.registers:4} {result.spills:4} {result.shared:6}  {start}")
+        if result.spills or result.shared > SHARED_BYTES[target]:
+            wrong.append(rows[-1])
+    print("\ntarget  regs spil shared  kernel")
+    print("\n".join(rows))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_full_chunks_move_16_bytes_at_a_time(compiled):
+    for (number, target), result in compiled.items():
+        start = starts()[number]
+        if target == "sm_90" and start.kernel.__name__.startswith("feature_"):
+            assert not isinstance(result, str), result
+            # At least the gradient and the parameter are read so, and the parameter written.
+            assert result.wide_loads >= 2 or str(start).count("16") >= 1, start
+            assert result.wide_loads >= 1 and result.wide_stores >= 1, start
+
+
+def test_changing_values_compile_nothing_anew():
+    one = feature_step(torch.float32, numel=4096, lr=0.1, momentum=0.9)
+    assert one == feature_step(torch.float32, numel=4096, lr=1.0, momentum=0.5)
+    first = mixture(torch.float32, (48, 64, 20000, 2))
+    other = mixture(torch.float32, (17, 64, 20000, 5), budget=1 << 20)
+    rows = [start for start in other if "row_kernel" in start.kernel.__name__]
+    assert rows and set(rows) <= set(first)

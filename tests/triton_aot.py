@@ -1,0 +1,147 @@
+"""Compiles ahead of time what the Triton launchers would start, without a GPU, and reads the machine code's resources.
+
+`record(call)` runs a launcher on CPU tensors with the kernels themselves left out: which kernels it starts, with which
+types, alignments and constants, does not depend on data. `compile_all` compiles the distinct ones for every target.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.bool: "*i1",
+}
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+class Start(NamedTuple):
+    """A kernel as a launcher starts it: what decides its machine code."""
+
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[int, Any], ...]
+    aligned: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        flags = [
+            f"{self.signature[i][0]}={value}"
+            for i, value in self.constants
+            if self.signature[i][0].isupper() and value is not False
+        ]
+        types = [kind for _, kind in self.signature if kind[0] == "*" and kind[1] in "fb"]
+        warps = dict(self.options)["num_warps"]
+        return f"{self.kernel.__name__} {warps} warps {' '.join(flags)} {','.join(dict.fromkeys(types))}"
+
+
+class Resources(NamedTuple):
+    registers: int
+    spills: int
+    shared: int
+    wide_loads: int
+    wide_stores: int
+
+
+def record(call: Callable[[], object]) -> list[Start]:
+    """The kernels that `call` starts."""
+    starts: list[Start] = []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        options = tuple((key, kwargs.pop(key)) for key in _OPTIONS)
+        bound = inspect.signature(self.fn).bind(*args, **kwargs)
+        signature, constants, aligned = [], [], []
+        for i, (param, value) in enumerate(zip(self.params, bound.arguments.values(), strict=True)):
+            kind = param.annotation_type
+            if param.is_constexpr:
+                kind = "constexpr"
+                constants.append((i, value))
+            elif isinstance(value, torch.Tensor):
+                kind = _POINTERS[value.dtype]
+                if value.data_ptr() % 16 == 0:
+                    aligned.append(i)
+            elif isinstance(value, bool):
+                kind = "i1"
+            elif isinstance(value, int):
+                kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+                if param.do_not_specialize:
+                    pass
+                elif value == 1:
+                    kind = "constexpr"
+                    constants.append((i, value))
+                elif value % 16 == 0:
+                    aligned.append(i)
+            assert kind, f"{self.__name__}: {param.name} is an untyped {type(value).__name__}"
+            signature.append((param.name, kind))
+        starts.append(Start(self, tuple(signature), tuple(constants), tuple(aligned), options))
+
+    with mock.patch.object(JITFunction, "run", run):
+        call()
+    return starts
+
+
+def compile_for(start: Start, target: str) -> Resources:
+    source = ASTSource(
+        start.kernel,
+        dict(start.signature),
+        {(i,): value for i, value in start.constants},
+        {(i,): [["tt.divisibility", 16]] for i in start.aligned},
+    )
+    compiled = triton.compile(source, target=TARGETS[target], options=dict(start.options))
+    shared = compiled.metadata.shared
+    if target.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+
+        def field(name: str) -> int:
+            return int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))
+
+        spills = field("vgpr_spill_count")
+        wide = re.compile(r"\b(global|flat|buffer)_(load|store)_(dwordx4|b128)")
+        kinds = [match.group(2) for match in wide.finditer(text)]
+        return Resources(
+            field("vgpr_count"), spills, shared, kinds.count("load"), kinds.count("store")
+        )
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run(tools / "cuobjdump", "-res-usage", file.name)
+        code = _run(tools / "nvdisasm", "-c", file.name)
+    return Resources(
+        int(re.search(r"REG:(\d+)", usage).group(1)),
+        len(re.findall(r"\b(STL|LDL)\b", code)),
+        shared,
+        len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", code)),
+        len(re.findall(r"\bSTG\.E\.(?:\w+\.)*128\b", code)),
+    )
+
+
+def _run(*command: object) -> str:
+    return subprocess.run(
+        [str(word) for word in command], check=True, capture_output=True, text=True
+    ).stdout
