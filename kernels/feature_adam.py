@@ -82,7 +82,7 @@ def adam_math(
 def adam_chunk(
     table,
     row,
-    grad_ptr,
+    grad_address,
     start,
     numel,
     step,
@@ -115,6 +115,8 @@ def adam_chunk(
     first_ptr = pointer(table, row, STATE, S1_DTYPE)
     second_ptr = pointer(table, row, STATE + 1, S2_DTYPE)
     max_ptr = pointer(table, row, STATE + 2, S3_DTYPE)
+    # Made a pointer here: a hint on an argument is lost.
+    grad_ptr = grad_address.to(tl.pointer_type(P_DTYPE))
     master_ptr = pointer(table, row, MASTER, tl.float32)
     seed = tl.load(table + row * COLUMNS + SEED)
     if not MASKED:
@@ -231,7 +233,7 @@ def feature_adam_kernel(
         start = tl.load(chunks + 2 * chunk + 1) * CHUNK
         numel = tl.load(table + row * COLUMNS + NUMEL)
         index = tl.load(table + row * COLUMNS + INDEX)
-        grad_ptr = tl.load(grads + index).to(tl.pointer_type(P_DTYPE))
+        grad_address = tl.load(grads + index)
         step = tl.load(steps + index)
         factor = tl.full([], sign, ACC)
         if HAS_SCALE:
@@ -241,11 +243,11 @@ def feature_adam_kernel(
         correction1 = (1 - tl.exp(tl.full([], log_beta1, tl.float64) * updates)).to(ACC)
         correction2 = 1 - tl.exp(tl.full([], log_beta2, tl.float64) * updates)
         root_correction2 = tl.sqrt(correction2).to(ACC)
-        if chunk_is_wide(table, row, grad_ptr, start, numel, CHUNK):
+        if chunk_is_wide(table, row, grad_address, start, numel, CHUNK):
             adam_chunk(
                 table,
                 row,
-                grad_ptr,
+                grad_address,
                 start,
                 numel,
                 step,
@@ -278,7 +280,7 @@ def feature_adam_kernel(
             adam_chunk(
                 table,
                 row,
-                grad_ptr,
+                grad_address,
                 start,
                 numel,
                 step,

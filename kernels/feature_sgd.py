@@ -71,7 +71,7 @@ def sgd_math(
 def sgd_chunk(
     table,
     row,
-    grad_ptr,
+    grad_address,
     start,
     numel,
     step,
@@ -95,6 +95,8 @@ def sgd_chunk(
 ):
     param_ptr = pointer(table, row, PARAM, P_DTYPE)
     state_ptr = pointer(table, row, STATE, S1_DTYPE)
+    # Made a pointer here: a hint on an argument is lost.
+    grad_ptr = grad_address.to(tl.pointer_type(P_DTYPE))
     master_ptr = pointer(table, row, MASTER, tl.float32)
     seed = tl.load(table + row * COLUMNS + SEED)
     if not MASKED:
@@ -189,16 +191,16 @@ def feature_sgd_kernel(
         start = tl.load(chunks + 2 * chunk + 1) * CHUNK
         numel = tl.load(table + row * COLUMNS + NUMEL)
         index = tl.load(table + row * COLUMNS + INDEX)
-        grad_ptr = tl.load(grads + index).to(tl.pointer_type(P_DTYPE))
+        grad_address = tl.load(grads + index)
         step = tl.load(steps + index)
         factor = tl.full([], sign, ACC)
         if HAS_SCALE:
             factor = factor / tl.load(grad_scale_ptr).to(ACC)
-        if chunk_is_wide(table, row, grad_ptr, start, numel, CHUNK):
+        if chunk_is_wide(table, row, grad_address, start, numel, CHUNK):
             sgd_chunk(
                 table,
                 row,
-                grad_ptr,
+                grad_address,
                 start,
                 numel,
                 step,
@@ -224,7 +226,7 @@ def feature_sgd_kernel(
             sgd_chunk(
                 table,
                 row,
-                grad_ptr,
+                grad_address,
                 start,
                 numel,
                 step,

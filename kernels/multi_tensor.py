@@ -41,9 +41,9 @@ def pointer(table, row, column: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def chunk_is_wide(table, row, grad_ptr, start, numel, CHUNK: tl.constexpr):
+def chunk_is_wide(table, row, grad_address, start, numel, CHUNK: tl.constexpr):
     """Whether the chunk is full and all its tensors begin on 16-byte addresses."""
-    bits = grad_ptr.to(tl.int64)
+    bits = grad_address
     for column in tl.static_range(PARAM, MASTER + 1):
         bits |= tl.load(table + row * COLUMNS + column)
     return (bits % 16 == 0) & (start + CHUNK <= numel)
