@@ -43,20 +43,27 @@ def signature(layers: Sequence[nn.Module], x: Tensor) -> Hashable:
 
 
 def _describe(module: nn.Module, parts: list[Hashable]) -> None:
-    kind = type(module)
-    parts.append(id(kind))
-    parts.append(bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks))
-    parts.append(id(module))
+    # Called for every layer in every forward: one look-up each, past nn.Module's __getattr__.
+    kind, own = type(module), module.__dict__
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
     if kind in _PLAIN:
-        parts.append("forward" in module.__dict__)
-        parts.append(module._parameters.get("bias") is None)
+        parts.append(
+            (
+                kind,
+                id(module),
+                bool(hooked),
+                "forward" in own,
+                own["_parameters"].get("bias") is None,
+            )
+        )
     else:
+        parts.append((kind, id(module), bool(hooked)))
         # An attribute may change what the module computes: a temperature, the training mode.
-        for key, value in module.__dict__.items():
+        for key, value in own.items():
             if key[0] != "_":
                 plain = isinstance(value, int | float | str)
                 parts.append(value if plain else id(value))
-    for child in module._modules.values():
+    for child in own["_modules"].values():
         if child is not None:
             _describe(child, parts)
 
