@@ -152,10 +152,11 @@ def follow(run, layer_class=alrao.LinearClassifier, steps=20, tolerance=1e-10):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_trajectory(name, backend):
-    if backend in ("cuda", "triton"):
+    if backend == "cuda" or (backend == "triton" and not backends.INTERPRETED):
         pytest.skip("the recording is followed on CPU tensors")
     with backends.use_backend(backend):
-        follow(RUNS[name])
+        # A prefix on the interpreter, which is slow.
+        follow(RUNS[name], steps=3 if backend == "triton" else 20)
 
 
 @pytest.mark.parametrize("layer_class", [Hooked, Foreign])

@@ -21,6 +21,7 @@ if backends.INTERPRETED:
 CHOSEN = {
     "test_triton.py": "not (chunks and (special or size or regression))",
     "test_switch_update.py": "triton",
+    "test_compat_golden.py": "triton and mlp",
     "test_switch_mixture.py": (
         "triton and (hand or clones_own or compile or first_of_equal or invalid or leading "
         "or only_the_gradients or all_clones_dead and joint or streamed and its and float32)"

@@ -8,27 +8,38 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from alrao_fast import backends
 from alrao_fast.compat._passes import LinearPass, Own, check_features, living, sum_of
+from alrao_fast.ops._triton import overload
 from alrao_fast.ops.switch_mixture import CPU_MEMORY_BUDGET
 
 # The pass has its own way back: the one registered for the ops would only cost time.
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
-_LOG_PROB = torch.ops.alrao_fast.switch_mixture_log_prob.default
-_LOG_PROB_BACKWARD = torch.ops.alrao_fast.switch_mixture_log_prob_backward.default
-_NLL = torch.ops.alrao_fast.switch_mixture_nll.default
+
+
+class _Kernels(NamedTuple):
+    log_prob: Callable[..., Any]
+    log_prob_backward: Callable[..., Any]
+    nll: Callable[..., Any]
+
+
+@functools.cache
+def _kernels(backend: str) -> _Kernels:
+    names = ("log_prob", "log_prob_backward", "nll")
+    return _Kernels(*(overload(f"switch_mixture_{name}", backend) for name in names))
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels are there and take these tensors."""
     if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
         return False
-    return backends.select("switch_mixture", x.device) in ("cpu", "cuda")
+    return backends.select("switch_mixture", x.device) != "reference"
 
 
 class FusedPass(LinearPass):
@@ -43,6 +54,10 @@ class FusedPass(LinearPass):
     def alive(self) -> Tensor | None:  # type: ignore[override]
         return living(self.outputs)
 
+    @functools.cached_property
+    def _ops(self) -> _Kernels:
+        return _kernels(backends.select("switch_mixture", self._x.device))
+
     @property
     def mixes(self) -> bool:
         return True
@@ -53,14 +68,14 @@ class FusedPass(LinearPass):
     def log_prob(self, log_prior: Tensor) -> Tensor:
         """The mixture's log-probabilities [M, C]."""
         with _BelowAutograd():
-            return _LOG_PROB(*self._inputs(log_prior), CPU_MEMORY_BUDGET)
+            return self._ops.log_prob(*self._inputs(log_prior), CPU_MEMORY_BUDGET)
 
     def pull_mixture(
         self, grad: Tensor, log_prior: Tensor, log_prob: Tensor, features: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """The way back from `log_prob`: gradients by the features and by the slots."""
         with _BelowAutograd():
-            dx, *slots = _LOG_PROB_BACKWARD(
+            dx, *slots = self._ops.log_prob_backward(
                 grad.contiguous(),
                 *self._inputs(log_prior),
                 log_prob,
@@ -77,7 +92,7 @@ class FusedPass(LinearPass):
             return super().own_nll(targets, ignored, masked=masked)
         prior = torch.zeros(self._weight.size(0), dtype=torch.float64, device=targets.device)
         with _BelowAutograd():
-            _, stats, _, *slots = _NLL(
+            _, stats, _, *slots = self._ops.nll(
                 *self._inputs(prior), targets, ignored, True, False, True, CPU_MEMORY_BUDGET
             )
         return Own(stats[0] / stats[2], self._typed(slots), stats[1])

@@ -110,7 +110,9 @@ class AlraoModel(nn.Module):
 
     def _evaluate(self, x: Tensor) -> Evaluation:
         """All last layers on the features `x`, kept as the last evaluation."""
-        self._last = None
+        # Past nn.Module.__setattr__, which looks for parameters and modules each time.
+        own = self.__dict__
+        own["_last"] = None
         modules = self._modules
         layers: list[Any] = [modules[name] for name in self._layer_names]
         key = signature(layers, x)
@@ -119,8 +121,8 @@ class AlraoModel(nn.Module):
             runner = self._runners[key] = choose(layers, x)
         clone_pass = runner(x)
         clone_pass.check_finite(x)
-        self._last = Evaluation(x, clone_pass)
-        return self._last
+        own["_last"] = last = Evaluation(x, clone_pass)
+        return last
 
     def last_evaluation(self) -> Evaluation:
         """What the last forward left behind; RuntimeError if there was none."""
@@ -164,7 +166,7 @@ class AlraoModel(nn.Module):
         losses = last.losses(self.loss, y)
         correct = last.correct(y) if self.task == "classification" else None
         self.switch.observe(losses, correct, y)
-        self._log_evidence = -losses
+        self.__dict__["_log_evidence"] = -losses
         if catch_up:
             self.hard_catch_up()
 
