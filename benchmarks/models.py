@@ -6,20 +6,6 @@ import torch
 from torch import Tensor, nn
 
 
-class LSTMBackbone(nn.Module):
-    """The paper's language model without its last layer: embedding, LSTM; tokens [T, B] -> features [T, B, hidden]."""
-
-    def __init__(self, num_tokens: int, hidden: int = 100, layers: int = 2) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(num_tokens, hidden)
-        self.lstm = nn.LSTM(hidden, hidden, layers)
-
-    def forward(
-        self, tokens: Tensor, state: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        return self.lstm(self.embedding(tokens), state)
-
-
 def mlp_backbone(inputs: int = 64, hidden: int = 256) -> nn.Sequential:
     """Two hidden ReLU layers: [B, inputs] -> [B, hidden]."""
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())

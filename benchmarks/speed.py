@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from models import ClonesOneByOne, LSTMBackbone, PlainModel, mlp_backbone, vgg19_shapes
+from models import ClonesOneByOne, PlainModel, mlp_backbone, vgg19_shapes
+from networks import LSTMBackbone
 from rich.console import Console
 from rich.table import Table
 from timing import Timing, interleave
