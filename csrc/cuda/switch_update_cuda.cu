@@ -1,37 +1,13 @@
 #include "cuda/switch_update_cuda.h"
+
+#include "cuda/block.cuh"
+#include "cuda/runtime.cuh"
 #include "switch_update_math.h"
 
 namespace alrao::cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kMaxThreads = 256;
-
-struct Sum {
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
-
-struct Max {
-  __device__ double operator()(double a, double b) const { return fmax(a, b); }
-};
-
-// The reduction over the block, in a fixed order, handed to every thread. `scratch` has a place for
-// every warp.
-template <typename Op>
-__device__ double block_reduce(double value, Op op, double identity, double* scratch) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    value = op(value, __shfl_xor_sync(0xffffffffu, value, offset));
-  }
-  const int warps = blockDim.x / kWarp;
-  if (warps == 1) return value;
-  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  double result = identity;
-  for (int warp = 0; warp < warps; ++warp) result = op(result, scratch[warp]);
-  // The next reduction writes into scratch.
-  __syncthreads();
-  return result;
-}
 
 // One block; a thread takes clones threadIdx.x, threadIdx.x + blockDim.x, ... Masses are computed
 // twice, so that no number of clones needs storage.
@@ -86,9 +62,8 @@ cudaError_t launch_switch_update(double* logw, double* log_posterior, int64_t* t
                                  const scalar_t* log_likelihood, int64_t num_clones, int64_t stride,
                                  double theta, cudaStream_t stream) {
   const int threads = num_clones <= kWarp ? kWarp : kMaxThreads;
-  switch_update_kernel<scalar_t><<<1, threads, 0, stream>>>(logw, log_posterior, t, log_likelihood,
-                                                            num_clones, stride, theta);
-  return cudaGetLastError();
+  return launch(switch_update_kernel<scalar_t>, 1, threads, 0, stream, logw, log_posterior, t,
+                log_likelihood, num_clones, stride, theta);
 }
 
 template cudaError_t launch_switch_update<float>(double*, double*, int64_t*, const float*, int64_t,
