@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 from alrao_fast import backends, functional
 from alrao_fast.backends import use_backend
+from alrao_fast.graphed_step import GraphedStep
 from alrao_fast.nn import AlraoModel, ClassifierClones, RegressorClones, Switch
 from alrao_fast.optim import (
     AlraoAdam,
@@ -32,6 +33,7 @@ __all__ = [
     "Constant",
     "Feature",
     "Fraction",
+    "GraphedStep",
     "LogUniform",
     "PerWeight",
     "RegressorClones",

@@ -101,7 +101,7 @@ class AlraoAdam(AlraoOptimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> bool:
-        lr = group["lr"]
+        lr = self._multiplier(group["lr"], bucket)
         if bucket.plan is not None and not torch.compiler.is_compiling():
             tensor = isinstance(lr, Tensor)
             beta1, beta2 = group["betas"]

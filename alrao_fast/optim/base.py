@@ -227,6 +227,17 @@ class AlraoOptimizer(Optimizer):
         """The feature layout of one of the optimizer's parameters."""
         return self._layouts[param]
 
+    def follow_changes(self) -> None:
+        """Take into the master weights what was written into their parameters since the last step.
+
+        `step()` does so by itself; a captured step cannot.
+        """
+        for gathered in self._gathered.values():
+            for bucket in gathered.buckets:
+                if bucket.masters:
+                    bucket.follow_changes()
+                    bucket.note_versions()
+
     # Checkpoints and copies.
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -331,6 +342,13 @@ class AlraoOptimizer(Optimizer):
         if bucket.masters:
             bucket.note_versions()
         return updated
+
+    @staticmethod
+    def _multiplier(lr: float | Tensor, bucket: Bucket) -> Any:
+        """`lr` as the ops take it: a tensor must be where the parameters are. A number on the CPU needs no waiting."""
+        if isinstance(lr, Tensor) and lr.device != bucket.steps.device:
+            return float(lr) if lr.device.type == "cpu" else lr.to(bucket.steps.device)
+        return lr
 
     def _run_rest(
         self, number: int, first: int, grad_scale: Tensor | None, found_inf: Tensor | None

@@ -36,7 +36,8 @@ class AlraoSGD(AlraoOptimizer):
     model: the module whose feature layouts apply where `params` are bare tensors; without it they get one rate per
         index of dimension 0.
     fused: None or True for the best implementation available, False for the plain PyTorch reference.
-    foreach, differentiable: must not be true. capturable: always so; accepted for uniformity.
+    foreach, differentiable: must not be true. capturable: always so; accepted for uniformity. Under a CUDA
+        graph `lr` must be a tensor on the device for schedulers to move it: `GraphedStep` sees to it.
 
     State per parameter: "rate" (float32), "step" (int64), "momentum_buffer", "master". Raises ValueError for options
     out of range and for uninitialized lazy parameters, RuntimeError at `step()` for sparse gradients.
@@ -106,7 +107,7 @@ class AlraoSGD(AlraoOptimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> bool:
-        lr = group["lr"]
+        lr = self._multiplier(group["lr"], bucket)
         if bucket.plan is not None and not torch.compiler.is_compiling():
             tensor = isinstance(lr, Tensor)
             return bucket.plan.sgd(
