@@ -1,4 +1,4 @@
-"""`python benchmarks demo | speed | compat`: see what Alrao buys and what it costs, on this machine."""
+"""`python benchmarks demo | speed | compat | paper`: see what Alrao buys and what it costs, on this machine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ COMMANDS = {
     "demo": "Alrao against a grid of learning rates and Adam, on scikit-learn's digits",
     "speed": "time of the optimizer step and of whole training steps against plain SGD",
     "compat": "a training step of alrao_fast.compat against the loop over the last layers",
+    "paper": "the paper's tables and figures: table1, table2, figure2 to figure8",
 }
 
 

@@ -12,20 +12,28 @@ def mlp_backbone(inputs: int = 64, hidden: int = 256) -> nn.Sequential:
 
 
 class PlainModel(nn.Module):
-    """Backbone and one linear classifier: the network that plain SGD or Adam trains, with `AlraoModel`'s call."""
+    """Backbone and one linear classifier: the network that plain SGD or Adam trains, with `AlraoModel`'s call.
 
-    def __init__(self, backbone: nn.Module, features: int, classes: int) -> None:
+    With `extras`, what the backbone returns beside the features comes back too, as it does from an `AlraoModel`.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, features: int, classes: int, *, extras: bool = False
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(features, classes)
+        self.extras = extras
 
     def forward(self, *args, targets: Tensor | None = None):
         out = self.backbone(*args)
         features = out[0] if isinstance(out, tuple) else out
         logits = self.head(features)
         if targets is None:
-            return logits.log_softmax(-1)
-        return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+            result = logits.log_softmax(-1)
+        else:
+            result = nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+        return (result, *out[1:]) if self.extras and isinstance(out, tuple) else result
 
 
 class ClonesOneByOne(nn.Module):

@@ -26,11 +26,14 @@ class Results:
     def __iter__(self) -> Iterator[Record]:
         return iter(self._records)
 
-    def find(self, case: Record) -> Record | None:
-        """The latest record of this case with the same machine, versions and sources (whatever the commit), or None."""
+    def find(self, case: Record, *, any_machine: bool = False) -> Record | None:
+        """The latest record of this case with the same machine, versions and sources (whatever the commit), or None.
+
+        With `any_machine`, for what does not depend on them: the latest record of this case.
+        """
         for record in reversed(self._records):
-            if record["case"] == case and _comparable(record["machine"]) == _comparable(
-                self.machine
+            if record["case"] == case and (
+                any_machine or _comparable(record["machine"]) == _comparable(self.machine)
             ):
                 return record
         return None
