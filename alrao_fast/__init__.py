@@ -24,6 +24,8 @@ from alrao_fast.optim import (
     describe_rates,
     register_feature_layout,
 )
+from alrao_fast.rank import rank
+from alrao_fast.ranking import Ranked, Ranking
 
 __all__ = [
     "AlraoAdam",
@@ -36,11 +38,14 @@ __all__ = [
     "GraphedStep",
     "LogUniform",
     "PerWeight",
+    "Ranked",
+    "Ranking",
     "RegressorClones",
     "Switch",
     "backends",
     "describe_rates",
     "functional",
+    "rank",
     "register_feature_layout",
     "use_backend",
 ]
