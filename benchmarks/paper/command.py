@@ -7,6 +7,7 @@ from pathlib import Path
 
 import machine
 import torch
+from results import Results
 from rich.console import Console
 
 from paper import plots, tables
@@ -16,7 +17,6 @@ from paper.runs import run
 from paper.tasks import ImageTask, Task, TextTask
 from paper.text import load_text
 from paper.training import Runtime
-from results import Results
 
 QUICK_IMAGES, QUICK_TOKENS, QUICK_WIDTH, QUICK_EPOCHS = 2000, 100_000, 0.25, 3
 FULL_EPOCHS = {"figure3": 30}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from results import Results
 from tqdm import tqdm
 
 from paper.cases import Case
 from paper.tasks import Task
 from paper.training import Runtime, train
-from results import Results
 
 Record = dict[str, Any]
 # By network, as the command names it.
