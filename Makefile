@@ -26,7 +26,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: $(STAMPS)/demo kernels ## train on scikit-learn's digits: Alrao against a grid of learning rates; table and plots
@@ -39,6 +39,17 @@ speed: $(STAMPS)/demo kernels ## time optimizer steps and training steps against
 .PHONY: test
 test: $(STAMPS)/test kernels ## the whole test suite; ARGS="-k switch" for a part
 	$(BIN)/pytest $(ARGS)
+
+# Of an environment that is used as it is, found without a network: nothing is installed.
+ANY_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(or $(PYTHON),python3))
+
+.PHONY: gpu-check
+gpu-check: ## on a GPU machine: build, tests, compute-sanitizer, speed, into a result file; installs nothing
+	@$(ANY_PYTHON) benchmarks gpu_check $(ARGS)
+
+.PHONY: gpu-status
+gpu-status: ## whether the results of a GPU are those of the present sources, and what changed since
+	@$(ANY_PYTHON) benchmarks gpu_status $(ARGS)
 
 .PHONY: lint
 lint: $(STAMPS)/dev ## ruff, clang-format and mypy

@@ -9,7 +9,9 @@ ALRAO_CUDA            unset: the CUDA kernels are built where torch is a CUDA bu
                       force: compiled and linked even under a CPU build of torch (for continuous
                       integration without a GPU).
 ALRAO_CPP=0           pure Python: every op runs through the reference.
-TORCH_CUDA_ARCH_LIST  as for torch's own extensions: "9.0" or "8.0;9.0+PTX".
+TORCH_CUDA_ARCH_LIST  as for torch's own extensions: "9.0" or "8.0;9.0+PTX"; "native": the GPUs of this machine, which
+                      is also what a build in place (editable) takes where there are any; else, and for a wheel,
+                      which may travel, 8.0 to 12.0 and PTX.
 CUDA_HOME, CXX, CXXFLAGS, LDFLAGS, NVCC_APPEND_FLAGS and MAX_JOBS have their usual meaning.
 """
 
@@ -44,6 +46,7 @@ from toolchain import (  # noqa: E402
     choose_jobs,
     decide_cuda,
     find_cpp,
+    find_gpus,
     find_toolkit,
     find_torch,
     free_memory,
@@ -149,10 +152,10 @@ class BuildKernels(build_ext):
         WORK.mkdir(parents=True, exist_ok=True)
         with open(WORK / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # until closed: builds share WORK
-            self._build_into(package)
+            self._build_into(package, inplace)
 
-    def _build_into(self, package: Path) -> None:
-        info = self._compile()
+    def _build_into(self, package: Path, stays: bool) -> None:
+        info = self._compile(stays)
         target = package / LIBRARY
         if info["extension_skipped"]:
             target.unlink(missing_ok=True)
@@ -163,7 +166,7 @@ class BuildKernels(build_ext):
             os.replace(partial, target)
         (package / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
 
-    def _compile(self) -> dict[str, Any]:
+    def _compile(self, stays: bool) -> dict[str, Any]:
         torch, cpp, request = find_torch(), find_cpp(), os.environ.get("ALRAO_CUDA", "")
         toolkit = None if request == "0" or cpp.missing else find_toolkit()
         cuda_skipped = decide_cuda(request, torch, toolkit, cpp.missing)
@@ -185,7 +188,9 @@ class BuildKernels(build_ext):
             _say(f"CUDA kernels left out: {cuda_skipped}")
             toolkit = None
         elif toolkit:
-            gencode = choose_archs(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), toolkit.archs)
+            asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+            here = find_gpus() if stays or asked == "native" else ()
+            gencode = choose_archs(asked, toolkit.archs, here)
             info["cuda_toolkit"] = toolkit.version
             info["cuda_archs"] = [option.rpartition("=")[2] for option in gencode]
         write_ninja(cpp, torch, toolkit, gencode)

@@ -114,11 +114,22 @@ def _cuda_obstacle(force: bool, torch: Torch | None, toolkit: Toolkit | None) ->
     return None
 
 
-def choose_archs(asked: str, known: tuple[str, ...]) -> list[str]:
-    """nvcc's -gencode options. `asked` is TORCH_CUDA_ARCH_LIST, `known` a toolkit's `archs`."""
+def choose_archs(asked: str, known: tuple[str, ...], present: tuple[str, ...] = ()) -> list[str]:
+    """nvcc's -gencode options. `asked` is TORCH_CUDA_ARCH_LIST, `known` a toolkit's `archs`.
+
+    `present`: compute capabilities of this machine's GPUs, for a build that stays here; for a wheel, which may travel,
+    only "native" asks for them.
+    """
     wanted = [arch for arch in re.split(r"[;,\s]+", asked) if arch]
+    if wanted == ["native"] and not present:
+        raise SystemExit(
+            'TORCH_CUDA_ARCH_LIST is native, and nvidia-smi shows no GPU here; write numbers, as in "8.0;9.0+PTX"'
+        )
+    if not wanted or wanted == ["native"]:
+        # A GPU newer than the toolkit runs the PTX of the list below.
+        all_known = all(arch.replace(".", "") in known for arch in present)
+        wanted = sorted(set(present)) if all_known else []
     if not wanted:
-        # Never the GPUs of this machine: it may have none, and the wheel may travel.
         usable = [arch for arch in CUDA_ARCHS if arch.replace(".", "") in known]
         if not usable:
             raise SystemExit(
@@ -142,6 +153,15 @@ def choose_archs(asked: str, known: tuple[str, ...]) -> list[str]:
         if ptx:
             options.append(f"-gencode=arch=compute_{name},code=compute_{name}")
     return options
+
+
+def find_gpus() -> tuple[str, ...]:
+    """Compute capabilities of the GPUs that the driver shows, as in ("9.0",)."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    said = _output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    lines = [line.strip() for line in said.splitlines()]
+    return tuple(line for line in lines if re.fullmatch(r"\d+\.\d", line))
 
 
 def choose_jobs(asked: str, cpus: int, memory: int) -> int:

@@ -1,13 +1,16 @@
-"""`python benchmarks demo | speed | compat | paper`: see what Alrao buys and what it costs, on this machine."""
+"""`python benchmarks COMMAND`: see what Alrao buys and what it costs, on this machine."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 
 COMMANDS = {
     "demo": "Alrao against a grid of learning rates and Adam, on scikit-learn's digits",
     "speed": "time of the optimizer step and of whole training steps against plain SGD",
+    "gpu_check": "everything that a GPU can verify: tests, compute-sanitizer, speed; a result file",
+    "gpu_status": "whether the committed results of a GPU are those of the present sources",
     "compat": "a training step of alrao_fast.compat against the loop over the last layers",
     "paper": "the paper's tables and figures: table1, table2, figure2 to figure8",
 }
@@ -22,7 +25,7 @@ def main() -> None:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the command")
     options = parser.parse_args()
-    importlib.import_module(options.command).main(options.arguments)
+    sys.exit(importlib.import_module(options.command).main(options.arguments))
 
 
 main()

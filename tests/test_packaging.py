@@ -112,6 +112,37 @@ def test_architectures(asked, known, expected):
 
 
 @pytest.mark.parametrize(
+    "asked, present, expected",
+    [
+        ("", ("9.0",), ["sm_90"]),
+        ("native", ("9.0", "9.0", "8.0"), ["sm_80", "sm_90"]),
+        ("8.0", ("9.0",), ["sm_80"]),
+        ("", ("13.0",), ["sm_80", "sm_90", "compute_90"]),
+        ("native", ("13.0",), ["sm_80", "sm_90", "compute_90"]),
+    ],
+    ids=["in place", "native", "asked for", "newer than nvcc", "native and newer than nvcc"],
+)
+def test_architectures_of_the_gpus_present(asked, present, expected):
+    options = toolchain.choose_archs(asked, ("80", "90"), present)
+    assert [option.rpartition("=")[2] for option in options] == expected
+
+
+def test_native_without_a_gpu():
+    with pytest.raises(SystemExit, match="nvidia-smi shows no GPU"):
+        toolchain.choose_archs("native", ("80", "90"))
+
+
+def test_gpus_are_read_from_the_driver(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 9.0; echo 9.0\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert toolchain.find_gpus() == ("9.0", "9.0")
+    smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
+    assert toolchain.find_gpus() == ()
+
+
+@pytest.mark.parametrize(
     "asked, known, message",
     [
         ("Ampere", ("80",), "cannot read 'Ampere'"),

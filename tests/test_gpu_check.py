@@ -1,0 +1,192 @@
+"""What this file protects: the frame of `make gpu-check`, tried without a GPU, and `make gpu-status`.
+
+Steps are apart: one that fails, hangs or cannot start is recorded, and the next runs; results are there after each."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def module(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def check(module, tmp_path, monkeypatch):
+    gpu_check = module("gpu_check")
+    (tmp_path / "root" / "alrao_fast").mkdir(parents=True)
+    (tmp_path / "root" / "kernels").mkdir()
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path / "root")
+    return gpu_check.Check(tmp_path / "out", 60, dry_run=True)
+
+
+def run(check, module, code, **options):
+    step = module("gpu_check").Step("one", [sys.executable, "-c", code], 30, **options)
+    check.run(step)
+    return check.result["steps"][-1]
+
+
+def written(check):
+    return json.loads((check.folder / f"{check.name}.json").read_text())
+
+
+def test_a_step_that_passes(check, module):
+    step = run(check, module, "print('hello')", after=str.strip)
+    assert (step["verdict"], step["note"]) == ("passed", "hello")
+    assert "tail" not in step
+    assert written(check)["steps"] == [step]
+    assert "hello" in (check.folder / f"{check.name}.log").read_text()
+    assert "| one | passed |" in (check.folder / f"{check.name}.md").read_text()
+
+
+def test_a_step_that_fails_and_the_next_one(check, module):
+    step = run(check, module, "print('what happened'); raise SystemExit(3)")
+    assert step["verdict"] == "failed"
+    assert step["tail"] == ["what happened"]
+    assert run(check, module, "")["verdict"] == "passed"
+    assert [s["verdict"] for s in written(check)["steps"]] == ["failed", "passed"]
+
+
+def test_a_step_that_hangs(check, module):
+    gpu_check = module("gpu_check")
+    code = "import time; print('before', flush=True); time.sleep(60)"
+    check.run(gpu_check.Step("one", [sys.executable, "-c", code], 3))
+    step = check.result["steps"][-1]
+    assert step["verdict"] == "timeout"
+    assert step["tail"] == ["before"]
+    assert step["seconds"] < 30
+
+
+def test_a_step_that_cannot_start(check, module):
+    gpu_check = module("gpu_check")
+    check.run(gpu_check.Step("one", ["/nowhere/at/all"], 30))
+    assert check.result["steps"][-1]["verdict"] == "failed"
+    assert "No such file" in check.result["steps"][-1]["tail"][0]
+
+
+def test_a_result_that_cannot_be_read(check, module):
+    step = run(check, module, "", after=lambda output: output[5])
+    assert step["verdict"] == "failed"
+    assert "its result cannot be read: IndexError" in step["note"]
+
+
+def test_a_step_that_is_skipped(check, module):
+    step = run(check, module, "raise SystemExit(1)", skip="no GPU")
+    assert (step["verdict"], step["note"]) == ("skipped", "no GPU")
+
+
+def test_no_time_left(check, module):
+    check.seconds = 6.0
+    assert run(check, module, "")["note"] == "no time left"
+
+
+def test_last_lines_of_the_tools(module):
+    gpu_check = module("gpu_check")
+    assert (
+        gpu_check._pytest_line("..\n3 passed, 1 skipped in 2.10s\n")
+        == "3 passed, 1 skipped in 2.10s"
+    )
+    assert gpu_check._pytest_line("==== 1 failed in 2.10s (0:00:02) ====\n").startswith("1 failed")
+    assert gpu_check._pytest_line("Killed") == "pytest did not finish"
+    said = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
+    assert gpu_check._sanitizer_line(said) == "ERROR SUMMARY: 0 errors"
+    said = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+    assert "0 hazards" in gpu_check._sanitizer_line(said)
+
+
+def test_the_exercise_on_the_cpu(module, tmp_path):
+    exercise = module("gpu_exercise")
+    out = tmp_path / "errors.jsonl"
+    assert (
+        exercise.main(["--backend", "reference", "--op", "switch_update", "--out", str(out)]) == 0
+    )
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["dtype"] for row in rows} == {"float64", "float32"}
+    assert all(row["cases"] == 4 and row["complaint"] is None for row in rows)
+
+
+def test_the_exercise_reports_a_wrong_kernel(module, monkeypatch, capsys):
+    exercise = module("gpu_exercise")
+
+    def wrong(impl, dtype, device, clones):
+        outputs = right(impl, dtype, device, clones)
+        return (
+            {k: v + (impl == "cpu") for k, v in outputs.items()} if dtype.itemsize == 4 else outputs
+        )
+
+    right = exercise.observations
+    monkeypatch.setattr(exercise, "observations", wrong)
+    monkeypatch.setattr(exercise.backends, "device_of", lambda backend: exercise.CPU)
+    assert exercise.main(["--backend", "cpu", "--op", "switch_update"]) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["dtype"]: bool(row["complaint"]) for row in rows} == {
+        "float64": False,
+        "float32": True,
+    }
+
+
+# gpu_status.
+
+
+@pytest.fixture
+def status(module, tmp_path, monkeypatch, capsys):
+    """Runs gpu_status over results made here; returns exit status and output."""
+    gpu_status = module("gpu_status")
+    now = {"csrc/a.h": "1", "kernels/b.py": "2"}
+    monkeypatch.setattr(gpu_status, "source_hashes", lambda: now)
+
+    def run(*results):
+        for number, changes in enumerate(results):
+            result = {
+                "name": f"h100-{number}",
+                "machine": {"gpu": "NVIDIA H100", "torch": "2.11.0"},
+                "steps": [{"name": "tests", "verdict": "passed"}],
+                "source_hashes": dict(now),
+            }
+            result.update(changes)
+            (tmp_path / f"{number}.json").write_text(json.dumps(result))
+        return gpu_status.main(["--results", str(tmp_path)]), capsys.readouterr().out
+
+    return run
+
+
+def test_no_result(status):
+    code, said = status()
+    assert code == 1 and "make gpu-check" in said
+
+
+def test_a_result_of_these_sources(status):
+    code, said = status({})
+    assert code == 0
+    assert "exactly these sources" in said and "verified by 0" in said
+
+
+def test_sources_that_changed(status):
+    code, said = status({"source_hashes": {"csrc/a.h": "0", "csrc/old.h": "3"}})
+    assert code == 1
+    assert "3 files changed" in said
+    for line in ("changed  csrc/a.h", "removed  csrc/old.h", "new      kernels/b.py"):
+        assert line in said
+
+
+def test_a_step_that_did_not_pass(status):
+    code, said = status({"steps": [{"name": "speed", "verdict": "skipped"}]})
+    assert code == 1 and "not passed: speed" in said
+
+
+def test_a_dry_run_verifies_nothing(status):
+    code, said = status({"machine": {"gpu": None, "torch": "2.11.0"}})
+    assert code == 1 and "verifies nothing" in said
+
+
+def test_committed_results_can_be_read(module):
+    gpu_status = module("gpu_status")
+    for file in gpu_status.RESULTS.glob("*.json"):
+        gpu_status.describe(json.loads(file.read_text()), gpu_status.source_hashes())
