@@ -12,6 +12,7 @@ COMMANDS = {
     "gpu_check": "everything that a GPU can verify: tests, compute-sanitizer, speed; a result file",
     "gpu_status": "whether the committed results of a GPU are those of the present sources",
     "compat": "a training step of alrao_fast.compat against the loop over the last layers",
+    "quality": "Alrao without tuning against tuned and tuning-free rivals, on digits, text and CIFAR-10",
     "paper": "the paper's tables and figures: table1, table2, figure2 to figure8",
 }
 

@@ -1,0 +1,113 @@
+"""Two figures for each task: the final loss of every method, and the learning curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quality.methods import METHODS
+from quality.summary import Cell, Summary
+
+# Alrao in black, the tuned in warm colours, those without a rate to choose in cold ones; styles differ too.
+STYLES: dict[str, dict[str, Any]] = {
+    "alrao": {"color": "black", "linewidth": 2.5},
+    "alrao-momentum": {"color": "black", "linestyle": "--"},
+    "alrao-cosine": {"color": "black", "linestyle": ":"},
+    "alrao-momentum-cosine": {"color": "black", "linestyle": "-."},
+    "alrao-default": {"color": "0.5"},
+    "sgd": {"color": "C3"},
+    "adamw": {"color": "C1"},
+    "adam": {"color": "C1", "linestyle": "--"},
+    "prodigy": {"color": "C0"},
+    "prodigy-cosine": {"color": "C0", "linestyle": ":"},
+    "dadapt": {"color": "C9"},
+    "dadapt-cosine": {"color": "C9", "linestyle": ":"},
+    "schedulefree-adamw": {"color": "C2"},
+    "schedulefree-sgd": {"color": "C2", "linestyle": "--"},
+    "dog": {"color": "C4"},
+}
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _ran(cells: Mapping[str, Cell | str]) -> dict[str, Cell]:
+    return {name: own for name, own in cells.items() if isinstance(own, Cell)}
+
+
+def final_losses(task: str, cells: Mapping[str, Cell | str]) -> Any:
+    """A dot for each seed's final test loss, best method on top; runs that diverged stand at the right edge."""
+    ran = dict(sorted(_ran(cells).items(), key=lambda item: item[1].loss[0], reverse=True))
+    figure, axes = _pyplot().subplots(figsize=(7, 0.34 * len(ran) + 1.2))
+    labels = []
+    for k, (name, own) in enumerate(ran.items()):
+        color = STYLES[name]["color"]
+        values = [run["test_loss"] * run["per_nat"] for run in own.best if not run["diverged"]]
+        axes.plot(values, [k] * len(values), "o", color=color, alpha=0.6)
+        if math.isfinite(own.loss[0]):
+            axes.errorbar(own.loss[0], k, xerr=own.loss[1], fmt="|", color=color, capsize=4, ms=14)
+        else:
+            axes.text(
+                0.99, k, "diverged", transform=axes.get_yaxis_transform(), ha="right", va="center"
+            )
+        rate = "" if own.lr is None else f" ({own.lr:g})"
+        labels.append(METHODS[name].label + rate)
+    axes.set_yticks(range(len(ran)), labels)
+    axes.set(xscale="log", xlabel=f"{task}: test loss after the last epoch ({unit_of(ran)})")
+    ticker = _pyplot().matplotlib.ticker
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def learning_curves(task: str, cells: Mapping[str, Cell | str]) -> Any:
+    """Test loss by epoch of the first seed, each method at its best rate."""
+    figure, axes = _pyplot().subplots(figsize=(7, 4.4))
+    ran = _ran(cells)
+    for name, own in ran.items():
+        run = min(own.best, key=lambda run: run["case"]["seed"])
+        curve = [
+            math.nan if loss is None else loss * run["per_nat"]
+            for loss in run["curves"]["test_loss"]
+        ]
+        axes.plot(range(1, len(curve) + 1), curve, label=METHODS[name].label, **STYLES[name])
+    first = next(iter(ran.values())).best[0]
+    guessing = math.log(first["classes"]) * first["per_nat"]
+    # A diverging run must not squeeze all others against the axis.
+    axes.set(yscale="log", xlabel="epoch", ylabel=f"{task}: test loss ({unit_of(ran)})")
+    axes.set_ylim(top=min(axes.get_ylim()[1], 1.2 * guessing))
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    return figure
+
+
+def unit_of(ran: Mapping[str, Cell]) -> str:
+    return next(iter(ran.values())).unit
+
+
+PLOTS = {"final": final_losses, "curves": learning_curves}
+
+
+def plot(summary: Summary, folder: Path) -> list[Path]:
+    """Write the figures of every task; return their paths."""
+    paths = []
+    for task, cells in summary.items():
+        if not _ran(cells):
+            continue
+        for name, draw in PLOTS.items():
+            figure = draw(task, cells)
+            path = folder / f"{task}_{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=130, bbox_inches="tight")
+            _pyplot().close(figure)
+            paths.append(path)
+    return paths
