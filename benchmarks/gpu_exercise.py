@@ -7,6 +7,7 @@ error over its cases, and whether all are within the budget of alrao_fast/testin
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -221,36 +222,37 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--op", choices=backends.OPS, help="this op alone")
     options = parser.parse_args(arguments)
-    rows: dict[tuple[str, str], dict[str, object]] = {}
-    for case in cases():
-        op, name, dtype, _ = case
+    if options.out:
+        options.out.touch()
+    healthy = True
+    # The cases of one op and dtype stand together: each row is written when it is complete.
+    for (op, dtype), group in itertools.groupby(cases(), key=lambda case: (case[0], case[2])):
         if options.op not in (None, op):
             continue
-        key = (op, str(dtype).removeprefix("torch."))
-        row = rows.setdefault(
-            key,
+        count, worst, complaint = 0, 0.0, None
+        for case in group:
+            count += 1
+            try:
+                error, wrong = compare(case, options.backend)
+            except Exception as problem:  # recorded; the other cases still run
+                error, wrong = float("inf"), f"{case[1]}: {type(problem).__name__}: {problem}"
+            worst, complaint = max(worst, error), complaint or wrong
+        healthy = healthy and complaint is None
+        line = json.dumps(
             {
                 "op": op,
                 "backend": options.backend,
-                "dtype": key[1],
-                "cases": 0,
-                "error": 0.0,
-                "complaint": None,
-            },
+                "dtype": str(dtype).removeprefix("torch."),
+                "cases": count,
+                "error": worst if worst < float("inf") else None,
+                "complaint": complaint,
+            }
         )
-        try:
-            error, complaint = compare(case, options.backend)
-        except Exception as problem:  # recorded; the other cases still run
-            error, complaint = float("inf"), f"{name}: {type(problem).__name__}: {problem}"
-        row["cases"] = int(str(row["cases"])) + 1
-        row["error"] = max(float(str(row["error"])), error)
-        row["complaint"] = row["complaint"] or complaint
-    lines = [json.dumps(row) for row in rows.values()]
-    print("\n".join(lines))
-    if options.out:
-        with options.out.open("a") as file:
-            file.write("\n".join(lines) + "\n")
-    return 1 if any(row["complaint"] for row in rows.values()) else 0
+        print(line, flush=True)
+        if options.out:
+            with options.out.open("a") as file:
+                file.write(line + "\n")
+    return 0 if healthy else 1
 
 
 if __name__ == "__main__":

@@ -82,6 +82,33 @@ def test_a_step_that_is_skipped(check, module):
     assert (step["verdict"], step["note"]) == ("skipped", "no GPU")
 
 
+def test_steps_that_were_not_asked_for(check, module):
+    check.only = ["another"]
+    module("gpu_check").Check.run(
+        check, module("gpu_check").Step("one", [sys.executable, "-c", "raise SystemExit(1)"], 30)
+    )
+    assert check.result["steps"] == []
+
+
+def test_the_steps_are_those_that_the_status_asks_for(module, monkeypatch):
+    gpu_check, met = module("gpu_check"), []
+
+    class Check:
+        on_gpu, work, result = True, Path("/nowhere"), {"missing_modules": []}
+
+        def run(self, step):
+            met.append(step.name)
+
+        def lay_out(self):
+            pass
+
+        def pythonpath(self):
+            return ""
+
+    gpu_check.steps(Check())
+    assert met == list(module("gpu_status").STEPS)
+
+
 def test_no_time_left(check, module):
     check.seconds = 6.0
     assert run(check, module, "")["note"] == "no time left"
@@ -147,7 +174,7 @@ def status(module, tmp_path, monkeypatch, capsys):
             result = {
                 "name": f"h100-{number}",
                 "machine": {"gpu": "NVIDIA H100", "torch": "2.11.0"},
-                "steps": [{"name": "tests", "verdict": "passed"}],
+                "steps": [{"name": name, "verdict": "passed"} for name in gpu_status.STEPS],
                 "source_hashes": dict(now),
             }
             result.update(changes)
@@ -165,7 +192,16 @@ def test_no_result(status):
 def test_a_result_of_these_sources(status):
     code, said = status({})
     assert code == 0
-    assert "exactly these sources" in said and "verified by 0" in said
+    assert "exactly these sources" in said and "every step has passed" in said
+
+
+def test_two_results_that_complete_each_other(status, module):
+    steps = [{"name": name, "verdict": "passed"} for name in module("gpu_status").STEPS]
+    assert status({"steps": steps[:4]}, {"steps": steps[3:]})[0] == 0
+    code, said = status({"steps": steps[:4]}, {"steps": steps[5:]})
+    assert code == 1 and "run `make gpu-check` for exercise triton." in said
+    others = {"csrc/a.h": "0", "kernels/b.py": "2"}
+    assert status({"steps": steps[:4], "source_hashes": others}, {"steps": steps[3:]})[0] == 1
 
 
 def test_sources_that_changed(status):
@@ -178,7 +214,7 @@ def test_sources_that_changed(status):
 
 def test_a_step_that_did_not_pass(status):
     code, said = status({"steps": [{"name": "speed", "verdict": "skipped"}]})
-    assert code == 1 and "not passed: speed" in said
+    assert code == 1 and "not passed: speed (skipped)" in said
 
 
 def test_a_dry_run_verifies_nothing(status):
