@@ -53,14 +53,17 @@ __device__ T warp_reduce(T value, Op op) {
   return value;
 }
 
-// The reduction over a one-dimensional block of whole warps, handed to every thread. `scratch`, in
-// shared memory, has a place for every warp and is free again afterwards.
+// The reduction over a one-dimensional block of whole warps, handed to every thread; a barrier,
+// too. `scratch`, in shared memory, has a place for every warp and is free again afterwards.
 template <typename T, typename Op>
 __device__ T block_reduce(T value, Op op, std::common_type_t<T> identity,
                           std::common_type_t<T>* scratch) {
   value = warp_reduce(value, op);
   const int warps = blockDim.x / kWarp;
-  if (warps == 1) return value;
+  if (warps == 1) {
+    __syncwarp();
+    return value;
+  }
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
   __syncthreads();
   T result = identity;
