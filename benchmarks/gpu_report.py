@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Of a record of the speed benchmark, what its table does not repeat.
-_IDENTITY = ("case", "machine")
+Record = dict[str, Any]
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -47,29 +46,66 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _speed(records: list[dict[str, Any]]) -> list[str]:
-    """One table of all records: what identifies them, then every value that any of them has."""
-    if not records:
-        return []
-    values = list(dict.fromkeys(k for r in records for k in r if k not in _IDENTITY))
-    lines = ["", f"| case | {' | '.join(values)} |", f"|{'---|' * (len(values) + 1)}"]
+def _speed(records: list[Record]) -> list[str]:
+    """The figures to reach, then every candidate of every case."""
+    kinds: dict[str, list[Record]] = {"target": [], "candidate": []}
     for record in records:
+        kinds.get(record["case"].get("kind"), []).append(record)
+    lines = []
+    if kinds["target"]:
+        lines += [
+            "",
+            "| row | case | clock | against | ratio | target | |",
+            "|---|---|---|---|---|---|---|",
+        ]
+    for record in sorted(kinds["target"], key=lambda r: r["case"]["row"]):
         case = record["case"]
-        text = ", ".join(_text(v) for v in case.values()) if isinstance(case, dict) else str(case)
-        lines.append(
-            f"| {_cell(text)} | {' | '.join(_cell(_text(record.get(v, ''))) for v in values)} |"
-        )
+        verdict = {True: "met", False: "NOT met"}.get(record["met"], record.get("missing", ""))
+        cells = [
+            case["row"],
+            _name(case),
+            record["clock"] or case["metric"],
+            case["peer"] or "floor",
+        ]
+        cells += [_number(record["ratio"]), _number(record["limit"]), verdict]
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    if kinds["candidate"]:
+        lines += [
+            "",
+            "Medians in microseconds: by graph replay, between events, eager on the wall clock, on the host. % of the "
+            "copy bandwidth and of the matrix rate.",
+            "",
+            "| case | candidate | graph | gpu | wall | host | bytes | % copy | % matrix | peak MB | error |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+    for record in kinds["candidate"]:
+        case = record["case"]
+        cells = [_name(case), case["candidate"]]
+        if "missing" in record:
+            cells += ["", "", "", "", "", "", "", "", record["missing"]]
+        else:
+            seconds = record.get("seconds", {})
+            medians = [seconds.get(clock, {}).get("median") for clock in CLOCKS]
+            cells += [_number(None if m is None else m * 1e6) for m in medians]
+            shares = [record.get("copy_share"), record.get("matrix_share")]
+            cells += [_number(record.get("bytes"))]
+            cells += [_number(None if s is None else 100 * s) for s in shares]
+            peak = record.get("peak_memory")
+            cells += [_number(None if peak is None else peak / 1e6), _number(record.get("error"))]
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return lines
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(own)}" for key, own in value.items())
-    if isinstance(value, list):
-        return ", ".join(_text(own) for own in value)
-    return str(value)
+CLOCKS = ("graph", "gpu", "wall", "host")
+
+
+def _name(case: Record) -> str:
+    sizes = ", ".join(f"{name} {size}" for name, size in case.get("sizes", {}).items())
+    return f"{case['name']} ({case.get('dtype', '')}; {sizes})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _cell(text: str) -> str:

@@ -114,6 +114,51 @@ def test_no_time_left(check, module):
     assert run(check, module, "")["note"] == "no time left"
 
 
+def test_the_table_of_speed(module):
+    case = {"name": "head", "sizes": {"batch": 32}, "dtype": "float32"}
+    target = {"kind": "target", "row": "B3", "metric": "gpu", "peer": "plain", "ours": "alrao"}
+    seconds = {"graph": {"median": 12.5e-6}, "wall": {"median": 1e-4}}
+    lines = module("gpu_report")._speed(
+        [
+            {
+                "case": {**case, **target},
+                "ratio": 1.7,
+                "limit": 1.5,
+                "met": False,
+                "clock": "graph",
+            },
+            {
+                "case": {**case, **target, "row": "A1", "peer": None},
+                "ratio": None,
+                "limit": 2.0,
+                "met": None,
+                "clock": None,
+                "missing": "no peer",
+            },
+            {
+                "case": {**case, "kind": "candidate", "candidate": "alrao"},
+                "seconds": seconds,
+                "bytes": 1e6,
+                "copy_share": 0.5,
+                "error": 1e-7,
+            },
+            {"case": {**case, "kind": "candidate", "candidate": "b|c"}, "missing": "out of memory"},
+            {"case": {"kind": "rates"}, "copy": 1.0},
+        ]
+    )
+    rows = [line for line in lines if "batch 32" in line]
+    assert rows[0] == "| A1 | head (float32; batch 32) | gpu | floor |  | 2 | no peer |"
+    assert rows[1] == "| B3 | head (float32; batch 32) | graph | plain | 1.7 | 1.5 | NOT met |"
+    assert (
+        rows[2]
+        == "| head (float32; batch 32) | alrao | 12.5 |  | 100 |  | 1e+06 | 50 |  |  | 1e-07 |"
+    )
+    assert "| b/c |" in rows[3] and rows[3].endswith("| out of memory |")
+    assert (
+        len({line.count("|") for line in lines if "batch 32" in line or "candidate" in line}) == 2
+    )
+
+
 def test_last_lines_of_the_tools(module):
     gpu_check = module("gpu_check")
     assert (
