@@ -91,13 +91,19 @@ def test_steps_that_were_not_asked_for(check, module):
 
 
 def test_the_steps_are_those_that_the_status_asks_for(module, monkeypatch):
-    gpu_check, met = module("gpu_check"), []
+    gpu_check, met, verdicts = module("gpu_check"), [], {}
 
     class Check:
-        on_gpu, work, result = True, Path("/nowhere"), {"missing_modules": []}
+        def __init__(self):
+            self.on_gpu, self.work = True, Path("/nowhere")
+            device = {"capability": "9.0"}
+            self.result = {"missing_modules": [], "devices": [device, device], "steps": []}
 
         def run(self, step):
             met.append(step.name)
+            self.result["steps"].append({"verdict": verdicts.get(step.name, "passed")})
+            if step.name == "build":
+                assert step.env == {"ALRAO_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
 
         def lay_out(self):
             pass
@@ -107,6 +113,10 @@ def test_the_steps_are_those_that_the_status_asks_for(module, monkeypatch):
 
     gpu_check.steps(Check())
     assert met == list(module("gpu_status").STEPS)
+    met.clear()
+    verdicts["build"] = "failed"
+    gpu_check.steps(Check())
+    assert met[:3] == ["build", "build without CUDA", "doctor"]
 
 
 def test_no_time_left(check, module):
