@@ -13,6 +13,8 @@ COMMANDS = {
     "gpu_status": "whether the committed results of a GPU are those of the present sources",
     "compat": "a training step of alrao_fast.compat against the loop over the last layers",
     "quality": "Alrao without tuning against tuned and tuning-free rivals, on digits, text and CIFAR-10",
+    "ranking": "whether alrao_fast.rank orders networks as a search over SGD's learning rates does",
+    "report": "one page of tables and figures from the results of the other commands",
     "paper": "the paper's tables and figures: table1, table2, figure2 to figure8",
 }
 

@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from models import PlainModel, mlp_backbone
@@ -231,19 +231,32 @@ def plot(runs: list[Run], folder: Path) -> list[Path]:
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     paths.append(save(figure, "learning_curves.png"))
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.2))
     alrao_run = next(run for run in runs if run.method == "alrao")
     rates = alrao.LogUniform(*LR_RANGE).clone_rates(NUM_CLONES).tolist()
+    figure = posterior_plot(alrao_run.posterior, rates)
+    figure.axes[0].set_title(
+        f"Which learning rate of the last layer the switch trusts, seed {alrao_run.seed}"
+    )
+    paths.append(save(figure, "posterior.png"))
+    return paths
+
+
+def posterior_plot(posterior: list[list[float]], rates: list[float]) -> Any:
+    """The switch's probabilities of the clones after each epoch, stacked; `rates` are the clones' learning rates."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    shades = plt.get_cmap("viridis")
+    epochs = range(1, len(posterior) + 1)
     axes.stackplot(
         epochs,
-        list(zip(*alrao_run.posterior, strict=True)),
+        list(zip(*posterior, strict=True)),
         labels=[f"{rate:.0e}" for rate in rates],
-        colors=[shades(i / (NUM_CLONES - 1)) for i in range(NUM_CLONES)],
+        colors=[shades(i / max(len(rates) - 1, 1)) for i in range(len(rates))],
     )
     axes.set(
         xlabel="epoch",
         ylabel="posterior probability",
-        title=f"Which learning rate of the last layer the switch trusts, seed {alrao_run.seed}",
         ylim=(0, 1),
         xlim=(1, len(epochs)) if len(epochs) > 1 else None,
     )
@@ -255,8 +268,7 @@ def plot(runs: list[Run], folder: Path) -> list[Path]:
         loc="center left",
         bbox_to_anchor=(1, 0.5),
     )
-    paths.append(save(figure, "posterior.png"))
-    return paths
+    return figure
 
 
 def main(arguments: list[str]) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 from quality.methods import METHODS
 from quality.summary import Cell, Summary
 
+# Not quite black: an SVG file leaves out the colour of what is black, and then nothing can change it.
+INK = "#010101"
 # Alrao in black, the tuned in warm colours, those without a rate to choose in cold ones; styles differ too.
 STYLES: dict[str, dict[str, Any]] = {
-    "alrao": {"color": "black", "linewidth": 2.5},
-    "alrao-momentum": {"color": "black", "linestyle": "--"},
-    "alrao-cosine": {"color": "black", "linestyle": ":"},
-    "alrao-momentum-cosine": {"color": "black", "linestyle": "-."},
+    "alrao": {"color": INK, "linewidth": 2.5},
+    "alrao-momentum": {"color": INK, "linestyle": "--"},
+    "alrao-cosine": {"color": INK, "linestyle": ":"},
+    "alrao-momentum-cosine": {"color": INK, "linestyle": "-."},
     "alrao-default": {"color": "0.5"},
     "sgd": {"color": "C3"},
     "adamw": {"color": "C1"},
@@ -62,10 +64,7 @@ def final_losses(task: str, cells: Mapping[str, Cell | str]) -> Any:
         labels.append(METHODS[name].label + rate)
     axes.set_yticks(range(len(ran)), labels)
     axes.set(xscale="log", xlabel=f"{task}: test loss after the last epoch ({unit_of(ran)})")
-    ticker = _pyplot().matplotlib.ticker
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    _plain_ticks(axes.xaxis)
     axes.grid(axis="x", alpha=0.3)
     return figure
 
@@ -86,8 +85,17 @@ def learning_curves(task: str, cells: Mapping[str, Cell | str]) -> Any:
     # A diverging run must not squeeze all others against the axis.
     axes.set(yscale="log", xlabel="epoch", ylabel=f"{task}: test loss ({unit_of(ran)})")
     axes.set_ylim(top=min(axes.get_ylim()[1], 1.2 * guessing))
+    _plain_ticks(axes.yaxis)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     return figure
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Numbers as people write them on a logarithmic axis, where losses rarely span a decade."""
+    ticker = _pyplot().matplotlib.ticker
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def unit_of(ran: Mapping[str, Cell]) -> str:

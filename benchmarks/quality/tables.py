@@ -48,7 +48,7 @@ def task_table(task: str, summary: Summary) -> Table:
     cells = summary[task]
     ran = [own for own in cells.values() if isinstance(own, Cell)]
     unit = ran[0].unit if ran else "nats"
-    epochs = f", {ran[0].best[0]['case']['epochs']} epochs, {ran[0].seeds} seeds" if ran else ""
+    epochs = f", {ran[0].best[0]['case']['epochs']} epochs, {seeds(ran[0].seeds)}" if ran else ""
     rows = []
     for name, own in cells.items():
         if isinstance(own, str):
@@ -59,6 +59,10 @@ def task_table(task: str, summary: Summary) -> Table:
             rows.append([label, *figures(own), *paid])
     columns = ["method", f"test loss ({unit})", "accuracy %", "runs", "steps", "seconds"]
     return Table(f"{task}{epochs}", columns, rows)
+
+
+def seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def overall_table(summary: Summary) -> Table:

@@ -1,0 +1,114 @@
+"""What the page is made of, and its two forms: HTML with everything inside, and Markdown with the figures beside it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from quality.plots import INK
+
+# Text and lines in the figures; in the page they take its own colour, in light and in dark.
+INKS = re.compile(r"#(010101|000000)\b")
+STYLE = {
+    "svg.fonttype": "none",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "legend.facecolor": "none",
+    "legend.framealpha": 0.0,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+}
+
+
+class Table(NamedTuple):
+    """Cells are text; the first column stands left, the others right."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        rule = ["---", *["---:"] * (len(self.columns) - 1)]
+        lines = [[cell.replace("|", "\\|") for cell in row] for row in (self.columns, *self.rows)]
+        lines.insert(1, rule)
+        return f"**{self.title}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+class Picture(NamedTuple):
+    """A figure as SVG text, and what it shows in words."""
+
+    name: str
+    caption: str
+    svg: str
+
+
+class Section(NamedTuple):
+    """One benchmark: what was found, or in `missing` the command that would find it.
+
+    `details` are tables that are folded away at first.
+    """
+
+    title: str
+    intro: str
+    tables: list[Table] = []
+    pictures: list[Picture] = []
+    details: list[Table] = []
+    notes: list[str] = []
+    missing: str | None = None
+
+
+def picture(name: str, caption: str, draw: Callable[[], Any]) -> Picture:
+    """The figure that `draw` returns, drawn in the page's own colour on no background."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    file = io.StringIO()
+    # A fixed salt: the same results give the same page.
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = draw()
+        figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
+        plt.close(figure)
+    svg = file.getvalue()
+    svg = INKS.sub("currentColor", svg[svg.index("<svg") :])
+    # Ids are the page's: those of one figure must not be those of another.
+    prefix = re.sub(r"\W+", "-", name)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'((?:xlink:)?href="#)', rf"\1{prefix}-", svg)
+    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
+    return Picture(name, caption, svg)
+
+
+def html(sections: list[Section], machines: Table, made: str) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("page.html.j2")
+    return template.render(sections=sections, machines=machines, made=made)
+
+
+def markdown(sections: list[Section], machines: Table, made: str, folder: str) -> str:
+    """The same in Markdown; the figures are files in `folder`."""
+    parts = ["# Alrao: what it costs, what it buys", made, machines.markdown()]
+    for section in sections:
+        parts += [f"## {section.title}", section.intro]
+        if section.missing is not None:
+            parts.append(f"Not measured: `{section.missing}`")
+        parts += [table.markdown() for table in section.tables]
+        parts += [f"![{p.caption}]({folder}/{p.name}.svg)\n\n{p.caption}" for p in section.pictures]
+        parts += [table.markdown() for table in section.details]
+        parts += section.notes
+    return "\n\n".join(parts) + "\n"

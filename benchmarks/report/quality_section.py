@@ -1,0 +1,73 @@
+"""What Alrao buys: the records of `python benchmarks quality`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from demo import posterior_plot
+from quality import plots, tables
+from quality.summary import Cell, Summary, summarise
+from results import read
+
+from report.page import Picture, Section, Table, picture
+
+COMMAND = "python benchmarks quality --quick"
+INTRO = (
+    "Alrao without tuning against SGD over a grid of learning rates, Adam, tuned AdamW, and methods that promise "
+    "to need no learning rate. Figures are those of the last epoch on the test set, mean and standard deviation "
+    "over the seeds; rates are chosen on the validation set; runs, steps and seconds are what one seed costs, the"
+    " whole grid included."
+)
+
+
+def section(folder: Path) -> tuple[Section, list[dict[str, Any]]]:
+    """The section, and the records that it is made from. Of a task's full and quick runs the full ones are shown."""
+    files = sorted(folder.glob("*.jsonl"))
+    full = {file.stem for file in files}
+    chosen = [
+        file
+        for file in files
+        if not (file.stem.endswith("-quick") and file.stem.removesuffix("-quick") in full)
+    ]
+    records = [record for file in chosen for record in read(file)]
+    if not any("curves" in record for record in records):
+        return Section("Quality", INTRO, missing=COMMAND), []
+    summary = summarise(records)
+    found = [table_of(table) for table in tables.all_tables(summary)]
+    pictures = [shown for task in summary for shown in pictures_of(task, summary)]
+    used = [
+        run
+        for cells in summary.values()
+        for c in cells.values()
+        if isinstance(c, Cell)
+        for run in c.all
+    ]
+    return Section("Quality", INTRO, found[:-1], pictures, found[-1:]), used
+
+
+def table_of(table: tables.Table) -> Table:
+    return Table(table.title, table.columns, table.rows)
+
+
+def pictures_of(task: str, summary: Summary) -> list[Picture]:
+    """Final losses, learning curves, and the posterior of Alrao's first run."""
+    cells = summary[task]
+    if not any(isinstance(own, Cell) for own in cells.values()):
+        return []
+    captions = {
+        "final": f"{task}: final test loss, a dot for each seed, best method on top",
+        "curves": f"{task}: test loss by epoch, first seed, each method at its best rate",
+    }
+    found = [
+        picture(f"quality-{task}-{name}", captions[name], partial(draw, task, cells))
+        for name, draw in plots.PLOTS.items()
+    ]
+    own = cells.get("alrao")
+    if isinstance(own, Cell):
+        run = own.best[0]
+        draw = partial(posterior_plot, run["curves"]["posterior"], run["clone_rates"])
+        caption = f"{task}: which clone's learning rate the switch trusts, by epoch"
+        found.append(picture(f"quality-{task}-posterior", caption, draw))
+    return found
