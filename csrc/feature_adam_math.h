@@ -1,6 +1,8 @@
 // One element of feature_adam_: the equations of alrao_fast/reference/feature_adam.py.
 #pragma once
 
+#include <cstdint>
+
 #include "host_device.h"
 
 namespace alrao {
@@ -10,6 +12,26 @@ enum class Decay {
   kGradient,  // weight_decay * p is added to the gradient (Adam)
   kWeights,   // p is multiplied by 1 - rate * weight_decay first (AdamW)
 };
+
+// base^exponent for 0 <= base <= 1 and exponent >= 1, to nearest almost always, by squaring in
+// pairs of doubles: near base = 1 an error in the last place of the power is many in 1 - power.
+ALRAO_HOST_DEVICE static inline double integer_power(double base, int64_t exponent) {
+  double power = 1, power_rest = 0, rest = 0;
+  for (;;) {
+    if (exponent & 1) {
+      const double product = power * base;
+      power_rest = fma(power, base, -product) + (power * rest + power_rest * base);
+      power = product + power_rest;
+      power_rest -= power - product;
+    }
+    exponent >>= 1;
+    if (exponent == 0) return power;
+    const double square = base * base;
+    rest = fma(base, base, -square) + 2 * base * rest;
+    base = square + rest;
+    rest -= base - square;
+  }
+}
 
 // The bias corrections depend on how many updates the tensor has had; both forms of eps are
 //   p -= rate * step_factor * m / (sqrt(v) * root_factor + eps).

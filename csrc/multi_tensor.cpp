@@ -3,8 +3,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <sstream>
-#include <unordered_map>
 #include <utility>
 
 namespace alrao {
@@ -127,73 +125,6 @@ const char* state_name(size_t num_states, size_t k) {
   return num_states == 1 ? "momentum_buffers" : adam[k];
 }
 
-// Errors the user can mend: without the file and line that STD_TORCH_CHECK puts before the message.
-template <class... Parts>
-[[noreturn]] void fail(const std::string& op, const Parts&... parts) {
-  std::ostringstream out;
-  out << op << ": ";
-  (out << ... << parts);
-  throw std::runtime_error(out.str());
-}
-
-struct PlanTable {
-  std::mutex mutex;
-  std::unordered_map<int64_t, std::shared_ptr<MultiTensor>> plans;
-  int64_t next = 1;
-};
-
-PlanTable& plan_table() {
-  static auto* table = new PlanTable;  // never destroyed: tensors may outlive static destruction
-  return *table;
-}
-
-int64_t feature_plan(const std::vector<Tensor>& tensors, int64_t num_params, int64_t num_states,
-                     std::vector<int64_t> inners, std::vector<int64_t> seeds, const Tensor& steps) {
-  const std::string op = num_states < 2 ? "feature_sgd_" : "feature_adam_";
-  const auto given = static_cast<int64_t>(tensors.size());
-  if (num_params < 0 || num_states < 0 || num_states > kMaxStates ||
-      (given != num_params * (num_states + 2) && given != num_params * (num_states + 3))) {
-    fail(op, "_feature_plan got ", given, " tensors, expected ", num_params,
-         " parameters, each with ", num_states, " states, a rate and at most one master");
-  }
-  auto next = tensors.begin();
-  const auto take = [&] {
-    const auto first = next;
-    next += num_params;
-    return std::vector<Tensor>(first, next);
-  };
-  TensorLists lists;
-  lists.params = take();
-  for (int64_t k = 0; k < num_states; ++k) lists.states.push_back(take());
-  if (given == num_params * (num_states + 3)) lists.masters = take();
-  lists.rates = take();
-  lists.inners = std::move(inners);
-  lists.seeds = std::move(seeds);
-  lists.steps = steps;
-  auto plan = std::make_shared<MultiTensor>(op, std::move(lists));
-
-  PlanTable& table = plan_table();
-  const std::lock_guard<std::mutex> lock(table.mutex);
-  table.plans.emplace(table.next, std::move(plan));
-  return table.next++;
-}
-
-void feature_plan_options(int64_t number, std::vector<double> options) {
-  const auto plan = find_plan(number);
-  const std::lock_guard<std::mutex> lock(plan->mutex);
-  plan->options = std::move(options);
-}
-
-void feature_plan_free(int64_t number) {
-  PlanTable& table = plan_table();
-  std::shared_ptr<MultiTensor> last;  // released after the lock
-  const std::lock_guard<std::mutex> lock(table.mutex);
-  const auto found = table.plans.find(number);
-  if (found == table.plans.end()) return;
-  last = std::move(found->second);
-  table.plans.erase(found);
-}
-
 }  // namespace
 
 HandleList::HandleList(StableIValue list) {
@@ -225,7 +156,7 @@ MultiTensor::MultiTensor(std::string op, TensorLists lists)
   see(*lists_.steps);
   steps_ = static_cast<int64_t*>(data_of(lists_.steps->get()));
   check_overlap();
-  cut();
+  if (lists_.steps->is_cpu()) cut();
 }
 
 void MultiTensor::check_lists() const {
@@ -462,13 +393,15 @@ void MultiTensor::bind(const std::vector<AtenTensorHandle>& grads) {
     const void* data;
     TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(grad, &data));
     records_[t].grad = data;
-    records_[t].step = steps_[t];
   }
 }
 
-void MultiTensor::finish() {
+void MultiTensor::read_steps() {
+  for (size_t t = 0; t < records_.size(); ++t) records_[t].step = steps_[t];
+}
+
+void MultiTensor::count_steps() {
   for (size_t t = 0; t < records_.size(); ++t) ++steps_[t];
-  copies_.clear();
 }
 
 std::vector<AtenTensorHandle> borrow(const std::vector<Tensor>& tensors) {
@@ -478,37 +411,25 @@ std::vector<AtenTensorHandle> borrow(const std::vector<Tensor>& tensors) {
   return handles;
 }
 
-std::shared_ptr<MultiTensor> find_plan(int64_t number) {
-  PlanTable& table = plan_table();
-  const std::lock_guard<std::mutex> lock(table.mutex);
-  const auto found = table.plans.find(number);
-  if (found == table.plans.end())
-    fail("_feature_plan", "got plan ", number,
-         ", expected one that _feature_plan returned and "
-         "nobody freed");
-  return found->second;
+void check_scalar(const std::string& op, const char* name, const Tensor& tensor) {
+  const AtenTensorHandle handle = tensor.get();
+  const DtypeName* dtype = find_dtype(dtype_of(handle));
+  const bool readable =
+      dtype && !is_low_precision(dtype->dtype) && is_strided(handle) && numel_of(handle) == 1;
+  if (!readable)
+    fail(op, name, " has dtype ", dtype_text(dtype_of(handle)), " and ", numel_of(handle),
+         " elements, expected one float32 or float64 element on the parameters' device");
 }
 
 double read_scalar(const std::string& op, const char* name, const std::optional<Tensor>& tensor,
                    double otherwise) {
   if (!tensor) return otherwise;
-  const AtenTensorHandle handle = tensor->get();
-  const DtypeName* dtype = find_dtype(dtype_of(handle));
-  const bool readable = dtype && !is_low_precision(dtype->dtype) && is_strided(handle) &&
-                        numel_of(handle) == 1 && tensor->is_cpu();
-  if (!readable)
-    fail(op, name, " has dtype ", dtype_text(dtype_of(handle)), " and ", numel_of(handle),
-         " elements, expected one float32 or float64 element on the parameters' device");
-  const void* data = data_of(handle);
-  return dtype->dtype == Dtype::kFloat64 ? *static_cast<const double*>(data)
-                                         : *static_cast<const float*>(data);
-}
-
-STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CPU, m) { m.impl("_feature_plan", TORCH_BOX(&feature_plan)); }
-
-STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CompositeExplicitAutograd, m) {
-  m.impl("_feature_plan_options", TORCH_BOX(&feature_plan_options));
-  m.impl("_feature_plan_free", TORCH_BOX(&feature_plan_free));
+  check_scalar(op, name, *tensor);
+  if (!tensor->is_cpu())
+    fail(op, name, " is on another device than params, expected the same device or the CPU");
+  const void* data = data_of(tensor->get());
+  return dtype_of(tensor->get()) == aoti_torch_dtype_float64() ? *static_cast<const double*>(data)
+                                                               : *static_cast<const float*>(data);
 }
 
 }  // namespace alrao

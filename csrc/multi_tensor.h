@@ -13,6 +13,8 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -21,6 +23,15 @@
 namespace alrao {
 
 using torch::stable::Tensor;
+
+// Errors the user can mend: without the file and line that STD_TORCH_CHECK puts before the message.
+template <class... Parts>
+[[noreturn]] void fail(const std::string& op, const Parts&... parts) {
+  std::ostringstream out;
+  out << op << ": ";
+  (out << ... << parts);
+  throw std::runtime_error(out.str());
+}
 
 // The tensors of an op's list arguments, before anything is checked.
 struct TensorLists {
@@ -67,6 +78,11 @@ class MultiTensor {
 
   const std::string& op() const { return op_; }
   int64_t num_states() const { return static_cast<int64_t>(lists_.states.size()); }
+  const std::vector<FeatureRecord>& records() const { return records_; }
+  int32_t device_type() const { return device_type_; }
+  int32_t device_index() const { return device_index_; }
+  // On the tensors' device.
+  int64_t* steps() const { return steps_; }
 
   // Throws unless there are `expected` states per parameter; `name` is the list that may be empty,
   // `because` the option that decides it.
@@ -76,11 +92,17 @@ class MultiTensor {
   bool unchanged() const;
 
   // Checks the gradients and points the records at them, through copies where the strides differ
-  // from the parameter's; reads the steps. The gradients must outlive the update.
+  // from the parameter's. The gradients must outlive the update, on a GPU until it is queued.
   void bind(const std::vector<AtenTensorHandle>& grads);
 
-  // body(record, begin, end) for every piece, in parallel. Which pieces there are does not depend
-  // on the number of threads.
+  // Lets go of the copies.
+  void release() { copies_.clear(); }
+
+  // Tensors on the CPU: takes the steps into the records.
+  void read_steps();
+
+  // The same: body(record, begin, end) for every piece, in parallel. Which pieces there are does
+  // not depend on the number of threads.
   template <class Body>
   void for_each_piece(const Body& body) const {
     const auto tasks = static_cast<int64_t>(task_starts_.size()) - 1;
@@ -95,8 +117,8 @@ class MultiTensor {
     }
   }
 
-  // Counts the update and lets go of the gradients.
-  void finish();
+  // The same: counts the update.
+  void count_steps();
 
   // Held during a step: a plan has one set of gradients.
   std::mutex mutex;
@@ -104,6 +126,9 @@ class MultiTensor {
   // The op's numbers that seldom change, for planned steps. They are kept here because parsing them
   // from Python costs as much as updating thousands of entries.
   std::vector<double> options;
+
+  // What the tensors' backend keeps with them.
+  std::shared_ptr<void> attachment;
 
  private:
   struct Piece {
@@ -139,11 +164,28 @@ class MultiTensor {
 
 std::vector<AtenTensorHandle> borrow(const std::vector<Tensor>& tensors);
 
-// The plan behind a number that _feature_plan returned; throws for any other.
-std::shared_ptr<MultiTensor> find_plan(int64_t number);
+// Throws, naming it, unless `tensor` has one float32 or float64 element.
+void check_scalar(const std::string& op, const char* name, const Tensor& tensor);
 
 // The value of a one-element CPU tensor, or `otherwise` without one.
 double read_scalar(const std::string& op, const char* name, const std::optional<Tensor>& tensor,
                    double otherwise);
+
+// One update of tensors on the CPU by run(tensors, options): an op's options have `lr`, which
+// `scalars` may replace, and `grad_factor`, which the loss scale divides.
+template <class Options, class Run>
+void step_on_cpu(MultiTensor& tensors, const std::vector<AtenTensorHandle>& grads, Options options,
+                 const ScalarTensors& scalars, const Run& run) {
+  options.lr = read_scalar(tensors.op(), "lr", scalars.lr, options.lr);
+  options.grad_factor /= read_scalar(tensors.op(), "grad_scale", scalars.grad_scale, 1);
+  const bool skip = read_scalar(tensors.op(), "found_inf", scalars.found_inf, 0) != 0;
+  tensors.bind(grads);
+  if (!skip) {
+    tensors.read_steps();
+    run(tensors, options);
+    tensors.count_steps();
+  }
+  tensors.release();
+}
 
 }  // namespace alrao

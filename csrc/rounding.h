@@ -3,7 +3,8 @@
 // alrao_fast/reference/rounding.py.
 //
 // Integer arithmetic instead of the hardware's conversions: loops over these functions vectorise on
-// every instruction set, and flushed denormals do not change the result.
+// every instruction set, and flushed denormals do not change the result. GPUs convert by an
+// instruction, to the same bits but for a NaN's payload.
 #pragma once
 
 #include <cstdint>
@@ -30,11 +31,17 @@ ALRAO_HOST_DEVICE static inline float bf16_to_float(uint16_t half) {
 }
 
 ALRAO_HOST_DEVICE static inline uint16_t float_to_bf16(float value) {
+#ifdef __CUDA_ARCH__
+  uint16_t half;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
+#else
   const uint32_t bits = float_bits(value);
   const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t nan =
       (bits >> 16) | 0x40u;  // rounding up could carry a NaN's payload into the sign
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : nearest);
+#endif
 }
 
 ALRAO_HOST_DEVICE static inline uint16_t float_to_bf16_stochastic(float value, uint32_t random16) {
@@ -45,6 +52,11 @@ ALRAO_HOST_DEVICE static inline uint16_t float_to_bf16_stochastic(float value, u
 }
 
 ALRAO_HOST_DEVICE static inline float fp16_to_float(uint16_t half) {
+#ifdef __CUDA_ARCH__
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  return value;
+#else
   const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t normal = magnitude + ((127u - 15u) << 23);
@@ -54,6 +66,7 @@ ALRAO_HOST_DEVICE static inline float fp16_to_float(uint16_t half) {
   uint32_t bits = magnitude >= (31u << 23) ? special : normal;
   bits = magnitude < (1u << 23) ? float_bits(subnormal) : bits;
   return bits_float(bits | sign);
+#endif
 }
 
 // The fp16 pattern of a magnitude that needs no rounding of its own any more: `normal` is the
@@ -69,12 +82,18 @@ ALRAO_HOST_DEVICE static inline uint16_t assemble_fp16(uint32_t bits, uint32_t n
 }
 
 ALRAO_HOST_DEVICE static inline uint16_t float_to_fp16(float value) {
+#ifdef __CUDA_ARCH__
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
+#else
   const uint32_t bits = float_bits(value);
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t normal = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
   // Adding 2^-1, whose last place is 2^-24, makes the addition do the rounding.
   const uint32_t subnormal = float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f);
   return assemble_fp16(bits, normal, subnormal);
+#endif
 }
 
 ALRAO_HOST_DEVICE static inline uint16_t float_to_fp16_stochastic(float value, uint32_t random16) {
@@ -104,6 +123,23 @@ ALRAO_HOST_DEVICE static inline void philox_round(uint32_t& c0, uint32_t& c1, ui
   c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key1;
   c1 = static_cast<uint32_t>(product1);
   c3 = static_cast<uint32_t>(product0);
+}
+
+// The random words of entries 8 * block, ..., 8 * block + 7 of a parameter: 16 bits each, low half
+// first.
+ALRAO_HOST_DEVICE static inline void philox(uint32_t (&words)[4], int64_t block, int64_t step,
+                                            uint64_t seed) {
+  words[0] = static_cast<uint32_t>(block);
+  words[1] = static_cast<uint32_t>(static_cast<uint64_t>(block) >> 32);
+  words[2] = static_cast<uint32_t>(step);
+  words[3] = static_cast<uint32_t>(static_cast<uint64_t>(step) >> 32);
+  uint32_t key0 = static_cast<uint32_t>(seed);
+  uint32_t key1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    philox_round(words[0], words[1], words[2], words[3], key0, key1);
+    key0 += kPhiloxKeyStep0;
+    key1 += kPhiloxKeyStep1;
+  }
 }
 
 }  // namespace alrao
