@@ -1,6 +1,8 @@
 """Fixtures of the suite: poisoned memory, and the backends that a test of an op runs on."""
 
 from importlib.util import find_spec
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -44,3 +46,28 @@ def backend(request):
 def device(backend):
     """The device whose tensors the backend takes."""
     return backends.device_of(backend)
+
+
+class Compiled(NamedTuple):
+    """A compiled backend of a feature op: the device whose tensors it takes, and what makes its plans."""
+
+    device: torch.device
+    module: ModuleType
+
+    def plan(self, *lists):
+        return self.module.FeaturePlan(*lists)
+
+    def to_device(self, *tensors):
+        return [tensor.to(self.device) for tensor in tensors]
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def compiled(request):
+    """The compiled backends, skipped as `backend` skips."""
+    reason = testing.require(request.module.OP, request.param)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    # Modules that load compiled code are imported where it is there.
+    from alrao_fast.ops import _plan
+
+    return Compiled(backends.device_of(request.param), _plan)

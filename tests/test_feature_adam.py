@@ -356,17 +356,6 @@ def test_unknown_rule():
 # ---- the dispatcher and the plan -----------------------------------------------------------------
 
 
-@pytest.fixture
-def compiled():
-    """The tests below are about the C++ backend."""
-    reason = testing.require(OP, "cpu")
-    if reason is not None:
-        pytest.skip(f"cpu: {reason}")
-    from alrao_fast.ops import _plan
-
-    return _plan
-
-
 SCALARS = {
     "lr": 1.0,
     "lr_tensor": None,
@@ -386,12 +375,12 @@ SCALARS = {
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_plan_gives_the_bits_of_the_list_op(compiled, dtype, amsgrad):
-    problem, expected = testing.feature_problem(dtype), testing.feature_problem(dtype)
+    problem, expected = (testing.feature_problem(dtype, compiled.device) for _ in range(2))
     seeds = list(range(len(problem.params)))
     states, others = moments(problem, amsgrad), moments(problem, amsgrad)
     steps, counted = first_steps(problem), first_steps(problem)
     layout = (problem.rates, problem.inners, seeds)
-    plan = compiled.FeaturePlan(problem.params, states, [], *layout, steps)
+    plan = compiled.plan(problem.params, states, [], *layout, steps)
     scalars = SCALARS | {"amsgrad": amsgrad}
     for _ in range(3):
         assert plan.adam(problem.grads, **scalars)
@@ -418,7 +407,7 @@ def test_plan_gives_the_bits_of_the_list_op(compiled, dtype, amsgrad):
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_opcheck(compiled, amsgrad):
     names = ["rows of a linear layer", "few columns", "channels_last"]
-    problem = testing.feature_problem(names=names)
+    problem = testing.feature_problem(device=compiled.device, names=names)
     states = moments(problem, amsgrad)
     arguments = (
         [p.requires_grad_() for p in problem.params],

@@ -509,19 +509,39 @@ def test_default_layout_runs_along_the_first_dimension(backend, device):
     assert param.flatten(1).tolist() == [[-1.0] * 3, [-2.0] * 3] and scalar.item() == -4
 
 
+@pytest.mark.parametrize("count", [500, 4000])
+def test_many_tensors(backend, device, count):
+    """More than a CUDA launch takes in its short and in its long list of gradients; most are empty."""
+    sizes = [3 if t % 10 == 0 else 0 for t in range(count)]
+    params = [torch.zeros(size, device=device) for size in sizes]
+    grads = [torch.full((size,), -float(t), device=device) for t, size in enumerate(sizes)]
+    rates = [torch.tensor([1.0, 2.0, 4.0], device=device)] * count
+    steps = torch.arange(count, device=device)
+    for _ in range(2):
+        feature_sgd_(params, grads, rates, steps=steps, impl=backend)
+    for t, param in enumerate(params):
+        assert param.tolist() == [2.0 * t, 4.0 * t, 8.0 * t][: sizes[t]]
+    assert steps.tolist() == list(range(2, count + 2))
+
+
+@pytest.mark.parametrize("shape", [(67, 500813), (3728273, 9)], ids=["long rows", "short rows"])
+def test_more_than_2_25_entries(backend, device, shape):
+    """From there on a CUDA block takes more entries."""
+    param = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+    rates = (torch.arange(shape[0], device=device) % 251).float()  # in bfloat16 as they are
+    feature_sgd_([param], [torch.full_like(param, -1)], [rates], impl=backend)
+    assert torch.equal(param, rates.bfloat16()[:, None].expand(shape))
+
+
 # ---- the compiled backends, the dispatcher, the plan --------------------------------------------
 
 
 @pytest.fixture
-def compiled():
-    """The tests below are about the C++ backend."""
+def cpu():
+    """Some of the tests below are about the CPU's kernels alone."""
     reason = testing.require(OP, "cpu")
     if reason is not None:
         pytest.skip(f"cpu: {reason}")
-    # Modules that load compiled code are imported where it is there.
-    from alrao_fast.ops import _plan
-
-    return _plan
 
 
 SCALARS = {
@@ -538,16 +558,16 @@ SCALARS = {
 }
 
 
-def planned(module, problem, seeds=()):
+def planned(compiled, problem, seeds=()):
     buffers = [torch.zeros_like(p) for p in problem.params]
-    steps = torch.zeros(len(buffers), dtype=torch.int64)
+    steps = torch.zeros(len(buffers), dtype=torch.int64, device=compiled.device)
     lists = (problem.rates, problem.inners, list(seeds), steps)
-    return module.FeaturePlan(problem.params, [buffers], [], *lists), buffers, steps
+    return compiled.plan(problem.params, [buffers], [], *lists), buffers, steps
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_plan_gives_the_bits_of_the_list_op(compiled, dtype):
-    problem, expected = testing.feature_problem(dtype), testing.feature_problem(dtype)
+    problem, expected = (testing.feature_problem(dtype, compiled.device) for _ in range(2))
     seeds = range(len(problem.params))
     plan, buffers, steps = planned(compiled, problem, seeds)
     others = [torch.zeros_like(p) for p in expected.params]
@@ -584,9 +604,11 @@ def test_plan_gives_the_bits_of_the_list_op(compiled, dtype):
     ids=["memory", "dtype", "dtype in the same memory", "strides", "shape"],
 )
 def test_plan_notices_that_a_parameter_changed(compiled, change):
-    param, rate, steps = torch.ones(8, 6), torch.ones(8), torch.zeros(1, dtype=torch.int64)
+    param, rate, steps = compiled.to_device(
+        torch.ones(8, 6), torch.ones(8), torch.zeros(1, dtype=torch.int64)
+    )
     buffer = torch.zeros_like(param)
-    plan = compiled.FeaturePlan([param], [[buffer]], [], [rate], [6], [], steps)
+    plan = compiled.plan([param], [[buffer]], [], [rate], [6], [], steps)
     assert plan.sgd([torch.ones_like(param)], **SCALARS)
     change(param)
     before, state = param.clone(), buffer.clone()
@@ -595,15 +617,18 @@ def test_plan_notices_that_a_parameter_changed(compiled, change):
 
 
 def test_plan_notices_that_a_state_changed(compiled):
-    param, rate, steps = torch.ones(8, 6), torch.ones(8), torch.zeros(1, dtype=torch.int64)
+    param, rate, steps = compiled.to_device(
+        torch.ones(8, 6), torch.ones(8), torch.zeros(1, dtype=torch.int64)
+    )
     buffer = torch.zeros_like(param)
-    plan = compiled.FeaturePlan([param], [[buffer]], [], [rate], [6], [], steps)
+    plan = compiled.plan([param], [[buffer]], [], [rate], [6], [], steps)
     buffer.data = buffer.data.clone()
     assert not plan.sgd([torch.ones_like(param)], **SCALARS)
 
 
 def test_plan_refuses_what_does_not_fit(compiled):
-    problem = testing.feature_problem(names=["rows of a linear layer", "columns of an embedding"])
+    names = ["rows of a linear layer", "columns of an embedding"]
+    problem = testing.feature_problem(device=compiled.device, names=names)
     plan, _, steps = planned(compiled, problem)
     before = problem.to(torch.float32)
     sparse = [problem.grads[0].to_sparse(), problem.grads[1]]
@@ -616,9 +641,10 @@ def test_plan_refuses_what_does_not_fit(compiled):
     with pytest.raises(RuntimeError, match="momentum_buffers has entries"):
         plan.sgd(problem.grads, **SCALARS | {"momentum": 0.0})
     with pytest.raises(RuntimeError, match=r"rates\[0\] has 6 entries"):
-        compiled.FeaturePlan([torch.ones(5, 4)], [], [], [torch.ones(6)], [4], [], steps[:1])
+        param, rate = compiled.to_device(torch.ones(5, 4), torch.ones(6))
+        compiled.plan([param], [], [], [rate], [4], [], steps[:1])
     with pytest.raises(RuntimeError, match="got plan 123456789"):
-        compiled._sgd(123456789, problem.grads, None, None, None)
+        compiled.module._sgd(123456789, problem.grads, None, None, None)
     assert all(torch.equal(a, b) for a, b in zip(problem.params, before.params))
     assert not steps.any()
 
@@ -630,7 +656,7 @@ def test_plan_holds_its_tensors_and_lets_them_go(compiled):
         def __del__(self):
             freed.append(True)
 
-    problem = testing.feature_problem(names=["rows of a linear layer"])
+    problem = testing.feature_problem(device=compiled.device, names=["rows of a linear layer"])
     problem.params[0] = problem.params[0].as_subclass(Watched)
     plan, *_ = planned(compiled, problem)
     number = plan._number
@@ -641,10 +667,10 @@ def test_plan_holds_its_tensors_and_lets_them_go(compiled):
     gc.collect()
     assert freed
     with pytest.raises(RuntimeError, match=f"got plan {number}"):
-        compiled._sgd(number, problem.grads, None, None, None)
+        compiled.module._sgd(number, problem.grads, None, None, None)
 
 
-def test_the_number_of_threads_does_not_change_the_bits(compiled):
+def test_the_number_of_threads_does_not_change_the_bits(cpu):
     results = []
     before = torch.get_num_threads()
     try:
@@ -684,7 +710,7 @@ torch.save((_C.cpu_isa(), results), sys.argv[1])
 """
 
 
-def test_instruction_sets_agree(compiled, tmp_path):
+def test_instruction_sets_agree(cpu, tmp_path):
     results = {}
     for isa in ("v2", "v3", "v4"):
         target = tmp_path / isa
@@ -712,9 +738,8 @@ def test_instruction_sets_agree(compiled, tmp_path):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_opcheck(compiled, momentum):
-    problem = testing.feature_problem(
-        names=["rows of a linear layer", "few columns", "channels_last"]
-    )
+    names = ["rows of a linear layer", "few columns", "channels_last"]
+    problem = testing.feature_problem(device=compiled.device, names=names)
     params = [p.requires_grad_() for p in problem.params]
     arguments = (
         params,
@@ -724,7 +749,7 @@ def test_opcheck(compiled, momentum):
         problem.rates,
         problem.inners,
         [],
-        torch.zeros(len(params), dtype=torch.int64),
+        torch.zeros(len(params), dtype=torch.int64, device=compiled.device),
     )
     with torch.no_grad():
         torch.library.opcheck(

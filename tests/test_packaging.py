@@ -401,9 +401,12 @@ def test_cuda_kernels_compile_link_and_load(tmp_path):
     code = f"""{ONLY_HERE}
 import torch
 from alrao_fast import _extension
-from alrao_fast.ops.switch_update import switch_update_
+from alrao_fast.ops import _plan, feature_adam, feature_sgd, switch_update
 assert _extension.ERROR is None, _extension.ERROR
-for key in ("CPU", "CUDA"):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("alrao_fast::switch_update_", key), key
+ops = ["feature_sgd_", "feature_adam_", "switch_update_"]
+ops += ["_feature_plan", "_feature_sgd_planned_", "_feature_adam_planned_"]
+for op in ops:
+    for key in ("CPU", "CUDA"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key("alrao_fast::" + op, key), (op, key)
 """
     run("-c", code, cwd=tmp_path)

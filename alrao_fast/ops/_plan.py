@@ -31,11 +31,15 @@ _adam = torch.ops.alrao_fast._feature_adam_planned_.default
 
 
 class FeaturePlan:
-    """Parameters with their states, masters, rates and layouts, checked and cut into pieces for the threads.
+    """Parameters with their states, masters, rates and layouts, checked, and cut into pieces for threads or blocks.
 
     Arguments as in the list ops: `states` holds the lists of states (`[momentum_buffers]`, `[]` without momentum,
     `[exp_avgs, exp_avg_sqs]` or, with amsgrad, `[exp_avgs, exp_avg_sqs, max_exp_avg_sqs]`). Raises RuntimeError, as
     they do, where the tensors do not fit together.
+
+    All tensors are on one device, the CPU or a GPU of CUDA's. There the first step puts a table of the tensors into
+    device memory, and every step is queued on the current stream; CUDA graphs may capture it, with the gradients'
+    addresses as they are then, and stay valid whatever becomes of the plan.
 
     The plan keeps the tensors alive. `sgd` and `adam` return False, with nothing written, where a tensor is no longer
     what the plan saw (memory, shape, dtype: `module.to(...)`, `param.data = ...`): make a new plan then. They do not

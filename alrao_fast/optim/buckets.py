@@ -17,7 +17,7 @@ from alrao_fast.ops._plan import FeaturePlan
 from alrao_fast.optim.layouts import Layout, memory_rates
 
 # The implementations whose calls a compiled plan can shorten.
-PLANNED = ("cpu",)
+PLANNED = ("cpu", "cuda")
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 SUPPORTED = (torch.float32, torch.float64, *LOW_PRECISION)
 

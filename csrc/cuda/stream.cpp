@@ -28,6 +28,13 @@ cudaStream_t current_stream(int32_t device_index) {
   return static_cast<cudaStream_t>(stream);
 }
 
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  const cudaError_t error = cudaStreamIsCapturing(stream, &status);
+  STD_TORCH_CHECK(error == cudaSuccess, "alrao_fast: ", cudaGetErrorString(error));
+  return status != cudaStreamCaptureStatusNone;
+}
+
 void check_launch(const char* kernel, cudaError_t status) {
   STD_TORCH_CHECK(status == cudaSuccess, "alrao_fast: the CUDA kernel ", kernel,
                   " did not start: ", cudaGetErrorString(status));

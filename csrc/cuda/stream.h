@@ -10,6 +10,9 @@ namespace alrao::cuda {
 // torch's current stream on a device. Raises where torch is a CPU build.
 cudaStream_t current_stream(int32_t device_index);
 
+// Whether a graph is captured on a stream.
+bool is_capturing(cudaStream_t stream);
+
 // Raises with the CUDA runtime's own words if launching `kernel` failed.
 void check_launch(const char* kernel, cudaError_t status);
 

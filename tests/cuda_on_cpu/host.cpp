@@ -7,6 +7,8 @@ namespace alrao::cuda {
 
 cudaStream_t current_stream(int32_t) { return nullptr; }
 
+bool is_capturing(cudaStream_t) { return false; }
+
 void check_launch(const char* kernel, cudaError_t status) {
   STD_TORCH_CHECK(status == cudaSuccess, "alrao_fast: the CUDA kernel ", kernel,
                   " did not start: ", cudaGetErrorString(status));
