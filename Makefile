@@ -33,7 +33,7 @@ demo: $(STAMPS)/demo kernels ## train on scikit-learn's digits: Alrao against a 
 	$(BIN)/python benchmarks demo $(ARGS)
 
 .PHONY: speed
-speed: $(STAMPS)/demo kernels ## time optimizer steps and training steps against plain SGD
+speed: $(STAMPS)/demo kernels ## time every op and training steps beside what else does the same
 	$(BIN)/python benchmarks speed $(ARGS)
 
 .PHONY: test

@@ -8,7 +8,7 @@ import sys
 
 COMMANDS = {
     "demo": "Alrao against a grid of learning rates and Adam, on scikit-learn's digits",
-    "speed": "time of the optimizer step and of whole training steps against plain SGD",
+    "speed": "what Alrao costs: every op and whole training steps beside everything else that does the same",
     "gpu_check": "everything that a GPU can verify: tests, compute-sanitizer, speed; a result file",
     "gpu_status": "whether the committed results of a GPU are those of the present sources",
     "compat": "a training step of alrao_fast.compat against the loop over the last layers",

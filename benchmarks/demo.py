@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from models import PlainModel, mlp_backbone
+from networks import MLP, PlainModel
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -62,7 +62,7 @@ def load_data(seed: int) -> Data:
 def build(method: str, lr: float | None, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A fresh network and optimizer; `method` is alrao, sgd or adam."""
     torch.manual_seed(seed)
-    backbone = mlp_backbone(hidden=HIDDEN)
+    backbone = MLP(hidden=HIDDEN)
     if method == "alrao":
         net = alrao.AlraoModel(backbone, alrao.ClassifierClones(HIDDEN, CLASSES, NUM_CLONES))
         return net, alrao.AlraoSGD(net, lr_range=LR_RANGE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -21,11 +22,13 @@ def interleave(
     *,
     rounds: int = 15,
     seconds_per_block: float = 0.05,
+    seconds: float = math.inf,
     on_round: Callable[[], None] | None = None,
 ) -> dict[str, Timing]:
     """Time the candidates in `rounds` rounds of one block each, in an order that rotates from round to round.
 
-    A block repeats its call for about `seconds_per_block` seconds; its mean is one observation.
+    A block repeats its call for about `seconds_per_block` seconds; its mean is one observation. After `seconds` no
+    further round begins, but there are 3 at least.
     """
     names = list(candidates)
     repeats = {}
@@ -37,7 +40,10 @@ def interleave(
         once = time.perf_counter() - start
         repeats[name] = max(1, round(seconds_per_block / max(once, 1e-7)))
     observed: dict[str, list[float]] = {name: [] for name in names}
+    begin = time.perf_counter()
     for turn in range(rounds):
+        if turn >= 3 and time.perf_counter() - begin > seconds:
+            break
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             call, count = candidates[name], repeats[name]
@@ -47,10 +53,11 @@ def interleave(
             observed[name].append((time.perf_counter() - start) / count)
         if on_round is not None:
             on_round()
-    return {name: _summary(values) for name, values in observed.items()}
+    return {name: summary(values) for name, values in observed.items()}
 
 
-def _summary(values: list[float]) -> Timing:
+def summary(values: list[float]) -> Timing:
+    """Median and quartiles of the observations."""
     if len(values) == 1:
         return Timing(values[0], values[0], values[0])
     lower, median, upper = statistics.quantiles(values, n=4)

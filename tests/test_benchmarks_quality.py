@@ -157,7 +157,7 @@ def train(name: str, lr: float | None = None, **options):
 
 
 def test_a_run_by_hand():
-    from models import PlainModel
+    from networks import PlainModel
     from quality.digits import DigitsTask
 
     task = DigitsTask(0, CPU)

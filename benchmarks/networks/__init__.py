@@ -1,15 +1,31 @@
-"""The networks of the Alrao paper, as backbones: features come out, the last layer (or its clones) is the caller's.
+"""Networks as backbones: features come out, the last layer (or its clones, see `networks.heads`) is the caller's.
 
-Each class takes a `width` that multiplies every layer's number of features, and has `out_features`. With one linear
-layer on top, and with the clones of Alrao in its place (10, for the LSTM 6), they have the paper's parameter counts.
+Each class has `out_features`, and but for the transformer takes a `width` that multiplies every layer's number of
+features. With one linear layer on top, and with the clones of Alrao in its place (10, for the LSTM 6), GoogLeNet,
+VGG19, MobileNetV2 and the LSTM have the parameter counts of the Alrao paper.
 """
 
 from networks.googlenet import GoogLeNet
+from networks.heads import ClonesOneByOne, PlainModel
 from networks.lstm import LSTMBackbone
+from networks.mlp import MLP
 from networks.mobilenet import MobileNetV2
+from networks.senet import SENet18
+from networks.transformer import TransformerLM
 from networks.vgg import VGG19
 
-# Backbones for 3x32x32 images by the name that the commands take.
+# The paper's backbones for 3x32x32 images by the name that the commands take.
 IMAGE_NETWORKS = {"mobilenet": MobileNetV2, "googlenet": GoogLeNet, "vgg19": VGG19}
 
-__all__ = ["IMAGE_NETWORKS", "VGG19", "GoogLeNet", "LSTMBackbone", "MobileNetV2"]
+__all__ = [
+    "IMAGE_NETWORKS",
+    "MLP",
+    "VGG19",
+    "ClonesOneByOne",
+    "GoogLeNet",
+    "LSTMBackbone",
+    "MobileNetV2",
+    "PlainModel",
+    "SENet18",
+    "TransformerLM",
+]

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 import torch
-from models import PlainModel
+from networks import PlainModel
 from torch import nn
 
 import alrao_fast as alrao

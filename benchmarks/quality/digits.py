@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from demo import BATCH, CLASSES, HIDDEN, load_data
-from models import mlp_backbone
+from networks import MLP
 from paper.tasks import Score, Task, score, sums
 from torch import Tensor, nn
 
@@ -31,9 +31,7 @@ class DigitsTask(Task):
         }
 
     def backbone(self, width: float, dropout: float) -> nn.Module:
-        backbone = mlp_backbone(hidden=max(1, round(HIDDEN * width)))
-        backbone.out_features = backbone[-2].out_features
-        return backbone
+        return MLP(hidden=HIDDEN, width=width)
 
     def steps(self) -> int:
         return len(self.y) // BATCH

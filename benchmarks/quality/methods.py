@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
-from models import PlainModel
+from networks import PlainModel
 from paper.tasks import Task
 from torch import Tensor, nn
 

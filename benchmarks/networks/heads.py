@@ -1,14 +1,10 @@
-"""The networks that the benchmarks train: backbones for Alrao, plus a plain last layer for ordinary SGD."""
+"""A network's last layer without the package: one of them for ordinary training, or Alrao's clones one by one."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-
-
-def mlp_backbone(inputs: int = 64, hidden: int = 256) -> nn.Sequential:
-    """Two hidden ReLU layers: [B, inputs] -> [B, hidden]."""
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
+from torch.nn.functional import cross_entropy, nll_loss
 
 
 class PlainModel(nn.Module):
@@ -32,7 +28,7 @@ class PlainModel(nn.Module):
         if targets is None:
             result = logits.log_softmax(-1)
         else:
-            result = nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+            result = cross_entropy(logits.flatten(0, -2), targets.flatten())
         return (result, *out[1:]) if self.extras and isinstance(out, tuple) else result
 
 
@@ -55,9 +51,9 @@ class ClonesOneByOne(nn.Module):
         targets = targets.flatten()
         log_probs = [clone(features).log_softmax(-1) for clone in self.clones]
         joint = torch.stack(log_probs, dim=-1) + self.log_posterior
-        mixture = nn.functional.nll_loss(torch.logsumexp(joint, dim=-1), targets)
+        mixture = nll_loss(torch.logsumexp(joint, dim=-1), targets)
         fixed = features.detach()
-        own = [nn.functional.cross_entropy(clone(fixed), targets) for clone in self.clones]
+        own = [cross_entropy(clone(fixed), targets) for clone in self.clones]
         return mixture, own
 
     def backward(self, mixture: Tensor, own: list[Tensor]) -> None:
@@ -66,14 +62,3 @@ class ClonesOneByOne(nn.Module):
         self.clones.zero_grad()
         for loss in own:
             loss.backward()
-
-
-def vgg19_shapes(classes: int = 10) -> list[tuple[int, ...]]:
-    """Shapes of the parameters of VGG19 with batch normalisation for 32x32 images (20 million entries)."""
-    widths = [64] * 2 + [128] * 2 + [256] * 4 + [512] * 8
-    shapes: list[tuple[int, ...]] = []
-    previous = 3
-    for width in widths:
-        shapes += [(width, previous, 3, 3), (width,), (width,), (width,)]
-        previous = width
-    return [*shapes, (classes, 512), (classes,)]

@@ -1,0 +1,123 @@
+"""How time and memory grow with the clones, the classes, the parameters: `python benchmarks speed --sweep clones`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from speed.case import Case
+from speed.heads import mixture_case
+from speed.measure import Values, device_seconds
+from speed.optimizers import linear_network, optimizer_case
+
+HEADS = ("alrao", "one by one", "linear_cross_entropy x N", "linear_cross_entropy by rows")
+
+
+def _clones(device: torch.device) -> list[tuple[int, Case]]:
+    samples, features, classes = (4096, 1024, 4096) if device.type == "cuda" else (256, 256, 1000)
+    return [
+        (n, mixture_case(f"{n} clones", samples, features, classes, n, keep=HEADS, memory=True))
+        for n in (1, 2, 4, 8, 16, 32)
+    ]
+
+
+def _classes(device: torch.device) -> list[tuple[int, Case]]:
+    samples, features = (2048, 512) if device.type == "cuda" else (64, 64)
+    return [
+        (c, mixture_case(f"{c} classes", samples, features, c, 6, keep=HEADS, memory=True))
+        for c in (10, 100, 1000, 10_000, 32_000, 128_000)
+    ]
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _parameters(device: torch.device) -> list[tuple[int, Case]]:
+    names = ("alrao", "torch fused", "torch foreach")
+    sizes = [10**k for k in range(5, 10)]
+    # Parameters and gradients in float32, a copy for the comparison, and room to work in.
+    fitting = [size for size in sizes if 16 * size < _free_memory(device)]
+    return [
+        (
+            size,
+            optimizer_case(
+                f"linear layers, {size:,}", make_network=linear_network(size), keep=names
+            ),
+        )
+        for size in fitting
+    ]
+
+
+SWEEPS: dict[str, Callable[[torch.device], list[tuple[int, Case]]]] = {
+    "clones": _clones,
+    "classes": _classes,
+    "parameters": _parameters,
+}
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
+    """The power of the size by which the values grow: the slope of least squares in log-log over the upper half.
+
+    Small sizes cost a constant; None with fewer than 2 points.
+    """
+    points = [(s, v) for s, v in zip(sizes, values) if v > 0]
+    points = points[-max(2, (len(points) + 1) // 2) :]
+    if len(points) < 2:
+        return None
+    x, y = np.log(np.array(points)).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def summaries(points: list[tuple[int, dict[str, Values]]]) -> dict[str, dict[str, Any]]:
+    """By candidate: sizes, times, memory and their exponents; sizes at which it could not run are left out."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in points[0][1]:
+        rows = [(size, values[name]) for size, values in points if "seconds" in values[name]]
+        if not rows:
+            continue
+        at = [size for size, _ in rows]
+        seconds = [time.median for _, row in rows if (time := device_seconds(row)) is not None]
+        memory = [row.get("peak_memory", 0) for _, row in rows]
+        found[name] = {
+            "at": at,
+            "seconds": seconds,
+            "peak_memory": memory,
+            "time_exponent": exponent(at, seconds),
+            "memory_exponent": exponent(at, memory),
+        }
+    return found
+
+
+def plot(sweep: str, found: dict[str, dict[str, Any]], path: Path) -> None:
+    """Time and memory against the size, log-log, relative to Alrao's at the smallest size."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for key, title, ax in zip(("seconds", "peak_memory"), ("time", "peak extra memory"), axes):
+        unit = next((v for f in found.values() for v in f[key] if v > 0), None)
+        if unit is None:
+            ax.set_axis_off()
+            ax.set_title(f"{title}: not measured")
+            continue
+        for name, row in found.items():
+            points = [(s, v / unit) for s, v in zip(row["at"], row[key]) if v > 0]
+            if not points:
+                continue
+            power = row["time_exponent" if key == "seconds" else "memory_exponent"]
+            label = name if power is None else f"{name}: power {power:.2f}"
+            ax.loglog(*zip(*points), marker="o", markersize=4, label=label)
+        ax.set_xlabel(sweep)
+        ax.set_title(f"{title}, in units of the first point of the first line")
+        ax.title.set_fontsize(10)
+        ax.grid(True, which="major", alpha=0.3)
+        ax.legend(fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
