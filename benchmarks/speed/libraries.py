@@ -187,5 +187,7 @@ def candidates() -> Iterator[Candidate]:
     correct = ("loss", "dx", "dweight")
     for name, (load, gpu_only) in LIBRARIES.items():
         yield Candidate(f"{name} x N", partial(_plain, load, gpu_only), ("own", "dweight"))
-        yield Candidate(f"{name} two passes", partial(_two_passes, load, gpu_only), correct)
-        yield Candidate(f"{name} by rows", partial(_by_rows, load, gpu_only), correct)
+        yield Candidate(
+            f"{name} two passes", partial(_two_passes, load, gpu_only), correct, slow=True
+        )
+        yield Candidate(f"{name} by rows", partial(_by_rows, load, gpu_only), correct, slow=True)
