@@ -15,6 +15,7 @@ TF32 is used where torch.backends.cuda.matmul allows it. Sums have a fixed order
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import accumulator, launch
+from .switch_mixture_fused import is_fused, mixture_fused
 from .switch_mixture_gemm import finite, input_gradient, matmul, safe_matmul, sum_rows, zero_dead
 from .switch_mixture_stream import combine_kernel, mixture_row_kernel
 from .switch_mixture_tile import mixture_tile_kernel
@@ -214,8 +216,7 @@ def _mixture(
         dweight.zero_()
         dbias.zero_()
     else:
-        tile = tile_of(num_clones, num_classes)
-        run = _stream if tile is None else _tile
+        run = _regime(inputs, kind)
         run(inputs, kind, work, dx, dweight, dbias, need_dx, need_dw, memory_budget)
 
     loss = x.new_empty((), dtype=acc)
@@ -236,6 +237,31 @@ def _mixture(
         BLOCK=1024,
     )
     return loss, stats, dx, dweight, dbias
+
+
+def _regime(inputs: Inputs, kind: _Likelihood) -> Callable[..., None]:
+    _, num_features, num_clones, num_classes = inputs.sizes
+    if tile_of(num_clones, num_classes) is not None:
+        return _tile
+    if not kind.gaussian and is_fused(inputs.x.dtype, num_features):
+        return _fused
+    return _stream
+
+
+def _fused(inputs, kind, work, dx, dweight, dbias, need_dx, need_dw, memory_budget) -> None:
+    mixture_fused(
+        *inputs,
+        kind.target,
+        kind.ignore_index,
+        work.norm,
+        work.dead,
+        work.nll,
+        work.score,
+        work.mix,
+        dx if need_dx else None,
+        dweight if need_dw else None,
+        dbias if need_dw else None,
+    )
 
 
 def _folds(dtype: torch.dtype) -> bool:

@@ -94,6 +94,11 @@ def safe_matmul_kernel(
                 tl.store(sum_ptr + rows, row_sum, mask=mask_m)
 
 
+def tf32(dtype: torch.dtype) -> bool:
+    """Whether products of `dtype` may use TF32."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
 def safe_matmul(
     a: Tensor,
     b: Tensor,
@@ -130,7 +135,7 @@ def safe_matmul(
         *b.stride(),
         num_warps=4,
         num_stages=2,
-        TF32=a.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32,
+        TF32=tf32(a.dtype),
         GUARDED=flag is not None,
         MASK_DEAD=dead is not None,
         SUM_A=row_sum is not None,

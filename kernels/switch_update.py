@@ -1,7 +1,9 @@
 """switch_update_: one Bayesian update of the switch posterior (reference/switch_update.py), in one program.
 
-Bound by the launch (2 to 3 us): 24 N bytes of state. The weights leave the log domain at the largest, are updated
-and normalised there, which needs one exponential and one logarithm per weight and no case for -inf.
+Bound by the launch (2 to 3 us): 24 N bytes of state, 48 N more for the running statistics of `switch_observe_`. The
+weights leave the log domain at the largest, are updated and normalised there, which needs one exponential and one
+logarithm per weight and no case for -inf. In a training step the last program of the mixture's statistics does all this,
+without a launch of its own (`switch_mixture.finish_kernel`).
 """
 
 import triton
@@ -10,22 +12,17 @@ from torch import Tensor
 
 from ._launch import launch
 
+# The most clones that the mixture's own last program takes.
+TAIL = 512
+
 
 @triton.jit
-def switch_update_kernel(
-    logw_ptr,
-    log_posterior_ptr,
-    t_ptr,
-    log_likelihood_ptr,
-    num_clones,
-    theta: tl.float64,
-    rest: tl.float64,
-    BLOCK: tl.constexpr,
+def update_state(
+    logw_ptr, log_posterior_ptr, t_ptr, evidence, clones, num_clones, theta, rest
 ):
-    clones = tl.arange(0, BLOCK)
+    """The update by `evidence`, one float64 per entry of `clones`, -inf beyond the last clone."""
     mask = clones < num_clones
     infinity = float("inf")
-    evidence = tl.load(log_likelihood_ptr + clones, mask=mask, other=-infinity).to(tl.float64)
     evidence = tl.where(evidence < infinity, evidence, -infinity)
     informative = tl.max((evidence > -infinity).to(tl.int32), 0) > 0
     unstable = tl.load(logw_ptr + clones, mask=mask, other=-infinity) + evidence
@@ -48,12 +45,92 @@ def switch_update_kernel(
     tl.store(t_ptr, t + informative.to(tl.int64))
 
 
+@triton.jit
+def observe(
+    logw_ptr,
+    log_posterior_ptr,
+    t_ptr,
+    running_ptr,
+    stats_ptr,
+    num_clones,
+    theta,
+    rest,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds stats [3, N] to running [3, N]; the update by the mean of the log-likelihoods, or by their sum."""
+    clones = tl.arange(0, BLOCK)
+    mask = clones < num_clones
+    nll = tl.load(stats_ptr + clones, mask=mask, other=float("inf"))
+    count = tl.load(stats_ptr + 2 * num_clones)
+    for row in tl.static_range(3):
+        here = running_ptr + row * num_clones + clones
+        value = tl.load(stats_ptr + row * num_clones + clones, mask=mask, other=0.0)
+        tl.store(here, tl.load(here, mask=mask, other=0.0) + value, mask=mask)
+    # Without a sample every clone counts as dead, and the state stays.
+    evidence = -nll
+    if MEAN:
+        evidence = evidence / tl.where(count > 0, count, 1.0)
+    evidence = tl.where(mask & (count > 0), evidence, -float("inf"))
+    update_state(logw_ptr, log_posterior_ptr, t_ptr, evidence, clones, num_clones, theta, rest)
+
+
+@triton.jit
+def switch_update_kernel(
+    logw_ptr,
+    log_posterior_ptr,
+    t_ptr,
+    log_likelihood_ptr,
+    num_clones,
+    theta: tl.float64,
+    rest: tl.float64,
+    BLOCK: tl.constexpr,
+):
+    clones = tl.arange(0, BLOCK)
+    mask = clones < num_clones
+    evidence = tl.load(log_likelihood_ptr + clones, mask=mask, other=-float("inf")).to(tl.float64)
+    update_state(logw_ptr, log_posterior_ptr, t_ptr, evidence, clones, num_clones, theta, rest)
+
+
+@triton.jit
+def switch_observe_kernel(
+    logw_ptr,
+    log_posterior_ptr,
+    t_ptr,
+    running_ptr,
+    stats_ptr,
+    num_clones,
+    theta: tl.float64,
+    rest: tl.float64,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    observe(
+        logw_ptr,
+        log_posterior_ptr,
+        t_ptr,
+        running_ptr,
+        stats_ptr,
+        num_clones,
+        theta,
+        rest,
+        MEAN,
+        BLOCK,
+    )
+
+
+def block_of(num_clones: int) -> tuple[int, int]:
+    """(BLOCK, warps)."""
+    block = max(triton.next_power_of_2(num_clones), 16)
+    return block, 1 if block <= 128 else 4 if block <= 1024 else 16
+
+
 def switch_update_(
     logw: Tensor, log_posterior: Tensor, t: Tensor, log_likelihood: Tensor, theta: float
 ) -> None:
     """The op, on checked arguments."""
     num_clones = logw.size(1)
-    block = max(triton.next_power_of_2(num_clones), 16)
+    block, warps = block_of(num_clones)
     launch(
         switch_update_kernel,
         (1,),
@@ -64,6 +141,35 @@ def switch_update_(
         num_clones,
         float(theta),
         1.0 - theta,
-        num_warps=1 if block <= 128 else 4 if block <= 1024 else 16,
+        num_warps=warps,
+        BLOCK=block,
+    )
+
+
+def switch_observe_(
+    logw: Tensor,
+    log_posterior: Tensor,
+    t: Tensor,
+    running: Tensor,
+    stats: Tensor,
+    mean: bool,
+    theta: float,
+) -> None:
+    """The op, on checked arguments."""
+    num_clones = logw.size(1)
+    block, warps = block_of(num_clones)
+    launch(
+        switch_observe_kernel,
+        (1,),
+        logw,
+        log_posterior,
+        t,
+        running,
+        stats.contiguous(),
+        num_clones,
+        float(theta),
+        1.0 - theta,
+        num_warps=warps,
+        MEAN=mean,
         BLOCK=block,
     )

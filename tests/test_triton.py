@@ -2,7 +2,8 @@
 
 Runs on a GPU, or under TRITON_INTERPRET=1 (tests/test_triton_interpreter.py).
 
-- The mixture's regimes, each forced on every kind of input: our own products, the library's with repair, streamed.
+- The mixture's regimes, each forced on every kind of input: our own products, the library's with repair, streamed,
+  fused with the products; and which of them runs where.
 - More than one program per tensor, wide and narrow chunks, gradients that move, plans that are not confused.
 - opcheck of the twins; torch.compile(fullgraph=True) of a model; a whole training step in a CUDA graph.
 """
@@ -33,6 +34,7 @@ REGIMES = {
     "library, chunks": ({"DIRECT": 0}, 2000),
     "streamed": ({"TILE": 0}, None),
     "streamed, chunks": ({"TILE": 0}, 100),
+    "fused": ({"TILE": 0, "is_fused": lambda dtype, features: dtype != torch.float64}, None),
 }
 
 
@@ -143,6 +145,61 @@ def test_every_regime_of_regression(budget, dtype):
     compare(inputs, budget, switch_mixture_gaussian_stats, target)
 
 
+# Samples and classes within one block, in several; parts of the classes, and of all clones' classes.
+@pytest.mark.parametrize("programs", [1, 8, 512])
+@pytest.mark.parametrize("sizes", [(1, 1, 3, 1), (65, 17, 70, 2), (70, 128, 200, 3)], ids=str)
+def test_fused_in_parts(monkeypatch, sizes, programs):
+    from alrao_fast.kernels import switch_mixture, switch_mixture_fused
+
+    monkeypatch.setattr(switch_mixture, "TILE", 0)
+    monkeypatch.setattr(switch_mixture, "is_fused", lambda dtype, features: True)
+    monkeypatch.setattr(switch_mixture_fused, "PROGRAMS", programs)
+    inputs = testing.mixture_inputs(*sizes, device=DEVICE, scale=10.0)
+    if sizes[0] > 3:
+        inputs.target[3] = -100
+        inputs.weight[-1, 69, 0] = INF
+    compare(inputs, None)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=str)
+def test_fused_makes_what_is_needed(monkeypatch, needs):
+    from alrao_fast.kernels import switch_mixture
+
+    monkeypatch.setattr(switch_mixture, "TILE", 0)
+    monkeypatch.setattr(switch_mixture, "is_fused", lambda dtype, features: True)
+    x, weight, bias, log_posterior, target = testing.mixture_inputs(9, 6, 20, 3, device=DEVICE)
+    op = torch.ops.alrao_fast.switch_mixture_nll__triton
+    arguments = (x, weight, bias, log_posterior, target, -100, True)
+    every = op(*arguments, True, True, 1 << 20)
+    some = op(*arguments, *needs, 1 << 20)
+    for got, full, made in zip(some, every, (True, True, needs[0], needs[1], needs[1])):
+        assert torch.equal(got, full) if made else not got.numel()
+
+
+def test_which_regime_runs():
+    from alrao_fast.kernels import switch_mixture as kernels
+
+    def regime(dtype, features, classes, gaussian=False):
+        inputs = kernels.Inputs(
+            torch.empty(2, features, dtype=dtype), torch.empty(6, classes, features), None, None
+        )
+        return kernels._regime(inputs, kernels._Likelihood(None, gaussian, -100, 0.0, 0.0))
+
+    low, single = torch.bfloat16, torch.float32
+    assert regime(low, 100, 512) is kernels._tile
+    assert regime(low, 100, 10000) is kernels._fused
+    assert regime(low, 100, 10000, gaussian=True) is kernels._stream
+    assert regime(low, 129, 10000) is kernels._stream
+    assert regime(single, 64, 10000) is kernels._stream
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert regime(single, 64, 10000) is kernels._fused
+        assert regime(torch.float64, 64, 10000) is kernels._stream
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def test_rows_longer_than_a_block(monkeypatch):
     from alrao_fast.kernels import switch_mixture
 
@@ -231,6 +288,10 @@ def test_opcheck():
     )
     evidence = torch.zeros(3, device=DEVICE)
     torch.library.opcheck(ops.switch_update___triton.default, (*state, evidence, 0.999))
+    running, stats = torch.rand(2, 3, 3, dtype=torch.float64).to(DEVICE)
+    torch.library.opcheck(
+        ops.switch_observe___triton.default, (*state, running, stats, True, 0.999)
+    )
 
 
 def classifier(seed=0):

@@ -35,6 +35,7 @@ from alrao_fast.kernels import (
 )
 from triton_aot import TARGETS, Start, compile_for, record
 
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 TYPES = {tl.float64: 8, tl.float32: 4, tl.bfloat16: 2, tl.float16: 2}
 LARGE = multi_tensor.SMALL
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -94,7 +95,8 @@ def feature_steps() -> list[Start]:
     return found
 
 
-# dtype, (B, D, C, N): every tile and row configuration, direct products and the library's, sizes of 1.
+# dtype, (B, D, C, N): tiles of every number of warps, rows of one and of many blocks, direct products and the library's,
+# sizes of 1; fused kernels of every width.
 MIXTURES = [
     (torch.float32, (32, 64, 10, 10)),
     (torch.bfloat16, (32, 64, 100, 10)),
@@ -105,10 +107,13 @@ MIXTURES = [
     (torch.float32, (4, 64, 20000, 2)),
     (torch.bfloat16, (4, 64, 20000, 2)),
     (torch.float64, (4, 64, 20000, 2)),
+    *((dtype, (4, d, 20000, 2)) for dtype in LOW_PRECISION for d in (16, 32, 64, 100)),
 ]
 
 
-def mixture(dtype, shape, *, budget=1 << 30, needs=(True, True), log_prob=True) -> list[Start]:
+def mixture(
+    dtype, shape, *, budget=1 << 30, needs=(True, True), log_prob=True, tf32=False
+) -> list[Start]:
     x, weight, bias, log_posterior, target = testing.mixture_inputs(*shape, dtype=dtype)
     common = (x, weight, bias, log_posterior)
 
@@ -120,7 +125,11 @@ def mixture(dtype, shape, *, budget=1 << 30, needs=(True, True), log_prob=True) 
                 out, *common, out, *needs, budget
             )
 
-    return record(run)
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
+    try:
+        return record(run)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def regression(dtype, shape) -> list[Start]:
@@ -134,6 +143,9 @@ def mixtures() -> list[Start]:
     found = []
     for dtype, shape in MIXTURES:
         found += mixture(dtype, shape)
+    # With TF32 the products of a small problem, and the fused kernels.
+    for shape in (MIXTURES[0][1], *((4, d, 20000, 2) for d in (16, 32, 64))):
+        found += mixture(torch.float32, shape, tf32=True)
     for shape in (MIXTURES[0][1], MIXTURES[6][1]):
         found += mixture(torch.float32, shape, needs=(False, False), log_prob=False)
         found += regression(torch.float32, shape)
@@ -149,6 +161,10 @@ def updates() -> list[Start]:
         found += record(
             functools.partial(switch_update.switch_update_, logw, logw[0], t, evidence, 0.999)
         )
+        sums = torch.zeros(2, 3, clones, dtype=torch.float64)
+        for mean in (True, False):
+            arguments = (logw, logw[0], t, *sums, mean, 0.999)
+            found += record(functools.partial(switch_update.switch_observe_, *arguments))
     return found
 
 

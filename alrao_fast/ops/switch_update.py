@@ -32,13 +32,6 @@ def _fake_observe(
     return None
 
 
-define(
-    "switch_observe_(Tensor(a!) logw, Tensor(b!) log_posterior, Tensor(c!) t, "
-    "Tensor(d!) running, Tensor stats, bool mean, float theta) -> ()",
-    _fake_observe,
-)
-
-
 def _check(
     logw: Tensor, log_posterior: Tensor, t: Tensor, log_likelihood: Tensor, theta: float
 ) -> None:
@@ -65,12 +58,34 @@ def _check(
     check(0 < theta < 1, f"theta: got {theta:g}, expected 0 < theta < 1")
 
 
+def _check_observe(
+    logw: Tensor,
+    log_posterior: Tensor,
+    t: Tensor,
+    running: Tensor,
+    stats: Tensor,
+    mean: bool,
+    theta: float,
+) -> None:
+    shape, double = [3, log_posterior.numel()], (torch.float64,)
+    for name, tensor in (("running", running), ("stats", stats)):
+        check_tensor(name, tensor, shape, double, logw.device)
+    check(running.is_contiguous(), "running: got a strided tensor, expected a contiguous one")
+    _check(logw, log_posterior, t, stats[0], theta)
+
+
 _SCHEMA = (
     "switch_update_(Tensor(a!) logw, Tensor(b!) log_posterior, Tensor(c!) t, "
     "Tensor log_likelihood, float theta) -> ()"
 )
 define(_SCHEMA, _fake)
 _triton.define(_SCHEMA, _fake, "switch_update", _check)
+_OBSERVE_SCHEMA = (
+    "switch_observe_(Tensor(a!) logw, Tensor(b!) log_posterior, Tensor(c!) t, Tensor(d!) running, "
+    "Tensor stats, bool mean, float theta) -> ()"
+)
+define(_OBSERVE_SCHEMA, _fake_observe)
+_triton.define(_OBSERVE_SCHEMA, _fake_observe, "switch_update", _check_observe)
 
 
 def switch_update_(
@@ -122,13 +137,13 @@ def switch_observe_(
     `stats [3, N]` and `running [3, N]` are float64, as `switch_mixture_stats` returns them. The
     observation is the mean of the log-likelihoods over the counted samples, `-stats[0] / stats[2]`,
     or their sum. With nothing counted the switch stays as it is. The other arguments are those of
-    `switch_update_`. On the CPU this is one call: for a small head the six small operations that it
-    replaces take as long as the head's gradients.
+    `switch_update_`. In C++ on the CPU and in Triton this is one call: for a small head the six small
+    operations that it replaces take as long as the head's gradients.
     """
-    if backends.select(OP, logw.device, impl) == "cpu":
-        torch.ops.alrao_fast.switch_observe_(
-            logw, log_posterior, t, running, stats.detach(), mean, theta
-        )
+    backend = backends.select(OP, logw.device, impl)
+    if backend in ("cpu", "triton"):
+        op = _triton.overload("switch_observe_", backend)
+        op(logw, log_posterior, t, running, stats.detach(), mean, theta)
         return
     running.add_(stats)
     average = -stats[0] / stats[2]
