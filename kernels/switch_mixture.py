@@ -9,8 +9,9 @@ With L = B N C logits, bounds on an H200 (4.3 TB/s; 790 TFLOP/s bfloat16, 400 TF
 * stream (larger): clone after clone, 5 or 6 launches each. 6 L D flops, 12 to 16 bytes a logit and 12 a sample, clone
   and feature: 4096 x 2048 features, 10 x 1000 classes in bfloat16: 637 us + 390 us; 8192 x 768 features, 6 x 50304
   classes: 14.4 ms + 8 ms, 65 % of the flops' bound.
+* fused (larger, with few features): no logit is written, `switch_mixture_fused` has its bounds.
 
-Neither holds more logits than the memory budget. Logits, their softmax and every sum are float32 (float64 for float64);
+None holds more logits than the memory budget. Logits, their softmax and every sum are float32 (float64 for float64);
 TF32 is used where torch.backends.cuda.matmul allows it. Sums have a fixed order; nothing waits for the device.
 """
 

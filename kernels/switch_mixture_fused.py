@@ -1,16 +1,17 @@
 """Kernels of the mixture fused with their products, for few features and large N C: no logit is ever written.
 
-Every pass makes the logits of a tile anew from the features and the weights, which stay small: 10 B N C D flops instead
-of 6, and no traffic per logit. Whoever owns a result computes all of it, in a fixed order and without atomics:
+Every pass makes the logits of a tile anew from the features and the weights, which stay small: 10 B N C D flops
+instead of 6, and no traffic per logit. Whoever owns a result computes all of it, in a fixed order and without atomics:
 
-* statistics: a block of samples, one clone, a part of the classes; `mixture_merge_kernel` joins the parts and the clones;
+* statistics: a block of samples, one clone, a part of the classes; `mixture_merge_kernel` joins parts and clones;
 * a clone's gradient: a block of its classes, over all samples;
 * the features' gradient: a block of samples, over a part of all clones' classes; the parts are added in order.
 
 With D_P the features padded to 16 .. 128, bounds on an H200 (500 bfloat16 and 225 TF32 TFLOP/s in such kernels, 3.7
-exponentials a picosecond): 1400 x 100 features, 6 x 10000 classes in bfloat16, D_P = 128: 10 B N C D_P = 108 Gflop, 215
-us, + 3 exponentials a logit, 68 us, against 24 us for its bytes; 7 or 8 launches, 17 us, hide behind each other. Streamed:
-64 us of flops and 18 bytes a logit, 350 us. With 64 features: 107 + 68 us. About 70 % of the bound is expected.
+exponentials a picosecond), for 1400 x 100 features and 6 x 10000 classes in bfloat16, D_P = 128: 10 B N C D_P = 108
+Gflop, 215 us, + 3 exponentials a logit, 68 us, against 24 us for its bytes; 7 or 8 launches, 17 us, hide behind each
+other. Streamed: 64 us of flops and 18 bytes a logit, 350 us. With 64 features: 107 + 68 us. About 70 % of the bound is
+expected; none of this has been timed.
 """
 
 import torch
@@ -120,7 +121,7 @@ def mixture_statistics_kernel(
     tl.store(place_ptr + cell * num_samples + samples, tl.where(bad != 0, -1, place), mask=mask_m)
 
 
-@triton.jit(do_not_specialize=["num_samples", "num_splits", "ignore_index"])
+@triton.jit(do_not_specialize=["num_samples", "num_clones", "num_splits", "ignore_index"])
 def mixture_merge_kernel(
     part_ptr,
     place_ptr,
@@ -150,13 +151,13 @@ def mixture_merge_kernel(
     is_class = (target >= 0) & (target < num_classes)
     top = tl.full([BLOCK], -infinity, tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
-    for clone in range(0, num_clones):
+    for clone in range(num_clones):
         peak = tl.full([BLOCK], -infinity, tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
         at_target = tl.zeros([BLOCK], tl.float32)
         best = tl.zeros([BLOCK], tl.int32)
         finite = mask
-        for split in range(0, num_splits):
+        for split in range(num_splits):
             cell = split * num_clones.to(tl.int64) + clone
             here = part_ptr + cell * 3 * num_samples + samples
             largest = tl.load(here, mask=mask, other=0.0)

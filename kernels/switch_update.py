@@ -2,8 +2,7 @@
 
 Bound by the launch (2 to 3 us): 24 N bytes of state, 48 N more for the running statistics of `switch_observe_`. The
 weights leave the log domain at the largest, are updated and normalised there, which needs one exponential and one
-logarithm per weight and no case for -inf. In a training step the last program of the mixture's statistics does all this,
-without a launch of its own (`switch_mixture.finish_kernel`).
+logarithm per weight and no case for -inf.
 """
 
 import triton
@@ -12,14 +11,9 @@ from torch import Tensor
 
 from ._launch import launch
 
-# The most clones that the mixture's own last program takes.
-TAIL = 512
-
 
 @triton.jit
-def update_state(
-    logw_ptr, log_posterior_ptr, t_ptr, evidence, clones, num_clones, theta, rest
-):
+def update_state(logw_ptr, log_posterior_ptr, t_ptr, evidence, clones, num_clones, theta, rest):
     """The update by `evidence`, one float64 per entry of `clones`, -inf beyond the last clone."""
     mask = clones < num_clones
     infinity = float("inf")
@@ -62,7 +56,8 @@ def observe(
     clones = tl.arange(0, BLOCK)
     mask = clones < num_clones
     nll = tl.load(stats_ptr + clones, mask=mask, other=float("inf"))
-    count = tl.load(stats_ptr + 2 * num_clones)
+    # 0 beyond the last clone.
+    count = tl.load(stats_ptr + 2 * num_clones + clones, mask=mask, other=0.0)
     for row in tl.static_range(3):
         here = running_ptr + row * num_clones + clones
         value = tl.load(stats_ptr + row * num_clones + clones, mask=mask, other=0.0)
@@ -71,7 +66,7 @@ def observe(
     evidence = -nll
     if MEAN:
         evidence = evidence / tl.where(count > 0, count, 1.0)
-    evidence = tl.where(mask & (count > 0), evidence, -float("inf"))
+    evidence = tl.where(count > 0, evidence, -float("inf"))
     update_state(logw_ptr, log_posterior_ptr, t_ptr, evidence, clones, num_clones, theta, rest)
 
 
@@ -122,7 +117,7 @@ def switch_observe_kernel(
 def block_of(num_clones: int) -> tuple[int, int]:
     """(BLOCK, warps)."""
     block = max(triton.next_power_of_2(num_clones), 16)
-    return block, 1 if block <= 128 else 4 if block <= 1024 else 16
+    return block, 1 if block <= 128 else min(max(block // 256, 4), 32)
 
 
 def switch_update_(

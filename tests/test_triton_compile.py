@@ -95,8 +95,8 @@ def feature_steps() -> list[Start]:
     return found
 
 
-# dtype, (B, D, C, N): tiles of every number of warps, rows of one and of many blocks, direct products and the library's,
-# sizes of 1; fused kernels of every width.
+# dtype, (B, D, C, N): tiles of every number of warps, rows of one and of many blocks, direct products and the
+# library's, sizes of 1; fused kernels of every width, and of one clone.
 MIXTURES = [
     (torch.float32, (32, 64, 10, 10)),
     (torch.bfloat16, (32, 64, 100, 10)),
@@ -108,6 +108,7 @@ MIXTURES = [
     (torch.bfloat16, (4, 64, 20000, 2)),
     (torch.float64, (4, 64, 20000, 2)),
     *((dtype, (4, d, 20000, 2)) for dtype in LOW_PRECISION for d in (16, 32, 64, 100)),
+    (torch.bfloat16, (1, 1, 20000, 1)),
 ]
 
 
