@@ -68,6 +68,10 @@ format: $(STAMPS)/dev ## apply ruff's and clang-format's corrections
 doctor: $(STAMPS)/build kernels ## what runs here, and why not what does not
 	$(BIN)/python -m alrao_fast doctor $(ARGS)
 
+.PHONY: ptxas
+ptxas: $(STAMPS)/test ## compile the CUDA kernels for every architecture, without a GPU, and print their registers
+	$(BIN)/python tests/cuda_machine_code.py
+
 .PHONY: build
 build: $(STAMPS)/build kernels ## install the package in place and compile its kernels
 

@@ -7,7 +7,7 @@ Environment variables:
 ALRAO_CUDA            unset: the CUDA kernels are built where torch is a CUDA build and there is a
                       toolkit of the same major version; 0: never; 1: an error where they cannot be;
                       force: compiled and linked even under a CPU build of torch (for continuous
-                      integration without a GPU).
+                      integration without a GPU), warnings being errors.
 ALRAO_CPP=0           pure Python: every op runs through the reference.
 TORCH_CUDA_ARCH_LIST  as for torch's own extensions: "9.0" or "8.0;9.0+PTX"; "native": the GPUs of this machine, which
                       is also what a build in place (editable) takes where there are any; else, and for a wheel,
@@ -64,9 +64,10 @@ NVCC_FLAGS = [
     "-lineinfo",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
 ]
+STRICT_NVCC_FLAGS = ["-Werror=all-warnings"]
 
 
-def write_ninja(cpp: Cpp, torch: Torch, cuda: Toolkit | None, gencode: list[str]) -> None:
+def write_ninja(cpp: Cpp, torch: Torch, cuda: Toolkit | None, nvcc_flags: list[str]) -> None:
     """Write WORK/build.ninja, which makes LIBRARY from everything under csrc."""
     csrc = ROOT / "csrc"
     headers = [str(torch.root / "include"), sysconfig.get_path("include")]
@@ -95,7 +96,7 @@ def write_ninja(cpp: Cpp, torch: Torch, cuda: Toolkit | None, gencode: list[str]
         "  description = link $out",
     ]
     if cuda:
-        nvcc = [str(cuda.root / "bin" / "nvcc"), "-ccbin", cpp.driver, *NVCC_FLAGS, *gencode]
+        nvcc = [str(cuda.root / "bin" / "nvcc"), "-ccbin", cpp.driver, *NVCC_FLAGS, *nvcc_flags]
         lines += [
             "rule cuda",
             f"  command = {_words([*nvcc, f'-I{csrc}'])} -MMD -MF $out.d -c $in -o $out",
@@ -193,7 +194,8 @@ class BuildKernels(build_ext):
             gencode = choose_archs(asked, toolkit.archs, here)
             info["cuda_toolkit"] = toolkit.version
             info["cuda_archs"] = [option.rpartition("=")[2] for option in gencode]
-        write_ninja(cpp, torch, toolkit, gencode)
+        strict = STRICT_NVCC_FLAGS if request == "force" else []
+        write_ninja(cpp, torch, toolkit, [*gencode, *strict])
         cpus = len(os.sched_getaffinity(0))
         jobs = choose_jobs(os.environ.get("MAX_JOBS", ""), cpus, free_memory())
         if subprocess.run([cpp.ninja, "-C", str(WORK), "-j", str(jobs)]).returncode != 0:
