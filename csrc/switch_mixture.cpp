@@ -2,6 +2,8 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#include <utility>
+
 #include "checks.h"
 
 namespace alrao {
@@ -47,6 +49,16 @@ void check_gaussian_target(const Tensor& target, const Tensor& x, int64_t output
   check_same_dtype("target", target, "x", x);
   check_same_device("target", target, "x", x);
   STD_TORCH_CHECK(sigma2 > 0, "sigma2: got ", sigma2, ", expected a positive variance");
+}
+
+void check_log_prob_gradient(const Tensor& grad, const Tensor& log_prob, const Tensor& x,
+                             int64_t classes) {
+  const bool is_double = x.scalar_type() == ScalarType::Double;
+  for (const auto& [name, tensor] : {std::pair{"grad", &grad}, std::pair{"log_prob", &log_prob}}) {
+    check_shape(name, *tensor, {x.size(0), classes});
+    check_dtype(name, *tensor, {is_double ? ScalarType::Double : ScalarType::Float});
+    check_same_device(name, *tensor, "x", x);
+  }
 }
 
 }  // namespace alrao

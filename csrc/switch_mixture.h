@@ -7,11 +7,9 @@
 #include <cstdint>
 #include <optional>
 
-namespace alrao {
+#include "switch_mixture_math.h"
 
-struct MixtureSizes {
-  int64_t samples, features, clones, classes;
-};
+namespace alrao {
 
 // Checks of the arguments that all ops of the family share; raise before anything is written.
 MixtureSizes check_mixture(const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
@@ -24,5 +22,10 @@ void check_class_target(const torch::stable::Tensor& target, const torch::stable
 // `target [B, K]`, of x's dtype: what the regressors should predict.
 void check_gaussian_target(const torch::stable::Tensor& target, const torch::stable::Tensor& x,
                            int64_t outputs, double sigma2);
+
+// `grad` and `log_prob`, [B, C] of the type that x is computed in.
+void check_log_prob_gradient(const torch::stable::Tensor& grad,
+                             const torch::stable::Tensor& log_prob, const torch::stable::Tensor& x,
+                             int64_t classes);
 
 }  // namespace alrao

@@ -2,6 +2,8 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#include <utility>
+
 #include "checks.h"
 
 namespace alrao {
@@ -27,6 +29,18 @@ void check_switch_update(const Tensor& logw, const Tensor& log_posterior, const 
   check_same_device("t", t, "logw", logw);
   check_same_device("log_likelihood", log_likelihood, "logw", logw);
   STD_TORCH_CHECK(theta > 0 && theta < 1, "theta: got ", theta, ", expected 0 < theta < 1");
+}
+
+void check_switch_observe(const Tensor& logw, const Tensor& log_posterior, const Tensor& t,
+                          const Tensor& running, const Tensor& stats, double theta) {
+  // The first row of the statistics stands for the log-likelihoods: same size, same type.
+  check_switch_update(logw, log_posterior, t, log_posterior, theta);
+  for (const auto& [name, tensor] : {std::pair{"running", &running}, std::pair{"stats", &stats}}) {
+    check_shape(name, *tensor, {3, logw.size(1)});
+    check_dtype(name, *tensor, {ScalarType::Double});
+    check_contiguous(name, *tensor);
+    check_same_device(name, *tensor, "logw", logw);
+  }
 }
 
 }  // namespace alrao

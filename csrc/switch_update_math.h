@@ -22,6 +22,13 @@ ALRAO_HOST_DEVICE static inline double switch_evidence(double log_likelihood) {
   return log_likelihood < INFINITY ? log_likelihood : -INFINITY;
 }
 
+// What a batch says of a clone: the mean of its log-likelihoods, or their sum. With nothing counted
+// it is 0/0 = NaN, no observation.
+ALRAO_HOST_DEVICE static inline double switch_observed(double nll_sum, double count, bool mean) {
+  const double average = -nll_sum / count;
+  return mean ? average : average * count;
+}
+
 // The mass of one hypothesis after the observation, `reference` being the largest logw + evidence.
 ALRAO_HOST_DEVICE static inline double switch_mass(double logw, double evidence, double reference) {
   return exp(logw + evidence - reference);

@@ -125,6 +125,12 @@ def assert_budget(inputs, impl, function=switch_mixture_stats, slack=None, **kwa
             slack_here = {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(inputs[0].dtype, 4e-6)
             testing.assert_within_budget(got, reference, exact, name, slack=slack_here)
             continue
+        if name == "loss" and slack is None:
+            # With one class all that is left of the posterior's terms, of size 1, is their rounding.
+            unit = 1e-13 if got.dtype == torch.float64 else 4e-6
+            slack_of_loss = unit / min(max(exact.abs().item(), 1e-30), 1.0)
+            testing.assert_within_budget(got, reference, exact, name, slack=slack_of_loss)
+            continue
         testing.assert_within_budget(got, reference, exact, name, slack=slack)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from alrao_fast.nn.switch import FixedDtypeBuffers, Switch
 from alrao_fast.ops.switch_mixture import (
+    Observer,
     switch_mixture_gaussian_stats,
     switch_mixture_log_prob,
     switch_mixture_mean,
@@ -139,20 +140,40 @@ class LinearClones(FixedDtypeBuffers):
             self._observe(stats)
         return loss
 
-    def _observe(self, stats: Tensor) -> None:
-        """One observation of the switch from the statistics `[3, N]` of a batch."""
+    def _observer(self) -> Observer:
         switch = self.switch
         # This runs in every training step: past nn.Module's __getattr__, which costs as much as a small kernel.
         state: dict[str, Any] = switch._buffers
-        switch_observe_(
+        return Observer(
             state["logw"],
             state["log_posterior"],
             state["t"],
             self.running,
-            switch.sum_over_processes(stats),
-            mean=self.evidence == "mean",
-            theta=switch.theta,
+            self.evidence == "mean",
+            switch.theta,
         )
+
+    def _observe(self, stats: Tensor) -> None:
+        """One observation of the switch from the statistics `[3, N]` of a batch."""
+        *state, mean, theta = self._observer()
+        switch_observe_(*state, self.switch.sum_over_processes(stats), mean=mean, theta=theta)
+
+    def _loss(
+        self, stats_of: Callable[..., tuple[Tensor, Tensor]], *args: Any, **options: Any
+    ) -> Tensor:
+        """The loss by an op of the mixture; in training mode its statistics are observed."""
+        # With other processes the statistics must be summed first.
+        alone = self.training and self.switch.is_alone()
+        loss, stats = stats_of(
+            *args,
+            reduction=self.reduction,
+            memory_budget=self.memory_budget,
+            observer=self._observer() if alone else None,
+            **options,
+        )
+        if self.training and not alone:
+            self._observe(stats)
+        return loss
 
     def clone_metrics(self, reset: bool = False) -> dict[str, Tensor]:
         """Per-clone means over the training samples since construction or the last reset, float64, on the device.
@@ -252,19 +273,15 @@ class ClassifierClones(LinearClones):
             return switch_mixture_log_prob(
                 features, self.weight, self.bias, posterior, memory_budget=self.memory_budget
             )
-        loss, stats = switch_mixture_stats(
+        return self._loss(
+            switch_mixture_stats,
             features,
             self.weight,
             self.bias,
             self.switch.log_posterior,
             targets,
             ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            memory_budget=self.memory_budget,
         )
-        if self.training:
-            self._observe(stats)
-        return loss
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_classes={self.num_classes}, {super().extra_repr()}"
@@ -322,19 +339,15 @@ class RegressorClones(LinearClones):
         if targets is None:
             posterior = self.switch.log_posterior.clone()
             return switch_mixture_mean(features, self.weight, self.bias, posterior)
-        loss, stats = switch_mixture_gaussian_stats(
+        return self._loss(
+            switch_mixture_gaussian_stats,
             features,
             self.weight,
             self.bias,
             self.switch.log_posterior,
             targets,
             sigma2=self.sigma2,
-            reduction=self.reduction,
-            memory_budget=self.memory_budget,
         )
-        if self.training:
-            self._observe(stats)
-        return loss
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"

@@ -100,17 +100,22 @@ class Switch(FixedDtypeBuffers):
             own["logw"], own["log_posterior"], own["t"], log_likelihood, theta=self.theta
         )
 
+    def is_alone(self) -> bool:
+        """Whether no other process observes with this one."""
+        return (
+            not (dist.is_available() and dist.is_initialized())
+            or dist.get_world_size(self.process_group) == 1
+        )
+
     def sum_over_processes(self, values: Tensor) -> Tensor:
         """Sum of `values` over the process group, the same bits on every process; `values` itself if there is one.
 
         The values are gathered and summed in the order of the ranks: an all-reduce may round differently per rank,
         and the posteriors of the ranks would drift apart.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        if self.is_alone():
             return values
         world = dist.get_world_size(self.process_group)
-        if world == 1:
-            return values
         gathered = values.new_empty(world * values.numel())
         dist.all_gather_into_tensor(
             gathered, values.detach().flatten().contiguous(), group=self.process_group

@@ -8,7 +8,7 @@ gradients of one function: x gets the mixture's, each clone its own, so there is
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,15 +18,35 @@ from alrao_fast import backends
 from alrao_fast.ops import _triton
 from alrao_fast.ops._checks import FLOATS, check, check_tensor
 from alrao_fast.ops._library import LIB, define
+from alrao_fast.ops.switch_update import switch_observe_
 from alrao_fast.reference import switch_mixture as reference
 
 OP = "switch_mixture"
-# Bytes that the logits of a chunk of samples may take.
+# Bytes that the logits of a chunk of samples may take: on a CPU about its caches, on a GPU enough rows for a product of
+# matrices to run at full speed with 128,000 classes.
 CPU_MEMORY_BUDGET = 64 << 20
+GPU_MEMORY_BUDGET = 1 << 30
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor log_posterior"
+_MUTABLE_INPUTS = _INPUTS.replace("Tensor log_posterior", "Tensor(a!) log_posterior")
 _NEEDS = "bool mean, bool need_dx, bool need_dw, int memory_budget"
 _RESULT = "(Tensor loss, Tensor stats, Tensor dx, Tensor dweight, Tensor dbias)"
+_OBSERVER = "Tensor(b!) logw, Tensor(c!) t, Tensor(d!) running, bool mean_evidence, float theta"
+
+
+class Observer(NamedTuple):
+    """What a training step updates besides the parameters, as `switch_observe_` takes it.
+
+    `logw [2, N]`, `log_posterior [N]` and `t` are the switch's state, `running [3, N]` the running statistics; `mean`
+    and `theta` say how.
+    """
+
+    logw: Tensor
+    log_posterior: Tensor
+    t: Tensor
+    running: Tensor
+    mean: bool
+    theta: float
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -57,12 +77,18 @@ def _fake_gaussian_nll(
     return _fake_result(x, weight, need_dx, need_dw)
 
 
+def _fake_observe(x, weight, *rest):
+    need_dx, need_dw = rest[5:7]
+    return _fake_result(x, weight, need_dx, need_dw)
+
+
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias = inputs[:3]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[2:])
     ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
     ctx.needs = inputs[7:9]
+    ctx.num_inputs = len(inputs)
 
 
 def _save_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -76,8 +102,8 @@ def _scale_gradients(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tens
 
 
 def _gradients(ctx: Any, scaled: Callable[[Tensor], Tensor] | None) -> tuple[Tensor | None, ...]:
-    """The gradients to the op's ten inputs from the saved ones; None: nothing arrived."""
-    gradients: list[Tensor | None] = [None] * 10
+    """The gradients to the op's inputs from the saved ones; None: nothing arrived."""
+    gradients: list[Tensor | None] = [None] * ctx.num_inputs
     if scaled is not None:
         need_dx, need_dw = ctx.needs
         needed = need_dx, need_dw, need_dw and ctx.dtypes[2] is not None
@@ -110,11 +136,28 @@ class _EagerGradients(torch.autograd.Function):
         return None, *_scale_gradients(ctx, grad)
 
 
-def _with_gradients(op: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+def _with_gradients(
+    name: str, backend: str, observer: Observer | None, *inputs: Any
+) -> tuple[Tensor, Tensor]:
+    """Loss and statistics by the op `name`, which the observer takes."""
+    if observer is not None and backend == "cuda" and not torch.compiler.is_compiling():
+        # The update is the tail of the op's last kernel.
+        logw, _, t, running, mean, theta = observer
+        op = getattr(torch.ops.alrao_fast, f"{name}_observe_").default
+        return _EagerGradients.apply(op, *inputs, logw, t, running, mean, theta)
+    op = _triton.overload(name, backend)
     if torch.compiler.is_compiling():
         loss, stats, *_ = op(*inputs)
-        return loss, stats
-    return _EagerGradients.apply(op, *inputs)
+    else:
+        loss, stats = _EagerGradients.apply(op, *inputs)
+    _observe(observer, stats, backend)
+    return loss, stats
+
+
+def _observe(observer: Observer | None, stats: Tensor, backend: str) -> None:
+    if observer is not None:
+        *state, mean, theta = observer
+        switch_observe_(*state, stats, mean=mean, theta=theta, impl=backend)
 
 
 def _fake_log_prob(x, weight, bias, log_posterior, memory_budget):
@@ -227,23 +270,43 @@ def _check_log_prob_backward(
         check_tensor(name, tensor, shape, dtypes, x.device)
 
 
-for _schema, _fake, _check_inputs in (
+for _op, _arguments, _fake, _check_inputs in (
+    ("switch_mixture_nll", "Tensor target, int ignore_index", _fake_nll, _check_nll),
     (
-        f"switch_mixture_nll({_INPUTS}, Tensor target, int ignore_index, {_NEEDS}) -> {_RESULT}",
-        _fake_nll,
-        _check_nll,
-    ),
-    (
-        f"switch_mixture_gaussian_nll({_INPUTS}, Tensor target, float sigma2, {_NEEDS}) -> {_RESULT}",
+        "switch_mixture_gaussian_nll",
+        "Tensor target, float sigma2",
         _fake_gaussian_nll,
         _check_gaussian_nll,
     ),
 ):
+    # The same with the observation of the switch as its tail, for the compiled GPU kernels.
+    define(
+        f"{_op}_observe_({_MUTABLE_INPUTS}, {_arguments}, {_NEEDS}, {_OBSERVER}) -> {_RESULT}",
+        _fake_observe,
+    )
+    _schema = f"{_op}({_INPUTS}, {_arguments}, {_NEEDS}) -> {_RESULT}"
     for _name in (
         define(_schema, _fake),
         _triton.define(_schema, _fake, "switch_mixture", _check_inputs),
     ):
         torch.library.register_autograd(_name, _scale_gradients, setup_context=_save_op, lib=LIB)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b in the dtype of `out`: for the CUDA kernels, whose ABI cannot pass addmm's numbers."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+
+
+LIB.impl(
+    define(
+        "switch_mixture_add_product_(Tensor(a!) out, Tensor a, Tensor b) -> ()", lambda *_: None
+    ),
+    _add_product,
+    "CompositeExplicitAutograd",
+)
 _LOG_PROB = f"switch_mixture_log_prob({_INPUTS}, int memory_budget) -> Tensor"
 _LOG_PROB_BACKWARD = (
     f"switch_mixture_log_prob_backward(Tensor grad, {_INPUTS}, Tensor log_prob, bool need_dx, "
@@ -282,6 +345,12 @@ def _flat(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
     return (x if x.dim() == 2 else x.reshape(-1, x.size(-1))), weight, bias
 
 
+def _budget(x: Tensor, memory_budget: int | None) -> int:
+    if memory_budget is not None:
+        return memory_budget
+    return CPU_MEMORY_BUDGET if x.device.type == "cpu" else GPU_MEMORY_BUDGET
+
+
 def _is_mean(reduction: str) -> bool:
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'mean' or 'sum'")
@@ -305,13 +374,15 @@ def switch_mixture_stats(
     ignore_index: int = -100,
     reduction: str = "mean",
     memory_budget: int | None = None,
+    observer: Observer | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`switch_mixture_nll` with the sums behind its second result, for running statistics.
 
     Returns the loss and float64 `stats [3, N]`, detached: per clone the sum of its own -log p over
     the counted samples (inf if it was dead for one), its correct predictions, and the number of
-    counted samples.
+    counted samples. An `observer`, whose log-posterior must be the one given, takes them as
+    `switch_observe_` does after the mixture was computed; in C++/CUDA without a launch of its own.
     """
     mean = _is_mean(reduction)
     if target.shape != x.shape[:-1]:
@@ -323,11 +394,15 @@ def switch_mixture_stats(
     x, weight, bias = _flat(x, weight, bias)
     target = target.reshape(-1)
     if backend == "reference":
-        return reference.switch_mixture_nll(
+        loss, stats = reference.switch_mixture_nll(
             x, weight, bias, log_posterior, target, ignore_index=ignore_index, reduction=reduction
         )
+        _observe(observer, stats, backend)
+        return loss, stats
     return _with_gradients(
-        _triton.overload("switch_mixture_nll", backend),
+        "switch_mixture_nll",
+        backend,
+        observer,
         x,
         weight,
         bias,
@@ -336,7 +411,7 @@ def switch_mixture_stats(
         ignore_index,
         mean,
         *_needs(x, weight, bias),
-        CPU_MEMORY_BUDGET if memory_budget is None else memory_budget,
+        _budget(x, memory_budget),
     )
 
 
@@ -361,7 +436,8 @@ def switch_mixture_nll(
         target: `[...]` int64 classes.
         ignore_index: targets of this value do not count.
         reduction: "mean" over the counted samples, or "sum".
-        memory_budget: bytes for the logits of a chunk of samples; None: 64 MiB.
+        memory_budget: bytes for the logits of a chunk of samples; None: 64 MiB on a CPU, 1 GiB on a
+            GPU.
         impl: "auto", or the backend that must run it.
 
     Returns:
@@ -399,6 +475,7 @@ def switch_mixture_gaussian_stats(
     sigma2: float = 1.0,
     reduction: str = "mean",
     memory_budget: int | None = None,
+    observer: Observer | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`switch_mixture_gaussian_nll` with the sums behind its second result.
@@ -416,11 +493,15 @@ def switch_mixture_gaussian_stats(
     x, weight, bias = _flat(x, weight, bias)
     target = target.detach().reshape(-1, weight.size(1)).to(x.dtype)
     if backend == "reference":
-        return reference.switch_mixture_gaussian_nll(
+        loss, stats = reference.switch_mixture_gaussian_nll(
             x, weight, bias, log_posterior, target, sigma2=sigma2, reduction=reduction
         )
+        _observe(observer, stats, backend)
+        return loss, stats
     return _with_gradients(
-        _triton.overload("switch_mixture_gaussian_nll", backend),
+        "switch_mixture_gaussian_nll",
+        backend,
+        observer,
         x,
         weight,
         bias,
@@ -429,7 +510,7 @@ def switch_mixture_gaussian_stats(
         float(sigma2),
         mean,
         *_needs(x, weight, bias),
-        CPU_MEMORY_BUDGET if memory_budget is None else memory_budget,
+        _budget(x, memory_budget),
     )
 
 
@@ -484,13 +565,8 @@ def switch_mixture_log_prob(
     if backend == "reference":
         result = reference.switch_mixture_log_prob(rows, weight, bias, log_posterior)
     else:
-        result = _triton.overload("switch_mixture_log_prob", backend)(
-            rows,
-            weight,
-            bias,
-            log_posterior,
-            CPU_MEMORY_BUDGET if memory_budget is None else memory_budget,
-        )
+        op = _triton.overload("switch_mixture_log_prob", backend)
+        result = op(rows, weight, bias, log_posterior, _budget(x, memory_budget))
     return result if x.dim() == 2 else result.reshape(*x.shape[:-1], weight.size(1))
 
 

@@ -137,11 +137,11 @@ def switch_observe_(
     `stats [3, N]` and `running [3, N]` are float64, as `switch_mixture_stats` returns them. The
     observation is the mean of the log-likelihoods over the counted samples, `-stats[0] / stats[2]`,
     or their sum. With nothing counted the switch stays as it is. The other arguments are those of
-    `switch_update_`. In C++ on the CPU and in Triton this is one call: for a small head the six small
-    operations that it replaces take as long as the head's gradients.
+    `switch_update_`. The kernels do it in one call: for a small head the six small operations that it
+    replaces take as long as the head's gradients.
     """
     backend = backends.select(OP, logw.device, impl)
-    if backend in ("cpu", "triton"):
+    if backend != "reference":
         op = _triton.overload("switch_observe_", backend)
         op(logw, log_posterior, t, running, stats.detach(), mean, theta)
         return

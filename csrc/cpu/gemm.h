@@ -8,24 +8,13 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "matrix.h"
+
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
 namespace alrao::cpu {
-
-template <class T>
-struct Matrix {
-  T* data;
-  int64_t rows, cols, row_stride, col_stride;
-
-  Matrix transposed() const { return {data, cols, rows, col_stride, row_stride}; }
-};
-
-template <class T>
-Matrix<T> row_major(T* data, int64_t rows, int64_t cols, int64_t row_stride) {
-  return {data, rows, cols, row_stride, 1};
-}
 
 template <class T>
 torch::stable::Tensor as_tensor(const Matrix<T>& m) {

@@ -5,7 +5,6 @@
 
 #include <tuple>
 
-#include "checks.h"
 #include "cpu/gemm.h"
 #include "cpu/switch_mixture_problem.h"
 
@@ -231,7 +230,7 @@ Gradients backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
   Tensor dweight = need_dw ? empty_tensor<T>({clones, classes, features}) : empty_tensor<T>({0});
   Tensor dbias = need_dw ? empty_tensor<T>({clones, classes}) : empty_tensor<T>({0});
   if (samples > 0) {
-    const Tensor upstream = in_type<T>(grad), value = in_type<T>(log_prob);
+    const Tensor upstream = contents(grad), value = contents(log_prob);
     LogProb<T>(x, weight, bias, log_posterior, size, memory_budget, true)
         .backward(static_cast<const T*>(upstream.const_data_ptr()),
                   static_cast<const T*>(value.const_data_ptr()), data_or_null<T>(dx, need_dx),
@@ -248,10 +247,7 @@ Gradients switch_mixture_log_prob_backward(const Tensor& grad, const Tensor& x,
                                            const Tensor& log_posterior, const Tensor& log_prob,
                                            bool need_dx, bool need_dw, int64_t memory_budget) {
   const MixtureSizes size = check_mixture(x, weight, bias, log_posterior, memory_budget);
-  check_shape("grad", grad, {size.samples, size.classes});
-  check_shape("log_prob", log_prob, {size.samples, size.classes});
-  check_same_device("grad", grad, "x", x);
-  check_same_device("log_prob", log_prob, "x", x);
+  check_log_prob_gradient(grad, log_prob, x, size.classes);
   const auto function =
       x.scalar_type() == ScalarType::Double ? &backward<double> : &backward<float>;
   return function(grad, x, weight, bias, log_posterior, log_prob, need_dx, need_dw, memory_budget,

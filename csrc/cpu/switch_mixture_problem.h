@@ -155,8 +155,7 @@ template <class T>
 void finish_clone(const MixtureProblem<T>& p, const typename Chunks<T>::Chunk& chunk, int64_t n,
                   int64_t ld, const LaneSums<T>& sums, double* log_likelihood, T* factor,
                   double* stats, CloneHealth* health) {
-  const double gaussian_constant =
-      0.5 * static_cast<double>(p.size.classes) * std::log(2 * M_PI * p.sigma2);
+  const double log_normaliser = p.expected ? gaussian_log_normaliser(p.size.classes, p.sigma2) : 0;
   double own = 0, score = 0;
   for (int64_t lane = 0; lane < ld; ++lane) {
     log_likelihood[lane] = -INFINITY;
@@ -166,9 +165,9 @@ void finish_clone(const MixtureProblem<T>& p, const typename Chunks<T>::Chunk& c
     if (!(sum < INFINITY)) health->suspect = true;
     if (chunk.target[lane] < 0) continue;
     const double value =
-        p.expected ? -sum / (2 * p.sigma2) - gaussian_constant
-                   : static_cast<double>(sums.target_logit[lane] - sums.max[lane]) - std::log(sum);
-    if (!(value > -INFINITY)) {
+        p.expected ? gaussian_log_likelihood(sum, 1 / p.sigma2, log_normaliser)
+                   : class_log_likelihood<double>(sums.target_logit[lane], sums.max[lane], sum);
+    if (!is_alive(value)) {
       health->dead = health->suspect = true;
       own = INFINITY;
       if (p.expected) score = INFINITY;

@@ -38,8 +38,7 @@ class Streamed {
         lane_(ld_ * 5),
         is_argmax_((blocks_ + 1) * ld_),
         log_likelihood_(ld_),
-        max_(p.size.samples, -INFINITY),
-        sum_(p.size.samples, 0) {}
+        mixture_(p.size.samples, empty_mixture<double>()) {}
 
   void run() {
     for (int64_t n = 0; n < p_.size.clones; ++n) {
@@ -61,7 +60,7 @@ class Streamed {
     for (const auto& chunk : chunks_) {
       for (int64_t lane = 0; lane < chunk.size; ++lane) {
         const int64_t b = chunk.begin + lane;
-        if (chunk.target[lane] >= 0) out_.loss -= p_.norm * (max_[b] + std::log(sum_[b]));
+        if (chunk.target[lane] >= 0) out_.loss += p_.norm * mixture_nll(mixture_[b]);
       }
     }
   }
@@ -206,20 +205,11 @@ class Streamed {
     T* alpha = lane_.data() + 3 * ld_;
     T* beta = alpha + ld_;
     for (int64_t lane = 0; lane < chunk.size; ++lane) {
-      double& max = max_[chunk.begin + lane];
-      double& sum = sum_[chunk.begin + lane];
-      const double joint = p_.log_posterior[n] + log_likelihood_[lane];
-      const double old_max = max;
-      double keep = 0, take = 0;
-      max = std::max(max, joint);
-      if (max > -INFINITY) {
-        keep = std::exp(old_max - max);
-        take = std::exp(joint - max);
-        sum = sum * keep + take;
-        if (last) {
-          keep /= sum;
-          take /= sum;
-        }
+      RunningMixture<double>& mixture = mixture_[chunk.begin + lane];
+      auto [keep, take] = take_in(mixture, p_.log_posterior[n] + log_likelihood_[lane]);
+      if (last && mixture.sum > 0) {
+        keep /= mixture.sum;
+        take /= mixture.sum;
       }
       alpha[lane] = static_cast<T>(keep);
       beta[lane] = static_cast<T>(take);
@@ -243,8 +233,8 @@ class Streamed {
   Buffer<T> block_;  // [blocks][max, sum, target logit, factor][ld]
   Buffer<T> lane_;   // the same for the clone, then alpha and beta [ld]
   std::vector<uint8_t> is_argmax_;
-  std::vector<double> log_likelihood_;  // [ld], this clone and chunk
-  std::vector<double> max_, sum_;       // [B], the running mixture
+  std::vector<double> log_likelihood_;           // [ld], this clone and chunk
+  std::vector<RunningMixture<double>> mixture_;  // [B]
 };
 
 }  // namespace

@@ -2,10 +2,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <utility>
 #include <vector>
 
-#include "checks.h"
 #include "switch_update.h"
 #include "switch_update_math.h"
 
@@ -70,24 +68,14 @@ void switch_update(const Tensor& logw, const Tensor& log_posterior, const Tensor
 
 void switch_observe(const Tensor& logw, const Tensor& log_posterior, const Tensor& t,
                     const Tensor& running, const Tensor& stats, bool mean, double theta) {
-  // The first row of the statistics stands for the log-likelihoods: same size, same type.
-  check_switch_update(logw, log_posterior, t, log_posterior, theta);
+  check_switch_observe(logw, log_posterior, t, running, stats, theta);
   const int64_t n = logw.size(1);
-  check_shape("running", running, {3, n});
-  check_shape("stats", stats, {3, n});
-  for (const auto& [name, tensor] : {std::pair{"running", &running}, std::pair{"stats", &stats}}) {
-    check_dtype(name, *tensor, {torch::headeronly::ScalarType::Double});
-    check_contiguous(name, *tensor);
-    check_same_device(name, *tensor, "logw", logw);
-  }
   const double* observed = static_cast<const double*>(stats.const_data_ptr());
   double* sums = data<double>(running);
   for (int64_t i = 0; i < 3 * n; ++i) sums[i] += observed[i];
   std::vector<double> evidence(n);
   for (int64_t i = 0; i < n; ++i) {
-    // With nothing counted this is 0/0 = NaN: no observation.
-    const double average = -observed[i] / observed[2 * n + i];
-    evidence[i] = mean ? average : average * observed[2 * n + i];
+    evidence[i] = switch_observed(observed[i], observed[2 * n + i], mean);
   }
   update(data<double>(logw), data<double>(log_posterior), data<int64_t>(t), evidence, theta);
 }
