@@ -18,7 +18,10 @@ from cuda_on_cpu import build
 
 HERE = Path(__file__).resolve().parent
 ORDERS = ("forward", "reverse")
-FILES = ("test_switch_update.py", "test_feature_sgd.py", "test_feature_adam.py")
+FILES = (
+    *("test_switch_update.py", "test_switch_mixture.py", "test_clones.py"),
+    *("test_feature_sgd.py", "test_feature_adam.py"),
+)
 # What runs in which build and order. The order changes numbers, not what a sanitizer sees.
 RUNS = {
     ("plain", "forward"): "cuda",

@@ -155,8 +155,13 @@ class LinearClones(FixedDtypeBuffers):
 
     def _observe(self, stats: Tensor) -> None:
         """One observation of the switch from the statistics `[3, N]` of a batch."""
-        *state, mean, theta = self._observer()
-        switch_observe_(*state, self.switch.sum_over_processes(stats), mean=mean, theta=theta)
+        observer = self._observer()
+        switch_observe_(
+            *observer[:4],
+            self.switch.sum_over_processes(stats),
+            mean=observer.mean,
+            theta=observer.theta,
+        )
 
     def _loss(
         self, stats_of: Callable[..., tuple[Tensor, Tensor]], *args: Any, **options: Any

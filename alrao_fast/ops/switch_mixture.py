@@ -156,8 +156,9 @@ def _with_gradients(
 
 def _observe(observer: Observer | None, stats: Tensor, backend: str) -> None:
     if observer is not None:
-        *state, mean, theta = observer
-        switch_observe_(*state, stats, mean=mean, theta=theta, impl=backend)
+        switch_observe_(
+            *observer[:4], stats, mean=observer.mean, theta=observer.theta, impl=backend
+        )
 
 
 def _fake_log_prob(x, weight, bias, log_posterior, memory_budget):
