@@ -36,6 +36,14 @@ demo: $(STAMPS)/demo kernels ## train on scikit-learn's digits: Alrao against a 
 speed: $(STAMPS)/demo kernels ## time every op and training steps beside what else does the same
 	$(BIN)/python benchmarks speed $(ARGS)
 
+.PHONY: bench
+bench: $(STAMPS)/quality kernels ## the quick benchmarks and their report, 6 minutes on 2 cores; started again it goes on
+	$(BIN)/python benchmarks speed --preset quick --no-memory
+	$(BIN)/python benchmarks quality --quick
+	$(BIN)/python benchmarks paper table2
+	$(BIN)/python benchmarks paper figure4 --quick --models lstm-chars
+	$(BIN)/python benchmarks report
+
 .PHONY: test
 test: $(STAMPS)/test kernels ## the whole test suite; ARGS="-k switch" for a part
 	$(BIN)/pytest $(ARGS)
