@@ -790,6 +790,8 @@ def changed(**changes):
 def test_invalid_inputs(compiled, inputs, message):
     if device_of(compiled) != "cpu":
         pytest.skip("classes out of range are found on the CPU only")
+    if compiled == "cuda" and "at position" in message:
+        pytest.skip("a CUDA kernel does not wait to look at classes, wherever it runs")
     with pytest.raises((RuntimeError, ValueError), match=message):
         switch_mixture_nll(*inputs, impl=compiled)
 
