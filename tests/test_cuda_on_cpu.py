@@ -11,6 +11,7 @@ The header itself: every operation in both orders and under each sanitizer; a mi
 import os
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -109,10 +110,8 @@ def test_planted_mistakes_are_caught(built, mistake):
     assert re.search(words, said, re.DOTALL), said
 
 
-@pytest.mark.parametrize("name, order", RUNS)
-def test_ops(built, name, order):
-    skip(build.missing_runtime(name))
-    code, said = run(
+def run_ops(name, order):
+    return run(
         build.command(
             name,
             *("-m", "pytest", "-q", "-p", "cuda_on_cpu.plugin", "-p", "no:cacheprovider"),
@@ -123,6 +122,29 @@ def test_ops(built, name, order):
         ALRAO_CUDA_ON_CPU_ORDER=order,
         ALRAO_REQUIRE="cuda",
     )
+
+
+@pytest.fixture(scope="module")
+def started(request, built):
+    """The results to come of the runs that are asked for, the longest first; as many at a time as there are CPUs."""
+    # pytest-xdist's workers hold all tests and run some: there each test starts its own.
+    items = [] if "PYTEST_XDIST_WORKER" in os.environ else request.session.items
+    asked = [getattr(item, "callspec", None) for item in items]
+    asked = [spec.params for spec in asked if spec and set(spec.params) == {"name", "order"}]
+    asked = {(params["name"], params["order"]) for params in asked}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield {
+            key: pool.submit(run_ops, *key)
+            for key in reversed(RUNS)
+            if key in asked and build.missing_runtime(key[0]) is None
+        }
+
+
+@pytest.mark.parametrize("name, order", list(reversed(RUNS)))
+def test_ops(started, name, order):
+    skip(build.missing_runtime(name))
+    future = started.get((name, order))
+    code, said = future.result() if future else run_ops(name, order)
     print(said)
     assert code == 0, said
     assert " passed" in said
