@@ -34,7 +34,7 @@ RUNS = {
 }
 PRIMITIVES = (
     *("indices", "shuffles", "reductions_float", "reductions_double", "votes", "last_block"),
-    *("poison", "limits", "mistakes"),
+    *("more_threads", "poison", "limits", "mistakes"),
 )
 # Mistake: the build that catches it, and its words.
 PLANTED = {

@@ -344,6 +344,8 @@ void run_block(bool odd) {
     const unsigned x = blockDim.x, y = blockDim.y, number = i;
     fiber.index = {number % x, number / x % y, number / (x * y)};
     fiber.state = State::kReady;
+    // The block before may have passed another number of barriers, or had fewer threads.
+    fiber.barrier_side = fiber.warp_side = false;
   }
   edges = std::make_unique<Edges>();
   release(edges->start);

@@ -164,6 +164,27 @@ void last_block() {
   }
 }
 
+// The barriers of one launch are nothing to the next, which has more threads.
+__global__ void neighbours_kernel(float* out) {
+  __shared__ float values[128];
+  values[threadIdx.x] = static_cast<float>(threadIdx.x);
+  __syncthreads();
+  out[threadIdx.x] = values[(threadIdx.x + blockDim.x / 2) % blockDim.x];
+  __syncwarp();
+  out[threadIdx.x] += values[threadIdx.x ^ 1];
+}
+
+void more_threads() {
+  for (const unsigned threads : {32, 64, 128}) {
+    std::vector<float> out(threads);
+    run(neighbours_kernel, 1, threads, 0, out.data());
+    for (unsigned i = 0; i < threads; ++i) {
+      const unsigned sum = (i + threads / 2) % threads + (i ^ 1);
+      expect(out[i] == static_cast<float>(sum), "neighbours");
+    }
+  }
+}
+
 __global__ void poison_kernel(float* out) {
   ALRAO_DYNAMIC_SHARED(float, dynamic);
   __shared__ float fixed[4];
@@ -278,6 +299,7 @@ const std::map<std::string, std::function<void()>> kTests{
     {"reductions_double", reductions<double>},
     {"votes", votes},
     {"last_block", last_block},
+    {"more_threads", more_threads},
     {"poison", poison},
     {"limits", limits},
     {"mistakes", mistakes},
