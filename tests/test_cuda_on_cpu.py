@@ -24,7 +24,7 @@ FILES = (
     *("test_feature_sgd.py", "test_feature_adam.py"),
 )
 # Hundreds of launches of the same kernels.
-LONG = "(streamed and chunks)"
+LONG = "(streamed and (chunks or (a_dead_clone and (weight or nan))))"
 # What runs in which build and order. The order changes numbers, not what a sanitizer sees.
 RUNS = {
     ("plain", "forward"): "cuda",
