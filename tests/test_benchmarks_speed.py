@@ -233,6 +233,7 @@ def test_exponents(tmp_path):
 def test_bytes_and_flops():
     from speed.heads import mixture_case
     from speed.optimizers import optimizer_case
+    from speed.steps import step_case
 
     case = optimizer_case("256 vectors of 64", momentum=0.9)
     entries = 256 * 64
@@ -240,6 +241,12 @@ def test_bytes_and_flops():
     head = mixture_case("x", 8, 16, 10, 3, "bfloat16")
     assert head.flops == 6 * 8 * 16 * 10 * 3
     assert head.bytes == 2 * 2 * (8 * 16 + 3 * 10 * 17)
+    mlp = step_case("MLP", 32)
+    assert mlp.flops == 6 * 32 * (64 * 256 + 256 * 256 + 10 * 256 * 10)
+    # 94 million multiplications and additions for a picture of 32 x 32: the groups count.
+    mobile = step_case("MobileNetV2", 1)
+    assert mobile.flops == pytest.approx(6 * 94e6, rel=0.05)
+    assert not any(c.whole for c in mobile.candidates if c.name == "sgd")
 
 
 def test_memory_of_a_case(tmp_path):

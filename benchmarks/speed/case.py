@@ -41,12 +41,14 @@ class Candidate:
 
     `make(inputs)` returns its `Call`, or raises `Missing`. `claims` are the outputs that it must get right, by their
     names in the case's truth. `slow` ones, which compile for seconds or run for long, are left out of quick presets.
+    Those that do not do the `whole` of the case's work have no shares of the machine's rates.
     """
 
     name: str
     make: Callable[[Any], Call]
     claims: tuple[str, ...]
     slow: bool = False
+    whole: bool = True
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,9 @@ class Session:
             for name in OURS
             if "missing" in values.get(name, {})
         ]
+        whole = {c.name for c in case.candidates if c.whole}
         for name, row in values.items():
-            if "missing" not in row:
+            if "missing" not in row and name in whole:
                 row.update(
                     bytes=case.bytes,
                     flops=case.flops,

@@ -322,7 +322,7 @@ def mixture_candidates() -> tuple[Candidate, ...]:
         Candidate("torch.compile", _compiled, GRADIENTS, slow=True),
         Candidate("torch.func.vmap", _vmapped, GRADIENTS),
         Candidate("one by one", _one_by_one, GRADIENTS),
-        Candidate("plain head", _plain, ()),
+        Candidate("plain head", _plain, (), whole=False),
         *libraries.candidates(),
         Candidate("authors", authors_step, ("dweight",)),
     )
