@@ -211,11 +211,23 @@ class Comparison:
             name: (mean_loss(self.sgd[name]), mean_loss(self.alrao[name])) for name in self.sgd
         }
         ends = [edge for point in points.values() for edge in point if edge < math.inf]
-        line = [min(ends) * 0.8, max(ends) * 1.25]
+        line = [min(ends) * 0.2, max(ends) * 1.6]
         axes.plot(line, line, color="0.7", zorder=0)
         for name, point in points.items():
+            # On the side away from the point of nearest height, whose name would overlap.
+            others = [other for other in points.values() if other != point]
+            nearest = min(others or [point], key=lambda other: abs(math.log(other[1] / point[1])))
+            offset, align = (-6, "right") if nearest[0] > point[0] else (6, "left")
             axes.plot(*point, "o", color="C3")
-            axes.annotate(name, point, xytext=(5, 4), textcoords="offset points", fontsize=8)
+            axes.annotate(
+                name,
+                point,
+                xytext=(offset, 0),
+                textcoords="offset points",
+                ha=align,
+                va="center",
+                fontsize=8,
+            )
         axes.set(xscale="log", yscale="log", xlim=line, ylim=line)
         axes.set(xlabel="validation loss, SGD at its best rate", ylabel="validation loss, Alrao")
         axes.set_title(f"{len(points)} networks on digits, Spearman {self.agreement():.2f}")
