@@ -15,8 +15,8 @@
 
 namespace alrao::cpu {
 
-// The smallest chunk buffer worth splitting for, a few second-level caches: 6 to 10 % faster on a head of 10,000
-// classes than half of it, and no slower on others.
+// The smallest chunk buffer worth splitting for, a few second-level caches: 6 to 10 % faster on a
+// head of 10,000 classes than half of it, and no slower on others.
 constexpr int64_t kCacheBytes = 16 << 20;
 
 inline int64_t round_up(int64_t n, int64_t multiple) {
