@@ -1,4 +1,5 @@
-"""The ops' cases under pytest-benchmark, for its options and comparisons: `pytest benchmarks/bench_ops.py`.
+"""The ops' cases under pytest-benchmark, for its options and comparisons: `pytest benchmarks/bench_ops.py`
+(`pip install -e .[bench]`).
 
 The candidates run one after the other here; `python benchmarks speed` times them in turns, and is what figures are
 taken from.
