@@ -33,11 +33,11 @@ demo: $(STAMPS)/demo kernels ## train on scikit-learn's digits: Alrao against a 
 	$(BIN)/python benchmarks demo $(ARGS)
 
 .PHONY: speed
-speed: $(STAMPS)/demo kernels ## time every op and training steps beside what else does the same
+speed: $(STAMPS)/bench kernels ## time every op and training steps beside what else does the same
 	$(BIN)/python benchmarks speed $(ARGS)
 
 .PHONY: bench
-bench: $(STAMPS)/quality kernels ## the quick benchmarks and their report, 6 minutes on 2 cores; started again it goes on
+bench: $(STAMPS)/bench kernels ## the quick benchmarks and their report, 6 minutes on 2 cores; started again it goes on
 	$(BIN)/python benchmarks speed --preset quick --no-memory
 	$(BIN)/python benchmarks quality --quick
 	$(BIN)/python benchmarks paper table2

@@ -230,6 +230,14 @@ def test_exponents(tmp_path):
     assert (tmp_path / "sweep.png").stat().st_size > 1000
 
 
+def test_says_what_the_tests_before_it_need(monkeypatch):
+    from speed import command
+
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pytest is not installed: pip install -e '\.\[bench\]'"):
+        command.run_tests({"switch_update"}, quick=True)
+
+
 def test_bytes_and_flops():
     from speed.heads import mixture_case
     from speed.optimizers import optimizer_case

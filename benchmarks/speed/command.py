@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,11 @@ class Session:
 
 def run_tests(ops: set[str], quick: bool) -> None:
     """The tests of the ops; exits where one fails. Quick: of the backends that `auto` can take, without long ones."""
+    if find_spec("pytest") is None:
+        raise SystemExit(
+            "the ops' tests run first, and pytest is not installed: pip install -e '.[bench]' (--no-tests measures "
+            "without them)"
+        )
     files = [machine.ROOT / "tests" / f"test_{op}.py" for op in OPS if op in ops]
     command = [sys.executable, "-c", "import sys, pytest; sys.path.pop(0); sys.exit(pytest.main())"]
     command += ["-x", "-q", "-p", "no:cacheprovider", *map(str, files)]
