@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ._launch import launch
 from .multi_tensor import (
-    COLUMNS,
     INDEX,
     MASTER,
     NUMEL,
@@ -23,12 +22,12 @@ from .multi_tensor import (
     SEED,
     STATE,
     Lists,
+    cell,
     chunk_is_wide,
     chunk_rates,
     count_steps,
     find_plan,
     in_layout_of,
-    pointer,
     quotient,
     read,
     root,
@@ -111,14 +110,14 @@ def adam_chunk(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    param_ptr = pointer(table, row, PARAM, P_DTYPE)
-    first_ptr = pointer(table, row, STATE, S1_DTYPE)
-    second_ptr = pointer(table, row, STATE + 1, S2_DTYPE)
-    max_ptr = pointer(table, row, STATE + 2, S3_DTYPE)
-    # Made a pointer here: a hint on an argument is lost.
+    # Made pointers here: Triton 3.6 loses a hint on an argument, or on what a function returns.
+    param_ptr = cell(table, row, PARAM).to(tl.pointer_type(P_DTYPE))
+    first_ptr = cell(table, row, STATE).to(tl.pointer_type(S1_DTYPE))
+    second_ptr = cell(table, row, STATE + 1).to(tl.pointer_type(S2_DTYPE))
+    max_ptr = cell(table, row, STATE + 2).to(tl.pointer_type(S3_DTYPE))
     grad_ptr = grad_address.to(tl.pointer_type(P_DTYPE))
-    master_ptr = pointer(table, row, MASTER, tl.float32)
-    seed = tl.load(table + row * COLUMNS + SEED)
+    master_ptr = cell(table, row, MASTER).to(tl.pointer_type(tl.float32))
+    seed = cell(table, row, SEED)
     if not MASKED:
         param_ptr = tl.multiple_of(param_ptr, 16)
         grad_ptr = tl.multiple_of(grad_ptr, 16)
@@ -231,8 +230,8 @@ def feature_adam_kernel(
         chunk = tl.program_id(0).to(tl.int64)
         row = tl.load(chunks + 2 * chunk)
         start = tl.load(chunks + 2 * chunk + 1) * CHUNK
-        numel = tl.load(table + row * COLUMNS + NUMEL)
-        index = tl.load(table + row * COLUMNS + INDEX)
+        numel = cell(table, row, NUMEL)
+        index = cell(table, row, INDEX)
         grad_address = tl.load(grads + index)
         step = tl.load(steps + index)
         factor = tl.full([], sign, ACC)

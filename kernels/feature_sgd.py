@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ._launch import launch
 from .multi_tensor import (
-    COLUMNS,
     INDEX,
     MASTER,
     NUMEL,
@@ -22,12 +21,12 @@ from .multi_tensor import (
     SEED,
     STATE,
     Lists,
+    cell,
     chunk_is_wide,
     chunk_rates,
     count_steps,
     find_plan,
     in_layout_of,
-    pointer,
     read,
     root,
     scalar,
@@ -93,12 +92,12 @@ def sgd_chunk(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    param_ptr = pointer(table, row, PARAM, P_DTYPE)
-    state_ptr = pointer(table, row, STATE, S1_DTYPE)
-    # Made a pointer here: a hint on an argument is lost.
+    # Made pointers here: Triton 3.6 loses a hint on an argument, or on what a function returns.
+    param_ptr = cell(table, row, PARAM).to(tl.pointer_type(P_DTYPE))
+    state_ptr = cell(table, row, STATE).to(tl.pointer_type(S1_DTYPE))
     grad_ptr = grad_address.to(tl.pointer_type(P_DTYPE))
-    master_ptr = pointer(table, row, MASTER, tl.float32)
-    seed = tl.load(table + row * COLUMNS + SEED)
+    master_ptr = cell(table, row, MASTER).to(tl.pointer_type(tl.float32))
+    seed = cell(table, row, SEED)
     if not MASKED:
         param_ptr = tl.multiple_of(param_ptr, 16)
         grad_ptr = tl.multiple_of(grad_ptr, 16)
@@ -189,8 +188,8 @@ def feature_sgd_kernel(
         chunk = tl.program_id(0).to(tl.int64)
         row = tl.load(chunks + 2 * chunk)
         start = tl.load(chunks + 2 * chunk + 1) * CHUNK
-        numel = tl.load(table + row * COLUMNS + NUMEL)
-        index = tl.load(table + row * COLUMNS + INDEX)
+        numel = cell(table, row, NUMEL)
+        index = cell(table, row, INDEX)
         grad_address = tl.load(grads + index)
         step = tl.load(steps + index)
         factor = tl.full([], sign, ACC)

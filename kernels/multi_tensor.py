@@ -35,9 +35,9 @@ COLUMNS = tl.constexpr(16)
 
 
 @triton.jit
-def pointer(table, row, column: tl.constexpr, DTYPE: tl.constexpr):
-    """The tensor pointer in a cell of the table."""
-    return tl.load(table + row * COLUMNS + column).to(tl.pointer_type(DTYPE))
+def cell(table, row, column: tl.constexpr):
+    """What stands in a column of the table."""
+    return tl.load(table + row * COLUMNS + column)
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def chunk_is_wide(table, row, grad_address, start, numel, CHUNK: tl.constexpr):
     """Whether the chunk is full and all its tensors begin on 16-byte addresses."""
     bits = grad_address
     for column in tl.static_range(PARAM, MASTER + 1):
-        bits |= tl.load(table + row * COLUMNS + column)
+        bits |= cell(table, row, column)
     return (bits % 16 == 0) & (start + CHUNK <= numel)
 
 
@@ -60,9 +60,9 @@ def divide(value, magic, shift):
 @triton.jit
 def chunk_rates(table, row, start, offs, mask, R_DTYPE: tl.constexpr, CHUNK: tl.constexpr):
     """Rates of the entries `start + offs`, 0 <= offs < CHUNK, `start` a multiple of CHUNK."""
-    rate_ptr = pointer(table, row, RATE, R_DTYPE)
-    inner = tl.load(table + row * COLUMNS + INNER)
-    period = tl.load(table + row * COLUMNS + PERIOD)
+    rate_ptr = cell(table, row, RATE).to(tl.pointer_type(R_DTYPE))
+    inner = cell(table, row, INNER)
+    period = cell(table, row, PERIOD)
     first_row = start // inner
     feature = first_row % period
     skipped = start - first_row * inner
