@@ -346,6 +346,9 @@ def feature_adam_(
     pointers = plan.gradients(grads, steps.device)
     for group in plan.groups:
         constants = {"S3_DTYPE": group.constants["P_DTYPE"], **group.constants}
+        # A fourth tensor of float32: fewer entries at a time, or registers spill (Triton 3.6).
+        if amsgrad and constants["P_DTYPE"] is tl.float32:
+            constants["BLOCK"] = 512
         launch(
             feature_adam_kernel,
             (group.num_chunks,),

@@ -400,7 +400,7 @@ def mixture_fused(
         num_classes,
         splits,
         ignore_index,
-        num_warps=4,
+        num_warps=2,
         BLOCK=128,
     )
     if dweight is not None:

@@ -24,7 +24,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 if backends.INTERPRETED:
     pytest.skip("the kernels are interpreted in this process", allow_module_level=True)
 
-import triton
 import triton.language as tl
 from alrao_fast.kernels import (
     feature_adam,
@@ -39,8 +38,6 @@ from triton_aot import TARGETS, Start, compile_for, record
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 TYPES = {tl.float64: 8, tl.float32: 4, tl.bfloat16: 2, tl.float16: 2}
 LARGE = multi_tensor.SMALL
-# The ptxas of Triton 3.6 keeps the registers of two kernels at 32 and 128 by a store and a load of one value.
-SPILLS = 2 if triton.__version__.startswith("3.6.") else 0
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
@@ -209,7 +206,7 @@ def test_everything_compiles_without_spills(compiled, capsys):
             wrong.append(f"{target} {start}: {result}")
             continue
         rows.append(f"{target:7} {result.registers:4} {result.spills:4} {result.shared:6}  {start}")
-        if result.spills > SPILLS or result.shared > SHARED_BYTES[target]:
+        if result.spills or result.shared > SHARED_BYTES[target]:
             wrong.append(rows[-1])
     print("\ntarget  regs spil shared  kernel")
     print("\n".join(rows))
