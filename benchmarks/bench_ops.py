@@ -1,8 +1,7 @@
-"""The ops' cases under pytest-benchmark, for its options and comparisons: `pytest benchmarks/bench_ops.py`
-(`pip install -e .[bench]`).
+"""The ops' cases under pytest-benchmark, for its options and comparisons: `pytest benchmarks/bench_ops.py`.
 
-The candidates run one after the other here; `python benchmarks speed` times them in turns, and is what figures are
-taken from.
+It comes with the extra `[bench]`. The candidates run one after the other here; `python benchmarks speed` times them in
+turns, and is what figures are taken from.
 """
 
 from __future__ import annotations
