@@ -22,7 +22,7 @@ STAMPS := build/make/$(subst /,-,$(ENV))
 # A bare `torch` brings gigabytes of CUDA libraries along, so without a GPU the version is pinned to one that also
 # comes as a CPU build.
 TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),torch>=2.11,torch==2.13.0)
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/*/*.h tests/*/*.cpp tests/*/*.cu)
+CPP = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
 
 .PHONY: help
 help: ## list the targets

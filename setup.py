@@ -116,9 +116,12 @@ def write_ninja(cpp: Cpp, torch: Torch, cuda: Toolkit | None, nvcc_flags: list[s
         if extra:
             lines.append(f"  extra = {_words(extra)}")
 
-    for source in sorted([*csrc.glob("*.cpp"), *csrc.glob("cpu/*_cpu.cpp")]):
+    # A family's folder holds what all its backends share, its cpu/ and cuda/ the backends.
+    kernels = sorted(csrc.glob("*/cpu/*_kernel.cpp"))
+    host = {*csrc.glob("*.cpp"), *csrc.glob("*/*.cpp"), *csrc.glob("*/cpu/*.cpp")}
+    for source in sorted(host.difference(kernels)):
         compile_source(source, "cxx")
-    for source in sorted(csrc.glob("cpu/*_kernel.cpp")):
+    for source in kernels:
         if cpp.multi_isa:
             for isa, march in ISAS.items():
                 extra = [*KERNEL_FLAGS, f"-DALRAO_ISA={isa}", march]
@@ -126,9 +129,9 @@ def write_ninja(cpp: Cpp, torch: Torch, cuda: Toolkit | None, nvcc_flags: list[s
         else:
             compile_source(source, "cxx", "", [*KERNEL_FLAGS, "-DALRAO_ISA=plain"])
     if cuda:
-        for source in sorted(csrc.glob("cuda/*.cpp")):
+        for source in sorted(csrc.glob("*/cuda/*.cpp")):
             compile_source(source, "cxx", extra=["-isystem", str(cuda.root / "include")])
-        for source in sorted(csrc.glob("cuda/*.cu")):
+        for source in sorted(csrc.glob("*/cuda/*.cu")):
             compile_source(source, "cuda")
     lines += [f"build {LIBRARY}: link {' '.join(objects)}", f"default {LIBRARY}"]
     (WORK / "build.ninja").write_text("\n".join(lines) + "\n")
@@ -225,7 +228,11 @@ class Build(build):
 if __name__ == "__main__":
     native = find_cpp().missing is None
     setup(
-        packages=[*find_packages(include=["alrao_fast", "alrao_fast.*"]), "alrao_fast.kernels"],
+        packages=[
+            *find_packages(include=["alrao_fast", "alrao_fast.*"]),
+            "alrao_fast.kernels",
+            *(f"alrao_fast.kernels.{name}" for name in find_packages("kernels")),
+        ],
         package_dir={"alrao_fast.kernels": "kernels"},
         ext_modules=[Extension("alrao_fast._C", [], py_limited_api=True)] if native else [],
         options={"bdist_wheel": {"py_limited_api": "cp310"}} if native else {},

@@ -24,8 +24,7 @@ from alrao_fast.optim import (
     describe_rates,
     register_feature_layout,
 )
-from alrao_fast.rank import rank
-from alrao_fast.ranking import Ranked, Ranking
+from alrao_fast.ranking import Ranked, Ranking, rank
 
 __all__ = [
     "AlraoAdam",

@@ -2,7 +2,7 @@
 
 from alrao_fast.ops.feature_adam import feature_adam_
 from alrao_fast.ops.feature_sgd import feature_sgd_
-from alrao_fast.ops.switch_mixture import (
+from alrao_fast.ops.mixture import (
     switch_mixture_gaussian_nll,
     switch_mixture_gaussian_stats,
     switch_mixture_log_prob,

@@ -4,7 +4,7 @@
 
 #include <exception>
 
-#include "cpu/isa.h"
+#include "common/cpu/isa.h"
 
 namespace {
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from .launch import launch
 
 
 @triton.jit

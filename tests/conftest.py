@@ -68,6 +68,6 @@ def compiled(request):
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     # Modules that load compiled code are imported where it is there.
-    from alrao_fast.ops import _plan
+    from alrao_fast.ops import plan
 
-    return Compiled(backends.device_of(request.param), _plan)
+    return Compiled(backends.device_of(request.param), plan)

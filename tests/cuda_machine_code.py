@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-OBJECTS = ROOT / "build" / "ext" / "cuda"
+CSRC = ROOT / "csrc"
+OBJECTS = ROOT / "build" / "ext"
 
 
 class Kernel(NamedTuple):
@@ -31,7 +32,7 @@ class Kernel(NamedTuple):
 
 
 def build() -> None:
-    """Compile csrc/cuda for every architecture, warnings being errors."""
+    """Compile the CUDA kernels for every architecture, warnings being errors."""
     environment = {**os.environ, "ALRAO_CUDA": "force"}
     environment.pop("TORCH_CUDA_ARCH_LIST", None)
     done = subprocess.run(
@@ -57,20 +58,20 @@ def cuobjdump() -> str | None:
 
 
 def sources() -> list[Path]:
-    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    return sorted(CSRC.glob("*/cuda/*.cu"))
 
 
-def object_of(source: str) -> Path:
+def object_of(source: Path) -> Path:
     """What the last build compiled a source to."""
-    return OBJECTS / f"{source}.o"
+    return OBJECTS / f"{source.relative_to(CSRC)}.o"
 
 
 def objects() -> list[Path]:
-    return [object_of(source.name) for source in sources()]
+    return [object_of(source) for source in sources()]
 
 
 def read_resources(objects: Iterable[Path]) -> list[Kernel]:
-    """Every kernel in the objects, for every architecture."""
+    """Every kernel in the objects, for every architecture; a source's name is its place in the objects' folder."""
     found: list[tuple[str, str, str, list[int]]] = []
     for path in objects:
         arch = ""
@@ -81,11 +82,16 @@ def read_resources(objects: Iterable[Path]) -> list[Kernel]:
             elif match := re.match(r"\s*Function (\S+):", line):
                 mangled = match.group(1)
             elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
-                found.append((path.stem, mangled, arch, [int(x) for x in match.groups()]))
+                found.append((_source(path), mangled, arch, [int(x) for x in match.groups()]))
     names = demangle({mangled for _, mangled, _, _ in found})
     return [
         Kernel(source, names[mangled], arch, *numbers) for source, mangled, arch, numbers in found
     ]
+
+
+def _source(compiled: Path) -> str:
+    inside = compiled.is_relative_to(OBJECTS)
+    return str((compiled.relative_to(OBJECTS) if inside else compiled).with_suffix(""))
 
 
 def read_accesses(compiled: Path, arch: str) -> dict[str, list[str]]:

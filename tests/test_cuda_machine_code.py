@@ -55,7 +55,8 @@ def test_every_source_is_compiled_for_every_architecture(kernels):
     for kernel in kernels:
         archs.setdefault((kernel.source, kernel.name), set()).add(kernel.arch)
     # A source without a kernel would be in none of the rows.
-    assert {source for source, _ in archs} == {source.name for source in code.sources()}
+    expected = {str(source.relative_to(code.CSRC)) for source in code.sources()}
+    assert {source for source, _ in archs} == expected
     assert all(found == ARCHS for found in archs.values()), archs
 
 
@@ -64,10 +65,12 @@ def test_nothing_is_in_local_memory(kernels):
     assert not spilled, code.table(spilled)
 
 
-@pytest.mark.parametrize("op", ["feature_sgd", "feature_adam"])
-def test_optimizers_move_16_bytes_at_a_time(kernels, op):
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_optimizers_move_16_bytes_at_a_time(kernels, optimizer):
     for arch in ("sm_80", "sm_90"):
-        accesses = code.read_accesses(code.object_of(f"{op}_cuda.cu"), arch)
+        accesses = code.read_accesses(
+            code.object_of(code.CSRC / f"feature/cuda/{optimizer}.cu"), arch
+        )
         engine = {name for name in accesses if name.startswith("multi_tensor_kernel<")}
         assert engine
         for name in engine:

@@ -1,6 +1,6 @@
 """Protects the logic of the CUDA kernels (indices, tails, barriers, reductions) without a GPU.
 
-The sources of csrc/cuda, bindings included, are compiled by the host compiler against tests/cuda_on_cpu/cuda_on_cpu.h,
+csrc's CUDA sources, bindings included, are compiled by the host compiler against tests/cuda_on_cpu/cuda_on_cpu.h,
 which says what this cannot show, and take the place of the CPU's kernels in processes of their own. There the tests of
 the ops run as they are, with the backend `cuda`: forwards and backwards, with AddressSanitizer and UBSan, and with
 ThreadSanitizer.

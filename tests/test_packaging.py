@@ -399,7 +399,7 @@ def test_cuda_kernels_compile_link_and_load(tmp_path):
     code = f"""{ONLY_HERE}
 import torch
 from alrao_fast import _extension
-from alrao_fast.ops import _plan, feature_adam, feature_sgd, switch_update
+from alrao_fast.ops import feature_adam, feature_sgd, plan, switch_update
 assert _extension.ERROR is None, _extension.ERROR
 ops = ["feature_sgd_", "feature_adam_", "switch_update_"]
 ops += ["_feature_plan", "_feature_sgd_planned_", "_feature_adam_planned_"]

@@ -16,7 +16,7 @@ from torch import nn
 
 from alrao_fast import AlraoModel, AlraoSGD, ClassifierClones, backends, testing
 from alrao_fast.ops.feature_sgd import feature_sgd_
-from alrao_fast.ops.switch_mixture import (
+from alrao_fast.ops.mixture import (
     switch_mixture_gaussian_stats,
     switch_mixture_log_prob,
     switch_mixture_stats,
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")
 DEVICE = backends.device_of("triton")
 NAN, INF = math.nan, math.inf
 
-# What of alrao_fast.kernels.switch_mixture is changed, and the memory budget.
+# What of alrao_fast.kernels.mixture.loss is changed, and the memory budget.
 REGIMES = {
     "direct": ({}, None),
     "library": ({"DIRECT": 0}, None),
@@ -41,7 +41,7 @@ REGIMES = {
 @pytest.fixture(params=REGIMES)
 def budget(request, monkeypatch):
     """The memory budget, with the regime forced."""
-    from alrao_fast.kernels import switch_mixture
+    from alrao_fast.kernels.mixture import loss as switch_mixture
 
     changes, memory_budget = REGIMES[request.param]
     for name, value in changes.items():
@@ -149,7 +149,8 @@ def test_every_regime_of_regression(budget, dtype):
 @pytest.mark.parametrize("programs", [1, 8, 512])
 @pytest.mark.parametrize("sizes", [(1, 1, 3, 1), (65, 17, 70, 2), (70, 128, 200, 3)], ids=str)
 def test_fused_in_parts(monkeypatch, sizes, programs):
-    from alrao_fast.kernels import switch_mixture, switch_mixture_fused
+    from alrao_fast.kernels.mixture import fused as switch_mixture_fused
+    from alrao_fast.kernels.mixture import loss as switch_mixture
 
     monkeypatch.setattr(switch_mixture, "TILE", 0)
     monkeypatch.setattr(switch_mixture, "is_fused", lambda dtype, features: True)
@@ -163,7 +164,7 @@ def test_fused_in_parts(monkeypatch, sizes, programs):
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=str)
 def test_fused_makes_what_is_needed(monkeypatch, needs):
-    from alrao_fast.kernels import switch_mixture
+    from alrao_fast.kernels.mixture import loss as switch_mixture
 
     monkeypatch.setattr(switch_mixture, "TILE", 0)
     monkeypatch.setattr(switch_mixture, "is_fused", lambda dtype, features: True)
@@ -177,7 +178,7 @@ def test_fused_makes_what_is_needed(monkeypatch, needs):
 
 
 def test_which_regime_runs():
-    from alrao_fast.kernels import switch_mixture as kernels
+    from alrao_fast.kernels.mixture import loss as kernels
 
     def regime(dtype, features, classes, gaussian=False):
         inputs = kernels.Inputs(
@@ -201,7 +202,7 @@ def test_which_regime_runs():
 
 
 def test_rows_longer_than_a_block(monkeypatch):
-    from alrao_fast.kernels import switch_mixture
+    from alrao_fast.kernels.mixture import loss as switch_mixture
 
     monkeypatch.setattr(switch_mixture, "TILE", 0)
     compare(testing.mixture_inputs(3, 4, 4500, 2, device=DEVICE), None)
@@ -243,7 +244,7 @@ def test_many_programs_per_tensor(offset):
 
 
 def test_gradients_may_move_and_plans_are_told_apart():
-    from alrao_fast.kernels import multi_tensor
+    from alrao_fast.kernels.feature import multi_tensor
 
     param, rate = torch.zeros(6, 4, device=DEVICE), torch.ones(6, device=DEVICE)
     for step in range(3):
@@ -260,7 +261,7 @@ def test_gradients_may_move_and_plans_are_told_apart():
 
 
 def test_reciprocals_divide_exactly():
-    from alrao_fast.kernels.multi_tensor import reciprocal
+    from alrao_fast.kernels.feature.multi_tensor import reciprocal
 
     for divisor in [*range(1, 70), 1000, 4095, 4096, 65537, 2**31 - 1]:
         magic, shift = reciprocal(divisor)

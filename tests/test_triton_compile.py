@@ -25,14 +25,10 @@ if backends.INTERPRETED:
     pytest.skip("the kernels are interpreted in this process", allow_module_level=True)
 
 import triton.language as tl
-from alrao_fast.kernels import (
-    feature_adam,
-    feature_sgd,
-    multi_tensor,
-    switch_mixture,
-    switch_mixture_log_prob,
-    switch_update,
-)
+from alrao_fast.kernels import switch_update
+from alrao_fast.kernels.feature import multi_tensor
+from alrao_fast.kernels.mixture import log_prob as mixture_log_prob
+from alrao_fast.kernels.mixture import loss as mixture_loss
 from triton_aot import TARGETS, Start, compile_for, record
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -64,14 +60,12 @@ def feature_step(dtype, *, numel=LARGE, adam=False, master=False, seeds=(), stat
         adams |= {"amsgrad": False, "decoupled": False} | options
         moments = [state], [state], [state] if adams["amsgrad"] else []
         return record(
-            lambda: feature_adam.feature_adam_(
-                [param], [param], *moments, *lists, steps, **common, **adams
-            )
+            lambda: adam.feature_adam_([param], [param], *moments, *lists, steps, **common, **adams)
         )
     sgd = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "authors_momentum": False}
     sgd |= options
     return record(
-        lambda: feature_sgd.feature_sgd_([param], [param], [state], *lists, steps, **common, **sgd)
+        lambda: sgd.feature_sgd_([param], [param], [state], *lists, steps, **common, **sgd)
     )
 
 
@@ -119,12 +113,10 @@ def mixture(
     common = (x, weight, bias, log_posterior)
 
     def run() -> None:
-        switch_mixture.switch_mixture_nll(*common, target, -100, True, *needs, budget)
+        mixture_loss.switch_mixture_nll(*common, target, -100, True, *needs, budget)
         if log_prob:
-            out = switch_mixture_log_prob.switch_mixture_log_prob(*common, budget)
-            switch_mixture_log_prob.switch_mixture_log_prob_backward(
-                out, *common, out, *needs, budget
-            )
+            out = mixture_log_prob.switch_mixture_log_prob(*common, budget)
+            mixture_log_prob.switch_mixture_log_prob_backward(out, *common, out, *needs, budget)
 
     before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
     try:
@@ -137,7 +129,7 @@ def regression(dtype, shape) -> list[Start]:
     x, weight, _, log_posterior, _ = testing.mixture_inputs(*shape, dtype=dtype)
     target = torch.zeros(shape[0], shape[2], dtype=dtype)
     arguments = (x, weight, None, log_posterior, target, 1.0, False, True, True, 1 << 30)
-    return record(lambda: switch_mixture.switch_mixture_gaussian_nll(*arguments))
+    return record(lambda: mixture_loss.switch_mixture_gaussian_nll(*arguments))
 
 
 def mixtures() -> list[Start]:

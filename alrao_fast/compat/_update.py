@@ -10,8 +10,8 @@ from torch.autograd.graph import increment_version
 
 from alrao_fast import backends
 from alrao_fast.functional import feature_adam_, feature_sgd_
-from alrao_fast.ops._plan import FeaturePlan
-from alrao_fast.optim.buckets import PLANNED
+from alrao_fast.ops.plan import FeaturePlan
+from alrao_fast.optim.binding import PLANNED
 
 
 class FeatureUpdate:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alrao_fast.nn.switch import FixedDtypeBuffers, Switch
-from alrao_fast.ops.switch_mixture import (
+from alrao_fast.ops.mixture import (
     Observer,
     switch_mixture_gaussian_stats,
     switch_mixture_log_prob,

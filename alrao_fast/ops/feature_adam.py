@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from alrao_fast import backends
-from alrao_fast.ops import _triton
-from alrao_fast.ops._feature import State, bump_versions, check_inputs, default_inners
-from alrao_fast.ops._library import LIB, define
+from alrao_fast.ops import dispatch
+from alrao_fast.ops.dispatch import LIB, define
+from alrao_fast.ops.feature import State, bump_versions, check_inputs, default_inners
 from alrao_fast.reference import feature_adam as reference
 
 
@@ -62,7 +62,7 @@ _SCHEMA = (
     "bool decoupled, bool maximize, bool authors_eps, Tensor? grad_scale, Tensor? found_inf) -> ()"
 )
 _NAME = define(_SCHEMA, _fake)
-_TRITON_NAME = _triton.define(_SCHEMA, _fake, "feature_adam", _check, planned=True)
+_TRITON_NAME = dispatch.define_triton(_SCHEMA, _fake, "feature.adam", _check, planned=True)
 # An optimizer step is no part of any graph: skip autograd instead of searching the lists for tensors that require it.
 for _name in (_NAME, _TRITON_NAME):
     LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")
@@ -147,5 +147,5 @@ def feature_adam_(
             _check(*args, **scalars)
             reference.feature_adam_(*args, **scalars)
         else:
-            _triton.overload("feature_adam_", implementation)(*args, **scalars)
+            dispatch.overload("feature_adam_", implementation)(*args, **scalars)
             bump_versions(params, firsts, seconds, largest, masters, [steps])

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from alrao_fast import backends
-from alrao_fast.ops import _triton
-from alrao_fast.ops._feature import State, bump_versions, check_inputs, default_inners
-from alrao_fast.ops._library import LIB, define
+from alrao_fast.ops import dispatch
+from alrao_fast.ops.dispatch import LIB, define
+from alrao_fast.ops.feature import State, bump_versions, check_inputs, default_inners
 from alrao_fast.reference import feature_sgd as reference
 
 
@@ -58,7 +58,7 @@ _SCHEMA = (
     "Tensor? found_inf) -> ()"
 )
 _NAME = define(_SCHEMA, _fake)
-_TRITON_NAME = _triton.define(_SCHEMA, _fake, "feature_sgd", _check, planned=True)
+_TRITON_NAME = dispatch.define_triton(_SCHEMA, _fake, "feature.sgd", _check, planned=True)
 # An optimizer step is no part of any graph: skip autograd instead of searching the lists for tensors that require it.
 for _name in (_NAME, _TRITON_NAME):
     LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")
@@ -153,5 +153,5 @@ def feature_sgd_(
             _check(*args, **scalars)
             reference.feature_sgd_(*args, **scalars)
         else:
-            _triton.overload("feature_sgd_", implementation)(*args, **scalars)
+            dispatch.overload("feature_sgd_", implementation)(*args, **scalars)
             bump_versions(params, buffers, masters, [steps])

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from alrao_fast import backends
-from alrao_fast.ops import _triton
-from alrao_fast.ops._checks import check, check_tensor
-from alrao_fast.ops._library import define
+from alrao_fast.ops import dispatch
+from alrao_fast.ops.checks import check, check_tensor
+from alrao_fast.ops.dispatch import define
 from alrao_fast.reference import switch_update as reference
 
 OP = "switch_update"
@@ -35,7 +35,7 @@ def _fake_observe(
 def _check(
     logw: Tensor, log_posterior: Tensor, t: Tensor, log_likelihood: Tensor, theta: float
 ) -> None:
-    """For Triton; the compiled implementations check by themselves (csrc/switch_update.cpp)."""
+    """For Triton; the compiled implementations check by themselves (csrc/switch/checks.cpp)."""
     check(
         logw.dim() == 2 and logw.size(0) == 2 and logw.size(1) > 0,
         f"logw: got shape {list(logw.shape)}, expected [2, N] with N >= 1",
@@ -79,13 +79,13 @@ _SCHEMA = (
     "Tensor log_likelihood, float theta) -> ()"
 )
 define(_SCHEMA, _fake)
-_triton.define(_SCHEMA, _fake, "switch_update", _check)
+dispatch.define_triton(_SCHEMA, _fake, "switch_update", _check)
 _OBSERVE_SCHEMA = (
     "switch_observe_(Tensor(a!) logw, Tensor(b!) log_posterior, Tensor(c!) t, Tensor(d!) running, "
     "Tensor stats, bool mean, float theta) -> ()"
 )
 define(_OBSERVE_SCHEMA, _fake_observe)
-_triton.define(_OBSERVE_SCHEMA, _fake_observe, "switch_update", _check_observe)
+dispatch.define_triton(_OBSERVE_SCHEMA, _fake_observe, "switch_update", _check_observe)
 
 
 def switch_update_(
@@ -117,7 +117,7 @@ def switch_update_(
     if backend == "reference":
         reference.switch_update_(logw, log_posterior, t, log_likelihood, theta)
     else:
-        op = _triton.overload("switch_update_", backend)
+        op = dispatch.overload("switch_update_", backend)
         op(logw, log_posterior, t, log_likelihood.detach(), float(theta))
 
 
@@ -142,7 +142,7 @@ def switch_observe_(
     """
     backend = backends.select(OP, logw.device, impl)
     if backend != "reference":
-        op = _triton.overload("switch_observe_", backend)
+        op = dispatch.overload("switch_observe_", backend)
         op(logw, log_posterior, t, running, stats.detach(), mean, theta)
         return
     running.add_(stats)

@@ -1,7 +1,7 @@
 """The optimizers, the samplers of learning rates, and the feature layouts."""
 
 # Registers the layouts of torch.nn's modules.
-import alrao_fast.optim.rules  # noqa: F401
+import alrao_fast.optim.torch_layouts  # noqa: F401
 from alrao_fast.optim.adam import AlraoAdam
 from alrao_fast.optim.describe import RateRow, describe_rates
 from alrao_fast.optim.layouts import Feature, register_feature_layout

@@ -23,8 +23,9 @@ from torch.optim.optimizer import (
 
 from alrao_fast import backends
 from alrao_fast.optim import checkpoint
-from alrao_fast.optim.buckets import Bucket, Gathered, Needs, check_gradient, gather
-from alrao_fast.optim.groups import (
+from alrao_fast.optim.binding import Bucket, Gathered, Needs, check_gradient, gather
+from alrao_fast.optim.layouts import Layout, check_not_lazy, default_layout, resolve
+from alrao_fast.optim.param_groups import (
     as_groups,
     check_options,
     check_sampler,
@@ -32,7 +33,6 @@ from alrao_fast.optim.groups import (
     modules_of,
     tensor_of,
 )
-from alrao_fast.optim.layouts import Layout, check_not_lazy, default_layout, resolve
 from alrao_fast.optim.rates import LogUniform, Sampler, check_lr_range, draw, draw_clones
 
 

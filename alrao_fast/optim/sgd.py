@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from alrao_fast.ops.feature_sgd import feature_sgd_
 from alrao_fast.optim.base import AlraoOptimizer
-from alrao_fast.optim.buckets import Bucket
+from alrao_fast.optim.binding import Bucket
 from alrao_fast.optim.rates import Sampler, check_lr_range
 
 

@@ -1,8 +1,8 @@
 """Builds, with the host compiler, the extension with its CUDA kernels run on the CPU, plain and with sanitizers.
 
-Every build has a copy of the package (links to its files) whose `_C` holds csrc/cuda against the header of this folder,
-and a program of kernels that test the header itself. Everything else in `_C` comes from the objects of the ordinary
-build. Objects are kept in build/cuda_on_cpu.
+Every build has a copy of the package (links to its files) whose `_C` holds csrc's CUDA folders against the header of
+this folder, and a program of kernels that test the header itself. Everything else in `_C` comes from the objects of the
+ordinary build. Objects are kept in build/cuda_on_cpu.
 """
 
 from __future__ import annotations
@@ -133,23 +133,25 @@ def _ninja() -> str:
     ]
     listed = (EXTENSION / "build.ninja").read_text()
     names = re.search(r"^build \S+: link (.+)$", listed, re.MULTILINE).group(1).split()
-    ordinary = [str(EXTENSION / name) for name in names if not name.startswith("cuda/")]
-    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    bindings = sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))
-    bindings = [source for source in bindings if source.name != "stream.cpp"]
+    ordinary = [str(EXTENSION / name) for name in names if "/cuda/" not in name]
+    csrc = ROOT / "csrc"
+    sources = sorted([*csrc.glob("*/cuda/*.cu"), *csrc.glob("*/cuda/*.cpp")])
+    sources.remove(csrc / "common" / "cuda" / "stream.cpp")
     for name, flags in BUILDS.items():
         objects = {}
-        for source in [*kernels, *bindings, *HERE.glob("*.cpp"), *HERE.glob("*.cu")]:
-            objects[source.name] = target = f"{name}/{source.name}.o"
+        for source in [*sources, *HERE.glob("*.cpp"), *HERE.glob("*.cu")]:
+            folder = csrc if source.is_relative_to(csrc) else HERE
+            objects[source] = target = f"{name}/{source.relative_to(folder)}.o"
             # The scheduler only tells a sanitizer what it does.
             own = re.sub(r"-f\S+", "", flags) if source.name == "cuda_on_cpu.cpp" else flags
             lines += [f"build {target}: compile {source}", f"  flags = {own}"]
-        parts = [objects[source.name] for source in [*kernels, *bindings]]
-        parts += [objects["host.cpp"], objects["cuda_on_cpu.cpp"], *ordinary]
+        scheduler = objects[HERE / "cuda_on_cpu.cpp"]
+        parts = [objects[source] for source in sources]
+        parts += [objects[HERE / "host.cpp"], scheduler, *ordinary]
         lines += [
             f"build {name}/_C.abi3.so: library {' '.join(parts)} | {HERE / 'shared_memory.ld'}",
             f"  flags = {flags}",
-            f"build {name}/primitives: program {objects['primitives.cu']} {objects['cuda_on_cpu.cpp']}"
+            f"build {name}/primitives: program {objects[HERE / 'primitives.cu']} {scheduler}"
             f" | {HERE / 'shared_memory.ld'}",
             f"  flags = {flags}",
         ]

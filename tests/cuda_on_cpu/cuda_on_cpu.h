@@ -1,5 +1,5 @@
 // Runs CUDA kernels on the CPU, to test their logic without a GPU: indices, tails, barriers,
-// reductions. csrc/cuda/runtime.cuh includes this header instead of cuda_runtime.h.
+// reductions. csrc/common/cuda/runtime.cuh includes this header instead of cuda_runtime.h.
 //
 // Every thread of a block is a fiber with a stack of its own. It runs until it needs others: to a
 // barrier, or to an operation of its warp. Blocks, warps and lanes run one after another, forwards

@@ -1,7 +1,7 @@
-// What csrc/cuda/stream.cpp and torch's device guard are on a GPU, for CPU tensors.
+// What csrc/common/cuda/stream.cpp and torch's device guard are on a GPU, for CPU tensors.
 #include <torch/headeronly/util/Exception.h>
 
-#include "cuda/stream.h"
+#include "common/cuda/stream.h"
 
 namespace alrao::cuda {
 

@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/block.cuh"
-#include "cuda/runtime.cuh"
+#include "common/cuda/block.cuh"
+#include "common/cuda/runtime.cuh"
 
 namespace alrao::cuda {
 namespace {

@@ -1,0 +1,70 @@
+"""The dispatcher library of the package: an op's schema and fake, and the op that runs it on a backend.
+
+Schemas stand in Python, whether or not the extension is built: one definition for every backend, to which the compiled
+ones add their kernels. The Triton kernels are a second op of the same schema, under a name of its own, since a CUDA
+extension may hold the CUDA key of the first; their modules are imported, and triton with them, at the first call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+
+NAMESPACE = "alrao_fast"
+LIB = torch.library.Library(NAMESPACE, "DEF")
+
+
+def define(schema: str, fake: Callable[..., Any] | None = None) -> str:
+    """Define an op by its schema, with its fake implementation; return the qualified name."""
+    LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    qualified = f"{NAMESPACE}::{schema.split('(', 1)[0].strip()}"
+    if fake is not None:
+        torch.library.register_fake(qualified, fake, lib=LIB)
+    return qualified
+
+
+def define_triton(
+    schema: str,
+    fake: Callable[..., Any],
+    module: str,
+    check: Callable[..., None],
+    *,
+    planned: bool = False,
+) -> str:
+    """Define the Triton twin of the op of this schema, run by its namesake in `kernels/<module>.py`.
+
+    `check` gets the arguments first and raises where they do not fit; with `planned` the launcher takes it as an
+    argument, to call it for tensors it has no plan of. Returns the qualified name, which ends in `__triton`.
+    """
+    name, arguments = schema.split("(", 1)
+    qualified = define(f"{name}__triton({arguments}", fake)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if planned:
+            kwargs["check"] = partial(check, *args, **kwargs)
+        else:
+            check(*args, **kwargs)
+        launcher = getattr(import_module(f"alrao_fast.kernels.{module}"), name)
+        with _device_of(args):
+            return launcher(*args, **kwargs)
+
+    LIB.impl(qualified, run, "CompositeExplicitAutograd")
+    return qualified
+
+
+def overload(name: str, backend: str) -> Any:
+    """The op that runs `name` on `backend`, triton or a compiled one."""
+    return getattr(torch.ops.alrao_fast, f"{name}__triton" if backend == "triton" else name).default
+
+
+def _device_of(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
+    """Triton starts its kernels on the current device: make it that of the tensors."""
+    first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
+    if isinstance(first, torch.Tensor) and first.is_cuda:
+        return torch.cuda.device(first.device)
+    return contextlib.nullcontext()

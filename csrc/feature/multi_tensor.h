@@ -1,0 +1,191 @@
+// Many tensors in one pass: what the feature optimizers share and what knows no equation.
+//
+// A plan describes the tensors that stay from step to step (parameters, states, masters, rates)
+// once: they are checked, and cut into pieces of about equal cost. A step then brings only the
+// gradients.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "feature/record.h"
+
+namespace alrao {
+
+using torch::stable::Tensor;
+
+// Errors the user can mend: without the file and line that STD_TORCH_CHECK puts before the message.
+template <class... Parts>
+[[noreturn]] void fail(const std::string& op, const Parts&... parts) {
+  std::ostringstream out;
+  out << op << ": ";
+  (out << ... << parts);
+  throw std::runtime_error(out.str());
+}
+
+// The tensors of an op's list arguments, before anything is checked.
+struct TensorLists {
+  std::vector<Tensor> params;
+  std::vector<std::vector<Tensor>> states;
+  std::vector<Tensor> masters;  // empty, or one each; one without elements stands for none
+  std::vector<Tensor> rates;
+  std::vector<int64_t> inners;
+  std::vector<int64_t> seeds;  // empty: round to nearest
+  std::optional<Tensor> steps;
+};
+
+// Scalars that live in tensors, so that schedulers and loss scalers need not synchronise.
+struct ScalarTensors {
+  std::optional<Tensor> lr;
+  std::optional<Tensor> grad_scale;
+  std::optional<Tensor> found_inf;
+};
+
+struct Shape {
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t dim;
+};
+
+// Owned handles of the tensors of a list argument.
+class HandleList {
+ public:
+  explicit HandleList(StableIValue list);
+  ~HandleList();
+  HandleList(const HandleList&) = delete;
+  HandleList& operator=(const HandleList&) = delete;
+
+  const std::vector<AtenTensorHandle>& handles() const { return handles_; }
+
+ private:
+  std::vector<AtenTensorHandle> handles_;
+};
+
+class MultiTensor {
+ public:
+  // Throws, naming the argument, if the tensors do not fit together. `op` stands in the messages.
+  MultiTensor(std::string op, TensorLists lists);
+
+  const std::string& op() const { return op_; }
+  int64_t num_states() const { return static_cast<int64_t>(lists_.states.size()); }
+  const std::vector<FeatureRecord>& records() const { return records_; }
+  int32_t device_type() const { return device_type_; }
+  int32_t device_index() const { return device_index_; }
+  // On the tensors' device.
+  int64_t* steps() const { return steps_; }
+
+  // Throws unless there are `expected` states per parameter; `name` is the list that may be empty,
+  // `because` the option that decides it.
+  void check_states(int64_t expected, const char* name, const char* because) const;
+
+  // Whether the tensors still are what the plan saw: same memory, dtype and shape.
+  bool unchanged() const;
+
+  // Checks the gradients and points the records at them, through copies where the strides differ
+  // from the parameter's. The gradients must outlive the update, on a GPU until it is queued.
+  void bind(const std::vector<AtenTensorHandle>& grads);
+
+  // Lets go of the copies.
+  void release() { copies_.clear(); }
+
+  // Tensors on the CPU: takes the steps into the records.
+  void read_steps();
+
+  // The same: body(record, begin, end) for every piece, in parallel. Which pieces there are does
+  // not depend on the number of threads.
+  template <class Body>
+  void for_each_piece(const Body& body) const {
+    const auto tasks = static_cast<int64_t>(task_starts_.size()) - 1;
+    const auto run = [&](int64_t first, int64_t last) {
+      for (int64_t i = task_starts_[first]; i < task_starts_[last]; ++i)
+        body(records_[pieces_[i].tensor], pieces_[i].begin, pieces_[i].end);
+    };
+    if (tasks <= serial_tasks_) {
+      run(0, tasks);
+    } else {
+      torch::stable::parallel_for(0, tasks, serial_tasks_, run);
+    }
+  }
+
+  // The same: counts the update.
+  void count_steps();
+
+  // Held during a step: a plan has one set of gradients.
+  std::mutex mutex;
+
+  // The op's numbers that seldom change, for planned steps. They are kept here because parsing them
+  // from Python costs as much as updating thousands of entries.
+  std::vector<double> options;
+
+  // What the tensors' backend keeps with them.
+  std::shared_ptr<void> attachment;
+
+ private:
+  struct Piece {
+    int64_t tensor, begin, end;
+  };
+  struct Seen {
+    AtenTensorHandle handle;
+    void* data;
+    int64_t numel;
+  };
+
+  void check_lists() const;
+  void add_record(int64_t t);
+  void see(const Tensor& tensor);
+  void check_overlap() const;
+  void cut();
+  Shape param_shape(size_t t) const;
+
+  std::string op_;
+  TensorLists lists_;
+  int32_t device_type_ = 0, device_index_ = 0;
+  std::vector<FeatureRecord> records_;
+  std::vector<Seen> seen_;  // the parameters first
+  std::vector<int32_t> dtypes_;
+  std::vector<int64_t> shapes_;        // per parameter: its sizes, then its strides
+  std::vector<int64_t> shape_starts_;  // and one past the last
+  std::vector<Piece> pieces_;
+  std::vector<int64_t> task_starts_;  // pieces [task_starts_[k], task_starts_[k + 1]) are task k
+  int64_t serial_tasks_ = 1;          // so many take less time than waking another thread
+  int64_t* steps_ = nullptr;
+  std::vector<Tensor> copies_;
+};
+
+std::vector<AtenTensorHandle> borrow(const std::vector<Tensor>& tensors);
+
+// Throws, naming it, unless `tensor` has one float32 or float64 element.
+void check_scalar(const std::string& op, const char* name, const Tensor& tensor);
+
+// The value of a one-element CPU tensor, or `otherwise` without one.
+double read_scalar(const std::string& op, const char* name, const std::optional<Tensor>& tensor,
+                   double otherwise);
+
+// One update of tensors on the CPU by run(tensors, options): an op's options have `lr`, which
+// `scalars` may replace, and `grad_factor`, which the loss scale divides.
+template <class Options, class Run>
+void step_on_cpu(MultiTensor& tensors, const std::vector<AtenTensorHandle>& grads, Options options,
+                 const ScalarTensors& scalars, const Run& run) {
+  options.lr = read_scalar(tensors.op(), "lr", scalars.lr, options.lr);
+  options.grad_factor /= read_scalar(tensors.op(), "grad_scale", scalars.grad_scale, 1);
+  const bool skip = read_scalar(tensors.op(), "found_inf", scalars.found_inf, 0) != 0;
+  tensors.bind(grads);
+  if (!skip) {
+    tensors.read_steps();
+    run(tensors, options);
+    tensors.count_steps();
+  }
+  tensors.release();
+}
+
+}  // namespace alrao

@@ -1,0 +1,64 @@
+#include "mixture/checks.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <utility>
+
+#include "common/checks.h"
+
+namespace alrao {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+MixtureSizes check_mixture(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                           const Tensor& log_posterior, int64_t memory_budget) {
+  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) > 0 && weight.size(1) > 0,
+                  "weight: got shape ", shape_of(weight),
+                  ", expected [N, C, D] with N >= 1 and C >= 1");
+  check_dtype("weight", weight,
+              {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half});
+  const MixtureSizes sizes{x.dim() > 0 ? x.size(0) : 0, weight.size(2), weight.size(0),
+                           weight.size(1)};
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == sizes.features, "x: got shape ", shape_of(x),
+                  ", expected [B, ", sizes.features, "], D being that of weight ",
+                  shape_of(weight));
+  check_same_dtype("x", x, "weight", weight);
+  check_same_device("x", x, "weight", weight);
+  if (bias) {
+    check_shape("bias", *bias, {sizes.clones, sizes.classes});
+    check_same_dtype("bias", *bias, "weight", weight);
+    check_same_device("bias", *bias, "weight", weight);
+  }
+  check_shape("log_posterior", log_posterior, {sizes.clones});
+  check_dtype("log_posterior", log_posterior, {ScalarType::Float, ScalarType::Double});
+  check_same_device("log_posterior", log_posterior, "weight", weight);
+  STD_TORCH_CHECK(memory_budget > 0, "memory_budget: got ", memory_budget,
+                  ", expected a positive number of bytes");
+  return sizes;
+}
+
+void check_class_target(const Tensor& target, const Tensor& x) {
+  check_shape("target", target, {x.size(0)});
+  check_dtype("target", target, {ScalarType::Long});
+  check_same_device("target", target, "x", x);
+}
+
+void check_gaussian_target(const Tensor& target, const Tensor& x, int64_t outputs, double sigma2) {
+  check_shape("target", target, {x.size(0), outputs});
+  check_same_dtype("target", target, "x", x);
+  check_same_device("target", target, "x", x);
+  STD_TORCH_CHECK(sigma2 > 0, "sigma2: got ", sigma2, ", expected a positive variance");
+}
+
+void check_log_prob_gradient(const Tensor& grad, const Tensor& log_prob, const Tensor& x,
+                             int64_t classes) {
+  const bool is_double = x.scalar_type() == ScalarType::Double;
+  for (const auto& [name, tensor] : {std::pair{"grad", &grad}, std::pair{"log_prob", &log_prob}}) {
+    check_shape(name, *tensor, {x.size(0), classes});
+    check_dtype(name, *tensor, {is_double ? ScalarType::Double : ScalarType::Float});
+    check_same_device(name, *tensor, "x", x);
+  }
+}
+
+}  // namespace alrao

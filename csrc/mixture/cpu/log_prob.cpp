@@ -1,0 +1,264 @@
+// Log-probabilities of the mixture and their gradient, on the CPU: all clones of a chunk of samples
+// at a time. The backward computes the logits again rather than keep [B, N, C].
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "common/cpu/gemm.h"
+#include "mixture/cpu/problem.h"
+
+namespace alrao::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kBlockRows = 512;
+constexpr int64_t kTaskLanes = 64;
+
+// The inputs in one type, and what both directions compute first.
+template <class T>
+class LogProb {
+ public:
+  LogProb(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+          const Tensor& log_posterior, const MixtureSizes& size, int64_t memory_budget,
+          bool backward)
+      : size_(size),
+        x_(in_type<T>(x)),
+        weight_(in_type<T>(weight)),
+        blocks_(ceil_div(size.classes, kBlockRows)),
+        ld_(lanes(memory_budget, backward)),
+        z_(size.clones * size.classes * ld_),
+        block_(size.clones * blocks_ * ld_ * 3),
+        clone_(size.clones * ld_ * 3),
+        health_(size.clones),
+        finite_weight_(static_cast<const T*>(weight_.const_data_ptr()), size.clones,
+                       size.classes * size.features) {
+    if (bias) bias_ = in_type<T>(*bias);
+    log_posterior_ = as_doubles(log_posterior);
+  }
+
+  void forward(T* out) {
+    Buffer<T> transposed(size_.classes * ld_);
+    for (int64_t begin = 0; begin < size_.samples; begin += ld_) {
+      const int64_t count = std::min(ld_, size_.samples - begin);
+      logits(begin, count);
+      run_tasks(blocks_, [&](int64_t block) {
+        const int64_t row = block * kBlockRows;
+        T* tile = transposed.data() + row * ld_;
+        log_mixture_rows(LogMixtureRows<T>{tile, z_.data() + row * ld_, size_.clones,
+                                           size_.classes * ld_, rows(block), ld_, ld_, offset(0)});
+        for (int64_t lane = 0; lane < count; ++lane) {
+          T* to = out + (begin + lane) * size_.classes + row;
+          for (int64_t i = 0; i < rows(block); ++i) to[i] = tile[i * ld_ + lane];
+        }
+      });
+    }
+  }
+
+  void backward(const T* grad, const T* log_prob, T* dx, T* dweight, T* dbias) {
+    Buffer<T> grad_rows(size_.classes * ld_), log_prob_rows(size_.classes * ld_);
+    const Tensor finite_x = with_finite_rows<T>(x_, [](int64_t) { return true; });
+    for (int64_t begin = 0; begin < size_.samples; begin += ld_) {
+      const int64_t count = std::min(ld_, size_.samples - begin);
+      transpose(grad + begin * size_.classes, count, grad_rows.data());
+      transpose(log_prob + begin * size_.classes, count, log_prob_rows.data());
+      logits(begin, count);
+      shares(grad_rows.data(), log_prob_rows.data());
+      logit_gradients(begin, count, grad_rows.data(), log_prob_rows.data(),
+                      static_cast<const T*>(finite_x.const_data_ptr()), dweight, dbias);
+      if (!dx) continue;
+      const T* weight = finite_weight_.get(health_);
+      const int64_t all = size_.clones * size_.classes;
+      run_tasks(ceil_div(count, kTaskLanes), [&](int64_t i) {
+        const int64_t lane = i * kTaskLanes, lanes = std::min(kTaskLanes, count - lane);
+        gemm<T>(
+            row_major(dx + (begin + lane) * size_.features, lanes, size_.features, size_.features),
+            row_major<const T>(z_.data() + lane, all, lanes, ld_).transposed(),
+            row_major(weight, all, size_.features, size_.features), false);
+      });
+    }
+  }
+
+ private:
+  int64_t lanes(int64_t memory_budget, bool backward) const {
+    const int64_t per_sample =
+        (size_.clones + (backward ? 2 : 1)) * size_.classes * static_cast<int64_t>(sizeof(T));
+    // The backward adds to dweight once per chunk, so it takes the budget; the forward stays in
+    // cache.
+    const int64_t bytes = backward ? memory_budget : std::min(memory_budget, kCacheBytes);
+    return std::clamp(bytes / per_sample / kLaneTile * kLaneTile, kLaneTile,
+                      round_up(size_.samples, kLaneTile));
+  }
+
+  int64_t rows(int64_t block) const {
+    return std::min(kBlockRows, size_.classes - block * kBlockRows);
+  }
+  T* offset(int64_t n) { return clone_.data() + n * ld_; }
+  T* norm(int64_t n) { return clone_.data() + (size_.clones + n) * ld_; }
+  T* share_sum(int64_t n) { return clone_.data() + (2 * size_.clones + n) * ld_; }
+  T* block_value(int64_t n, int64_t block, int64_t which) {
+    return block_.data() + ((n * blocks_ + block) * 3 + which) * ld_;
+  }
+  const T* x() const { return static_cast<const T*>(x_.const_data_ptr()); }
+  const T* weight() const { return static_cast<const T*>(weight_.const_data_ptr()); }
+  int64_t row_of(int64_t n, int64_t block) const { return n * size_.classes + block * kBlockRows; }
+
+  template <class Body>
+  void for_each_block(const Body& body) {
+    run_tasks(size_.clones * blocks_, [&](int64_t i) { body(i / blocks_, i % blocks_); });
+  }
+
+  // Logits of all clones; per clone and lane the normaliser, and offset = log_posterior - norm.
+  void logits(int64_t begin, int64_t count) {
+    const int64_t features = size_.features;
+    for_each_block([&](int64_t n, int64_t block) {
+      T* z = z_.data() + row_of(n, block) * ld_;
+      gemm<T>(row_major(z, rows(block), count, ld_),
+              row_major(weight() + row_of(n, block) * features, rows(block), features, features),
+              row_major(x() + begin * features, count, features, features).transposed(), false);
+      const T* bias =
+          bias_ ? static_cast<const T*>(bias_->const_data_ptr()) + row_of(n, block) : nullptr;
+      log_sum_rows(LogSumRows<T>{z, rows(block), ld_, ld_, bias, block_value(n, block, 0),
+                                 block_value(n, block, 1)});
+    });
+    for (int64_t n = 0; n < size_.clones; ++n) {
+      for (int64_t lane = 0; lane < ld_; ++lane) {
+        T max = -INFINITY;
+        double sum = 0;
+        for (int64_t k = 0; k < blocks_; ++k) max = std::max(max, block_value(n, k, 0)[lane]);
+        for (int64_t k = 0; k < blocks_; ++k) {
+          sum += block_value(n, k, 1)[lane] *
+                 std::exp(static_cast<double>(block_value(n, k, 0)[lane]) - max);
+        }
+        const double log_norm = max + std::log(sum);
+        const bool alive = lane < count && std::isfinite(log_norm);
+        if (lane < count && !alive) health_[n].suspect = true;
+        norm(n)[lane] = static_cast<T>(log_norm);
+        offset(n)[lane] = alive ? static_cast<T>(log_posterior_[n] - log_norm) : T(-INFINITY);
+      }
+    }
+  }
+
+  void transpose(const T* from, int64_t count, T* to) const {
+    for (int64_t lane = 0; lane < ld_; ++lane) {
+      for (int64_t c = 0; c < size_.classes; ++c) {
+        to[c * ld_ + lane] = lane < count ? from[lane * size_.classes + c] : T(0);
+      }
+    }
+  }
+
+  // Per clone and sample: the part of the gradient that goes through the normaliser.
+  void shares(const T* grad, const T* log_prob) {
+    for_each_block([&](int64_t n, int64_t block) {
+      const int64_t row = block * kBlockRows;
+      share_rows(ShareRows<T>{z_.data() + row_of(n, block) * ld_, rows(block), ld_, ld_, offset(n),
+                              log_prob + row * ld_, grad + row * ld_, block_value(n, block, 2)});
+    });
+    for (int64_t n = 0; n < size_.clones; ++n) {
+      std::fill_n(share_sum(n), ld_, T(0));
+      for (int64_t k = 0; k < blocks_; ++k) {
+        for (int64_t lane = 0; lane < ld_; ++lane) {
+          share_sum(n)[lane] += block_value(n, k, 2)[lane];
+        }
+      }
+    }
+  }
+
+  void logit_gradients(int64_t begin, int64_t count, const T* grad, const T* log_prob,
+                       const T* finite_x, T* dweight, T* dbias) {
+    const int64_t features = size_.features;
+    for_each_block([&](int64_t n, int64_t block) {
+      const int64_t row = block * kBlockRows, at = row_of(n, block);
+      T* z = z_.data() + at * ld_;
+      share_gradient_rows(ShareGradientRows<T>{z, rows(block), ld_, ld_, offset(n), norm(n),
+                                               log_prob + row * ld_, grad + row * ld_, share_sum(n),
+                                               dbias ? dbias + at : nullptr, begin > 0});
+      if (!dweight) return;
+      gemm<T>(row_major(dweight + at * features, rows(block), features, features),
+              row_major<const T>(z, rows(block), count, ld_),
+              row_major(finite_x + begin * features, count, features, features), begin > 0);
+    });
+  }
+
+  MixtureSizes size_;
+  Tensor x_, weight_;
+  std::optional<Tensor> bias_;
+  std::vector<double> log_posterior_;
+  int64_t blocks_, ld_;
+  Buffer<T> z_;      // [N C][ld]
+  Buffer<T> block_;  // [N][blocks][max, sum of exponentials, sum of shares][ld]
+  Buffer<T> clone_;  // [offset, norm, sum of shares][N][ld]
+  std::vector<CloneHealth> health_;
+  FiniteWeight<T> finite_weight_;
+};
+
+template <class T>
+Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+               const Tensor& log_posterior, const MixtureSizes& size, int64_t memory_budget) {
+  const Tensor out = empty_tensor<T>({size.samples, size.classes});
+  if (size.samples > 0) {
+    LogProb<T>(x, weight, bias, log_posterior, size, memory_budget, false)
+        .forward(static_cast<T*>(out.mutable_data_ptr()));
+  }
+  return out;
+}
+
+Tensor switch_mixture_log_prob(const Tensor& x, const Tensor& weight,
+                               const std::optional<Tensor>& bias, const Tensor& log_posterior,
+                               int64_t memory_budget) {
+  const MixtureSizes size = check_mixture(x, weight, bias, log_posterior, memory_budget);
+  const auto function = x.scalar_type() == ScalarType::Double ? &forward<double> : &forward<float>;
+  return function(x, weight, bias, log_posterior, size, memory_budget);
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+template <class T>
+T* data_or_null(const Tensor& tensor, bool needed) {
+  return needed ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
+template <class T>
+Gradients backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                   const std::optional<Tensor>& bias, const Tensor& log_posterior,
+                   const Tensor& log_prob, bool need_dx, bool need_dw, int64_t memory_budget,
+                   const MixtureSizes& size) {
+  const auto [samples, features, clones, classes] = size;
+  Tensor dx = need_dx ? empty_tensor<T>({samples, features}) : empty_tensor<T>({0});
+  Tensor dweight = need_dw ? empty_tensor<T>({clones, classes, features}) : empty_tensor<T>({0});
+  Tensor dbias = need_dw ? empty_tensor<T>({clones, classes}) : empty_tensor<T>({0});
+  if (samples > 0) {
+    const Tensor upstream = contents(grad), value = contents(log_prob);
+    LogProb<T>(x, weight, bias, log_posterior, size, memory_budget, true)
+        .backward(static_cast<const T*>(upstream.const_data_ptr()),
+                  static_cast<const T*>(value.const_data_ptr()), data_or_null<T>(dx, need_dx),
+                  data_or_null<T>(dweight, need_dw), data_or_null<T>(dbias, need_dw));
+  } else {
+    torch::stable::zero_(dweight);
+    torch::stable::zero_(dbias);
+  }
+  return {dx, dweight, dbias};
+}
+
+Gradients switch_mixture_log_prob_backward(const Tensor& grad, const Tensor& x,
+                                           const Tensor& weight, const std::optional<Tensor>& bias,
+                                           const Tensor& log_posterior, const Tensor& log_prob,
+                                           bool need_dx, bool need_dw, int64_t memory_budget) {
+  const MixtureSizes size = check_mixture(x, weight, bias, log_posterior, memory_budget);
+  check_log_prob_gradient(grad, log_prob, x, size.classes);
+  const auto function =
+      x.scalar_type() == ScalarType::Double ? &backward<double> : &backward<float>;
+  return function(grad, x, weight, bias, log_posterior, log_prob, need_dx, need_dw, memory_budget,
+                  size);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CPU, m) {
+  m.impl("switch_mixture_log_prob", TORCH_BOX(&switch_mixture_log_prob));
+  m.impl("switch_mixture_log_prob_backward", TORCH_BOX(&switch_mixture_log_prob_backward));
+}
+
+}  // namespace alrao::cpu

@@ -1,0 +1,279 @@
+// Row kernels of switch_mixture, compiled once per instruction set. See rows.h.
+#include "mixture/cpu/rows.h"
+
+#include "common/cpu/simd.h"
+
+namespace alrao::cpu::ALRAO_ISA {
+namespace {
+
+constexpr int64_t kGroup = 4;  // vectors kept in registers while walking down the rows
+
+// Maximum over the rows, and NaN in `bad` where a logit is not finite, else 0.
+template <class T, int64_t K>
+ALRAO_INLINE void max_of_rows(const T* z, int64_t rows, int64_t ld, const T* bias, T* max, T* bad) {
+  constexpr int64_t width = Simd<T>::kWidth;
+  Vector<T> m[K], b[K];
+  for (int64_t k = 0; k < K; ++k) {
+    m[k] = splat(T(-kInfinity));
+    b[k] = splat(T(0));
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const Vector<T> offset = splat(bias ? bias[i] : T(0));
+    for (int64_t k = 0; k < K; ++k) {
+      const Vector<T> v = load(z + i * ld + k * width) + offset;
+      m[k] = greater(v, m[k]);
+      b[k] += v * T(0);
+    }
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    store(max + k * width, m[k]);
+    store(bad + k * width, b[k]);
+  }
+}
+
+// `sum` holds 0, or NaN to be kept, and receives the sum of the exponentials.
+template <class T, int64_t K, bool kStore>
+ALRAO_INLINE void exp_of_rows(T* z, int64_t rows, int64_t ld, const T* bias, const T* max, T* sum) {
+  constexpr int64_t width = Simd<T>::kWidth;
+  Vector<T> m[K], s[K];
+  for (int64_t k = 0; k < K; ++k) {
+    m[k] = load(max + k * width);
+    s[k] = load(sum + k * width);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const Vector<T> offset = splat(bias ? bias[i] : T(0));
+    for (int64_t k = 0; k < K; ++k) {
+      T* p = z + i * ld + k * width;
+      const Vector<T> v = load(p) + offset;
+      const Vector<T> e = exp_below(v - m[k]);
+      s[k] += e;
+      store(p, kStore ? e : v);
+    }
+  }
+  for (int64_t k = 0; k < K; ++k) store(sum + k * width, s[k]);
+}
+
+template <class T, bool kStore>
+ALRAO_INLINE void exp_of_tile(T* z, int64_t rows, int64_t ld, int64_t lanes, const T* bias,
+                              const T* max, T* sum) {
+  constexpr int64_t width = Simd<T>::kWidth;
+  int64_t lane = 0;
+  for (; lane + kGroup * width <= lanes; lane += kGroup * width) {
+    exp_of_rows<T, kGroup, kStore>(z + lane, rows, ld, bias, max + lane, sum + lane);
+  }
+  for (; lane < lanes; lane += width) {
+    exp_of_rows<T, 1, kStore>(z + lane, rows, ld, bias, max + lane, sum + lane);
+  }
+}
+
+template <class T>
+ALRAO_INLINE void max_of_tile(const T* z, int64_t rows, int64_t ld, int64_t lanes, const T* bias,
+                              T* max, T* bad) {
+  constexpr int64_t width = Simd<T>::kWidth;
+  int64_t lane = 0;
+  for (; lane + kGroup * width <= lanes; lane += kGroup * width) {
+    max_of_rows<T, kGroup>(z + lane, rows, ld, bias, max + lane, bad + lane);
+  }
+  for (; lane < lanes; lane += width) {
+    max_of_rows<T, 1>(z + lane, rows, ld, bias, max + lane, bad + lane);
+  }
+}
+
+template <class T>
+ALRAO_INLINE void softmax(const SoftmaxRows<T>& a) {
+  max_of_tile(a.z, a.rows, a.ld, a.lanes, a.bias, a.max, a.sum);
+  for (int64_t lane = 0; lane < a.lanes; ++lane) {
+    const int64_t row = a.target[lane] - a.first_class;
+    if (a.target[lane] < 0 || row < 0 || row >= a.rows) continue;
+    const T value = a.z[row * a.ld + lane] + (a.bias ? a.bias[row] : T(0));
+    a.target_logit[lane] = value;
+    bool first = value == a.max[lane];
+    for (int64_t i = 0; first && i < row; ++i) {
+      first = a.z[i * a.ld + lane] + (a.bias ? a.bias[i] : T(0)) < value;
+    }
+    a.is_argmax[lane] = first;
+  }
+  exp_of_tile<T, true>(a.z, a.rows, a.ld, a.lanes, a.bias, a.max, a.sum);
+}
+
+template <class T>
+ALRAO_INLINE void log_sum(const LogSumRows<T>& a) {
+  max_of_tile(a.z, a.rows, a.ld, a.lanes, a.bias, a.max, a.sum);
+  exp_of_tile<T, false>(a.z, a.rows, a.ld, a.lanes, a.bias, a.max, a.sum);
+}
+
+template <class T>
+ALRAO_INLINE void residual(const ResidualRows<T>& a) {
+  constexpr int64_t width = Simd<T>::kWidth;
+  for (int64_t lane = 0; lane < a.lanes; lane += width) {
+    Vector<T> s = splat(T(0));
+    for (int64_t i = 0; i < a.rows; ++i) {
+      T* p = a.z + i * a.ld + lane;
+      const Vector<T> d =
+          load(p) + splat(a.bias ? a.bias[i] : T(0)) - load(a.expected + i * a.ld + lane);
+      s += d * d;
+      store(p, d);
+    }
+    store(a.sum + lane, s);
+  }
+}
+
+template <class T>
+ALRAO_INLINE void put(T* bias_grad, int64_t row, bool accumulate, T value) {
+  bias_grad[row] = accumulate ? bias_grad[row] + value : value;
+}
+
+template <class T>
+ALRAO_INLINE void gradient(const GradientRows<T>& a) {
+  constexpr int64_t width = Simd<T>::kWidth;
+  const Vector<T> zero = splat(T(0));
+  for (int64_t i = 0; i < a.rows; ++i) {
+    Vector<T> total = zero;
+    for (int64_t lane = 0; lane < a.lanes; lane += width) {
+      T* p = a.z + i * a.ld + lane;
+      const Vector<T> factor = load(a.factor + lane);
+      const Vector<T> v = factor != zero ? load(p) * factor : zero;
+      total += v;
+      store(p, v);
+    }
+    if (a.bias_grad) put(a.bias_grad, i, a.accumulate, sum_lanes<T>(total));
+  }
+  if (!a.target) return;
+  for (int64_t lane = 0; lane < a.lanes; ++lane) {
+    const int64_t row = a.target[lane] - a.first_class;
+    if (a.target[lane] < 0 || row < 0 || row >= a.rows || a.factor[lane] == 0) continue;
+    a.z[row * a.ld + lane] -= a.hit;
+    if (a.bias_grad) a.bias_grad[row] -= a.hit;
+  }
+}
+
+template <class T>
+ALRAO_INLINE void weigh(const WeightRows<T>& a) {
+  constexpr int64_t width = Simd<T>::kWidth;
+  const Vector<T> zero = splat(T(0));
+  for (int64_t n = 0; n < a.clones; ++n) {
+    for (int64_t i = n * a.rows; i < (n + 1) * a.rows; ++i) {
+      for (int64_t lane = 0; lane < a.lanes; lane += width) {
+        const Vector<T> w = load(a.weight + n * a.ld + lane);
+        store(a.out + i * a.ld + lane, w != zero ? load(a.z + i * a.ld + lane) * w : zero);
+      }
+    }
+  }
+}
+
+template <class T>
+ALRAO_INLINE void mixture(const MixtureRows<T>& a) {
+  constexpr int64_t width = Simd<double>::kWidth;
+  typedef T Narrow __attribute__((vector_size(width * sizeof(T))));
+  const Vector<double> none = splat(-kInfinity), zero = splat(0.0);
+  for (int64_t lane = 0; lane < a.lanes; lane += width) {
+    Vector<double> m = none, s = zero;
+    for (int64_t n = 0; n < a.clones; ++n) {
+      m = greater(load(a.log_likelihood + n * a.ld + lane) + a.log_posterior[n], m);
+    }
+    for (int64_t n = 0; n < a.clones; ++n) {
+      double* p = a.log_likelihood + n * a.ld + lane;
+      const Vector<double> e = exp_below(load(p) + a.log_posterior[n] - m);
+      s += e;
+      store(p, e);
+    }
+    const Vector<double> inverse = m > none ? 1.0 / s : zero;
+    for (int64_t n = 0; n < a.clones; ++n) {
+      const Vector<double> r = load(a.log_likelihood + n * a.ld + lane) * inverse;
+      const Narrow narrow = __builtin_convertvector(r, Narrow);
+      __builtin_memcpy(a.responsibility + n * a.ld + lane, &narrow, sizeof narrow);
+    }
+    store(a.max + lane, m);
+    store(a.sum + lane, s);
+  }
+}
+
+template <class T>
+ALRAO_INLINE void blend(const BlendRows<T>& a) {
+  for (int64_t i = 0; i < a.rows; ++i) {
+    T* __restrict acc = a.acc + i * a.width;
+    const T alpha = a.alpha[i], beta = a.beta[i];
+    if (alpha == 0) {
+      for (int64_t j = 0; j < a.width; ++j) acc[j] = 0;
+    } else if (alpha != 1) {
+      for (int64_t j = 0; j < a.width; ++j) acc[j] *= alpha;
+    }
+    if (beta == 0) continue;
+    for (int64_t k = 0; k < a.num_parts; ++k) {
+      const T* __restrict part = a.part + k * a.part_stride + i * a.width;
+      for (int64_t j = 0; j < a.width; ++j) acc[j] += beta * part[j];
+    }
+  }
+}
+
+template <class T>
+ALRAO_INLINE void log_mixture(const LogMixtureRows<T>& a) {
+  constexpr int64_t width = Simd<T>::kWidth;
+  const Vector<T> none = splat(T(-kInfinity));
+  for (int64_t i = 0; i < a.rows; ++i) {
+    for (int64_t lane = 0; lane < a.lanes; lane += width) {
+      const T* z = a.z + i * a.ld + lane;
+      Vector<T> m = none, s = splat(T(0));
+      for (int64_t n = 0; n < a.clones; ++n) {
+        m = greater(load(z + n * a.clone_stride) + load(a.offset + n * a.ld + lane), m);
+      }
+      for (int64_t n = 0; n < a.clones; ++n) {
+        s += exp_below(load(z + n * a.clone_stride) + load(a.offset + n * a.ld + lane) - m);
+      }
+      store(a.out + i * a.ld + lane, m > none ? m + log_positive(s) : none);
+    }
+  }
+}
+
+template <class T>
+ALRAO_INLINE void share(const ShareRows<T>& a) {
+  constexpr int64_t width = Simd<T>::kWidth;
+  for (int64_t lane = 0; lane < a.lanes; lane += width) {
+    const Vector<T> offset = load(a.offset + lane);
+    Vector<T> s = splat(T(0));
+    for (int64_t i = 0; i < a.rows; ++i) {
+      const int64_t at = i * a.ld + lane;
+      s += load(a.grad + at) * exp_below(load(a.z + at) + offset - load(a.log_mixture + at));
+    }
+    store(a.sum + lane, s);
+  }
+}
+
+template <class T>
+ALRAO_INLINE void share_gradient(const ShareGradientRows<T>& a) {
+  constexpr int64_t width = Simd<T>::kWidth;
+  const Vector<T> zero = splat(T(0)), none = splat(T(-kInfinity));
+  for (int64_t i = 0; i < a.rows; ++i) {
+    Vector<T> total = zero;
+    for (int64_t lane = 0; lane < a.lanes; lane += width) {
+      const int64_t at = i * a.ld + lane;
+      const Vector<T> z = load(a.z + at), offset = load(a.offset + lane);
+      const Vector<T> w = exp_below(z + offset - load(a.log_mixture + at));
+      const Vector<T> p = exp_below(z - load(a.norm + lane));
+      const Vector<T> g = offset > none ? load(a.grad + at) * w - p * load(a.sum + lane) : zero;
+      total += g;
+      store(a.z + at, g);
+    }
+    if (a.bias_grad) put(a.bias_grad, i, a.accumulate, sum_lanes<T>(total));
+  }
+}
+
+}  // namespace
+
+#define ALRAO_DEFINE(name, body, Args)                   \
+  void name##_float(const Args<float>& a) { body(a); }   \
+  void name##_double(const Args<double>& a) { body(a); } \
+  static_assert(true, "a semicolon follows")
+
+ALRAO_DEFINE(softmax_rows, softmax, SoftmaxRows);
+ALRAO_DEFINE(residual_rows, residual, ResidualRows);
+ALRAO_DEFINE(gradient_rows, gradient, GradientRows);
+ALRAO_DEFINE(weight_rows, weigh, WeightRows);
+ALRAO_DEFINE(mixture_rows, mixture, MixtureRows);
+ALRAO_DEFINE(blend_rows, blend, BlendRows);
+ALRAO_DEFINE(log_sum_rows, log_sum, LogSumRows);
+ALRAO_DEFINE(log_mixture_rows, log_mixture, LogMixtureRows);
+ALRAO_DEFINE(share_rows, share, ShareRows);
+ALRAO_DEFINE(share_gradient_rows, share_gradient, ShareGradientRows);
+
+}  // namespace alrao::cpu::ALRAO_ISA

@@ -1,0 +1,250 @@
+// One clone after the other, for many classes: the logits of one clone for one chunk of samples are
+// all that is held. The responsibilities are not known before all clones have been seen, so dx is
+// accumulated with a running maximum and sum per sample, as flash attention does over keys.
+//
+// The classes are cut into blocks and the blocks dealt to a fixed number of groups, the tasks of
+// the parallel loops. First pass: logits, block maxima, exponentials and their sums. Then the sums
+// of the blocks give the log-likelihoods, and per block the factor that turns exponentials into
+// gradients. Second pass: gradients, dweight, and each group's part of (gradient x weight).
+#include <torch/csrc/stable/ops.h>
+
+#include <limits>
+
+#include "common/cpu/gemm.h"
+#include "mixture/cpu/problem.h"
+
+namespace alrao::cpu {
+namespace {
+
+constexpr int64_t kBlockRows = 512;
+constexpr int64_t kMaxGroups = 32;
+
+template <class T>
+class Streamed {
+ public:
+  Streamed(const MixtureProblem<T>& p, MixtureResult<T>& out)
+      : p_(p),
+        out_(out),
+        classes_(p.size.classes),
+        features_(p.size.features),
+        blocks_(ceil_div(classes_, kBlockRows)),
+        blocks_per_group_(ceil_div(blocks_, kMaxGroups)),
+        groups_(ceil_div(blocks_, blocks_per_group_)),
+        chunks_(p, samples_per_chunk()),
+        ld_(chunks_.ld()),
+        z_(classes_ * ld_),
+        part_(p.need_dx ? groups_ * ld_ * features_ : 0),
+        block_(blocks_ * ld_ * 4),
+        lane_(ld_ * 5),
+        is_argmax_((blocks_ + 1) * ld_),
+        log_likelihood_(ld_),
+        mixture_(p.size.samples, empty_mixture<double>()) {}
+
+  void run() {
+    for (int64_t n = 0; n < p_.size.clones; ++n) {
+      CloneHealth health;
+      bool first = true;
+      for (const auto& chunk : chunks_) {
+        const bool alive = logits(chunk, n, &health);
+        if (alive && (p_.need_dx || p_.need_dw)) {
+          gradients(chunk, n, first);
+          first = false;
+        }
+        mix(chunk, n);
+      }
+      if (p_.need_dw && (first || health.dead)) {
+        std::fill_n(out_.dweight + n * classes_ * features_, classes_ * features_, T(0));
+        std::fill_n(out_.dbias + n * classes_, classes_, T(0));
+      }
+    }
+    for (const auto& chunk : chunks_) {
+      for (int64_t lane = 0; lane < chunk.size; ++lane) {
+        const int64_t b = chunk.begin + lane;
+        if (chunk.target[lane] >= 0) out_.loss += p_.norm * mixture_nll(mixture_[b]);
+      }
+    }
+  }
+
+ private:
+  using Chunk = typename Chunks<T>::Chunk;
+
+  int64_t samples_per_chunk() const {
+    const int64_t bytes = sizeof(T);
+    // The weights are read twice per chunk: no use for a buffer that is much smaller than they are.
+    const int64_t budget =
+        std::min(p_.memory_budget, std::max(kCacheBytes, classes_ * features_ * bytes));
+    const int64_t per_sample = (classes_ + (p_.need_dx ? groups_ * features_ : 0)) * bytes;
+    return budget / per_sample / kLaneTile * kLaneTile;
+  }
+
+  int64_t rows(int64_t block) const { return std::min(kBlockRows, classes_ - block * kBlockRows); }
+
+  LaneSums<T> sums(int64_t block) {
+    T* p = block_.data() + block * ld_ * 4;
+    return {p, p + ld_, p + 2 * ld_, is_argmax_.data() + block * ld_};
+  }
+
+  T* factor(int64_t block) { return block_.data() + block * ld_ * 4 + 3 * ld_; }
+
+  Matrix<const T> samples(const Chunk& chunk) const {
+    return row_major(p_.x + chunk.begin * features_, chunk.size, features_, features_);
+  }
+
+  template <class Body>
+  void for_each_group(const Body& body) {
+    run_tasks(groups_, [&](int64_t group) {
+      const int64_t last = std::min((group + 1) * blocks_per_group_, blocks_);
+      for (int64_t block = group * blocks_per_group_; block < last; ++block) body(group, block);
+    });
+  }
+
+  // First pass over a clone's classes; false if the clone has no counted sample it is alive for.
+  bool logits(const Chunk& chunk, int64_t n, CloneHealth* health) {
+    for_each_group([&](int64_t, int64_t block) {
+      const int64_t row = block * kBlockRows;
+      T* z = z_.data() + row * ld_;
+      gemm<T>(row_major(z, rows(block), chunk.size, ld_),
+              row_major(p_.clone_weight(n) + row * features_, rows(block), features_, features_),
+              samples(chunk).transposed(), false);
+      const T* bias = p_.bias ? p_.clone_bias(n) + row : nullptr;
+      const LaneSums<T> s = sums(block);
+      if (p_.expected) {
+        residual_rows(
+            ResidualRows<T>{z, rows(block), ld_, ld_, bias, chunk.expected + row * ld_, s.sum});
+      } else {
+        softmax_rows(SoftmaxRows<T>{z, rows(block), ld_, ld_, bias, chunk.target, row, s.max, s.sum,
+                                    s.target_logit, s.is_argmax});
+      }
+    });
+    return p_.expected ? finish_gaussian(chunk, n, health) : finish_classes(chunk, n, health);
+  }
+
+  bool finish_gaussian(const Chunk& chunk, int64_t n, CloneHealth* health) {
+    const LaneSums<T> total{nullptr, lane_.data(), nullptr, nullptr};
+    std::fill_n(total.sum, ld_, T(0));
+    for (int64_t block = 0; block < blocks_; ++block) {
+      for (int64_t lane = 0; lane < ld_; ++lane) total.sum[lane] += sums(block).sum[lane];
+    }
+    T* common = lane_.data() + 3 * ld_;
+    finish_clone<T>(p_, chunk, n, ld_, total, log_likelihood_.data(), common, out_.stats, health);
+    for (int64_t block = 0; block < blocks_; ++block) std::copy_n(common, ld_, factor(block));
+    return std::any_of(common, common + ld_, [](T f) { return f != 0; });
+  }
+
+  bool finish_classes(const Chunk& chunk, int64_t n, CloneHealth* health) {
+    T* p = lane_.data();
+    const LaneSums<T> total{p, p + ld_, p + 2 * ld_, is_argmax_.data() + blocks_ * ld_};
+    std::fill_n(total.max, ld_, T(-INFINITY));
+    std::fill_n(total.sum, ld_, T(0));
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const T* max = sums(block).max;
+      for (int64_t lane = 0; lane < ld_; ++lane) {
+        total.max[lane] = std::max(total.max[lane], max[lane]);
+      }
+    }
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const LaneSums<T> s = sums(block);
+      T* scale = factor(block);
+      for (int64_t lane = 0; lane < ld_; ++lane) {
+        scale[lane] = std::exp(s.max[lane] - total.max[lane]);
+        total.sum[lane] += s.sum[lane] * scale[lane];
+      }
+    }
+    for (int64_t lane = 0; lane < chunk.size; ++lane) {
+      if (chunk.target[lane] < 0) continue;
+      const int64_t block = chunk.target[lane] / kBlockRows;
+      const LaneSums<T> s = sums(block);
+      total.target_logit[lane] = s.target_logit[lane];
+      bool first = s.is_argmax[lane] && s.max[lane] == total.max[lane];
+      for (int64_t i = 0; first && i < block; ++i) first = sums(i).max[lane] < total.max[lane];
+      total.is_argmax[lane] = first;
+    }
+    T* common = p + 3 * ld_;
+    finish_clone<T>(p_, chunk, n, ld_, total, log_likelihood_.data(), common, out_.stats, health);
+    bool any = false;
+    for (int64_t lane = 0; lane < ld_; ++lane) any = any || common[lane] != 0;
+    for (int64_t block = 0; block < blocks_; ++block) {
+      T* scale = factor(block);
+      for (int64_t lane = 0; lane < ld_; ++lane) {
+        // A factor 0 means "no gradient", so one that underflows must not become it: the target may
+        // be in this block.
+        scale[lane] = common[lane] == 0
+                          ? T(0)
+                          : std::max(scale[lane] * common[lane], std::numeric_limits<T>::min());
+      }
+    }
+    return any;
+  }
+
+  // Second pass.
+  void gradients(const Chunk& chunk, int64_t n, bool first) {
+    for_each_group([&](int64_t group, int64_t block) {
+      const int64_t row = block * kBlockRows;
+      T* z = z_.data() + row * ld_;
+      gradient_rows(GradientRows<T>{
+          z, rows(block), ld_, ld_, factor(block), p_.expected ? nullptr : chunk.target, row,
+          static_cast<T>(p_.norm), p_.need_dw ? out_.dbias + n * classes_ + row : nullptr, !first});
+      const auto g = row_major<const T>(z, rows(block), chunk.size, ld_);
+      if (p_.need_dw) {
+        gemm<T>(row_major(out_.dweight + (n * classes_ + row) * features_, rows(block), features_,
+                          features_),
+                g, samples(chunk), !first);
+      }
+      if (p_.need_dx) {
+        gemm<T>(row_major(part_.data() + group * ld_ * features_, chunk.size, features_, features_),
+                g.transposed(),
+                row_major(p_.clone_weight(n) + row * features_, rows(block), features_, features_),
+                block % blocks_per_group_ != 0);
+      }
+    });
+  }
+
+  // Takes the clone into the running mixture of every sample of the chunk, and into dx.
+  void mix(const Chunk& chunk, int64_t n) {
+    const bool last = n + 1 == p_.size.clones;
+    T* alpha = lane_.data() + 3 * ld_;
+    T* beta = alpha + ld_;
+    for (int64_t lane = 0; lane < chunk.size; ++lane) {
+      RunningMixture<double>& mixture = mixture_[chunk.begin + lane];
+      auto [keep, take] = take_in(mixture, p_.log_posterior[n] + log_likelihood_[lane]);
+      if (last && mixture.sum > 0) {
+        keep /= mixture.sum;
+        take /= mixture.sum;
+      }
+      alpha[lane] = static_cast<T>(keep);
+      beta[lane] = static_cast<T>(take);
+    }
+    if (!p_.need_dx) return;
+    run_tasks(ceil_div(chunk.size, kLaneTile), [&](int64_t i) {
+      const int64_t lane = i * kLaneTile, count = std::min(kLaneTile, chunk.size - lane);
+      blend_rows(BlendRows<T>{out_.dx + (chunk.begin + lane) * features_,
+                              part_.data() + lane * features_, groups_, ld_ * features_, count,
+                              features_, alpha + lane, beta + lane});
+    });
+  }
+
+  const MixtureProblem<T>& p_;
+  MixtureResult<T>& out_;
+  int64_t classes_, features_, blocks_, blocks_per_group_, groups_;
+  Chunks<T> chunks_;
+  int64_t ld_;
+  Buffer<T> z_;      // [C][ld]
+  Buffer<T> part_;   // [groups][ld][D]
+  Buffer<T> block_;  // [blocks][max, sum, target logit, factor][ld]
+  Buffer<T> lane_;   // the same for the clone, then alpha and beta [ld]
+  std::vector<uint8_t> is_argmax_;
+  std::vector<double> log_likelihood_;           // [ld], this clone and chunk
+  std::vector<RunningMixture<double>> mixture_;  // [B]
+};
+
+}  // namespace
+
+template <class T>
+void mixture_streamed(const MixtureProblem<T>& p, MixtureResult<T>& out) {
+  Streamed<T>(p, out).run();
+}
+
+template void mixture_streamed(const MixtureProblem<float>&, MixtureResult<float>&);
+template void mixture_streamed(const MixtureProblem<double>&, MixtureResult<double>&);
+
+}  // namespace alrao::cpu

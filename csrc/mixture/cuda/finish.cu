@@ -1,0 +1,224 @@
+// Before and after the mixture's own kernels: the norm, copies without non-finite values, and the
+// sums over samples with the switch as their tail.
+//
+// The finishing kernel is one launch of blocks with different tasks. Its first block is bound by
+// latency (2 to 4 us): 16 N + 8 bytes a part. The others read the gradient to the logits again for
+// the bias (2 to 4 bytes a logit), look whether a clone was dead, and write only if it was;
+// float16, whose gradients would lose their digits if they carried the 1 / B, is scaled here (8
+// bytes a weight).
+#include "mixture/cuda/rows.cuh"
+#include "switch/cuda/update.cuh"
+
+namespace alrao::cuda {
+namespace {
+
+constexpr int kNormThreads = 1024;
+constexpr int kCopyThreads = 256;
+constexpr int kThreads = kColumnThreads;
+constexpr int kWarps = kThreads / kWarp;
+
+template <class compute_type>
+__global__ void mixture_norm_kernel(const int64_t* target, int64_t samples, int64_t ignore_index,
+                                    compute_type* norm) {
+  __shared__ double scratch[kNormThreads / kWarp];
+  const double count = target == nullptr ? static_cast<double>(samples)
+                                         : count_targets(target, samples, ignore_index, scratch);
+  if (threadIdx.x == 0) *norm = static_cast<compute_type>(1 / fmax(count, 1.0));
+}
+
+template <class from_t, class to_t>
+__global__ void finite_copy_kernel(FiniteCopy<from_t, to_t> copy) {
+  copy_finite(copy, blockIdx.x, gridDim.x);
+}
+
+// The sum of one row of the parts, by a warp.
+__device__ double sum_parts(const MixtureParts& parts, int64_t row) {
+  const double* values = parts.sums + row * parts.parts;
+  double sum = 0;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x % kWarp; i < parts.parts; i += kWarp) sum += values[i];
+  return warp_reduce(sum, Sum());
+}
+
+// Whether a clone was dead for a counted sample: its -log p is inf there. By a warp.
+__device__ bool was_dead(const MixtureParts& parts, int64_t clone) {
+  const double* values = parts.sums + clone * parts.parts;
+  double largest = 0;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x % kWarp; i < parts.parts; i += kWarp) {
+    largest = fmax(largest, values[i]);
+  }
+  return warp_reduce(largest, Max()) == INFINITY;
+}
+
+template <class scalar_t>
+__device__ void finish_statistics(const FinishArguments<scalar_t>& a, double* scratch) {
+  const int64_t clones = a.size.clones;
+  const double count = a.target == nullptr
+                           ? static_cast<double>(a.size.samples)
+                           : count_targets(a.target, a.size.samples, a.ignore_index, scratch);
+  for (int64_t row = threadIdx.x / kWarp; row <= 2 * clones; row += kWarps) {
+    const double sum = sum_parts(a.parts, row);
+    if (threadIdx.x % kWarp != 0) continue;
+    if (row < 2 * clones) {
+      a.stats[row] = sum;
+    } else {
+      *a.loss = static_cast<compute_t<scalar_t>>(a.mean ? sum / fmax(count, 1.0) : sum);
+    }
+  }
+  for (int64_t n = threadIdx.x; n < clones; n += kThreads) a.stats[2 * clones + n] = count;
+  if (a.observation.running == nullptr) return;
+  // The block reads what it has written.
+  __syncthreads();
+  observe(a.observation, a.stats, scratch);
+}
+
+// A tile of dbias, of all clones' rows.
+template <class scalar_t>
+__device__ void finish_bias(const FinishArguments<scalar_t>& a, int64_t tile,
+                            compute_t<scalar_t>* scratch) {
+  using compute_type = compute_t<scalar_t>;
+  constexpr int kColumns = kTileColumns<scalar_t>;
+  __shared__ bool dead[kColumns];
+  const int64_t first = tile * kColumns / a.size.classes;
+  const int64_t column = tile * kColumns + threadIdx.x;
+  const bool mine = threadIdx.x < kColumns && column < a.columns.columns;
+  for (int i = threadIdx.x / kWarp; i < kColumns; i += kWarps) {
+    const int64_t clone = first + i;
+    if (clone * a.size.classes >= (tile + 1) * kColumns || clone >= a.size.clones) break;
+    const bool is_dead = was_dead(a.parts, clone);
+    if (threadIdx.x % kWarp == 0) dead[i] = is_dead;
+  }
+  compute_type sum = sum_columns(a.columns, tile, scratch);
+  if (!mine) return;
+  if (a.columns.add) sum += a.columns.out[column];
+  if (a.norm != nullptr) sum *= *a.norm;
+  a.columns.out[column] = dead[column / a.size.classes - first] ? compute_type(0) : sum;
+}
+
+// values = factor * values, or 0 for a factor of 0 whatever they are; this block's share.
+template <class compute_type>
+__device__ void scale_or_clear(compute_type* values, int64_t size, compute_type factor,
+                               int64_t block, int64_t blocks) {
+  constexpr int kCount = 16 / sizeof(compute_type);
+  const bool aligned = is_aligned<compute_type, kCount>(values);
+  for (int64_t i = (block * kThreads + threadIdx.x) * kCount; i < size;
+       i += blocks * kThreads * kCount) {
+    compute_type value[kCount] = {};
+    if (factor != 0) load_some<kCount>(values, i, size, aligned, value);
+    Pack<compute_type, kCount> pack;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+      pack.values[j] = factor == 0 ? compute_type(0) : value[j] * factor;
+    if (aligned && i + kCount <= size) {
+      store_pack(values + i, pack);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        if (i + j < size) values[i + j] = pack.values[j];
+      }
+    }
+  }
+}
+
+template <class scalar_t>
+__device__ void finish_weight(const FinishArguments<scalar_t>& a, int64_t clone, int64_t block,
+                              int64_t blocks) {
+  using compute_type = compute_t<scalar_t>;
+  // Every warp looks by itself: no barrier.
+  const bool dead = was_dead(a.parts, clone);
+  if (!dead && a.norm == nullptr) return;
+  const compute_type factor = dead ? compute_type(0) : *a.norm;
+  const int64_t size = a.size.classes * a.size.features;
+  scale_or_clear(a.dweight + clone * size, size, factor, block, blocks);
+  if (a.columns.out == nullptr) {
+    scale_or_clear(a.dbias + clone * a.size.classes, a.size.classes, factor, block, blocks);
+  }
+}
+
+// Blocks: one for the statistics, then for the bias, the weights and the features.
+struct FinishBlocks {
+  int64_t bias, per_clone, features;
+};
+
+template <class scalar_t>
+__global__ void __launch_bounds__(kThreads, 1)
+    mixture_finish_kernel(const __grid_constant__ FinishArguments<scalar_t> a,
+                          FinishBlocks blocks) {
+  using compute_type = compute_t<scalar_t>;
+  __shared__ double scratch[kWarps * kTileColumns<scalar_t>];
+  int64_t block = blockIdx.x;
+  if (block == 0) {
+    finish_statistics(a, scratch);
+    return;
+  }
+  block -= 1;
+  if (block < blocks.bias) {
+    finish_bias(a, block, reinterpret_cast<compute_type*>(scratch));
+    return;
+  }
+  block -= blocks.bias;
+  if (block < blocks.per_clone * a.size.clones) {
+    finish_weight(a, block / blocks.per_clone, block % blocks.per_clone, blocks.per_clone);
+    return;
+  }
+  block -= blocks.per_clone * a.size.clones;
+  scale_or_clear(a.dx, a.size.samples * a.size.features, *a.norm, block, blocks.features);
+}
+
+int64_t between(int64_t low, int64_t value, int64_t high) {
+  return value < low ? low : value > high ? high : value;
+}
+
+}  // namespace
+
+template <class compute_type>
+cudaError_t launch_mixture_norm(const int64_t* target, int64_t samples, int64_t ignore_index,
+                                compute_type* norm, cudaStream_t stream) {
+  return launch(mixture_norm_kernel<compute_type>, 1, kNormThreads, 0, stream, target, samples,
+                ignore_index, norm);
+}
+
+template <class from_t, class to_t>
+cudaError_t launch_finite_copy(const FiniteCopy<from_t, to_t>& copy, cudaStream_t stream) {
+  if (copy.size == 0) return cudaSuccess;
+  return launch(finite_copy_kernel<from_t, to_t>, grid_of(copy_blocks(copy, kCopyThreads)),
+                kCopyThreads, 0, stream, copy);
+}
+
+template <class scalar_t>
+cudaError_t launch_mixture_finish(const FinishArguments<scalar_t>& a, cudaStream_t stream) {
+  constexpr int64_t kSizeOfBlock = 64 * kThreads;
+  FinishBlocks blocks{column_blocks(a.columns), 0, 0};
+  if (a.dweight != nullptr) {
+    const int64_t size = a.size.classes * (a.size.features > 0 ? a.size.features : 1);
+    blocks.per_clone = between(1, ceil_div(size, kSizeOfBlock), 64);
+  }
+  if (a.dx != nullptr) {
+    blocks.features = between(1, ceil_div(a.size.samples * a.size.features, kSizeOfBlock), 1024);
+  }
+  const int64_t grid = 1 + blocks.bias + blocks.per_clone * a.size.clones + blocks.features;
+  return launch(mixture_finish_kernel<scalar_t>, grid_of(grid), kThreads, 0, stream, a, blocks);
+}
+
+#define ALRAO_INSTANTIATE(scalar_t)                                                      \
+  template cudaError_t launch_finite_copy<scalar_t, compute_t<scalar_t>>(                \
+      const FiniteCopy<scalar_t, compute_t<scalar_t>>&, cudaStream_t);                   \
+  template cudaError_t launch_mixture_finish<scalar_t>(const FinishArguments<scalar_t>&, \
+                                                       cudaStream_t)
+
+ALRAO_INSTANTIATE(float);
+ALRAO_INSTANTIATE(double);
+ALRAO_INSTANTIATE(BFloat16);
+ALRAO_INSTANTIATE(Float16);
+
+template cudaError_t launch_finite_copy<BFloat16, BFloat16>(const FiniteCopy<BFloat16, BFloat16>&,
+                                                            cudaStream_t);
+template cudaError_t launch_finite_copy<Float16, Float16>(const FiniteCopy<Float16, Float16>&,
+                                                          cudaStream_t);
+template cudaError_t launch_mixture_norm<float>(const int64_t*, int64_t, int64_t, float*,
+                                                cudaStream_t);
+template cudaError_t launch_mixture_norm<double>(const int64_t*, int64_t, int64_t, double*,
+                                                 cudaStream_t);
+
+}  // namespace alrao::cuda

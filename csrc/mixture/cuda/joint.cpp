@@ -1,0 +1,83 @@
+// All clones of a chunk of samples at once: logits, one kernel, the products for dx and dweight.
+#include "mixture/cuda/problem.h"
+
+namespace alrao::cuda {
+
+template <class T>
+Unfinished<T> run_joint(const NllProblem<T>& p) {
+  using Compute = compute_t<T>;
+  const auto& [samples, features, clones, classes] = p.size;
+  const bool need_dx = p.options.need_dx, need_dw = p.options.need_dw;
+  const int64_t rows = clones * classes, ld = p.row_distance(true);
+  const int64_t bytes = ld * (sizeof(Compute) + sizeof(T) * (need_dx + need_dw));
+  const int64_t chunk = p.chunk(bytes);
+
+  const auto z = p.gemm.template empty<Compute>({chunk, ld});
+  const auto g = p.gemm.template empty<T>({need_dw ? chunk : 0, ld});
+  const auto rg = p.gemm.template empty<T>({need_dx ? chunk : 0, ld});
+  // Copies without what is not finite: 0 times that would be NaN in the products.
+  const auto finite_x = p.gemm.template empty<T>({need_dw ? samples : 0, features});
+  const auto finite_weight = p.gemm.template empty<T>({need_dx ? rows : 0, features});
+  T* const weight = need_dx ? data_of<T>(finite_weight) : nullptr;
+
+  Unfinished<T> left;
+  const int64_t full = samples / chunk, rest = samples % chunk;
+  const int64_t parts = full * joint_parts<T>(chunk, clones, classes) +
+                        (rest > 0 ? joint_parts<T>(rest, clones, classes) : 0);
+  left.memory = p.gemm.template empty<double>({2 * clones + 1, parts});
+  left.parts = {data_of<double>(left.memory), parts};
+  left.columns_memory = g;
+  left.scale_dx = need_dx && p.norm_left() != nullptr;
+
+  int64_t first_part = 0;
+  for (int64_t first = 0; first < samples; first += chunk) {
+    const int64_t count = std::min(chunk, samples - first);
+    p.logits(data_of<Compute>(z), first, count, 0, true);
+    JointArguments<T> a{};
+    a.size = p.size;
+    a.first = first;
+    a.chunk = count;
+    a.ld = ld;
+    a.z = data_of<const Compute>(z);
+    a.bias = p.bias_data();
+    a.posterior = p.posterior();
+    a.target = p.target;
+    a.norm = p.folded_norm();
+    a.g = need_dw ? data_of<T>(g) : nullptr;
+    a.rg = need_dx ? data_of<T>(rg) : nullptr;
+    a.out = left.parts;
+    a.first_part = first_part;
+    a.x = p.x_data();
+    a.finite_x = need_dw ? data_of<T>(finite_x) : nullptr;
+    if (first == 0) a.weight = {p.weight_data(), weight, rows * features};
+    check_launch("mixture_joint", launch_mixture_joint(a, p.stream));
+    first_part += joint_parts<T>(count, clones, classes);
+
+    if (need_dx) {
+      p.gemm.multiply(row_major(p.dx + first * features, count, features, features),
+                      row_major<const T>(a.rg, count, rows, ld),
+                      row_major<const T>(weight, rows, features, features), false);
+    }
+    if (need_dw) {
+      p.gemm.multiply(row_major(p.dweight, rows, features, features),
+                      row_major<const T>(a.g, count, rows, ld).transposed(),
+                      row_major<const T>(a.finite_x + first * features, count, features, features),
+                      first > 0);
+      left.columns = {a.g, count, rows, ld, p.dbias, first > 0};
+      // The last chunk's are the finishing kernel's.
+      if (first + count < samples) {
+        CombineArguments<T> sums{};
+        sums.columns = left.columns;
+        check_launch("mixture_combine", launch_mixture_combine(sums, p.stream));
+      }
+    }
+  }
+  return left;
+}
+
+template Unfinished<float> run_joint(const NllProblem<float>&);
+template Unfinished<double> run_joint(const NllProblem<double>&);
+template Unfinished<BFloat16> run_joint(const NllProblem<BFloat16>&);
+template Unfinished<Float16> run_joint(const NllProblem<Float16>&);
+
+}  // namespace alrao::cuda

@@ -1,0 +1,201 @@
+// The kernels of switch_mixture on the GPU: what they take, without torch headers.
+//
+// scalar_t is float, double, BFloat16 or Float16, the type of the inputs; logits, sums and results
+// are compute_t<scalar_t>. Matrices are row-major; `ld` is the distance of rows in elements of the
+// logits' type, a multiple of kRowAlignment, so that rows begin at 16 bytes in every type. What
+// lies between the last column and ld is read by nobody. All pointers are to device memory.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "common/element.h"
+#include "mixture/math.h"
+#include "switch/cuda/update.h"
+
+namespace alrao::cuda {
+
+constexpr int64_t kRowAlignment = 8;
+
+// The switch's log-posterior [N], float or double.
+struct MixturePosterior {
+  const void* values;
+  bool is_double;
+};
+
+// Classes, or outputs with Gaussian noise.
+template <class scalar_t>
+struct MixtureTarget {
+  const int64_t* classes;  // [B], or null
+  int64_t ignore_index;
+  const scalar_t* outputs;  // [B, K], or null
+  double inverse_variance, log_normaliser;
+};
+
+// What a counted sample weighs in the gradients: `value`, or what `on_device` holds, or one over
+// the number of counted samples, for each block to count.
+template <class scalar_t>
+struct MixtureNorm {
+  const compute_t<scalar_t>* on_device;
+  double value;
+  bool count;
+};
+
+// A copy with 0 for what is not finite; nothing where `to` is null.
+template <class from_t, class to_t>
+struct FiniteCopy {
+  const from_t* from;
+  to_t* to;
+  int64_t size;
+};
+
+// Sums over samples, or over what a block has seen of them, [2 N + 1, parts]: per clone -log p (inf
+// where dead) and score (correct predictions or squared errors), then -log of the mixture.
+struct MixtureParts {
+  double* sums;
+  int64_t parts;
+};
+
+// ---- all clones of a sample at once (joint.cu) ----
+
+// Where the logits of a sample, all clones, stay in shared memory.
+template <class scalar_t>
+bool fits_joint(int64_t clones, int64_t classes);
+
+// The number of parts that a chunk of so many samples leaves.
+template <class scalar_t>
+int64_t joint_parts(int64_t chunk, int64_t clones, int64_t classes);
+
+// A chunk of `chunk` samples from number `first` on. Reads the logits z, writes G, the gradients of
+// the clones' own losses to the logits, and r G, those of the mixture's loss; either may be null.
+template <class scalar_t>
+struct JointArguments {
+  MixtureSizes size;
+  int64_t first, chunk, ld;
+  const compute_t<scalar_t>* z;  // [chunk, N C]
+  const scalar_t* bias;          // [N, C] or null
+  MixturePosterior posterior;
+  MixtureTarget<scalar_t> target;
+  MixtureNorm<scalar_t> norm;
+  scalar_t* g;   // [chunk, N C] or null
+  scalar_t* rg;  // the same
+  MixtureParts out;
+  int64_t first_part;
+  const scalar_t* x;   // [B, D]
+  scalar_t* finite_x;  // [B, D] or null: receives the chunk's rows, with 0 for what is not finite
+  FiniteCopy<scalar_t, scalar_t> weight;
+};
+
+template <class scalar_t>
+cudaError_t launch_mixture_joint(const JointArguments<scalar_t>& arguments, cudaStream_t stream);
+
+// ---- clone after clone (streamed.cu) ----
+
+// Per sample [B]: the mixture over the clones seen so far, and the factors that the newest clone
+// asks for (mixture/math.h).
+template <class compute_type>
+struct MixtureState {
+  compute_type *max, *sum, *keep, *take;
+};
+
+// A chunk of one clone's logits, overwritten by the gradient of the clone's own loss to them: in
+// scalar_t, each row at the place of the logits' row.
+template <class scalar_t>
+struct RowArguments {
+  MixtureSizes size;
+  int64_t clone, first, chunk, ld;
+  compute_t<scalar_t>* z;  // [chunk, C]
+  const scalar_t* bias;    // [N, C] or null
+  MixturePosterior posterior;
+  MixtureTarget<scalar_t> target;
+  MixtureNorm<scalar_t> norm;  // by value or on the device
+  bool need_gradient;
+  MixtureState<compute_t<scalar_t>> state;
+  MixtureParts out;  // one part a sample
+};
+
+template <class scalar_t>
+cudaError_t launch_mixture_rows(const RowArguments<scalar_t>& arguments, cudaStream_t stream);
+
+// Sums over the rows of a matrix, out[c] = (add ? out[c] : 0) + sum_b g[b, c]; nothing where `out`
+// is null.
+template <class scalar_t>
+struct ColumnSums {
+  const scalar_t* g;
+  int64_t rows, columns, ld;  // ld in elements of g
+  compute_t<scalar_t>* out;
+  bool add;
+};
+
+// total = keep * total + take * term for the rows of a chunk, then total / sum * norm at the last
+// clone; beside it the column sums of the clone's gradient, which is the bias's.
+template <class scalar_t>
+struct CombineArguments {
+  MixtureState<compute_t<scalar_t>> state;
+  int64_t first, chunk, features;
+  const compute_t<scalar_t>* term;  // [chunk, D] or null: column sums only
+  compute_t<scalar_t>* total;       // [B, D]
+  bool is_first, is_last;
+  const compute_t<scalar_t>* norm;  // or null: 1
+  ColumnSums<scalar_t> columns;
+};
+
+template <class scalar_t>
+cudaError_t launch_mixture_combine(const CombineArguments<scalar_t>& arguments,
+                                   cudaStream_t stream);
+
+// ---- before and after (finish.cu) ----
+
+// One over the number of counted samples; without targets all count.
+template <class compute_type>
+cudaError_t launch_mixture_norm(const int64_t* target, int64_t samples, int64_t ignore_index,
+                                compute_type* norm, cudaStream_t stream);
+
+template <class from_t, class to_t>
+cudaError_t launch_finite_copy(const FiniteCopy<from_t, to_t>& copy, cudaStream_t stream);
+
+// Loss and statistics from the parts, the switch's observation, and what is left to do for the
+// gradients: the last chunk's column sums, nothing for clones that were dead, and the norm where
+// the gradients do not carry it.
+template <class scalar_t>
+struct FinishArguments {
+  MixtureSizes size;
+  MixtureParts parts;
+  const int64_t* target;  // classes, or null: every sample counts
+  int64_t ignore_index;
+  bool mean;
+  compute_t<scalar_t>* loss;
+  double* stats;  // [3, N]
+  SwitchObservation observation;
+  compute_t<scalar_t>* dweight;     // [N, C, D] or null
+  compute_t<scalar_t>* dbias;       // [N, C] or null
+  ColumnSums<scalar_t> columns;     // into dbias, all clones
+  compute_t<scalar_t>* dx;          // [B, D], to be scaled, or null
+  const compute_t<scalar_t>* norm;  // or null: 1
+};
+
+template <class scalar_t>
+cudaError_t launch_mixture_finish(const FinishArguments<scalar_t>& arguments, cudaStream_t stream);
+
+// ---- log-probabilities (log_prob.cu) ----
+
+// A chunk of logits, of all clones (`clone` -1) or of one. Forward: out receives the mixture's
+// log-probabilities, or takes one clone into them. Backward, where `grad` is given: out holds them,
+// and z is overwritten by the gradients to the logits.
+template <class scalar_t>
+struct LogProbArguments {
+  MixtureSizes size;
+  int64_t clone, first, chunk, ld;
+  compute_t<scalar_t>* z;
+  const scalar_t* bias;
+  MixturePosterior posterior;
+  compute_t<scalar_t>* out;                 // [B, C]
+  const compute_t<scalar_t>* grad;          // [B, C] or null
+  MixtureState<compute_t<scalar_t>> state;  // one clone's backward: keep all, take the living
+};
+
+template <class scalar_t>
+cudaError_t launch_log_prob(const LogProbArguments<scalar_t>& arguments, cudaStream_t stream);
+
+}  // namespace alrao::cuda

@@ -1,0 +1,158 @@
+// Log-probabilities of the mixture, and their gradient: the logits are made again rather than kept,
+// and multiplied in float32 at least, since the sums over classes cancel.
+#include "common/checks.h"
+#include "mixture/checks.h"
+#include "mixture/cuda/problem.h"
+
+namespace alrao::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+template <class T>
+LogProbArguments<T> arguments(const MixtureProblem<T>& p, const Tensor& z, const Tensor& out,
+                              bool joint) {
+  LogProbArguments<T> a{};
+  a.size = p.size;
+  a.ld = p.row_distance(joint);
+  a.z = data_of<compute_t<T>>(z);
+  a.bias = p.bias_data();
+  a.posterior = p.posterior();
+  a.out = data_of<compute_t<T>>(out);
+  return a;
+}
+
+template <class T>
+Tensor forward(const MixtureInputs& inputs, const MixtureSizes& size, int64_t memory_budget,
+               cudaStream_t stream) {
+  using Compute = compute_t<T>;
+  const MixtureProblem<T> p(inputs, size, memory_budget, stream);
+  const auto out = p.gemm.template empty<Compute>({size.samples, size.classes});
+  const bool joint = p.is_joint();
+  const int64_t chunk = p.chunk(p.row_distance(joint) * sizeof(Compute));
+  const auto z = p.gemm.template empty<Compute>({chunk, p.row_distance(joint)});
+  LogProbArguments<T> a = arguments(p, z, out, joint);
+  for (a.first = 0; a.first < size.samples; a.first += chunk) {
+    a.chunk = std::min(chunk, size.samples - a.first);
+    for (int64_t clone = 0; clone < (joint ? 1 : size.clones); ++clone) {
+      a.clone = joint ? -1 : clone;
+      p.logits(a.z, a.first, a.chunk, clone, joint);
+      check_launch("log_prob", launch_log_prob(a, stream));
+    }
+  }
+  return out;
+}
+
+// A copy in the type that T is computed in, with 0 for what is not finite.
+template <class T>
+Tensor finite_copy(const MixtureProblem<T>& p, const T* from, int64_t rows, int64_t columns) {
+  const auto copy = p.gemm.template empty<compute_t<T>>({rows, columns});
+  check_launch("finite_copy",
+               launch_finite_copy(
+                   FiniteCopy<T, compute_t<T>>{from, data_of<compute_t<T>>(copy), rows * columns},
+                   p.stream));
+  return copy;
+}
+
+template <class T>
+Gradients backward(const Tensor& grad, const MixtureInputs& inputs, const MixtureSizes& size,
+                   const Tensor& log_prob, bool need_dx, bool need_dw, int64_t memory_budget,
+                   cudaStream_t stream) {
+  using Compute = compute_t<T>;
+  const auto& [samples, features, clones, classes] = size;
+  const MixtureProblem<T> p(inputs, size, memory_budget, stream);
+  const auto matrix = [&](bool needed, std::initializer_list<int64_t> sizes) {
+    return needed ? p.gemm.template empty<Compute>(sizes) : p.gemm.template empty<Compute>({0});
+  };
+  auto dx = matrix(need_dx, {samples, features});
+  auto dweight = matrix(need_dw, {clones, classes, features});
+  auto dbias = matrix(need_dw, {clones, classes});
+  if (samples == 0) {
+    torch::stable::zero_(dweight);
+    torch::stable::zero_(dbias);
+    return {dx, dweight, dbias};
+  }
+  const Tensor upstream = dense(grad), value = dense(log_prob);
+  const bool joint = p.is_joint();
+  const int64_t columns = p.columns(joint), ld = p.row_distance(joint);
+  const bool needs_term = need_dx && !joint;
+  const int64_t chunk = p.chunk((ld + (needs_term ? features : 0)) * sizeof(Compute));
+  const auto z = p.gemm.template empty<Compute>({chunk, ld});
+  const auto term = matrix(needs_term, {chunk, features});
+  const auto x = finite_copy(p, p.x_data(), need_dw ? samples : 0, features);
+  const StateMemory<Compute> state(p.gemm, joint ? 0 : samples);
+  LogProbArguments<T> a = arguments(p, z, value, joint);
+  a.grad = data_of<const Compute>(upstream);
+  a.state = state.get();
+  for (int64_t clone = 0; clone < (joint ? 1 : clones); ++clone) {
+    const auto weight = finite_copy(p, p.weight_data() + clone * classes * features,
+                                    need_dx ? columns : 0, features);
+    for (a.first = 0; a.first < samples; a.first += chunk) {
+      a.chunk = std::min(chunk, samples - a.first);
+      a.clone = joint ? -1 : clone;
+      p.logits(a.z, a.first, a.chunk, clone, joint);
+      check_launch("log_prob_backward", launch_log_prob(a, stream));
+      const auto dz = row_major<const Compute>(a.z, a.chunk, columns, ld);
+      CombineArguments<Compute> combine{};
+      if (need_dw) {
+        p.gemm.multiply(
+            row_major(data_of<Compute>(dweight) + clone * classes * features, columns, features,
+                      features),
+            dz.transposed(),
+            row_major(data_of<const Compute>(x) + a.first * features, a.chunk, features, features),
+            a.first > 0);
+        combine.columns = {
+            dz.data, a.chunk, columns, ld, data_of<Compute>(dbias) + clone * classes, a.first > 0};
+      }
+      if (need_dx) {
+        Compute* out = joint ? data_of<Compute>(dx) + a.first * features : data_of<Compute>(term);
+        p.gemm.multiply(row_major(out, a.chunk, features, features), dz,
+                        row_major(data_of<const Compute>(weight), columns, features, features),
+                        false);
+        if (!joint) combine.term = out;
+      }
+      combine.state = a.state;
+      combine.first = a.first;
+      combine.chunk = a.chunk;
+      combine.features = features;
+      combine.total = data_of<Compute>(dx);
+      combine.is_first = clone == 0;
+      combine.is_last = clone + 1 == clones;
+      check_launch("mixture_combine", launch_mixture_combine(combine, stream));
+    }
+  }
+  return {dx, dweight, dbias};
+}
+
+MixtureSizes check(const MixtureInputs& inputs, int64_t memory_budget) {
+  return check_mixture(inputs.x, inputs.weight, inputs.bias, inputs.log_posterior, memory_budget);
+}
+
+}  // namespace
+
+Tensor mixture_log_prob(const MixtureInputs& inputs, int64_t memory_budget, cudaStream_t stream) {
+  const MixtureSizes size = check(inputs, memory_budget);
+  const ScalarType type = inputs.x.scalar_type();
+  const auto function = type == ScalarType::Double     ? &forward<double>
+                        : type == ScalarType::Float    ? &forward<float>
+                        : type == ScalarType::BFloat16 ? &forward<BFloat16>
+                                                       : &forward<Float16>;
+  return function(inputs, size, memory_budget, stream);
+}
+
+Gradients mixture_log_prob_backward(const Tensor& grad, const MixtureInputs& inputs,
+                                    const Tensor& log_prob, bool need_dx, bool need_dw,
+                                    int64_t memory_budget, cudaStream_t stream) {
+  const MixtureSizes size = check(inputs, memory_budget);
+  check_log_prob_gradient(grad, log_prob, inputs.x, size.classes);
+  const ScalarType type = inputs.x.scalar_type();
+  const auto function = type == ScalarType::Double     ? &backward<double>
+                        : type == ScalarType::Float    ? &backward<float>
+                        : type == ScalarType::BFloat16 ? &backward<BFloat16>
+                                                       : &backward<Float16>;
+  return function(grad, inputs, size, log_prob, need_dx, need_dw, memory_budget, stream);
+}
+
+}  // namespace alrao::cuda

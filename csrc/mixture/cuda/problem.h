@@ -1,0 +1,137 @@
+// One call of a mixture op: checked, dense inputs and what both ways through the clones need.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "common/cuda/gemm.h"
+#include "common/cuda/stream.h"
+#include "mixture/cuda/host.h"
+#include "mixture/cuda/kernels.h"
+
+namespace alrao::cuda {
+
+inline torch::stable::Tensor dense(const torch::stable::Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+template <class T>
+struct MixtureProblem {
+  using Compute = compute_t<T>;
+
+  MixtureProblem(const MixtureInputs& inputs, MixtureSizes sizes, int64_t budget,
+                 cudaStream_t on_stream)
+      : size(sizes),
+        memory_budget(budget),
+        stream(on_stream),
+        gemm(inputs.x),
+        x(dense(inputs.x)),
+        weight(dense(inputs.weight)),
+        log_posterior(dense(inputs.log_posterior)) {
+    if (inputs.bias) bias = dense(*inputs.bias);
+  }
+
+  const T* x_data() const { return data_of<const T>(x); }
+  const T* weight_data() const { return data_of<const T>(weight); }
+  const T* bias_data() const { return bias ? data_of<const T>(*bias) : nullptr; }
+  MixturePosterior posterior() const {
+    return {log_posterior.const_data_ptr(),
+            log_posterior.scalar_type() == torch::headeronly::ScalarType::Double};
+  }
+
+  // Few enough classes for all clones of a sample at once; else clone after clone.
+  bool is_joint() const {
+    constexpr int64_t kMostClasses = 2048;
+    return size.classes <= kMostClasses && fits_joint<T>(size.clones, size.classes);
+  }
+  // Columns of the logits' matrix, and the distance of its rows.
+  int64_t columns(bool joint) const { return joint ? size.clones * size.classes : size.classes; }
+  int64_t row_distance(bool joint) const {
+    return (columns(joint) + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
+  }
+  // Samples whose logits are held at a time.
+  int64_t chunk(int64_t bytes_per_sample) const {
+    return std::max<int64_t>(std::min(size.samples, memory_budget / bytes_per_sample), 1);
+  }
+
+  // Logits [rows, columns] of samples from `first` on, of clones from `clone` on.
+  void logits(Compute* z, int64_t first, int64_t rows, int64_t clone, bool joint) const {
+    const int64_t features = size.features;
+    gemm.multiply(row_major(z, rows, columns(joint), row_distance(joint)),
+                  row_major(x_data() + first * features, rows, features, features),
+                  row_major(weight_data() + clone * size.classes * features, columns(joint),
+                            features, features)
+                      .transposed(),
+                  false);
+  }
+
+  MixtureSizes size;
+  int64_t memory_budget;
+  cudaStream_t stream;
+  Gemm gemm;
+  torch::stable::Tensor x, weight;
+  std::optional<torch::stable::Tensor> bias;
+  torch::stable::Tensor log_posterior;
+};
+
+// Memory for MixtureState.
+template <class Compute>
+class StateMemory {
+ public:
+  StateMemory(const Gemm& gemm, int64_t samples)
+      : tensor_(gemm.empty<Compute>({4, samples})), samples_(samples) {}
+  MixtureState<Compute> get() const {
+    Compute* p = data_of<Compute>(tensor_);
+    return {p, p + samples_, p + 2 * samples_, p + 3 * samples_};
+  }
+
+ private:
+  torch::stable::Tensor tensor_;
+  int64_t samples_;
+};
+
+// Loss and gradients: the likelihood, and where results go.
+template <class T>
+struct NllProblem : MixtureProblem<T> {
+  using Compute = compute_t<T>;
+  using MixtureProblem<T>::MixtureProblem;
+
+  // Whether the gradients to the logits carry the norm; among the subnormals of float16 they would
+  // lose their digits.
+  static constexpr bool kFoldsNorm = !std::is_same_v<T, Float16>;
+
+  MixtureOptions options;
+  MixtureTarget<T> target;
+  double norm_value;              // what a sample weighs, if that does not depend on targets
+  bool norm_counts;               // else: one over the number of counted samples
+  const Compute* norm = nullptr;  // on the device, if a kernel wrote it there
+  Compute* dx;
+  Compute* dweight;
+  Compute* dbias;
+
+  MixtureNorm<T> folded_norm() const {
+    if (!kFoldsNorm) return {nullptr, 1.0, false};
+    return {norm, norm_value, norm_counts && norm == nullptr};
+  }
+  const Compute* norm_left() const { return kFoldsNorm ? nullptr : norm; }
+};
+
+// What is left for the finishing kernel.
+template <class T>
+struct Unfinished {
+  torch::stable::Tensor memory;  // of the parts
+  MixtureParts parts;
+  ColumnSums<T> columns{};
+  torch::stable::Tensor columns_memory;
+  bool scale_dx = false;
+};
+
+template <class T>
+Unfinished<T> run_joint(const NllProblem<T>& p);
+
+template <class T>
+Unfinished<T> run_streamed(const NllProblem<T>& p);
+
+}  // namespace alrao::cuda

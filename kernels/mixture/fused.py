@@ -1,0 +1,451 @@
+"""Kernels of the mixture fused with their products, for few features and large N C: no logit is ever written.
+
+Every pass makes the logits of a tile anew from the features and the weights, which stay small: 10 B N C D flops
+instead of 6, and no traffic per logit. Whoever owns a result computes all of it, in a fixed order and without atomics:
+
+* statistics: a block of samples, one clone, a part of the classes; `mixture_merge_kernel` joins parts and clones;
+* a clone's gradient: a block of its classes, over all samples;
+* the features' gradient: a block of samples, over a part of all clones' classes; the parts are added in order.
+
+With D_P the features padded to 16 .. 128, bounds on an H200 (500 bfloat16 and 225 TF32 TFLOP/s in such kernels, 3.7
+exponentials a picosecond), for 1400 x 100 features and 6 x 10000 classes in bfloat16, D_P = 128: 10 B N C D_P = 108
+Gflop, 215 us, + 3 exponentials a logit, 68 us, against 24 us for its bytes; 7 or 8 launches, 17 us, hide behind each
+other. Streamed: 64 us of flops and 18 bytes a logit, 350 us. With 64 features: 107 + 68 us. About 70 % of the bound is
+expected; none of this has been timed.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import INTERPRETED_BF16, launch, round_to, widen
+from .gemm import tf32
+
+# Programs of a launch that are worth splitting classes for.
+PROGRAMS = 512
+# Rows of the block that a program owns, and of those that it goes through.
+OWNED, STREAMED = 64, 32
+
+
+@triton.jit
+def load_rows(base_ptr, rows, num_rows, num_features, D_P: tl.constexpr):
+    """Rows of a matrix [num_rows, num_features], 0 beyond it."""
+    d = tl.arange(0, D_P)
+    mask = (rows < num_rows)[:, None] & (d < num_features)[None, :]
+    return tl.load(
+        base_ptr + rows.to(tl.int64)[:, None] * num_features + d[None, :], mask=mask, other=0.0
+    )
+
+
+@triton.jit
+def multiply(a, b, TF32: tl.constexpr):
+    """a @ b in float32."""
+    if INTERPRETED_BF16:
+        a = widen(a, tl.float32)
+        b = widen(b, tl.float32)
+    if TF32:
+        return tl.dot(a, b, input_precision="tf32", out_dtype=tl.float32)
+    else:
+        return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float32)
+
+
+@triton.jit
+def only_finite(value):
+    """`value` with 0 for what is not finite."""
+    return tl.where(tl.abs(widen(value, tl.float32)) < float("inf"), value, tl.zeros_like(value))
+
+
+@triton.jit(do_not_specialize=["num_samples", "tiles_per_split"])
+def mixture_statistics_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    target_ptr,
+    part_ptr,
+    place_ptr,
+    num_samples,
+    num_clones,
+    num_classes,
+    num_features,
+    tiles_per_split,
+    TF32: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    D_P: tl.constexpr,
+):
+    """Of a block of samples, a clone and a split of the classes: part [S, N, 3, B], the largest logit, the sum of
+    exp(z - largest) and the target's logit (0 if elsewhere); place [S, N, B], the largest's class, or -1 if a logit is
+    not finite."""
+    infinity = float("inf")
+    samples = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = samples < num_samples
+    clone = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    weight_ptr += clone * num_classes * num_features
+    bias_ptr += clone * num_classes
+    x = load_rows(x_ptr, samples, num_samples, num_features, D_P)
+    target = tl.load(target_ptr + samples, mask=mask_m, other=-1)
+    peak = tl.full([BLOCK_M], -infinity, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    at_target = tl.zeros([BLOCK_M], tl.float32)
+    place = tl.zeros([BLOCK_M], tl.int32)
+    bad = tl.zeros([BLOCK_M], tl.int32)
+    first = split * tiles_per_split * BLOCK_C
+    last = tl.minimum(first + tiles_per_split * BLOCK_C, num_classes)
+    for start in range(first, last, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        mask_c = c < num_classes
+        z = multiply(x, tl.trans(load_rows(weight_ptr, c, num_classes, num_features, D_P)), TF32)
+        if HAS_BIAS:
+            z += widen(tl.load(bias_ptr + c, mask=mask_c, other=0.0), tl.float32)[None, :]
+        finite = tl.abs(z) < infinity
+        bad = tl.maximum(bad, tl.max(tl.where(finite | (mask_c == 0)[None, :], 0, 1), 1))
+        z = tl.where(finite, z, 0.0)
+        at_target += tl.sum(tl.where(c[None, :] == target[:, None], z, 0.0), 1)
+        z = tl.where(mask_c[None, :], z, -infinity)
+        largest = tl.max(z, 1)
+        best = tl.min(tl.where(z == largest[:, None], c[None, :], num_classes), 1)
+        # The first of equal ones, as everywhere.
+        place = tl.where(largest > peak, best, place)
+        higher = tl.maximum(peak, largest)
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
+        peak = higher
+    cell = split.to(tl.int64) * num_clones + clone
+    part_ptr += cell * 3 * num_samples
+    tl.store(part_ptr + samples, peak, mask=mask_m)
+    tl.store(part_ptr + num_samples + samples, total, mask=mask_m)
+    tl.store(part_ptr + 2 * num_samples + samples, at_target, mask=mask_m)
+    tl.store(place_ptr + cell * num_samples + samples, tl.where(bad != 0, -1, place), mask=mask_m)
+
+
+@triton.jit(do_not_specialize=["num_samples", "num_clones", "num_splits", "ignore_index"])
+def mixture_merge_kernel(
+    part_ptr,
+    place_ptr,
+    log_posterior_ptr,
+    target_ptr,
+    nll_ptr,
+    score_ptr,
+    mix_ptr,
+    dead_ptr,
+    lse_ptr,
+    joint_ptr,
+    num_samples,
+    num_clones,
+    num_classes,
+    num_splits,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
+    """Joins the splits and the clones of a block of samples. lse [N, B]: of a clone's logits, infinity where nothing
+    flows to it; joint [N + 1, B]: a_n + logp_n, and of all clones its log-sum-exp, 0 where all are dead."""
+    infinity = float("inf")
+    samples = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = samples < num_samples
+    target = tl.load(target_ptr + samples, mask=mask, other=ignore_index)
+    counted = mask & (target != ignore_index)
+    # A target that is no class is impossible for every clone: the loss shows it.
+    is_class = (target >= 0) & (target < num_classes)
+    top = tl.full([BLOCK], -infinity, tl.float32)
+    mass = tl.zeros([BLOCK], tl.float32)
+    for clone in range(num_clones):
+        peak = tl.full([BLOCK], -infinity, tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        at_target = tl.zeros([BLOCK], tl.float32)
+        best = tl.zeros([BLOCK], tl.int32)
+        finite = mask
+        for split in range(num_splits):
+            cell = split * num_clones.to(tl.int64) + clone
+            here = part_ptr + cell * 3 * num_samples + samples
+            largest = tl.load(here, mask=mask, other=0.0)
+            place = tl.load(place_ptr + cell * num_samples + samples, mask=mask, other=0)
+            finite = finite & (place >= 0)
+            best = tl.where(largest > peak, place, best)
+            higher = tl.maximum(peak, largest)
+            total = total * tl.exp(peak - higher)
+            total += tl.load(here + num_samples, mask=mask, other=0.0) * tl.exp(largest - higher)
+            at_target += tl.load(here + 2 * num_samples, mask=mask, other=0.0)
+            peak = higher
+        log_total = tl.log(total)
+        logp = at_target - peak - log_total
+        alive = finite & is_class & (tl.abs(logp) < infinity)
+        cell = clone * num_samples.to(tl.int64) + samples
+        nll = tl.where(alive, -logp, infinity)
+        score = tl.where(alive & (best == target), 1.0, 0.0)
+        tl.store(nll_ptr + cell, tl.where(counted, nll, 0.0), mask=mask)
+        tl.store(score_ptr + cell, tl.where(counted, score, 0.0), mask=mask)
+        # Every program stores the same 1: no order matters.
+        if tl.max(tl.where(counted & (alive == 0), 1, 0), 0) != 0:
+            tl.store(dead_ptr + clone, 1)
+        joint = tl.load(log_posterior_ptr + clone).to(tl.float32) + logp
+        joint = tl.where(alive & counted, joint, -infinity)
+        tl.store(lse_ptr + cell, tl.where(alive & counted, peak + log_total, infinity), mask=mask)
+        tl.store(joint_ptr + cell, joint, mask=mask)
+        higher = tl.maximum(top, joint)
+        shift = tl.where(higher > -infinity, higher, 0.0)
+        mass = mass * tl.exp(top - shift) + tl.exp(joint - shift)
+        top = higher
+    possible = top > -infinity
+    mixture = tl.where(possible, top + tl.log(tl.where(possible, mass, 1.0)), 0.0)
+    cell = num_clones * num_samples.to(tl.int64) + samples
+    tl.store(joint_ptr + cell, mixture, mask=mask)
+    mix = tl.where(possible, -mixture, infinity)
+    tl.store(mix_ptr + samples, tl.where(counted, mix, 0.0), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_samples"])
+def clone_gradient_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    target_ptr,
+    norm_ptr,
+    lse_ptr,
+    dead_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    num_samples,
+    num_classes,
+    num_features,
+    width,
+    TF32: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    D_P: tl.constexpr,
+):
+    """dweight [N, C, width] and dbias [N, C] of a block of a clone's classes: sum_b G[b, n, c] x_b, and of G."""
+    clone = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = c < num_classes
+    weight_ptr += clone * num_classes * num_features
+    lse_ptr += clone * num_samples
+    weight = load_rows(weight_ptr, c, num_classes, num_features, D_P)
+    bias = tl.zeros([BLOCK_C], tl.float32)
+    if HAS_BIAS:
+        bias += widen(
+            tl.load(bias_ptr + clone * num_classes + c, mask=mask_c, other=0.0), tl.float32
+        )
+    total = tl.zeros([BLOCK_C, D_P], tl.float32)
+    row_sum = tl.zeros([BLOCK_C], tl.float32)
+    # Nothing for a dead clone.
+    num_living = tl.where(tl.load(dead_ptr + clone) != 0, 0, num_samples)
+    for start in range(0, num_living, BLOCK_M):
+        samples = start + tl.arange(0, BLOCK_M)
+        mask_m = samples < num_samples
+        x = load_rows(x_ptr, samples, num_samples, num_features, D_P)
+        target = tl.load(target_ptr + samples, mask=mask_m, other=-1)
+        lse = tl.load(lse_ptr + samples, mask=mask_m, other=float("inf"))
+        # The classes in rows: so G is the left factor of the next product as it stands.
+        z = multiply(weight, tl.trans(x), TF32) + bias[:, None]
+        flows = mask_c[:, None] & (lse < float("inf"))[None, :]
+        g = tl.exp(z - lse[None, :]) - tl.where(c[:, None] == target[None, :], 1.0, 0.0)
+        g = tl.where(flows, g, 0.0)
+        row_sum += tl.sum(g, 1)
+        g = round_to(g, x.dtype)
+        total += multiply(g, only_finite(x), TF32)
+    norm = tl.load(norm_ptr)
+    row = clone * num_classes + c
+    tl.store(dbias_ptr + row, row_sum * norm, mask=mask_c)
+    d = tl.arange(0, D_P)
+    tl.store(
+        dweight_ptr + row[:, None] * width + d[None, :],
+        total * norm,
+        mask=mask_c[:, None] & (d < width)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["num_samples", "num_clones", "tiles_per_split"])
+def features_gradient_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    target_ptr,
+    norm_ptr,
+    lse_ptr,
+    joint_ptr,
+    part_ptr,
+    num_samples,
+    num_clones,
+    num_classes,
+    num_features,
+    width,
+    tiles_per_split,
+    TF32: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    D_P: tl.constexpr,
+):
+    """part [S, B, width] of a block of samples and a split of the tiles of all clones' classes: sum r G W."""
+    samples = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = samples < num_samples
+    split = tl.program_id(1)
+    x = load_rows(x_ptr, samples, num_samples, num_features, D_P)
+    target = tl.load(target_ptr + samples, mask=mask_m, other=-1)
+    mixture = tl.load(
+        joint_ptr + num_clones.to(tl.int64) * num_samples + samples, mask=mask_m, other=0.0
+    )
+    total = tl.zeros([BLOCK_M, D_P], tl.float32)
+    tiles_per_clone = tl.cdiv(num_classes, BLOCK_C)
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, num_clones * tiles_per_clone)
+    for tile in range(first, last):
+        clone = (tile // tiles_per_clone).to(tl.int64)
+        c = (tile % tiles_per_clone) * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask_c = c < num_classes
+        cell = clone * num_samples + samples
+        lse = tl.load(lse_ptr + cell, mask=mask_m, other=float("inf"))
+        joint = tl.load(joint_ptr + cell, mask=mask_m, other=-float("inf"))
+        weight = load_rows(
+            weight_ptr + clone * num_classes * num_features, c, num_classes, num_features, D_P
+        )
+        z = multiply(x, tl.trans(weight), TF32)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + clone * num_classes + c, mask=mask_c, other=0.0)
+            z += widen(bias, tl.float32)[None, :]
+        flows = mask_c[None, :] & (lse < float("inf"))[:, None]
+        g = tl.exp(z - lse[:, None]) - tl.where(c[None, :] == target[:, None], 1.0, 0.0)
+        g = tl.where(flows, g * tl.exp(joint - mixture)[:, None], 0.0)
+        total += multiply(round_to(g, weight.dtype), only_finite(weight), TF32)
+    d = tl.arange(0, D_P)
+    row = split * num_samples.to(tl.int64) + samples
+    tl.store(
+        part_ptr + row[:, None] * width + d[None, :],
+        total * tl.load(norm_ptr),
+        mask=mask_m[:, None] & (d < width)[None, :],
+    )
+
+
+def is_fused(dtype: torch.dtype, num_features: int) -> bool:
+    """Whether recomputing the logits of a large output layer costs less than their traffic (the floors above)."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return num_features <= 128
+    return tf32(dtype) and num_features <= 64
+
+
+def splits_of(tiles: int, programs: int) -> tuple[int, int]:
+    """(splits, tiles per split) where `programs` others run beside each split."""
+    per_split = max(triton.cdiv(tiles * programs, PROGRAMS), 1)
+    return triton.cdiv(tiles, per_split), min(per_split, tiles)
+
+
+def mixture_fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_posterior: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    norm: Tensor,
+    dead: Tensor,
+    nll: Tensor,
+    score: Tensor,
+    mix: Tensor,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    """Fill nll, score [N, B], mix [B], dead [N] and the gradients that are wanted, float32; B > 0, D <= 128."""
+    (num_samples, width), (num_clones, num_classes, _) = x.shape, weight.shape
+    # Rows on 16-byte addresses, or every load would be narrow.
+    if width % 16:
+        x, weight = (F.pad(tensor, (0, -width % 16)) for tensor in (x, weight))
+    num_features = x.size(1)
+    padded = max(triton.next_power_of_2(num_features), 16)
+    common = (x, weight, x if bias is None else bias, target)
+    constants = {"TF32": tf32(x.dtype), "HAS_BIAS": bias is not None, "D_P": padded}
+    blocks = triton.cdiv(num_samples, OWNED)
+
+    splits, per_split = splits_of(triton.cdiv(num_classes, OWNED), blocks * num_clones)
+    part = x.new_empty((splits, num_clones, 3, num_samples), dtype=torch.float32)
+    place = x.new_empty((splits, num_clones, num_samples), dtype=torch.int32)
+    launch(
+        mixture_statistics_kernel,
+        (blocks, num_clones, splits),
+        *common,
+        part,
+        place,
+        num_samples,
+        num_clones,
+        num_classes,
+        num_features,
+        per_split,
+        num_warps=4,
+        num_stages=2,
+        BLOCK_M=OWNED,
+        BLOCK_C=OWNED,
+        **constants,
+    )
+    lse = x.new_empty((num_clones, num_samples), dtype=torch.float32)
+    joint = x.new_empty((num_clones + 1, num_samples), dtype=torch.float32)
+    launch(
+        mixture_merge_kernel,
+        (triton.cdiv(num_samples, 128),),
+        part,
+        place,
+        log_posterior,
+        target,
+        nll,
+        score,
+        mix,
+        dead,
+        lse,
+        joint,
+        num_samples,
+        num_clones,
+        num_classes,
+        splits,
+        ignore_index,
+        num_warps=2,
+        BLOCK=128,
+    )
+    if dweight is not None:
+        launch(
+            clone_gradient_kernel,
+            (triton.cdiv(num_classes, OWNED), num_clones),
+            *common,
+            norm,
+            lse,
+            dead,
+            dweight,
+            dbias,
+            num_samples,
+            num_classes,
+            num_features,
+            width,
+            num_warps=8 if padded == 128 or x.dtype == torch.float32 else 4,
+            num_stages=2,
+            BLOCK_M=STREAMED,
+            BLOCK_C=OWNED,
+            **constants,
+        )
+    if dx is not None:
+        tiles = triton.cdiv(num_classes, STREAMED) * num_clones
+        splits, per_split = splits_of(tiles, blocks)
+        parts = dx if splits == 1 else dx.new_empty((splits, *dx.shape))
+        launch(
+            features_gradient_kernel,
+            (blocks, splits),
+            *common,
+            norm,
+            lse,
+            joint,
+            parts,
+            num_samples,
+            num_clones,
+            num_classes,
+            num_features,
+            width,
+            per_split,
+            num_warps=4,
+            num_stages=2,
+            BLOCK_M=OWNED,
+            BLOCK_C=STREAMED,
+            **constants,
+        )
+        if splits > 1:
+            torch.sum(parts, 0, out=dx)

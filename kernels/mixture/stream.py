@@ -1,0 +1,294 @@
+"""Kernels of the mixture streamed over the clones: one buffer holds a chunk of one clone's logits (C large).
+
+Responsibilities need not be known before the features' gradient: as flash attention does over keys, each sample keeps a
+running maximum m of a_n + logp_n, the sum s of its exponentials and the sum of what they weight, rescaled when m grows.
+A row kernel reads the logits twice and writes their gradient once (three times for the backward of log_prob).
+"""
+
+import triton
+import triton.language as tl
+
+from ..launch import round_to, widen
+
+
+@triton.jit
+def load_logits(z_ptr, bias_ptr, offs, mask, HAS_BIAS, ACC):
+    """Finite logits, and how many of them were not."""
+    z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(ACC)
+    if HAS_BIAS:
+        z += widen(tl.load(bias_ptr + offs, mask=mask, other=0.0), ACC)
+    finite = tl.abs(z) < float("inf")
+    return tl.where(finite, z, 0.0), tl.where(finite, 0, 1)
+
+
+@triton.jit
+def row_statistics(z_ptr, bias_ptr, num_classes, HAS_BIAS, LOWEST, ACC, BLOCK):
+    """Largest logit, its place, the sum of exp(z - largest), and whether all are finite."""
+    peak = tl.full([BLOCK], LOWEST, ACC)
+    total = tl.zeros([BLOCK], ACC)
+    place = tl.zeros([BLOCK], tl.int32)
+    bad = tl.zeros([BLOCK], tl.int32)
+    for base in range(0, num_classes, BLOCK):
+        offs = base + tl.arange(0, BLOCK)
+        mask = offs < num_classes
+        z, broken = load_logits(z_ptr, bias_ptr, offs, mask, HAS_BIAS, ACC)
+        bad += broken
+        z = tl.where(mask, z, LOWEST)
+        place = tl.where(z > peak, offs, place)
+        higher = tl.maximum(peak, z)
+        total = total * tl.exp(peak - higher) + tl.where(mask, tl.exp(z - higher), 0.0)
+        peak = higher
+    largest = tl.max(peak, 0)
+    lanes = tl.arange(0, BLOCK)
+    # A logit may be the lowest number there is: the first class, then.
+    best = tl.min(tl.where((peak == largest) & (lanes < num_classes), place, num_classes), 0)
+    return largest, best, tl.sum(total * tl.exp(peak - largest), 0), tl.sum(bad, 0) == 0
+
+
+@triton.jit(do_not_specialize=["clone", "first_sample", "num_samples", "ignore_index"])
+def mixture_row_kernel(
+    z_ptr,
+    bias_ptr,
+    log_posterior_ptr,
+    target_ptr,
+    norm_ptr,
+    g_ptr,
+    nll_ptr,
+    score_ptr,
+    mix_ptr,
+    dead_ptr,
+    state_ptr,
+    clone,
+    first_sample,
+    num_samples,
+    num_classes,
+    ignore_index,
+    inv_sigma2: tl.float64,
+    log_normaliser: tl.float64,
+    FIRST: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NEED_G: tl.constexpr,
+    FOLD: tl.constexpr,
+    LOWEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One sample of one clone. state [4, B]: m, s, and by what to scale the old sum and the new term."""
+    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    infinity = float("inf")
+    local = tl.program_id(0).to(tl.int64)
+    sample = first_sample + local
+    z_ptr += local * num_classes
+    g_ptr += local * num_classes
+    bias_ptr += clone.to(tl.int64) * num_classes
+    inverse = tl.full([], inv_sigma2, ACC)
+    if GAUSSIAN:
+        target_ptr += sample * num_classes
+        counted = sample < num_samples
+        squared = tl.zeros([BLOCK], ACC)
+        bad = tl.zeros([BLOCK], tl.int32)
+        for base in range(0, num_classes, BLOCK):
+            offs = base + tl.arange(0, BLOCK)
+            mask = offs < num_classes
+            z, broken = load_logits(z_ptr, bias_ptr, offs, mask, HAS_BIAS, ACC)
+            bad += broken
+            error = z - widen(tl.load(target_ptr + offs, mask=mask, other=0.0), ACC)
+            squared += tl.where(mask, error * error, 0.0)
+        distance = tl.sum(squared, 0)
+        logp = -0.5 * distance * inverse - tl.full([], log_normaliser, ACC)
+        alive = (tl.sum(bad, 0) == 0) & (distance < infinity)
+        score = tl.where(alive & (tl.abs(logp) < infinity), distance, infinity)
+    else:
+        target = tl.load(target_ptr + sample)
+        counted = target != ignore_index
+        largest, best, total, alive = row_statistics(
+            z_ptr, bias_ptr, num_classes, HAS_BIAS, LOWEST, ACC, BLOCK
+        )
+        # A target that is no class is impossible for every clone: the loss shows it.
+        is_class = (target >= 0) & (target < num_classes)
+        at_target, _absent = load_logits(
+            z_ptr, bias_ptr, tl.where(is_class, target, 0), is_class, HAS_BIAS, ACC
+        )
+        logp = at_target - largest - tl.log(total)
+        alive = alive & is_class
+        score = tl.where(alive & (tl.abs(logp) < infinity) & (best == target), 1.0, 0.0)
+    alive = alive & (tl.abs(logp) < infinity)
+
+    cell = clone.to(tl.int64) * num_samples + sample
+    tl.store(nll_ptr + cell, tl.where(counted, tl.where(alive, -logp, infinity), 0.0))
+    tl.store(score_ptr + cell, tl.where(counted, score, 0.0))
+    # Every program stores the same 1: no order matters.
+    if counted & (alive == 0):
+        tl.store(dead_ptr + clone, 1)
+
+    # The running mixture.
+    a = tl.load(log_posterior_ptr + clone).to(ACC)
+    joint = tl.where(alive & counted, a + logp, -infinity)
+    if FIRST:
+        old = tl.full([], -infinity, ACC)
+        mass = tl.full([], 0.0, ACC)
+    else:
+        old = tl.load(state_ptr + sample)
+        mass = tl.load(state_ptr + num_samples + sample)
+    peak = tl.maximum(old, joint)
+    possible = peak > -infinity
+    shift = tl.where(possible, peak, 0.0)
+    keep = tl.exp(old - shift)
+    add = tl.exp(joint - shift)
+    mass = mass * keep + add
+    tl.store(state_ptr + sample, peak)
+    tl.store(state_ptr + num_samples + sample, mass)
+    tl.store(state_ptr + 2 * num_samples + sample, keep)
+    tl.store(state_ptr + 3 * num_samples + sample, add)
+    mix = tl.where(possible, -peak - tl.log(tl.where(possible, mass, 1.0)), infinity)
+    tl.store(mix_ptr + sample, tl.where(counted, mix, 0.0))
+
+    if NEED_G:
+        norm = tl.full([], 1.0, ACC)
+        if FOLD:
+            norm = tl.load(norm_ptr)
+        flows = alive & counted
+        for base in range(0, num_classes, BLOCK):
+            offs = base + tl.arange(0, BLOCK)
+            mask = offs < num_classes
+            z, _broken = load_logits(z_ptr, bias_ptr, offs, mask, HAS_BIAS, ACC)
+            if GAUSSIAN:
+                g = (z - widen(tl.load(target_ptr + offs, mask=mask, other=0.0), ACC)) * inverse
+            else:
+                g = tl.exp(z - largest) / total - tl.where(offs == target, 1.0, 0.0)
+            g = tl.where(flows, g * norm, 0.0)
+            tl.store(g_ptr + offs, round_to(g, g_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_sample", "num_samples"])
+def combine_kernel(
+    term_ptr,
+    sum_ptr,
+    out_ptr,
+    state_ptr,
+    norm_ptr,
+    first_sample,
+    num_samples,
+    num_features,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """sum = keep * sum + add * term over a chunk's features; after the last clone out = sum / s."""
+    ACC: tl.constexpr = sum_ptr.dtype.element_ty
+    local = tl.program_id(0).to(tl.int64)
+    sample = first_sample + local
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < num_features
+    keep = tl.load(state_ptr + 2 * num_samples + sample)
+    add = tl.load(state_ptr + 3 * num_samples + sample)
+    # Left out, not multiplied by 0: the term of a dead clone may be NaN.
+    taken = offs < tl.where(add > 0, num_features, 0)
+    term = tl.load(term_ptr + local * num_features + offs, mask=taken, other=0.0)
+    value = add * term.to(ACC)
+    if not FIRST:
+        value += keep * tl.load(sum_ptr + sample * num_features + offs, mask=mask, other=0.0)
+    if LAST:
+        mass = tl.load(state_ptr + num_samples + sample)
+        value = value / tl.where(mass > 0, mass, 1.0)
+        if SCALE:
+            value *= tl.load(norm_ptr)
+        value = round_to(value, out_ptr.dtype.element_ty)
+        tl.store(out_ptr + sample * num_features + offs, value, mask=mask)
+    else:
+        tl.store(sum_ptr + sample * num_features + offs, value, mask=mask)
+
+
+@triton.jit(do_not_specialize=["clone"])
+def log_prob_row_kernel(
+    z_ptr,
+    bias_ptr,
+    log_posterior_ptr,
+    out_ptr,
+    clone,
+    num_classes,
+    FIRST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    LOWEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = log(exp(out) + exp(a_n + logp_n)) for one sample; out holds the chunk."""
+    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    infinity = float("inf")
+    sample = tl.program_id(0).to(tl.int64)
+    z_ptr += sample * num_classes
+    out_ptr += sample * num_classes
+    bias_ptr += clone.to(tl.int64) * num_classes
+    largest, _best, total, alive = row_statistics(
+        z_ptr, bias_ptr, num_classes, HAS_BIAS, LOWEST, ACC, BLOCK
+    )
+    a = tl.load(log_posterior_ptr + clone).to(ACC) - tl.log(total)
+    a = tl.where(alive, a, -infinity)
+    for base in range(0, num_classes, BLOCK):
+        offs = base + tl.arange(0, BLOCK)
+        mask = offs < num_classes
+        z, _broken = load_logits(z_ptr, bias_ptr, offs, mask, HAS_BIAS, ACC)
+        # The largest is taken off before anything small is added: logits may be huge.
+        value = a + (z - largest)
+        if not FIRST:
+            old = tl.load(out_ptr + offs, mask=mask, other=0.0)
+            high = tl.maximum(old, value)
+            shift = tl.where(high > -infinity, high, 0.0)
+            value = shift + tl.log(tl.exp(old - shift) + tl.exp(value - shift))
+        tl.store(out_ptr + offs, value, mask=mask)
+
+
+@triton.jit(do_not_specialize=["clone", "first_sample", "num_samples"])
+def log_prob_backward_row_kernel(
+    z_ptr,
+    bias_ptr,
+    log_posterior_ptr,
+    out_ptr,
+    grad_ptr,
+    state_ptr,
+    clone,
+    first_sample,
+    num_samples,
+    num_classes,
+    HAS_BIAS: tl.constexpr,
+    LOWEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Overwrites the logits of one sample of one clone by the gradient to them; state as `combine_kernel` reads it."""
+    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    infinity = float("inf")
+    local = tl.program_id(0).to(tl.int64)
+    sample = first_sample + local
+    z_ptr += local * num_classes
+    out_ptr += sample * num_classes
+    grad_ptr += sample * num_classes
+    bias_ptr += clone.to(tl.int64) * num_classes
+    largest, _best, total, alive = row_statistics(
+        z_ptr, bias_ptr, num_classes, HAS_BIAS, LOWEST, ACC, BLOCK
+    )
+    a = tl.load(log_posterior_ptr + clone).to(ACC) - tl.log(total)
+    weighted_sum = tl.zeros([BLOCK], ACC)
+    for base in range(0, num_classes, BLOCK):
+        offs = base + tl.arange(0, BLOCK)
+        mask = offs < num_classes
+        z, _broken = load_logits(z_ptr, bias_ptr, offs, mask, HAS_BIAS, ACC)
+        out = tl.load(out_ptr + offs, mask=mask, other=-infinity)
+        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
+        share = tl.exp(a + (z - largest) - tl.where(out > -infinity, out, 0.0))
+        weighted_sum += tl.where(out > -infinity, share * grad, 0.0)
+    row_sum = tl.sum(weighted_sum, 0)
+    for base in range(0, num_classes, BLOCK):
+        offs = base + tl.arange(0, BLOCK)
+        mask = offs < num_classes
+        z, _broken = load_logits(z_ptr, bias_ptr, offs, mask, HAS_BIAS, ACC)
+        out = tl.load(out_ptr + offs, mask=mask, other=-infinity)
+        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
+        # Where a class has no probability the gradient is cut, as is the way to a dead clone.
+        share = tl.exp(a + (z - largest) - tl.where(out > -infinity, out, 0.0))
+        dz = tl.where(out > -infinity, share * grad, 0.0) - tl.exp(z - largest) / total * row_sum
+        tl.store(z_ptr + offs, tl.where(alive, dz, 0.0), mask=mask)
+    one = tl.full([], 1.0, ACC)
+    tl.store(state_ptr + num_samples + sample, one)
+    tl.store(state_ptr + 2 * num_samples + sample, one)
+    tl.store(state_ptr + 3 * num_samples + sample, tl.where(alive, one, 0.0))

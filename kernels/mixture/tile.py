@@ -1,0 +1,211 @@
+"""Kernels of the mixture where all clones' logits of a sample fit one program: one read, one write (small N C).
+
+A program has the tile [N, C] of one sample in registers: softmax, likelihoods, responsibilities and the gradient at the
+logits, alone (G, for the clones) and weighted by the responsibility (r G, for the features).
+"""
+
+import triton
+import triton.language as tl
+
+from ..launch import round_to, widen
+
+
+@triton.jit
+def load_tile(z_ptr, bias_ptr, num_clones, num_classes, HAS_BIAS, N_P, C_P, ACC):
+    """Finite logits of a sample, [N_P, C_P]; which clones had only such; offsets and mask of the tile."""
+    n = tl.arange(0, N_P)
+    c = tl.arange(0, C_P)
+    mask = (n < num_clones)[:, None] & (c < num_classes)[None, :]
+    offs = n[:, None] * num_classes + c[None, :]
+    z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(ACC)
+    if HAS_BIAS:
+        z += widen(tl.load(bias_ptr + offs, mask=mask, other=0.0), ACC)
+    finite = tl.abs(z) < float("inf")
+    alive = tl.min(finite.to(tl.int32), 1)
+    return tl.where(alive[:, None] != 0, z, 0.0), alive, offs, mask
+
+
+@triton.jit(do_not_specialize=["first_sample", "num_samples", "ignore_index"])
+def mixture_tile_kernel(
+    z_ptr,
+    bias_ptr,
+    log_posterior_ptr,
+    target_ptr,
+    norm_ptr,
+    g_ptr,
+    rg_ptr,
+    nll_ptr,
+    score_ptr,
+    mix_ptr,
+    dead_ptr,
+    first_sample,
+    num_samples,
+    num_clones,
+    num_classes,
+    ignore_index,
+    inv_sigma2: tl.float64,
+    log_normaliser: tl.float64,
+    GAUSSIAN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NEED_G: tl.constexpr,
+    NEED_RG: tl.constexpr,
+    FOLD: tl.constexpr,
+    N_P: tl.constexpr,
+    C_P: tl.constexpr,
+):
+    """One sample of a chunk that begins at `first_sample`; z, g and rg hold the chunk, all else the batch."""
+    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    infinity = float("inf")
+    local = tl.program_id(0).to(tl.int64)
+    sample = first_sample + local
+    # 64-bit offsets once a program, 32-bit ones within the tile.
+    z_ptr += local * num_clones * num_classes
+    g_ptr += local * num_clones * num_classes
+    rg_ptr += local * num_clones * num_classes
+    n = tl.arange(0, N_P)
+    c = tl.arange(0, C_P)
+    z, alive, offs, mask = load_tile(
+        z_ptr, bias_ptr, num_clones, num_classes, HAS_BIAS, N_P, C_P, ACC
+    )
+    all_finite = tl.min(tl.where(n < num_clones, alive, 1), 0)
+    if GAUSSIAN:
+        counted = sample < num_samples
+        target = tl.load(target_ptr + sample * num_classes + c, mask=c < num_classes, other=0.0)
+        error = tl.where(mask, z - widen(target, ACC)[None, :], 0.0)
+        squared = tl.sum(error * error, 1)
+        alive = tl.where(squared < infinity, alive, 0)
+        inverse = tl.full([], inv_sigma2, ACC)
+        logp = -0.5 * squared * inverse - tl.full([], log_normaliser, ACC)
+        g = error * inverse
+    else:
+        target = tl.load(target_ptr + sample)
+        counted = target != ignore_index
+        z = tl.where(mask, z, -infinity)
+        largest = tl.max(z, 1)
+        largest = tl.where(n < num_clones, largest, 0.0)
+        e = tl.exp(z - largest[:, None])
+        total = tl.sum(e, 1)
+        # A target that is no class is impossible for every clone: the loss shows it.
+        possible_target = (target >= 0) & (target < num_classes)
+        target = tl.where(possible_target, target, -1).to(tl.int32)
+        hit = c[None, :] == target
+        at_target = tl.sum(tl.where(mask & hit, z, 0.0), 1)
+        logp = at_target - largest - tl.log(total)
+        alive = tl.where(target >= 0, alive, 0)
+        best = tl.min(tl.where(z == largest[:, None], c[None, :], C_P), 1)
+        g = e / total[:, None] - tl.where(hit, 1.0, 0.0)
+    alive = tl.where((tl.abs(logp) < infinity) & (n < num_clones), alive, 0)
+    living = alive != 0
+    if GAUSSIAN:
+        score = tl.where(living, squared, infinity)
+    else:
+        score = tl.where(living & (best == target), 1.0, 0.0)
+
+    a = tl.load(log_posterior_ptr + n, mask=n < num_clones, other=0.0).to(ACC)
+    joint = tl.where(living, a + logp, -infinity)
+    peak = tl.max(joint, 0)
+    possible = peak > -infinity
+    share = tl.exp(joint - tl.where(possible, peak, 0.0))
+    mass = tl.sum(share, 0)
+    mix = tl.where(possible, -peak - tl.log(mass), infinity)
+    nll = tl.where(living, -logp, infinity)
+
+    tl.store(mix_ptr + sample, tl.where(counted, mix, 0.0))
+    column = n.to(tl.int64) * num_samples + sample
+    tl.store(nll_ptr + column, tl.where(counted, nll, 0.0), mask=n < num_clones)
+    tl.store(score_ptr + column, tl.where(counted, score, 0.0), mask=n < num_clones)
+    # Every program stores the same 1: no order matters.
+    num_dying = tl.where(counted, num_clones, 0)
+    tl.store(dead_ptr + n, tl.full([N_P], 1, tl.int32), mask=(n < num_dying) & (alive == 0))
+    if all_finite == 0:
+        tl.store(dead_ptr + num_clones, 1)
+
+    norm = tl.full([], 1.0, ACC)
+    if FOLD:
+        norm = tl.load(norm_ptr)
+    norm = tl.where(counted, norm, 0.0)
+    g = tl.where(living[:, None], g * norm, 0.0)
+    if NEED_G:
+        tl.store(g_ptr + offs, round_to(g, g_ptr.dtype.element_ty), mask=mask)
+    if NEED_RG:
+        r = share / tl.where(possible, mass, 1.0)
+        tl.store(rg_ptr + offs, round_to(g * r[:, None], rg_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def log_prob_tile_kernel(
+    z_ptr,
+    bias_ptr,
+    log_posterior_ptr,
+    out_ptr,
+    num_clones,
+    num_classes,
+    HAS_BIAS: tl.constexpr,
+    N_P: tl.constexpr,
+    C_P: tl.constexpr,
+):
+    """Mixture log-probabilities of one sample; out holds the chunk."""
+    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    infinity = float("inf")
+    sample = tl.program_id(0).to(tl.int64)
+    z_ptr += sample * num_clones * num_classes
+    n = tl.arange(0, N_P)
+    c = tl.arange(0, C_P)
+    z, alive, _, mask = load_tile(z_ptr, bias_ptr, num_clones, num_classes, HAS_BIAS, N_P, C_P, ACC)
+    z = tl.where(mask, z, -infinity)
+    largest = tl.where(n < num_clones, tl.max(z, 1), 0.0)
+    # The largest is taken off before anything small is added: logits may be huge.
+    z -= largest[:, None]
+    a = tl.load(log_posterior_ptr + n, mask=n < num_clones, other=0.0).to(ACC)
+    a -= tl.log(tl.sum(tl.exp(z), 1))
+    living = (alive != 0) & (n < num_clones)
+    joint = tl.where(living[:, None], a[:, None] + z, -infinity)
+    peak = tl.max(joint, 0)
+    possible = peak > -infinity
+    shift = tl.where(possible, peak, 0.0)
+    out = shift + tl.log(tl.sum(tl.exp(joint - shift[None, :]), 0))
+    out = tl.where(possible, out, -infinity)
+    tl.store(out_ptr + sample * num_classes + c, out, mask=c < num_classes)
+
+
+@triton.jit
+def log_prob_backward_tile_kernel(
+    z_ptr,
+    bias_ptr,
+    log_posterior_ptr,
+    out_ptr,
+    grad_ptr,
+    flag_ptr,
+    num_clones,
+    num_classes,
+    HAS_BIAS: tl.constexpr,
+    N_P: tl.constexpr,
+    C_P: tl.constexpr,
+):
+    """Overwrites the logits of one sample by the gradient to them."""
+    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    infinity = float("inf")
+    sample = tl.program_id(0).to(tl.int64)
+    z_ptr += sample * num_clones * num_classes
+    n = tl.arange(0, N_P)
+    c = tl.arange(0, C_P)
+    z, alive, offs, mask = load_tile(
+        z_ptr, bias_ptr, num_clones, num_classes, HAS_BIAS, N_P, C_P, ACC
+    )
+    if tl.min(tl.where(n < num_clones, alive, 1), 0) == 0:
+        tl.store(flag_ptr, 1)
+    z = tl.where(mask, z, -infinity)
+    largest = tl.where(n < num_clones, tl.max(z, 1), 0.0)
+    z -= largest[:, None]
+    e = tl.exp(z)
+    total = tl.where(n < num_clones, tl.sum(e, 1), 1.0)
+    a = tl.load(log_posterior_ptr + n, mask=n < num_clones, other=-infinity).to(ACC)
+    out = tl.load(out_ptr + sample * num_classes + c, mask=c < num_classes, other=-infinity)
+    grad = tl.load(grad_ptr + sample * num_classes + c, mask=c < num_classes, other=0.0)
+    possible = out > -infinity
+    log_share = (a - tl.log(total))[:, None] + z - tl.where(possible, out, 0.0)[None, :]
+    # Where a class has no probability the gradient is cut, as is the way to a dead clone.
+    flows = mask & possible[None, :] & (alive != 0)[:, None]
+    weighted = tl.where(flows, tl.exp(log_share) * grad[None, :], 0.0)
+    dz = weighted - e / total[:, None] * tl.sum(weighted, 1)[:, None]
+    tl.store(z_ptr + offs, dz, mask=mask)
