@@ -1,4 +1,4 @@
-"""Checks of single tensors, for implementations in Python; csrc/common/checks.cpp words them alike for compiled ones."""
+"""Checks of single tensors for implementations in Python; csrc/common/checks.cpp words them for compiled ones."""
 
 from __future__ import annotations
 
