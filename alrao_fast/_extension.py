@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,14 @@ def _load() -> str | None:
 
 
 ERROR: str | None = _load()
+
+
+def reject(reason: str) -> None:
+    """Use none of the compiled kernels: they were built from other sources."""
+    global ERROR
+    ERROR = f"the compiled extension was built from other sources ({reason}): {_REBUILD}"
+
+
+def function(name: str) -> Callable[..., Any] | None:
+    """A function of `_C` that touches no tensor, or None where there is none."""
+    return getattr(importlib.import_module("alrao_fast._C"), name, None) if ERROR is None else None

@@ -19,13 +19,9 @@ import torch
 from alrao_fast import _extension
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-# Each op's stem and the dispatcher op whose kernel shows that a compiled backend implements it.
-OPS = {
-    "feature_sgd": "feature_sgd_",
-    "feature_adam": "feature_adam_",
-    "switch_mixture": "switch_mixture_nll",
-    "switch_update": "switch_update_",
-}
+# Each op's stem and the dispatcher op whose kernel shows that a compiled backend implements it; the modules of the
+# ops enter theirs.
+OPS: dict[str, str] = {}
 _DISPATCH_KEY = {"cuda": "CUDA", "cpu": "CPU"}
 # Triton reads the same variable, at its import: its kernels then run on CPU tensors, when asked for by name.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,13 +1,15 @@
 """Fixtures of the suite: poisoned memory, and the backends that a test of an op runs on."""
 
 from importlib.util import find_spec
-from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from alrao_fast import backends, testing
+from alrao_fast.ops import feature_adam, feature_sgd
+from alrao_fast.ops.feature import FeatureOp, Lists
+from alrao_fast.ops.plan import CompiledPlan
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +51,13 @@ def device(backend):
 
 
 class Compiled(NamedTuple):
-    """A compiled backend of a feature op: the device whose tensors it takes, and what makes its plans."""
+    """A compiled backend of a feature op: the device whose tensors it takes, and its plans, made of the op's lists."""
 
     device: torch.device
-    module: ModuleType
+    op: FeatureOp
 
     def plan(self, *lists):
-        return self.module.FeaturePlan(*lists)
+        return CompiledPlan(self.op, Lists(*lists))
 
     def to_device(self, *tensors):
         return [tensor.to(self.device) for tensor in tensors]
@@ -64,10 +66,9 @@ class Compiled(NamedTuple):
 @pytest.fixture(params=["cpu", "cuda"])
 def compiled(request):
     """The compiled backends, skipped as `backend` skips."""
-    reason = testing.require(request.module.OP, request.param)
+    name = request.module.OP
+    reason = testing.require(name, request.param)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
-    # Modules that load compiled code are imported where it is there.
-    from alrao_fast.ops import plan
-
-    return Compiled(backends.device_of(request.param), plan)
+    op = {"feature_sgd": feature_sgd.OP, "feature_adam": feature_adam.OP}[name]
+    return Compiled(backends.device_of(request.param), op)

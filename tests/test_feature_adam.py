@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from alrao_fast import testing
+from alrao_fast.ops import feature_adam
+from alrao_fast.ops.feature import Scalars
 from alrao_fast.ops.feature_adam import feature_adam_
 
 OP = "feature_adam"
@@ -383,7 +385,9 @@ def test_plan_gives_the_bits_of_the_list_op(compiled, dtype, amsgrad):
     plan = compiled.plan(problem.params, states, [], *layout, steps)
     scalars = SCALARS | {"amsgrad": amsgrad}
     for _ in range(3):
-        assert plan.adam(problem.grads, **scalars)
+        assert plan.step(
+            problem.grads, {name: scalars[name] for name in feature_adam.OP.options}, Scalars()
+        )
         torch.ops.alrao_fast.feature_adam_(
             expected.params,
             expected.grads,
@@ -399,9 +403,15 @@ def test_plan_gives_the_bits_of_the_list_op(compiled, dtype, amsgrad):
     for got, want in zip([problem.params, *states], [expected.params, *others]):
         assert all(torch.equal(a, b) for a, b in zip(got, want))
     with pytest.raises(RuntimeError, match="max_exp_avg_sqs"):
-        plan.adam(problem.grads, **SCALARS | {"amsgrad": not amsgrad})
+        plan.step(
+            problem.grads,
+            {name: scalars[name] for name in feature_adam.OP.options} | {"amsgrad": not amsgrad},
+            Scalars(),
+        )
     problem.params[0].data = problem.params[0].data.clone()
-    assert not plan.adam(problem.grads, **scalars)
+    assert not plan.step(
+        problem.grads, {name: scalars[name] for name in feature_adam.OP.options}, Scalars()
+    )
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])

@@ -18,6 +18,8 @@ import pytest
 import torch
 
 from alrao_fast import testing
+from alrao_fast.ops import feature_sgd
+from alrao_fast.ops.feature import Scalars
 from alrao_fast.ops.feature_sgd import feature_sgd_
 
 OP = "feature_sgd"
@@ -557,6 +559,8 @@ SCALARS = {
     "found_inf": None,
 }
 
+OPTIONS_OF_PLAN = {name: SCALARS[name] for name in feature_sgd.OP.options}
+
 
 def planned(compiled, problem, seeds=()):
     buffers = [torch.zeros_like(p) for p in problem.params]
@@ -573,7 +577,7 @@ def test_plan_gives_the_bits_of_the_list_op(compiled, dtype):
     others = [torch.zeros_like(p) for p in expected.params]
     counted = torch.zeros_like(steps)
     for _ in range(3):
-        assert plan.sgd(problem.grads, **SCALARS)
+        assert plan.step(problem.grads, OPTIONS_OF_PLAN, Scalars())
         torch.ops.alrao_fast.feature_sgd_(
             expected.params,
             expected.grads,
@@ -609,10 +613,10 @@ def test_plan_notices_that_a_parameter_changed(compiled, change):
     )
     buffer = torch.zeros_like(param)
     plan = compiled.plan([param], [[buffer]], [], [rate], [6], [], steps)
-    assert plan.sgd([torch.ones_like(param)], **SCALARS)
+    assert plan.step([torch.ones_like(param)], OPTIONS_OF_PLAN, Scalars())
     change(param)
     before, state = param.clone(), buffer.clone()
-    assert not plan.sgd([torch.ones_like(param)], **SCALARS)
+    assert not plan.step([torch.ones_like(param)], OPTIONS_OF_PLAN, Scalars())
     assert torch.equal(param, before) and torch.equal(buffer, state) and steps.tolist() == [1]
 
 
@@ -623,7 +627,7 @@ def test_plan_notices_that_a_state_changed(compiled):
     buffer = torch.zeros_like(param)
     plan = compiled.plan([param], [[buffer]], [], [rate], [6], [], steps)
     buffer.data = buffer.data.clone()
-    assert not plan.sgd([torch.ones_like(param)], **SCALARS)
+    assert not plan.step([torch.ones_like(param)], OPTIONS_OF_PLAN, Scalars())
 
 
 def test_plan_refuses_what_does_not_fit(compiled):
@@ -637,14 +641,14 @@ def test_plan_refuses_what_does_not_fit(compiled):
         (sparse, r"grads\[0\] is sp"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            plan.sgd(grads, **SCALARS)
+            plan.step(grads, OPTIONS_OF_PLAN, Scalars())
     with pytest.raises(RuntimeError, match="momentum_buffers has entries"):
-        plan.sgd(problem.grads, **SCALARS | {"momentum": 0.0})
+        plan.step(problem.grads, OPTIONS_OF_PLAN | {"momentum": 0.0}, Scalars())
     with pytest.raises(RuntimeError, match=r"rates\[0\] has 6 entries"):
         param, rate = compiled.to_device(torch.ones(5, 4), torch.ones(6))
         compiled.plan([param], [], [], [rate], [4], [], steps[:1])
     with pytest.raises(RuntimeError, match="got plan 123456789"):
-        compiled.module._sgd(123456789, problem.grads, None, None, None)
+        torch.ops.alrao_fast._feature_plan_step_(123456789, problem.grads, None, None, None)
     assert all(torch.equal(a, b) for a, b in zip(problem.params, before.params))
     assert not steps.any()
 
@@ -662,12 +666,12 @@ def test_plan_holds_its_tensors_and_lets_them_go(compiled):
     number = plan._number
     problem.params.clear()
     gc.collect()
-    assert not freed and plan.sgd(problem.grads, **SCALARS)
+    assert not freed and plan.step(problem.grads, OPTIONS_OF_PLAN, Scalars())
     del plan
     gc.collect()
     assert freed
     with pytest.raises(RuntimeError, match=f"got plan {number}"):
-        compiled.module._sgd(number, problem.grads, None, None, None)
+        torch.ops.alrao_fast._feature_plan_step_(number, problem.grads, None, None, None)
 
 
 def test_the_number_of_threads_does_not_change_the_bits(cpu):
@@ -693,6 +697,8 @@ ISA_SCRIPT = """
 import sys, torch
 from alrao_fast import _C, testing
 from alrao_fast.ops.feature_adam import feature_adam_
+from alrao_fast.ops import feature_sgd
+from alrao_fast.ops.feature import Scalars
 from alrao_fast.ops.feature_sgd import feature_sgd_
 
 results = []

@@ -17,7 +17,9 @@ from torch.optim import Optimizer
 
 from alrao_fast.compat._evaluation import Stacked
 from alrao_fast.compat._stack import ParameterStack, stack
-from alrao_fast.compat._update import FeatureUpdate
+from alrao_fast.ops.feature import Lists, Scalars
+from alrao_fast.optim import adam, sgd
+from alrao_fast.optim.binding import Call
 
 _OPTIONS: dict[type[Optimizer], tuple[str, ...]] = {
     torch.optim.SGD: ("momentum", "dampening", "weight_decay", "nesterov", "maximize"),
@@ -73,7 +75,7 @@ class CloneOptimizers:
         self._steps: Tensor | None = None
         self._shown: Tensor | None = None
         self._rates: tuple[list[float], Tensor] | None = None
-        self._update: FeatureUpdate | None = None
+        self._call: Call | None = None
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -100,9 +102,9 @@ class CloneOptimizers:
                 return False
             groups.append(optimizer.param_groups[0])
         first = groups[0]
-        options = [first[name] for name in names]
+        shared = [first[name] for name in names]
         lrs = [group["lr"] for group in groups]
-        if any([group[name] for name in names] != options for group in groups[1:]):
+        if any([group[name] for name in names] != shared for group in groups[1:]):
             return False
         if any(isinstance(lr, Tensor) for lr in lrs):
             return False
@@ -120,25 +122,32 @@ class CloneOptimizers:
             grads.append(self._stacked(own))
         if not params or len({(p.dtype, p.device) for p in params}) > 1:
             return False
-        if not self._gather(self._state_names(first), slots, params):
+        rule = sgd if self._kind is torch.optim.SGD else adam
+        options = rule.options_of(first, authors=False)
+        kept = rule.OP.states[: rule.OP.num_states(options)]
+        if not self._gather(kept, slots, params):
             return False
         rates = self._rates_of(lrs, params[0])
-        update = self._update
-        if (
-            update is None
-            or update.rates[0] is not rates
-            or not all(map(is_, params, update.params))
-        ):
-            states = [self._states[name] for name in self._state_names(first)]
-            inners = [p.stride(0) if len(lrs) > 1 else 1 for p in params]
-            assert self._steps is not None
-            update = FeatureUpdate(params, states, [rates] * len(params), inners, self._steps)
-            self._update = update
-        if self._kind is torch.optim.SGD:
-            update.sgd(grads, first, authors=False)
+        for _ in range(2):
+            call = self._call
+            if (
+                call is None
+                or call.lists.rates[0] is not rates
+                or not all(map(is_, params, call.lists.params))
+            ):
+                assert self._steps is not None
+                states = [self._states[name] for name in kept]
+                inners = [p.stride(0) if len(lrs) > 1 else 1 for p in params]
+                each = [rates] * len(params)
+                lists = Lists(params, states, [], each, inners, [], self._steps)
+                call = self._call = Call(rule.OP, lists, rule.OP.select(params))
+            if call.step(grads, options, Scalars(maximize=first["maximize"])):
+                break
+            # Something has moved.
+            self._call = None
         else:
-            update.adam(grads, first, authors=False)
-            assert self._shown is not None
+            raise RuntimeError("internal error: an update plan is stale right after it was made")
+        if self._shown is not None:
             self._shown += 1
         for optimizer in self.optimizers:
             # What a learning-rate scheduler looks at to see that there has been a step.
@@ -151,11 +160,6 @@ class CloneOptimizers:
             if len(known) == len(grads) and all(map(is_, known, grads)):
                 return together
         return stack(grads)
-
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        if self._kind is torch.optim.SGD:
-            return ("momentum_buffer",) if group["momentum"] else ()
-        return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
 
     def _rates_of(self, lrs: list[float], like: Tensor) -> Tensor:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -181,7 +185,7 @@ class CloneOptimizers:
         )
         if not fresh:
             return True
-        self._update = None
+        self._call = None
         counts: list[int | None] = []
         for slot in slots:
             found = {self._count(k, p, names) for k, p in enumerate(slot)}

@@ -6,14 +6,23 @@ are part of the state, next to the momentum, so that `state_dict` can resume a r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from alrao_fast.compat._update import FeatureUpdate
+from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
+from alrao_fast.optim import adam, sgd
+from alrao_fast.optim.binding import (
+    Binding,
+    Call,
+    GroupBinding,
+    by_device_and_dtype,
+    gradients,
+)
 
 
 def compact_rates(rate: Any, param: Tensor, name: str = "lr_params") -> tuple[Tensor, int | None]:
@@ -51,9 +60,11 @@ def compact_rates(rate: Any, param: Tensor, name: str = "lr_params") -> tuple[Te
 class SpecOptimizer(Optimizer):
     """Base class of `SGDSpec` and `AdamSpec`."""
 
+    _op: FeatureOp
+
     def __init__(self, params: Any, lr_params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
-        self._updates: dict[int, tuple[Any, list[FeatureUpdate]]] = {}
+        self._binding = Binding()
         own = [p for group in self.param_groups for p in group["params"]]
         rates = list(lr_params)
         if len(rates) != len(own):
@@ -65,10 +76,8 @@ class SpecOptimizer(Optimizer):
             state["rate"], state["rate_dim"] = compact_rates(rate, param)
             state["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
 
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        raise NotImplementedError
-
-    def _run(self, update: FeatureUpdate, grads: list[Tensor], group: dict[str, Any]) -> None:
+    def _options(self, group: dict[str, Any]) -> Options:
+        """The op's options, with the authors' rule."""
         raise NotImplementedError
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -83,33 +92,39 @@ class SpecOptimizer(Optimizer):
     @torch.no_grad()
     def update(self) -> None:
         """`step()` without torch's hooks and profiling around it."""
+        self._binding.follow(self.state)
         for number, group in enumerate(self.param_groups):
-            params = [p for p in group["params"] if p.grad is not None]
-            key = [(id(p), p.dtype, p.device, p.stride()) for p in params], self._state_names(group)
-            if number not in self._updates or self._updates[number][0] != key:
-                self._updates[number] = key, self._gather(params, key[1])
-            for update in self._updates[number][1]:
-                self._run(update, [p.grad for p in update.params], group)  # type: ignore[misc]
+            params, options = group["params"], self._options(group)
+            grads, names = gradients(params), self._op.states[: self._op.num_states(options)]
+            if grads:
+                make = partial(self._bind, params, names)
+                self._binding.step(number, params, grads, names, options, Scalars(), make)
 
-    def _gather(self, params: list[Tensor], names: tuple[str, ...]) -> list[FeatureUpdate]:
-        kinds: dict[Any, list[Tensor]] = {}
-        for param in params:
-            kinds.setdefault((param.dtype, param.device), []).append(param)
-        updates = []
-        for (_, device), members in kinds.items():
-            states = [[self._like(p, name) for p in members] for name in names]
-            steps = torch.stack([self.state[p]["step"].to(device) for p in members])
-            rates, inners = [], []
-            for k, param in enumerate(members):
-                self.state[param]["step"] = steps[k]
-                rate, dim = self.state[param]["rate"].to(device), self.state[param]["rate_dim"]
-                self.state[param]["rate"] = rate
-                # The op takes float64 rates for float64 parameters only.
-                rate = rate if param.dtype == torch.float64 else rate.float()
-                inners.append(1 if dim is None or rate.numel() == 1 else param.stride(dim))
-                rates.append(_in_memory_order(rate, param) if dim is None else rate)
-            updates.append(FeatureUpdate(members, states, rates, inners, steps))
-        return updates
+    def _bind(
+        self, params: list[Tensor], names: tuple[str, ...], done: Collection[int]
+    ) -> GroupBinding:
+        mask = [p.grad is not None and id(p) not in done for p in params]
+        members = [p for p, has_grad in zip(params, mask) if has_grad]
+        calls = []
+        for positions in by_device_and_dtype(members):
+            own = members if positions is None else [members[k] for k in positions]
+            calls.append(Call(self._op, self._lists(own, names), self._op.select(own), positions))
+        return GroupBinding(calls, params, mask, names, self.state)
+
+    def _lists(self, members: list[Tensor], names: tuple[str, ...]) -> Lists:
+        device = members[0].device
+        states = [[self._like(p, name) for p in members] for name in names]
+        steps = torch.stack([self.state[p]["step"].to(device) for p in members])
+        rates, inners = [], []
+        for k, param in enumerate(members):
+            self.state[param]["step"] = steps[k]
+            rate, dim = self.state[param]["rate"].to(device), self.state[param]["rate_dim"]
+            self.state[param]["rate"] = rate
+            # The op takes float64 rates for float64 parameters only.
+            rate = rate if param.dtype == torch.float64 else rate.float()
+            inners.append(1 if dim is None or rate.numel() == 1 else param.stride(dim))
+            rates.append(_in_memory_order(rate, param) if dim is None else rate)
+        return Lists(members, states, [], rates, inners, [], steps)
 
     def _like(self, param: Tensor, name: str) -> Tensor:
         """A state in the layout of the parameter as it is now; a new one is zero and starts the count of steps."""
@@ -128,7 +143,7 @@ class SpecOptimizer(Optimizer):
         own = [p for group in self.param_groups for p in group["params"]]
         present = [self.state[p] for p in own]
         super().load_state_dict(state_dict)
-        self._updates.clear()
+        self._binding = Binding()
         for param, key, before in zip(own, saved, present):
             state = {**before, **self.state[param]}
             given = state_dict["state"].get(key, {})
@@ -138,7 +153,7 @@ class SpecOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._updates = {}
+        self._binding = Binding()
 
 
 def _in_memory_order(rate: Tensor, param: Tensor) -> Tensor:
@@ -160,6 +175,8 @@ class SGDSpec(SpecOptimizer):
     d = grad + weight_decay p;  buf = d at first, then buf (1 - momentum min(sqrt(lr), 1 / momentum)) + (1 -
     dampening) d;  p -= lr buf, or with nesterov lr (d + momentum buf).
     """
+
+    _op = sgd.OP
 
     def __init__(
         self,
@@ -187,11 +204,8 @@ class SGDSpec(SpecOptimizer):
             },
         )
 
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] else ()
-
-    def _run(self, update: FeatureUpdate, grads: list[Tensor], group: dict[str, Any]) -> None:
-        update.sgd(grads, group, authors=True)
+    def _options(self, group: dict[str, Any]) -> Options:
+        return sgd.options_of(group, authors=True)
 
 
 class AdamSpec(SpecOptimizer):
@@ -199,6 +213,8 @@ class AdamSpec(SpecOptimizer):
 
     p -= lr sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps).
     """
+
+    _op = adam.OP
 
     def __init__(
         self,
@@ -218,8 +234,5 @@ class AdamSpec(SpecOptimizer):
             {"betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad},
         )
 
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
-
-    def _run(self, update: FeatureUpdate, grads: list[Tensor], group: dict[str, Any]) -> None:
-        update.adam(grads, group, authors=True)
+    def _options(self, group: dict[str, Any]) -> Options:
+        return adam.options_of(group, authors=True)

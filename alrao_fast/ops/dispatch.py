@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -28,33 +27,30 @@ def define(schema: str, fake: Callable[..., Any] | None = None) -> str:
     return qualified
 
 
-def define_triton(
-    schema: str,
-    fake: Callable[..., Any],
-    module: str,
-    check: Callable[..., None],
-    *,
-    planned: bool = False,
-) -> str:
-    """Define the Triton twin of the op of this schema, run by its namesake in `kernels/<module>.py`.
-
-    `check` gets the arguments first and raises where they do not fit; with `planned` the launcher takes it as an
-    argument, to call it for tensors it has no plan of. Returns the qualified name, which ends in `__triton`.
-    """
+def define_twin(schema: str, fake: Callable[..., Any], run: Callable[..., Any]) -> str:
+    """Define the Triton twin of the op of this schema, which `run` computes; its name ends in `__triton`."""
     name, arguments = schema.split("(", 1)
     qualified = define(f"{name}__triton({arguments}", fake)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if planned:
-            kwargs["check"] = partial(check, *args, **kwargs)
-        else:
-            check(*args, **kwargs)
-        launcher = getattr(import_module(f"alrao_fast.kernels.{module}"), name)
-        with _device_of(args):
-            return launcher(*args, **kwargs)
+    def run_there(*args: Any, **kwargs: Any) -> Any:
+        with device_of(args[0]):
+            return run(*args, **kwargs)
 
-    LIB.impl(qualified, run, "CompositeExplicitAutograd")
+    LIB.impl(qualified, run_there, "CompositeExplicitAutograd")
     return qualified
+
+
+def define_triton(
+    schema: str, fake: Callable[..., Any], module: str, check: Callable[..., None]
+) -> str:
+    """The same, run by the op's namesake in `kernels/<module>`; `check` gets the arguments first and may raise."""
+    name = schema.split("(", 1)[0]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return getattr(import_module(f"alrao_fast.kernels.{module}"), name)(*args, **kwargs)
+
+    return define_twin(schema, fake, run)
 
 
 def overload(name: str, backend: str) -> Any:
@@ -62,9 +58,9 @@ def overload(name: str, backend: str) -> Any:
     return getattr(torch.ops.alrao_fast, f"{name}__triton" if backend == "triton" else name).default
 
 
-def _device_of(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
-    """Triton starts its kernels on the current device: make it that of the tensors."""
-    first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
+def device_of(tensors: Any) -> contextlib.AbstractContextManager[Any]:
+    """Triton starts its kernels on the current device: make it that of a tensor, or of the first in a list."""
+    first = tensors[0] if isinstance(tensors, (list, tuple)) and tensors else tensors
     if isinstance(first, torch.Tensor) and first.is_cuda:
         return torch.cuda.device(first.device)
     return contextlib.nullcontext()

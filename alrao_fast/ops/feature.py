@@ -1,210 +1,231 @@
-"""What `feature_sgd_` and `feature_adam_` share around the call: checks, the default layout, version counters."""
+"""A feature optimizer's op, whichever it is: the one table of its states and options, and the call of the list op.
+
+From the table follow the schema, the names of all arguments and what a plan is told; the C++ struct of the options
+(csrc/feature/<optimizer>.h) has a table of its own, which is compared with this one when the extension is loaded.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
-_DTYPES = (torch.float64, torch.float32, *_LOW_PRECISION)
+from alrao_fast import _extension, backends
+from alrao_fast.ops import dispatch, feature_checks
+
+# An optimizer's own options by name.
+Options = Mapping[str, float | bool]
+# Every optimizer's op by its stem.
+FEATURE_OPS: dict[str, FeatureOp] = {}
 
 
-def _layout(tensor: Tensor) -> list[tuple[int, int]]:
-    """Size and stride of each dimension; the stride of a dimension of size 1 has no meaning."""
-    return [(n, s if n > 1 else 0) for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
+class Lists(NamedTuple):
+    """The tensors of a call that stay from step to step, as `feature_sgd_` and `feature_adam_` describe them.
 
-
-def _is_dense(tensor: Tensor) -> bool:
-    expected = 1
-    for stride, size in sorted((s, n) for n, s in _layout(tensor) if n > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _text(tensor: Tensor) -> str:
-    return f"shape {list(tensor.shape)} with strides {list(tensor.stride())}"
-
-
-class State(NamedTuple):
-    """A list of optimizer states, whether it must be there, and the option that decides it."""
-
-    tensors: Sequence[Tensor]
-    needed: bool = True
-    because: str = ""
-
-
-def check_inputs(
-    op: str,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: dict[str, State],
-    masters: Sequence[Tensor],
-    rates: Sequence[Tensor],
-    inners: Sequence[int],
-    seeds: Sequence[int],
-    steps: Tensor,
-    scalars: dict[str, Tensor | None],
-) -> None:
-    """Raise RuntimeError, naming the argument, what it is and what is expected, unless all tensors fit together.
-
-    For backends without checks of their own; csrc/feature/multi_tensor.cpp words them alike for compiled ones.
+    One entry per parameter in each list; `states` holds a list for each state that the options need, `masters` and
+    `seeds` may be empty.
     """
 
-    def check(condition: bool, message: str) -> None:
-        if not condition:
-            raise RuntimeError(f"{op}: {message}")
+    params: list[Tensor]
+    states: list[list[Tensor]]
+    masters: list[Tensor]
+    rates: list[Tensor]
+    inners: list[int]
+    seeds: list[int]
+    steps: Tensor
 
-    count = len(params)
-    for name, state in states.items():
-        if state.needed:
-            check(
-                len(state.tensors) > 0,
-                f"{name} is empty, expected one for each of params because {state.because}",
-            )
-        else:
-            check(
-                not state.tensors,
-                f"{name} has entries, expected an empty list because {state.because}",
-            )
-    present = {name: state.tensors for name, state in states.items() if state.tensors}
-    required: dict[str, Sequence[object]] = {
-        "grads": grads,
-        **present,
-        "rates": rates,
-        "inners": inners,
-    }
-    for name, values in (required | {"masters": masters, "seeds": seeds}).items():
-        optional = name not in required
-        check(
-            len(values) == count or (optional and not values),
-            f"{name} has {len(values)} entries, expected {count}, one for each of params"
-            + (", or none" if optional else ""),
-        )
-    check(
-        steps.dtype == torch.int64 and steps.is_contiguous() and steps.numel() == count,
-        f"steps has dtype {_name(steps)} and {_text(steps)}, expected a contiguous int64 tensor with {count} entries, "
-        "one for each of params",
-    )
 
-    for name, scalar in scalars.items():
-        if scalar is not None:
-            check(
-                scalar.dtype in (torch.float32, torch.float64) and scalar.numel() == 1,
-                f"{name} has dtype {_name(scalar)} and {scalar.numel()} elements, expected one float32 or float64 "
-                "element on the parameters' device",
-            )
+class Scalars(NamedTuple):
+    """What every step takes besides its options: the multiplier of all rates, the sign, and what AMP hands over."""
 
-    for t, param in enumerate(params):
-        tensors = {f"{name}[{t}]": values[t] for name, values in present.items()}
-        if masters and masters[t].numel():
-            tensors[f"masters[{t}]"] = masters[t]
-        for name, tensor in {f"params[{t}]": param, **tensors, f"rates[{t}]": rates[t]}.items():
-            check(
-                tensor.layout == torch.strided,
-                f"{name} is sparse or of another layout, expected an ordinary strided tensor",
-            )
-            check(
-                tensor.device == params[0].device,
-                f"{name} is on another device than params[0], expected all tensors on one device",
-            )
-        check(
-            param.dtype in _DTYPES,
-            f"params[{t}] has an unsupported dtype, expected float64, float32, bfloat16 or float16",
+    lr: float | Tensor = 1.0
+    maximize: bool = False
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Those that live in one-element tensors."""
+        lr = self.lr if isinstance(self.lr, Tensor) else None
+        return {"lr": lr, "grad_scale": self.grad_scale, "found_inf": self.found_inf}
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureOp:
+    """An optimizer with one learning rate per feature, as all of its implementations know it.
+
+    stem: the op is `<stem>_`, its reference reference/<stem>.py; without "feature_" it names the files of the kernels.
+    states: what is kept per parameter, by its name in an optimizer's state; the op's argument has the plural.
+    options: name and type, float or bool, of what the update depends on besides lr, maximize and the scalars of AMP.
+    fixed_states, switch: the first `fixed_states` states are there always, the others where the option `switch`, if
+        there is one, is on.
+    """
+
+    stem: str
+    states: tuple[str, ...]
+    options: dict[str, type]
+    fixed_states: int
+    reference: Callable[..., None]
+    switch: str = ""
+
+    def __post_init__(self) -> None:
+        FEATURE_OPS[self.stem] = self
+        backends.OPS[self.stem] = f"{self.stem}_"
+        self._compare_with_extension()
+        lists = "".join(
+            f"Tensor({letter}!)[] {state}s, " for letter, state in zip("bcdef", self.states)
         )
-        check(
-            param.numel() == 0 or _is_dense(param),
-            f"params[{t}] has {_text(param)}, expected a dense tensor without overlap or gaps: use a copy made by "
-            ".contiguous()",
+        options = "".join(f"{kind.__name__} {name}, " for name, kind in self.options.items())
+        schema = (
+            f"{self.stem}_(Tensor(a!)[] params, Tensor[] grads, {lists}Tensor(x!)[] masters, Tensor[] rates, "
+            "int[] inners, int[] seeds, Tensor(y!) steps, *, float lr, Tensor? lr_tensor, bool maximize, "
+            f"{options}Tensor? grad_scale, Tensor? found_inf) -> ()"
         )
-        for name, tensor in tensors.items():
-            check(
-                _layout(tensor) == _layout(param),
-                f"{name} has {_text(tensor)}, expected those of params[{t}], {_text(param)}: make it by "
-                "torch.empty_like or zeros_like",
-            )
-            if name.startswith("masters"):
-                check(
-                    param.dtype in _LOW_PRECISION and tensor.dtype == torch.float32,
-                    f"{name} has dtype {_name(tensor)} for a {_name(param)} parameter, expected float32 for a "
-                    "bfloat16 or float16 parameter, else an empty tensor",
-                )
+        for name in (
+            dispatch.define(schema, _fake),
+            dispatch.define_twin(schema, _fake, self._run_triton),
+        ):
+            # No part of any graph: skip autograd instead of searching the lists for tensors that require it.
+            dispatch.LIB.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+    def _compare_with_extension(self) -> None:
+        """A binary of other sources would take one option for another; one that lacks the op is no harm."""
+        if _extension.ERROR is not None:
+            return
+        tables = _extension.function("feature_tables")
+        options = "".join(f", {kind.__name__} {name}" for name, kind in self.options.items())
+        own = f"{self.stem}_:{''.join(f' {state}s' for state in self.states)}{options}"
+        found = [] if tables is None else tables().splitlines()
+        if tables is None or any(
+            line.startswith(f"{self.stem}_:") and line != own for line in found
+        ):
+            _extension.reject(f"its options of {self.stem}_ are others")
+
+    @property
+    def kernels(self) -> Any:
+        """The optimizer's Triton kernels."""
+        return import_module(f"alrao_fast.kernels.feature.{self.stem.removeprefix('feature_')}")
+
+    def num_states(self, options: Options) -> int:
+        """How many of `states`, from the first on, the options need."""
+        return len(self.states) if options.get(self.switch) else self.fixed_states
+
+    def select(self, params: Sequence[Tensor], impl: str = "auto") -> str:
+        """The implementation that runs the op on these tensors."""
+        return backends.select(self.stem, params[0].device, impl)
+
+    def check(
+        self,
+        lists: Lists,
+        grads: Sequence[Tensor],
+        options: Options,
+        scalars: Scalars,
+    ) -> None:
+        """Raise RuntimeError, naming the argument, unless all fit together: for the implementations in Python."""
+        count, on = self.num_states(options), bool(options.get(self.switch))
+        kind = self.options.get(self.switch)
+        why = ("on" if on else "off") if kind is bool else ("not 0" if on else "0")
+        because = f"{self.switch} is {why}"
+        states = {}
+        for number, state in enumerate(self.states):
+            given = lists.states[number] if number < len(lists.states) else []
+            needed = None if number < self.fixed_states else (number < count, because)
+            states[f"{state}s"] = feature_checks.State(given, needed)
+        feature_checks.check_inputs(f"{self.stem}_", lists, grads, states, scalars.tensors())
+
+    def __call__(
+        self, lists: Lists, grads: list[Tensor], options: Options, scalars: Scalars, impl: str
+    ) -> None:
+        """One step by the list op on the backend `impl`."""
+        missing: list[list[Tensor]] = [[] for _ in self.states[len(lists.states) :]]
+        args = (lists.params, grads, *lists.states, *missing, *lists[2:])
+        lr = scalars.lr
+        values: dict[str, Any] = {
+            "lr": 1.0 if isinstance(lr, Tensor) else lr,
+            "lr_tensor": lr if isinstance(lr, Tensor) else None,
+            "maximize": scalars.maximize,
+            **options,
+            "grad_scale": scalars.grad_scale,
+            "found_inf": scalars.found_inf,
+        }
+        with torch.no_grad():
+            if impl == "reference":
+                self.check(lists, grads, options, scalars)
+                self.reference(*args, **values)
             else:
-                check(
-                    tensor.dtype in (param.dtype, torch.float32),
-                    f"{name} has dtype {_name(tensor)}, expected {_name(param)} as params[{t}], or float32",
-                )
+                dispatch.overload(f"{self.stem}_", impl)(*args, **values)
+                _bump_versions(lists)
 
-        rate, inner, numel = rates[t], inners[t], param.numel()
-        double = param.dtype == torch.float64
-        check(
-            rate.dtype == torch.float32 or (double and rate.dtype == torch.float64),
-            f"rates[{t}] has dtype {_name(rate)}, expected float32{' or float64' if double else ''}",
-        )
-        check(
-            rate.dim() == 1 and rate.is_contiguous(),
-            f"rates[{t}] has {_text(rate)}, expected a contiguous vector, one rate per feature",
-        )
-        check(inner >= 1, f"inners[{t}] is {inner}, expected at least 1")
-        period = rate.numel()
-        check(
-            numel == 0 or period == 1 or (period > 0 and numel % (inner * period) == 0),
-            f"rates[{t}] has {period} entries and inners[{t}] is {inner}, which does not divide params[{t}] of {numel} "
-            f"elements, {_text(param)}: expected rates with as many entries as the parameter has features, and inner "
-            "the stride of their dimension",
-        )
-
-        grad = grads[t]
-        check(
-            grad.layout == torch.strided,
-            f"grads[{t}] is sparse, expected an ordinary (dense) gradient: sparse=False in the embedding, or "
-            "grad.to_dense()",
-        )
-        check(
-            grad.device == param.device,
-            f"grads[{t}] is on another device than params, expected the same device",
-        )
-        check(
-            grad.dtype == param.dtype,
-            f"grads[{t}] has dtype {_name(grad)}, expected {_name(param)} as params[{t}]",
-        )
-        check(
-            grad.shape == param.shape,
-            f"grads[{t}] has {_text(grad)}, expected the shape of params[{t}], {_text(param)}",
-        )
-
-    if not torch.compiler.is_compiling():  # tensors have no memory yet while a graph is traced
-        written = [*params, *(tensor for state in present.values() for tensor in state), *masters]
-        starts = sorted(
-            (tensor.data_ptr(), tensor.numel() * tensor.element_size())
-            for tensor in written
-            if tensor.numel()
-        )
-        check(
-            all(a + size <= b for (a, size), (b, _) in itertools.pairwise(starts)),
-            "two of params, their states and masters share memory, expected each tensor once",
+    def _run_triton(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        *rest: Any,
+        lr: float,
+        lr_tensor: Tensor | None,
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        **options: float | bool,
+    ) -> None:
+        """The list op by the Triton kernels, which keep a plan of tensors that they have seen."""
+        kinds = len(self.states)
+        states = [state for k, state in enumerate(rest[:kinds]) if state or k < self.fixed_states]
+        lists = Lists(params, states, *rest[kinds:])
+        scalars = Scalars(lr if lr_tensor is None else lr_tensor, maximize, grad_scale, found_inf)
+        frame = import_module("alrao_fast.kernels.feature.frame")
+        frame.run(
+            self.kernels.UPDATE,
+            lists,
+            grads,
+            options,
+            lr=lr,
+            lr_tensor=lr_tensor,
+            maximize=maximize,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            check=partial(self.check, lists, grads, options, scalars),
         )
 
 
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _fake(*args: object, **kwargs: object) -> None:
+    """Nothing is returned; the kernel checks its arguments."""
 
 
-def default_inners(params: Sequence[Tensor], rates: Sequence[Tensor]) -> list[int]:
-    """The layout where features run along dim 0: the stride of that dimension, or 1 for a single rate."""
-    return [
-        param.stride(0) if param.dim() and rate.numel() != 1 else 1
-        for param, rate in zip(params, rates, strict=False)
-    ]
-
-
-def bump_versions(*lists: Iterable[Tensor]) -> None:
+def _bump_versions(lists: Lists) -> None:
     """Tell autograd that a kernel wrote these tensors; a compiled graph does so itself."""
     if not torch.compiler.is_compiling():
-        for tensors in lists:
+        written = lists.params, *lists.states, lists.masters, [lists.steps]
+        for tensors in written:
             torch.autograd.graph.increment_version(tensors)
+
+
+def as_lists(
+    params: Sequence[Tensor],
+    states: Sequence[Sequence[Tensor] | None],
+    masters: Sequence[Tensor] | None,
+    rates: Sequence[Tensor],
+    inners: Sequence[int] | None,
+    seeds: Sequence[int] | None,
+    steps: Tensor,
+) -> Lists:
+    """What a public function was given; without `inners` features run along dim 0, or there is a single rate."""
+    if inners is None:
+        inners = [
+            param.stride(0) if param.dim() and rate.numel() != 1 else 1
+            for param, rate in zip(params, rates, strict=False)
+        ]
+    present = [list(state) for state in states if state is not None]
+    return Lists(
+        list(params),
+        present,
+        list(masters or ()),
+        list(rates),
+        list(inners),
+        list(seeds or ()),
+        steps,
+    )

@@ -3,69 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from alrao_fast import backends
-from alrao_fast.ops import dispatch
-from alrao_fast.ops.dispatch import LIB, define
-from alrao_fast.ops.feature import State, bump_versions, check_inputs, default_inners
-from alrao_fast.reference import feature_adam as reference
+from alrao_fast.ops.feature import FeatureOp, Scalars, as_lists
+from alrao_fast.reference.feature_adam import feature_adam_ as reference
 
-
-def _fake(*args: object, **kwargs: object) -> None:
-    """Nothing is returned; the kernel checks its arguments."""
-
-
-def _check(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    masters: Sequence[Tensor],
-    rates: Sequence[Tensor],
-    inners: Sequence[int],
-    seeds: Sequence[int],
-    steps: Tensor,
-    *,
-    lr_tensor: Tensor | None,
-    amsgrad: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    **others: object,
-) -> None:
-    """For the implementations in Python; the compiled ones check by themselves."""
-    states = {"exp_avgs": State(exp_avgs), "exp_avg_sqs": State(exp_avg_sqs)}
-    option = "amsgrad is on" if amsgrad else "amsgrad is off"
-    states["max_exp_avg_sqs"] = State(max_exp_avg_sqs, amsgrad, option)
-    check_inputs(
-        "feature_adam_",
-        params,
-        grads,
-        states,
-        masters,
-        rates,
-        inners,
-        seeds,
-        steps,
-        {"lr": lr_tensor, "grad_scale": grad_scale, "found_inf": found_inf},
-    )
-
-
-_SCHEMA = (
-    "feature_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, Tensor[] rates, int[] inners, int[] seeds, Tensor(f!) steps, "
-    "*, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, bool amsgrad, "
-    "bool decoupled, bool maximize, bool authors_eps, Tensor? grad_scale, Tensor? found_inf) -> ()"
+OP = FeatureOp(
+    stem="feature_adam",
+    states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    options={
+        "beta1": float,
+        "beta2": float,
+        "eps": float,
+        "weight_decay": float,
+        "amsgrad": bool,
+        "decoupled": bool,
+        "authors_eps": bool,
+    },
+    fixed_states=2,
+    switch="amsgrad",
+    reference=reference,
 )
-_NAME = define(_SCHEMA, _fake)
-_TRITON_NAME = dispatch.define_triton(_SCHEMA, _fake, "feature.adam", _check, planned=True)
-# An optimizer step is no part of any graph: skip autograd instead of searching the lists for tensors that require it.
-for _name in (_NAME, _TRITON_NAME):
-    LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 def feature_adam_(
@@ -122,30 +82,19 @@ def feature_adam_(
         raise ValueError(f"eps_rule: got {eps_rule!r}, expected 'torch' or 'authors'")
     if not params:
         return
-    params, grads, rates = list(params), list(grads), list(rates)
-    firsts, seconds, largest = list(exp_avgs), list(exp_avg_sqs), list(max_exp_avg_sqs or ())
-    masters, seeds = list(masters or ()), list(seeds or ())
-    inners = default_inners(params, rates) if inners is None else list(inners)
-    args = (params, grads, firsts, seconds, largest, masters, rates, inners, seeds, steps)
-    scalars: dict[str, Any] = {
-        "lr": 1.0 if isinstance(lr, Tensor) else lr,
-        "lr_tensor": lr if isinstance(lr, Tensor) else None,
-        "beta1": betas[0],
-        "beta2": betas[1],
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "amsgrad": len(largest) > 0,
-        "decoupled": decoupled_weight_decay,
-        "maximize": maximize,
-        "authors_eps": eps_rule == "authors",
-        "grad_scale": grad_scale,
-        "found_inf": found_inf,
-    }
-    implementation = backends.select("feature_adam", params[0].device, impl)
-    with torch.no_grad():
-        if implementation == "reference":
-            _check(*args, **scalars)
-            reference.feature_adam_(*args, **scalars)
-        else:
-            dispatch.overload("feature_adam_", implementation)(*args, **scalars)
-            bump_versions(params, firsts, seconds, largest, masters, [steps])
+    states = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs or None]
+    OP(
+        as_lists(params, states, masters, rates, inners, seeds, steps),
+        list(grads),
+        {
+            "beta1": betas[0],
+            "beta2": betas[1],
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": bool(max_exp_avg_sqs),
+            "decoupled": decoupled_weight_decay,
+            "authors_eps": eps_rule == "authors",
+        },
+        Scalars(lr, maximize, grad_scale, found_inf),
+        OP.select(params, impl),
+    )

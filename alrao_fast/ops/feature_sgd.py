@@ -3,65 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from alrao_fast import backends
-from alrao_fast.ops import dispatch
-from alrao_fast.ops.dispatch import LIB, define
-from alrao_fast.ops.feature import State, bump_versions, check_inputs, default_inners
-from alrao_fast.reference import feature_sgd as reference
+from alrao_fast.ops.feature import FeatureOp, Scalars, as_lists
+from alrao_fast.reference.feature_sgd import feature_sgd_ as reference
 
-
-def _fake(*args: object, **kwargs: object) -> None:
-    """Nothing is returned; the kernel checks its arguments."""
-
-
-def _check(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    masters: Sequence[Tensor],
-    rates: Sequence[Tensor],
-    inners: Sequence[int],
-    seeds: Sequence[int],
-    steps: Tensor,
-    *,
-    lr_tensor: Tensor | None,
-    momentum: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    **others: object,
-) -> None:
-    """For the implementations in Python; the compiled ones check by themselves."""
-    option = "momentum is not 0" if momentum else "momentum is 0"
-    check_inputs(
-        "feature_sgd_",
-        params,
-        grads,
-        {"momentum_buffers": State(momentum_buffers, momentum != 0, option)},
-        masters,
-        rates,
-        inners,
-        seeds,
-        steps,
-        {"lr": lr_tensor, "grad_scale": grad_scale, "found_inf": found_inf},
-    )
-
-
-_SCHEMA = (
-    "feature_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] masters, "
-    "Tensor[] rates, int[] inners, int[] seeds, Tensor(d!) steps, *, float lr, Tensor? lr_tensor, float momentum, "
-    "float dampening, float weight_decay, bool nesterov, bool maximize, bool authors_momentum, Tensor? grad_scale, "
-    "Tensor? found_inf) -> ()"
+OP = FeatureOp(
+    stem="feature_sgd",
+    states=("momentum_buffer",),
+    options={
+        "momentum": float,
+        "dampening": float,
+        "weight_decay": float,
+        "nesterov": bool,
+        "authors_momentum": bool,
+    },
+    fixed_states=0,
+    switch="momentum",
+    reference=reference,
 )
-_NAME = define(_SCHEMA, _fake)
-_TRITON_NAME = dispatch.define_triton(_SCHEMA, _fake, "feature.sgd", _check, planned=True)
-# An optimizer step is no part of any graph: skip autograd instead of searching the lists for tensors that require it.
-for _name in (_NAME, _TRITON_NAME):
-    LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 def feature_sgd_(
@@ -131,27 +94,16 @@ def feature_sgd_(
                 "momentum or stochastic rounding is on"
             )
         steps = torch.zeros(len(params), dtype=torch.int64, device=params[0].device)
-    params, grads, rates = list(params), list(grads), list(rates)
-    buffers, masters, seeds = list(momentum_buffers or ()), list(masters or ()), list(seeds or ())
-    inners = default_inners(params, rates) if inners is None else list(inners)
-    args = (params, grads, buffers, masters, rates, inners, seeds, steps)
-    scalars: dict[str, Any] = {
-        "lr": 1.0 if isinstance(lr, Tensor) else lr,
-        "lr_tensor": lr if isinstance(lr, Tensor) else None,
-        "momentum": momentum,
-        "dampening": dampening,
-        "weight_decay": weight_decay,
-        "nesterov": nesterov,
-        "maximize": maximize,
-        "authors_momentum": momentum_rule == "authors",
-        "grad_scale": grad_scale,
-        "found_inf": found_inf,
-    }
-    implementation = backends.select("feature_sgd", params[0].device, impl)
-    with torch.no_grad():
-        if implementation == "reference":
-            _check(*args, **scalars)
-            reference.feature_sgd_(*args, **scalars)
-        else:
-            dispatch.overload("feature_sgd_", implementation)(*args, **scalars)
-            bump_versions(params, buffers, masters, [steps])
+    OP(
+        as_lists(params, [momentum_buffers], masters, rates, inners, seeds, steps),
+        list(grads),
+        {
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "authors_momentum": momentum_rule == "authors",
+        },
+        Scalars(lr, maximize, grad_scale, found_inf),
+        OP.select(params, impl),
+    )

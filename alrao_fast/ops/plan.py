@@ -1,122 +1,155 @@
-"""The optimizers' fast path: a plan made once for tensors that stay, so that a step passes only the gradients.
+"""Plans: an optimizer's tensors, seen once, so that a step passes only the gradients.
 
-Eager mode only; under torch.compile the list ops (`feature_sgd_`, `feature_adam_`) are the honest graph nodes.
+Eager mode only; under torch.compile the list ops are the honest graph nodes.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from alrao_fast.ops.dispatch import LIB, define
+from alrao_fast.ops import dispatch
+from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
 
-define(
-    "_feature_plan(Tensor[] tensors, int num_params, int num_states, int[] inners, int[] seeds, Tensor steps) -> int"
+dispatch.define(
+    "_feature_plan(str op, Tensor[] tensors, int num_params, int num_states, int[] inners, int[] seeds, Tensor steps) "
+    "-> int"
 )
-define("_feature_plan_options(int plan, float[] options) -> ()")
-define("_feature_plan_free(int plan) -> ()")
-for _op in ("_feature_sgd_planned_", "_feature_adam_planned_"):
-    define(
-        f"{_op}(int plan, Tensor[] grads, Tensor? lr, Tensor? grad_scale, Tensor? found_inf) -> bool"
-    )
-    LIB.impl(_op, torch.library.fallthrough_kernel, "Autograd")
+dispatch.define("_feature_plan_options(int plan, float[] options) -> ()")
+dispatch.define("_feature_plan_free(int plan) -> ()")
+dispatch.LIB.impl(
+    dispatch.define(
+        "_feature_plan_step_(int plan, Tensor[] grads, Tensor? lr, Tensor? grad_scale, Tensor? found_inf) -> bool"
+    ),
+    torch.library.fallthrough_kernel,
+    "Autograd",
+)
 _make = torch.ops.alrao_fast._feature_plan.default
 _set_options = torch.ops.alrao_fast._feature_plan_options.default
+_step = torch.ops.alrao_fast._feature_plan_step_.default
 _free = torch.ops.alrao_fast._feature_plan_free.default
-_sgd = torch.ops.alrao_fast._feature_sgd_planned_.default
-_adam = torch.ops.alrao_fast._feature_adam_planned_.default
 
 
-class FeaturePlan:
-    """Parameters with their states, masters, rates and layouts, checked, and cut into pieces for threads or blocks.
+class Plan(Protocol):
+    """Tensors of one device that were found to fit together; raises RuntimeError, as the list op does, if not."""
 
-    Arguments as in the list ops: `states` holds the lists of states (`[momentum_buffers]`, `[]` without momentum,
-    `[exp_avgs, exp_avg_sqs]` or, with amsgrad, `[exp_avgs, exp_avg_sqs, max_exp_avg_sqs]`). Raises RuntimeError, as
-    they do, where the tensors do not fit together.
+    def step(self, grads: list[Tensor], options: Options, scalars: Scalars) -> bool:
+        """One step; False, with nothing written, where a tensor is no longer what the plan saw.
 
-    All tensors are on one device, the CPU or a GPU of CUDA's. There the first step puts a table of the tensors into
-    device memory, and every step is queued on the current stream; CUDA graphs may capture it, with the gradients'
-    addresses as they are then, and stay valid whatever becomes of the plan.
+        That is another memory, shape, strides or dtype (`module.to(...)`, `param.data = ...`): make a new plan then.
+        """
+        ...
 
-    The plan keeps the tensors alive. `sgd` and `adam` return False, with nothing written, where a tensor is no longer
-    what the plan saw (memory, shape, dtype: `module.to(...)`, `param.data = ...`): make a new plan then. They do not
-    bump version counters: the caller does (`torch.autograd.graph.increment_version`).
+
+class CompiledPlan:
+    """The plan of the C++ kernels: checked once, and cut into pieces for threads or blocks.
+
+    All tensors are on the CPU or a GPU of CUDA's. There the first step puts a table of the tensors into device memory,
+    and every step is queued on the current stream; CUDA graphs may capture it, with the gradients' addresses as they
+    are then, and stay valid whatever becomes of the plan. The plan keeps the tensors alive.
     """
 
-    __slots__ = ("__weakref__", "_number", "_options")
+    __slots__ = ("__weakref__", "_given", "_names", "_number", "_params")
 
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        states: Sequence[Sequence[Tensor]],
-        masters: Sequence[Tensor],
-        rates: Sequence[Tensor],
-        inners: Sequence[int],
-        seeds: Sequence[int],
-        steps: Tensor,
-    ) -> None:
+    def __init__(self, op: FeatureOp, lists: Lists) -> None:
+        params, states, masters, rates, inners, seeds, steps = lists
         tensors = [*params, *(tensor for state in states for tensor in state), *masters, *rates]
-        self._number: int = _make(tensors, len(params), len(states), inners, seeds, steps)
-        self._options: tuple[float, ...] = ()
+        self._number: int = _make(
+            f"{op.stem}_", tensors, len(params), len(states), inners, seeds, steps
+        )
+        self._names = tuple(op.options)
+        self._params = [*params]
+        # The options that C++ holds: they seldom change, and to parse them costs as much as thousands of entries.
+        self._given: tuple[float, bool, Options] | None = None
         weakref.finalize(self, _free, self._number).atexit = False
 
-    def sgd(
-        self,
-        grads: list[Tensor],
-        *,
-        lr: float,
-        lr_tensor: Tensor | None,
-        momentum: float,
-        dampening: float,
-        weight_decay: float,
-        nesterov: bool,
-        maximize: bool,
-        authors_momentum: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> bool:
-        """One step of `feature_sgd_`."""
-        options = (lr, momentum, dampening, weight_decay, nesterov, maximize, authors_momentum)
-        if options != self._options:
-            self._set(options)
-        return _sgd(self._number, grads, lr_tensor, grad_scale, found_inf)
+    def step(self, grads: list[Tensor], options: Options, scalars: Scalars) -> bool:
+        lr, maximize, grad_scale, found_inf = scalars
+        lr_tensor = None
+        if isinstance(lr, Tensor):
+            lr, lr_tensor = 1.0, lr
+        given = (lr, maximize, options)
+        if given != self._given:
+            values = [lr, maximize, *(options[name] for name in self._names)]
+            _set_options(self._number, [float(value) for value in values])
+            self._given = (lr, maximize, dict(options))
+        if not _step(self._number, grads, lr_tensor, grad_scale, found_inf):
+            return False
+        # Autograd has to see that the parameters have changed; the kernels do not tell it.
+        increment_version(self._params)
+        return True
 
-    def adam(
-        self,
-        grads: list[Tensor],
-        *,
-        lr: float,
-        lr_tensor: Tensor | None,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        amsgrad: bool,
-        decoupled: bool,
-        maximize: bool,
-        authors_eps: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> bool:
-        """One step of `feature_adam_`."""
-        options = (
-            lr,
-            beta1,
-            beta2,
-            eps,
-            weight_decay,
-            amsgrad,
-            decoupled,
-            maximize,
-            authors_eps,
-        )
-        if options != self._options:
-            self._set(options)
-        return _adam(self._number, grads, lr_tensor, grad_scale, found_inf)
 
-    def _set(self, options: tuple[float, ...]) -> None:
-        _set_options(self._number, [float(option) for option in options])
-        self._options = options
+class TritonPlan:
+    """The plan of the Triton kernels: tables of the tensors on their device, which stay for as long as it lives."""
+
+    def __init__(self, op: FeatureOp, lists: Lists) -> None:
+        self._op, self._lists = op, lists
+        self._frame = import_module("alrao_fast.kernels.feature.frame")
+        # Made with the first gradients: what is checked are all arguments together.
+        self._plan: Any = None
+
+    def step(self, grads: list[Tensor], options: Options, scalars: Scalars) -> bool:
+        lists, lr = self._lists, scalars.lr
+        if self._plan is not None and not self._plan.unchanged(lists):
+            return False
+        with dispatch.device_of(lists.steps):
+            if self._plan is None:
+                self._op.check(lists, grads, options, scalars)
+                self._plan = self._frame.Plan(lists)
+            elif not (
+                self._plan.fits(grads, lists.steps.device)
+                and self._frame.scalars_fit(scalars)
+                and len(lists.states) == self._op.num_states(options)
+            ):
+                self._op.check(lists, grads, options, scalars)
+            self._frame.run_plan(
+                self._plan,
+                self._op.kernels.UPDATE,
+                lists,
+                grads,
+                options,
+                lr=1.0 if isinstance(lr, Tensor) else lr,
+                lr_tensor=lr if isinstance(lr, Tensor) else None,
+                maximize=scalars.maximize,
+                grad_scale=scalars.grad_scale,
+                found_inf=scalars.found_inf,
+            )
+        increment_version(lists.params)
+        return True
+
+
+class ListPlan:
+    """No plan: the list op, called anew at each step."""
+
+    def __init__(self, op: FeatureOp, lists: Lists, impl: str) -> None:
+        self._op, self._lists, self._impl = op, lists, impl
+        self._looks = [_look(param) for param in lists.params]
+
+    def step(self, grads: list[Tensor], options: Options, scalars: Scalars) -> bool:
+        if not self.unchanged():
+            return False
+        self._op(self._lists, grads, options, scalars, self._impl)
+        return True
+
+    def unchanged(self) -> bool:
+        """Whether the parameters have the shapes, strides, dtypes and devices that they had."""
+        return self._looks == [_look(param) for param in self._lists.params]
+
+
+def _look(param: Tensor) -> tuple[object, ...]:
+    return param.shape, param.stride(), param.dtype, param.device
+
+
+def make_plan(op: FeatureOp, lists: Lists, impl: str) -> Plan:
+    """The plan of `impl` for these tensors."""
+    if impl in ("cpu", "cuda"):
+        return CompiledPlan(op, lists)
+    if impl == "triton":
+        return TritonPlan(op, lists)
+    return ListPlan(op, lists, impl)

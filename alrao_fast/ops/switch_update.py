@@ -12,6 +12,7 @@ from alrao_fast.ops.dispatch import define
 from alrao_fast.reference import switch_update as reference
 
 OP = "switch_update"
+backends.OPS[OP] = "switch_update_"
 
 
 def _fake(

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alrao_fast.ops.feature_adam import feature_adam_
+from alrao_fast.ops.feature import Options
+from alrao_fast.ops.feature_adam import OP
 from alrao_fast.optim.base import AlraoOptimizer
-from alrao_fast.optim.binding import Bucket
 from alrao_fast.optim.rates import Sampler, check_lr_range
 
 
@@ -32,7 +32,7 @@ class AlraoAdam(AlraoOptimizer):
     State per parameter: "rate" (float32), "step" (int64), "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master".
     """
 
-    _op = "feature_adam"
+    _op = OP
     _rule_option = "eps_rule"
     _float32_states = True
 
@@ -88,58 +88,19 @@ class AlraoAdam(AlraoOptimizer):
         if not group["eps"] >= 0.0:
             raise ValueError(f"eps is {group['eps']}; expected a number >= 0")
 
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        if group["amsgrad"]:
-            return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-        return ("exp_avg", "exp_avg_sq")
+    def _options(self, group: dict[str, Any]) -> Options:
+        return options_of(group, authors=group["eps_rule"] == "authors")
 
-    def _update(
-        self,
-        bucket: Bucket,
-        grads: list[Tensor],
-        group: dict[str, Any],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> bool:
-        lr = self._multiplier(group["lr"], bucket)
-        if bucket.plan is not None and not torch.compiler.is_compiling():
-            tensor = isinstance(lr, Tensor)
-            beta1, beta2 = group["betas"]
-            return bucket.plan.adam(
-                grads,
-                lr=1.0 if tensor else lr,
-                lr_tensor=lr if tensor else None,
-                beta1=beta1,
-                beta2=beta2,
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                amsgrad=group["amsgrad"],
-                decoupled=group["decoupled_weight_decay"],
-                maximize=group["maximize"],
-                authors_eps=group["eps_rule"] == "authors",
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-            )
-        feature_adam_(
-            bucket.params,
-            grads,
-            bucket.states[0],
-            bucket.states[1],
-            bucket.rates,
-            steps=bucket.steps,
-            max_exp_avg_sqs=bucket.states[2] if group["amsgrad"] else None,
-            inners=bucket.inners,
-            masters=bucket.masters or None,
-            seeds=bucket.seeds or None,
-            lr=lr,
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-            maximize=group["maximize"],
-            eps_rule=group["eps_rule"],
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            impl=bucket.impl,
-        )
-        return True
+
+def options_of(group: dict[str, Any], *, authors: bool) -> Options:
+    """The op's options of a param group that has those of torch.optim.Adam."""
+    beta1, beta2 = group["betas"]
+    return {
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": group["eps"],
+        "weight_decay": group["weight_decay"],
+        "amsgrad": group["amsgrad"],
+        "decoupled": group.get("decoupled_weight_decay", False),
+        "authors_eps": authors,
+    }

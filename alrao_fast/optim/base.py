@@ -1,29 +1,28 @@
 """What AlraoSGD and AlraoAdam share: param groups, the drawn rates, state, checkpoints and the frame of `step()`.
 
-The class gathers tensors and stores them; the arithmetic is the ops'. What an update needs of a param group is
-gathered once into buckets, one per device and dtype, and kept until something changes: `step()` then only collects
-the gradients.
+The class gathers tensors and stores them; the arithmetic is the ops'. What an update needs of a param group is bound
+once (binding.py) and kept until something changes: `step()` then only collects the gradients.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
-from torch.autograd.graph import increment_version
 from torch.optim.optimizer import (
     Optimizer,
     _global_optimizer_post_hooks,
     _global_optimizer_pre_hooks,
 )
 
-from alrao_fast import backends
+from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import checkpoint
-from alrao_fast.optim.binding import Bucket, Gathered, Needs, check_gradient, gather
+from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
 from alrao_fast.optim.layouts import Layout, check_not_lazy, default_layout, resolve
 from alrao_fast.optim.param_groups import (
     as_groups,
@@ -41,8 +40,8 @@ class AlraoOptimizer(Optimizer):
 
     # GradScaler hands over grad_scale and found_inf instead of unscaling and checking on the host.
     _step_supports_amp_scaling = True
-    # The stem of the op, the option that may name the authors' rule, and the states a group's update keeps.
-    _op: str
+    # The op, and the option that may name the authors' rule.
+    _op: FeatureOp
     _rule_option: str
     # Whether states of bf16 and fp16 parameters are float32 even without master weights.
     _float32_states = False
@@ -73,7 +72,7 @@ class AlraoOptimizer(Optimizer):
         self._rates: dict[Tensor, Tensor] = {}
         # Vectors drawn with the optimizer's own sampler: parameters added later share them.
         self._vectors: dict[Any, Tensor] = {}
-        self._gathered: dict[int, Gathered] = {}
+        self._binding = Binding()
         # Rates are drawn once all groups are there, in the model's order whatever the groups.
         self._undrawn: dict[Tensor, tuple[Sampler | None, tuple[float, float]]] = {}
         self._constructing = True
@@ -90,19 +89,8 @@ class AlraoOptimizer(Optimizer):
         """Raise ValueError where an option of `group` (defaults filled in) is out of range."""
         raise NotImplementedError
 
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """The per-parameter states that the update of `group` keeps, besides rate, step and master."""
-        raise NotImplementedError
-
-    def _update(
-        self,
-        bucket: Bucket,
-        grads: list[Tensor],
-        group: dict[str, Any],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> bool:
-        """Run the op on a bucket; False, with nothing written, where its plan is out of date."""
+    def _options(self, group: dict[str, Any]) -> Options:
+        """The op's options as `group` has them."""
         raise NotImplementedError
 
     # Param groups and rates.
@@ -221,7 +209,7 @@ class AlraoOptimizer(Optimizer):
                 moved[key] = rate.to(device)
             self._rates[param] = self.state[param]["rate"] = moved[key]
             self._layouts[param].show(moved[key])
-        self._gathered.clear()
+        self._binding = Binding()
 
     def layout_of(self, param: Tensor) -> Layout:
         """The feature layout of one of the optimizer's parameters."""
@@ -232,11 +220,10 @@ class AlraoOptimizer(Optimizer):
 
         `step()` does so by itself; a captured step cannot.
         """
-        for gathered in self._gathered.values():
-            for bucket in gathered.buckets:
-                if bucket.masters:
-                    bucket.follow_changes()
-                    bucket.note_versions()
+        for group in self._binding.groups.values():
+            for call in group.calls:
+                call.follow_changes()
+                call.note_versions()
 
     # Checkpoints and copies.
 
@@ -281,7 +268,7 @@ class AlraoOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._gathered = {}
+        self._binding = Binding()
 
     # The step.
 
@@ -293,104 +280,45 @@ class AlraoOptimizer(Optimizer):
         # Set by GradScaler for the duration of its step.
         scaler_sets = self.__dict__
         grad_scale, found_inf = scaler_sets.get("grad_scale"), scaler_sets.get("found_inf")
+        self._binding.follow(self.state)
         for number, group in enumerate(self.param_groups):
             params = group["params"]
-            # No := here: it would make g a cell variable, slower, and torch.compile would break the graph.
-            grads = [g for g in [p.grad for p in params] if g is not None]
+            grads = gradients(params)
             if not grads:
                 continue
-            gathered = self._gathered.get(number)
-            if gathered is None or not gathered.fits(
-                params, len(grads), self.state, self._needs(group)
-            ):
-                gathered = self._gather(number)
-            for number_in_group, bucket in enumerate(gathered.buckets):
-                if not self._run(bucket, grads, group, grad_scale, found_inf):
-                    self._run_rest(number, number_in_group, grad_scale, found_inf)
-                    break
+            options = self._options(group)
+            needs = self._needs(group, options)
+            scalars = Scalars(group["lr"], group["maximize"], grad_scale, found_inf)
+            make = partial(self._bind, group, needs)
+            try:
+                self._binding.step(number, params, grads, needs, options, scalars, make)
+            except RuntimeError:
+                # A gradient that has turned sparse since the tensors were bound has a clearer message.
+                for param in params:
+                    if param in self._layouts:
+                        check_gradient(param, self._layouts[param].name)
+                raise
         return loss
 
-    def _run(
-        self,
-        bucket: Bucket,
-        grads: list[Tensor],
-        group: dict[str, Any],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> bool:
-        """Update one bucket; False where a parameter's memory, strides or dtype is no longer what was gathered."""
-        if grad_scale is not None:
-            grad_scale = grad_scale.to(bucket.steps.device)
-        if found_inf is not None:
-            found_inf = found_inf.to(bucket.steps.device)
-        if bucket.positions is not None:
-            grads = [grads[k] for k in bucket.positions]
-        if (bucket.plan is None or torch.compiler.is_compiling()) and bucket.is_stale():
-            return False
-        if bucket.masters:
-            bucket.follow_changes()
-        try:
-            updated = self._update(bucket, grads, group, grad_scale, found_inf)
-        except RuntimeError:
-            # Gradients are looked at when gathered; one that has turned sparse since has a clearer message there.
-            for param in bucket.params:
-                check_gradient(param, self._layouts[param].name)
-            raise
-        if updated and bucket.impl != "reference" and not torch.compiler.is_compiling():
-            # Autograd has to see that the parameters have changed; the kernels do not tell it.
-            increment_version(bucket.params)
-        if bucket.masters:
-            bucket.note_versions()
-        return updated
-
-    @staticmethod
-    def _multiplier(lr: float | Tensor, bucket: Bucket) -> Any:
-        """`lr` as the ops take it: a tensor must be where the parameters are. A number on the CPU needs no waiting."""
-        if isinstance(lr, Tensor) and lr.device != bucket.steps.device:
-            return float(lr) if lr.device.type == "cpu" else lr.to(bucket.steps.device)
-        return lr
-
-    def _run_rest(
-        self, number: int, first: int, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        """Gather anew and update all buckets from `first` on; those before it have had this step."""
-        group = self.param_groups[number]
-        done = {id(p) for bucket in self._gathered[number].buckets[:first] for p in bucket.params}
-        gathered = self._gather(number, done)
-        rest = [p.grad for p in group["params"] if p.grad is not None and id(p) not in done]
-        for bucket in gathered.buckets:
-            if not self._run(bucket, rest, group, grad_scale, found_inf):
-                raise RuntimeError(
-                    "internal error: an update plan is stale right after it was made"
-                )
-        if done:
-            del self._gathered[number]
-
-    def _needs(self, group: dict[str, Any]) -> Needs:
-        if group["fused"] is False:
-            impl = "reference"
-        else:
-            impl = backends.select(self._op, group["params"][0].device)
+    def _needs(self, group: dict[str, Any], options: Options) -> Needs:
+        op = self._op
         return Needs(
-            self._state_names(group),
+            op.states[: op.num_states(options)],
             self._float32_states,
             group["master_weights"],
             group["rounding"],
-            impl,
+            "reference" if group["fused"] is False else op.select(group["params"]),
         )
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _gather(self, number: int, done: frozenset[int] | set[int] = frozenset()) -> Gathered:
-        group = self.param_groups[number]
-        needs, seed = self._needs(group), group["rounding_seed"]
-        for param in group["params"]:
+    def _bind(self, group: dict[str, Any], needs: Needs, done: Collection[int]) -> GroupBinding:
+        params, seed = group["params"], group["rounding_seed"]
+        for param in params:
             # Clearing the state forgets momentum, not the rates.
             if param in self._rates:
                 self.state[param].setdefault("rate", self._rates[param])
-        gathered = gather(group["params"], self._layouts, self.state, needs, seed, done)
-        self._gathered[number] = gathered
-        return gathered
+        return bind(self._op, params, self._layouts, self.state, needs, seed, done)
 
     _hooked_step = Optimizer.profile_hook_step(_step)
 

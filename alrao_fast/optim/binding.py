@@ -1,25 +1,202 @@
-"""What one call of an op takes from a param group: its tensors with gradients on one device and of one dtype.
+"""What an optimizer's steps work on: calls of its op on tensors that stay, and the objects they were made of.
 
-Gathering costs Python work per tensor, so it is done once and kept; `Gathered.fits` says whether it still holds, and a
-compiled plan notices by itself when a parameter's memory has changed.
+To gather tensors costs Python work for each, so it is done once and kept. What stands in the optimizer is what runs:
+before each step `Binding` looks whether every parameter, state dict and state is still the object that was gathered,
+at some microseconds per hundred tensors; a plan notices by itself where the memory behind an object has changed.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Callable, Collection
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from alrao_fast.ops.plan import FeaturePlan
+from alrao_fast import _extension
+from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
+from alrao_fast.ops.plan import ListPlan, make_plan
 from alrao_fast.optim.layouts import Layout, memory_rates
 
-# The implementations whose calls a compiled plan can shorten.
-PLANNED = ("cpu", "cuda")
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 SUPPORTED = (torch.float32, torch.float64, *LOW_PRECISION)
+
+
+class Call:
+    """One op on tensors of one device and dtype; `positions` says which of a group's gradients are theirs (None: all).
+
+    Raises RuntimeError where the tensors do not fit together.
+    """
+
+    def __init__(
+        self, op: FeatureOp, lists: Lists, impl: str, positions: list[int] | None = None
+    ) -> None:
+        self.lists, self.positions = lists, positions
+        self._listed = ListPlan(op, lists, impl)
+        self._plan = make_plan(op, lists, impl)
+        self._versions = [p._version for p in lists.params] if lists.masters else []
+
+    def step(self, grads: list[Tensor], options: Options, scalars: Scalars) -> bool:
+        """One step; False, with nothing written, where a parameter's memory, strides or dtype has changed."""
+        if self.positions is not None:
+            grads = [grads[k] for k in self.positions]
+        plan = self._listed if torch.compiler.is_compiling() else self._plan
+        scalars = self._there(scalars)
+        if not self.lists.masters:
+            return plan.step(grads, options, scalars)
+        if not self._listed.unchanged():
+            return False
+        self.follow_changes()
+        updated = plan.step(grads, options, scalars)
+        self.note_versions()
+        return updated
+
+    def _there(self, scalars: Scalars) -> Scalars:
+        """Scalars in tensors must be where the parameters are. A learning rate on the CPU needs no waiting."""
+        lr, maximize, grad_scale, found_inf = scalars
+        if not isinstance(lr, Tensor) and grad_scale is None and found_inf is None:
+            return scalars
+        device = self.lists.steps.device
+        if isinstance(lr, Tensor) and lr.device != device:
+            lr = float(lr) if lr.device.type == "cpu" else lr.to(device)
+        grad_scale = None if grad_scale is None else grad_scale.to(device)
+        found_inf = None if found_inf is None else found_inf.to(device)
+        return Scalars(lr, maximize, grad_scale, found_inf)
+
+    # Version counters are Python's business: torch.compile breaks its graph here, with master weights only.
+    @torch.compiler.disable
+    def follow_changes(self) -> None:
+        """Take into the master weights what was written into the parameters since the last step."""
+        params = self.lists.params
+        if self.lists.masters and self._versions != [p._version for p in params]:
+            for param, master in zip(params, self.lists.masters):
+                if master.numel():
+                    _reconcile(master, param)
+
+    @torch.compiler.disable
+    def note_versions(self) -> None:
+        """Remember the parameters as this step has left them."""
+        if self.lists.masters:
+            self._versions = [p._version for p in self.lists.params]
+
+
+# In Python these loops over all tensors take half as long as the update of small ones.
+_compiled_comparison = _extension.function("same_objects")
+_compiled_gradients = _extension.function("gradients")
+
+
+class Objects:
+    """What lists hold, and dicts as values: the objects themselves, however equal others may be."""
+
+    def __init__(self, *containers: Any) -> None:
+        held = [list(c.values()) if isinstance(c, dict) else list(c) for c in containers]
+        self.count = sum(map(len, held))
+        self._containers = containers
+        # Keeps the objects alive: their ids stay theirs.
+        self._held = held
+        self._ids = array("Q", [i for objects in held for i in (*map(id, objects), 0)]).tobytes()
+
+    def are_same(self) -> bool:
+        """Whether the containers still hold exactly these, in this order."""
+        if _compiled_comparison is not None:
+            return _compiled_comparison(self._containers, self._ids)
+        for container, held in zip(self._containers, self._held):
+            values = container.values() if isinstance(container, dict) else container
+            if len(values) != len(held) or not all(map(is_, values, held)):
+                return False
+        return True
+
+
+class GroupBinding:
+    """The calls that update a param group's parameters with gradients; `key` is what else decided how they are made."""
+
+    def __init__(
+        self, calls: list[Call], params: list[Tensor], mask: list[bool], key: Any, state: Any
+    ) -> None:
+        self.calls = calls
+        self._params, self._mask, self._count, self._key = params, mask, sum(mask), key
+        own = [state[param] for param, has_grad in zip(params, mask) if has_grad]
+        self._objects = Objects(params, *own)
+
+    def holds(self, params: list[Tensor], count: int, key: Any) -> bool:
+        """Whether the calls still serve a step in which `count` of `params` have gradients."""
+        if self._count != count or self._params is not params or self._key != key:
+            return False
+        # torch.compile guards the objects that it has traced.
+        if not torch.compiler.is_compiling() and not self._objects.are_same():
+            return False
+        return count == len(params) or self._mask == [p.grad is not None for p in params]
+
+
+class Binding:
+    """The bindings of an optimizer's param groups, by the group's number, dropped where its state is another."""
+
+    def __init__(self) -> None:
+        self.groups: dict[int, GroupBinding] = {}
+        self._state: Any = {}
+        self._objects = Objects(self._state)
+
+    def follow(self, state: Any) -> None:
+        """Before the groups' steps: forget everything if `state`, or the dict of a parameter in it, was exchanged."""
+        if self._state is state and (
+            self._objects.count == len(state)
+            if torch.compiler.is_compiling()
+            else self._objects.are_same()
+        ):
+            return
+        self.groups.clear()
+        self._state, self._objects = state, Objects(state)
+
+    def step(
+        self,
+        number: int,
+        params: list[Tensor],
+        grads: list[Tensor],
+        key: Any,
+        options: Options,
+        scalars: Scalars,
+        make: Callable[[Collection[int]], GroupBinding],
+    ) -> None:
+        """Update the parameters of group `number` by `grads`, those that are there.
+
+        `make(done)` binds the parameters that have a gradient and whose id is not in `done`.
+        """
+        group = self.groups.get(number)
+        if group is None or not group.holds(params, len(grads), key):
+            group = self._keep(number, make(()))
+        for place, call in enumerate(group.calls):
+            if not call.step(grads, options, scalars):
+                self._step_rest(number, params, place, options, scalars, make)
+                return
+
+    def _step_rest(
+        self,
+        number: int,
+        params: list[Tensor],
+        first: int,
+        options: Options,
+        scalars: Scalars,
+        make: Callable[[Collection[int]], GroupBinding],
+    ) -> None:
+        """Something has moved: bind anew and make all calls from `first` on; those before have had this step."""
+        done = {id(p) for call in self.groups[number].calls[:first] for p in call.lists.params}
+        rest = [p.grad for p in params if p.grad is not None and id(p) not in done]
+        for call in self._keep(number, make(done)).calls:
+            if not call.step(rest, options, scalars):
+                raise RuntimeError(
+                    "internal error: an update plan is stale right after it was made"
+                )
+        if done:
+            del self.groups[number]
+
+    def _keep(self, number: int, group: GroupBinding) -> GroupBinding:
+        self.groups[number] = group
+        # Binding may have added to it.
+        self._objects = Objects(self._state)
+        return group
 
 
 class Needs(NamedTuple):
@@ -32,90 +209,43 @@ class Needs(NamedTuple):
     impl: str
 
 
-@dataclass(eq=False)
-class Bucket:
-    """The arguments of one op call, in the op's order; `positions` says which of the group's gradients are its own."""
-
-    params: list[Tensor]
-    positions: list[int] | None
-    states: list[list[Tensor]]
-    masters: list[Tensor]
-    rates: list[Tensor]
-    inners: list[int]
-    seeds: list[int]
-    steps: Tensor
-    impl: str
-    plan: FeaturePlan | None = None
-    versions: list[int] = field(default_factory=list)
-    looks: list[tuple[Any, ...]] = field(default_factory=list)
-
-    def is_stale(self) -> bool:
-        """Whether a parameter's shape, strides, dtype or device is no longer that of its states (a plan knows)."""
-        return self.looks != [_look(p) for p in self.params]
-
-    # Version counters are Python's business: torch.compile breaks its graph here, with master weights only.
-    @torch.compiler.disable
-    def follow_changes(self) -> None:
-        """Take into the master weights what was written into the parameters since the last step."""
-        if self.masters and self.versions != [p._version for p in self.params]:
-            for param, master in zip(self.params, self.masters):
-                if master.numel():
-                    _reconcile(master, param)
-
-    @torch.compiler.disable
-    def note_versions(self) -> None:
-        """Remember the parameters as this step has left them."""
-        if self.masters:
-            self.versions = [p._version for p in self.params]
-
-
-@dataclass(eq=False)
-class Gathered:
-    """The buckets of one param group and what they were made for."""
-
-    buckets: list[Bucket]
-    params: list[Tensor]
-    mask: list[bool]
-    count: int
-    needs: Needs
-    state: Any
-    state_size: int
-
-    def fits(self, params: list[Tensor], count: int, state: Any, needs: Needs) -> bool:
-        """Whether the buckets still serve a step in which `count` of `params` have gradients."""
-        return (
-            self.count == count
-            and self.params is params
-            and self.state is state
-            and self.state_size == len(state)
-            and self.needs == needs
-            and (count == len(params) or self.mask == [p.grad is not None for p in params])
-        )
-
-
-def gather(
+def bind(
+    op: FeatureOp,
     params: list[Tensor],
     layouts: dict[Tensor, Layout],
     state: Any,
     needs: Needs,
     seed: int,
-    done: frozenset[int] | set[int] = frozenset(),
-) -> Gathered:
-    """The buckets of those of `params` that have a gradient and whose id is not in `done`; creates or moves their
-    states where needed."""
+    done: Collection[int],
+) -> GroupBinding:
+    """The calls for those of `params` that have a gradient and whose id is not in `done`; creates or moves their states
+    where needed."""
     mask = [p.grad is not None and id(p) not in done for p in params]
-    seeds = [(seed + number) % 2**63 for number in range(len(params))]
-    with_grad = [(p, s) for p, s, has_grad in zip(params, seeds, mask) if has_grad]
+    with_grad = [k for k, has_grad in enumerate(mask) if has_grad]
+    for k in with_grad:
+        check_gradient(params[k], _name(params[k], layouts))
+    calls = []
+    for positions in by_device_and_dtype([params[k] for k in with_grad]):
+        numbers = with_grad if positions is None else [with_grad[k] for k in positions]
+        seeds = [(seed + k) % 2**63 for k in numbers]
+        lists = _lists([params[k] for k in numbers], seeds, layouts, state, needs)
+        calls.append(Call(op, lists, needs.impl, positions))
+    return GroupBinding(calls, params, mask, needs, state)
+
+
+def gradients(params: list[Tensor]) -> list[Tensor]:
+    """The gradients that are there."""
+    if _compiled_gradients is not None and not torch.compiler.is_compiling():
+        return _compiled_gradients(params)
+    return [g for g in [p.grad for p in params] if g is not None]
+
+
+def by_device_and_dtype(params: list[Tensor]) -> list[list[int] | None]:
+    """The positions of the parameters that one call can take; None for all of them."""
     parts: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for position, (param, _) in enumerate(with_grad):
-        check_gradient(param, _name(param, layouts))
+    for position, param in enumerate(params):
         parts.setdefault((param.device, param.dtype), []).append(position)
-    buckets = []
-    for positions in parts.values():
-        bucket = _bucket([with_grad[k] for k in positions], layouts, state, needs)
-        bucket.positions = positions if len(parts) > 1 else None
-        buckets.append(bucket)
-    return Gathered(buckets, params, mask, sum(mask), needs, state, len(state))
+    return [*parts.values()] if len(parts) > 1 else [None] * len(parts)
 
 
 def check_gradient(param: Tensor, name: str) -> None:
@@ -131,10 +261,13 @@ def check_gradient(param: Tensor, name: str) -> None:
         )
 
 
-def _bucket(
-    members: list[tuple[Tensor, int]], layouts: dict[Tensor, Layout], state: Any, needs: Needs
-) -> Bucket:
-    params = [param for param, _ in members]
+def _lists(
+    params: list[Tensor],
+    seeds: list[int],
+    layouts: dict[Tensor, Layout],
+    state: Any,
+    needs: Needs,
+) -> Lists:
     low_precision = params[0].dtype in LOW_PRECISION
     with_masters = needs.master_weights and low_precision
     state_dtype = params[0].dtype
@@ -155,28 +288,15 @@ def _bucket(
         if with_masters:
             own["master"] = _master(own.get("master"), param)
     stochastic = low_precision and not with_masters and needs.rounding != "nearest"
-    bucket = Bucket(
+    return Lists(
         params=params,
-        positions=None,
         states=[[state[p][key] for p in params] for key in needs.states],
         masters=[state[p]["master"] for p in params] if with_masters else [],
         rates=rates,
         inners=inners,
-        seeds=[seed for _, seed in members] if stochastic else [],
+        seeds=seeds if stochastic else [],
         steps=_steps(params, state),
-        impl=needs.impl,
-        versions=[p._version for p in params] if with_masters else [],
-        looks=[_look(p) for p in params],
     )
-    if needs.impl in PLANNED:
-        bucket.plan = FeaturePlan(
-            params, bucket.states, bucket.masters, rates, inners, bucket.seeds, bucket.steps
-        )
-    return bucket
-
-
-def _look(param: Tensor) -> tuple[Any, ...]:
-    return param.shape, param.stride(), param.dtype, param.device
 
 
 def _check_shape(param: Tensor, layout: Layout, own: dict[str, Any], needs: Needs) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alrao_fast.ops.feature_sgd import feature_sgd_
+from alrao_fast.ops.feature import Options
+from alrao_fast.ops.feature_sgd import OP
 from alrao_fast.optim.base import AlraoOptimizer
-from alrao_fast.optim.binding import Bucket
 from alrao_fast.optim.rates import Sampler, check_lr_range
 
 
@@ -43,7 +43,7 @@ class AlraoSGD(AlraoOptimizer):
     out of range and for uninitialized lazy parameters, RuntimeError at `step()` for sparse gradients.
     """
 
-    _op = "feature_sgd"
+    _op = OP
     _rule_option = "momentum_rule"
 
     def __init__(
@@ -96,51 +96,16 @@ class AlraoSGD(AlraoOptimizer):
                 "dampening"
             )
 
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] else ()
+    def _options(self, group: dict[str, Any]) -> Options:
+        return options_of(group, authors=group["momentum_rule"] == "authors")
 
-    def _update(
-        self,
-        bucket: Bucket,
-        grads: list[Tensor],
-        group: dict[str, Any],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> bool:
-        lr = self._multiplier(group["lr"], bucket)
-        if bucket.plan is not None and not torch.compiler.is_compiling():
-            tensor = isinstance(lr, Tensor)
-            return bucket.plan.sgd(
-                grads,
-                lr=1.0 if tensor else lr,
-                lr_tensor=lr if tensor else None,
-                momentum=group["momentum"],
-                dampening=group["dampening"],
-                weight_decay=group["weight_decay"],
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-                authors_momentum=group["momentum_rule"] == "authors",
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-            )
-        feature_sgd_(
-            bucket.params,
-            grads,
-            bucket.rates,
-            inners=bucket.inners,
-            momentum_buffers=bucket.states[0] if bucket.states else None,
-            masters=bucket.masters or None,
-            steps=bucket.steps,
-            seeds=bucket.seeds or None,
-            lr=lr,
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            momentum_rule=group["momentum_rule"],
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            impl=bucket.impl,
-        )
-        return True
+
+def options_of(group: dict[str, Any], *, authors: bool) -> Options:
+    """The op's options of a param group that has those of torch.optim.SGD."""
+    return {
+        "momentum": group["momentum"],
+        "dampening": group["dampening"],
+        "weight_decay": group["weight_decay"],
+        "nesterov": group["nesterov"],
+        "authors_momentum": authors,
+    }

@@ -1,4 +1,4 @@
-"""SGD with one learning rate per feature (paper, section 3.1; DESIGN's op A), one tensor after the other.
+"""SGD with one learning rate per feature (paper, section 3.1), one tensor after the other.
 
 With r(i) the rate of entry i and s the learning-rate multiplier of the group:
 

@@ -120,11 +120,6 @@ std::string entry(const char* list, int64_t t) {
   return std::string(list) + "[" + std::to_string(t) + "]";
 }
 
-const char* state_name(size_t num_states, size_t k) {
-  static const char* const adam[] = {"exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"};
-  return num_states == 1 ? "momentum_buffers" : adam[k];
-}
-
 }  // namespace
 
 HandleList::HandleList(StableIValue list) {
@@ -144,8 +139,8 @@ HandleList::~HandleList() {
   for (AtenTensorHandle handle : handles_) aoti_torch_delete_tensor_object(handle);
 }
 
-MultiTensor::MultiTensor(std::string op, TensorLists lists)
-    : op_(std::move(op)), lists_(std::move(lists)) {
+MultiTensor::MultiTensor(OpNames names, TensorLists lists)
+    : names_(std::move(names)), lists_(std::move(lists)) {
   check_lists();
   const auto num_params = static_cast<int64_t>(lists_.params.size());
   records_.reserve(num_params);
@@ -163,11 +158,11 @@ void MultiTensor::check_lists() const {
   const size_t num_params = lists_.params.size();
   const auto check_length = [&](const char* name, size_t length, bool may_be_empty) {
     if (length != num_params && !(may_be_empty && length == 0))
-      fail(op_, name, " has ", length, " entries, expected ", num_params,
+      fail(op(), name, " has ", length, " entries, expected ", num_params,
            ", one for each of params", may_be_empty ? ", or none" : "");
   };
   for (size_t k = 0; k < lists_.states.size(); ++k)
-    check_length(state_name(lists_.states.size(), k), lists_.states[k].size(), false);
+    check_length(names_.states[k], lists_.states[k].size(), false);
   check_length("masters", lists_.masters.size(), true);
   check_length("rates", lists_.rates.size(), false);
   check_length("inners", lists_.inners.size(), false);
@@ -176,17 +171,18 @@ void MultiTensor::check_lists() const {
   const AtenTensorHandle steps = lists_.steps->get();
   if (dtype_of(steps) != aoti_torch_dtype_int64() || !lists_.steps->is_contiguous() ||
       numel_of(steps) != static_cast<int64_t>(num_params))
-    fail(op_, "steps has dtype ", dtype_text(dtype_of(steps)), " and ", text(shape_of(steps)),
+    fail(op(), "steps has dtype ", dtype_text(dtype_of(steps)), " and ", text(shape_of(steps)),
          ", expected a contiguous int64 tensor with ", num_params,
          " entries, one for each of params");
 }
 
-void MultiTensor::check_states(int64_t expected, const char* name, const char* because) const {
-  if (num_states() != expected && !records_.empty())
-    fail(op_, name,
-         num_states() < expected ? " is empty, expected one for each of params"
-                                 : " has entries, expected an empty list",
-         " because ", because);
+void MultiTensor::check_states(int64_t expected, const char* because) const {
+  if (num_states() == expected || records_.empty()) return;
+  const bool missing = num_states() < expected;
+  fail(op(), names_.states[missing ? num_states() : expected],
+       missing ? " is empty, expected one for each of params"
+               : " has entries, expected an empty list",
+       " because ", because);
 }
 
 void MultiTensor::see(const Tensor& tensor) {
@@ -198,7 +194,7 @@ void MultiTensor::add_record(int64_t t) {
   const AtenTensorHandle param = lists_.params[t].get();
   const auto check_device = [&](const std::string& name, AtenTensorHandle tensor) {
     if (!is_strided(tensor))
-      fail(op_, name, " is sparse or of another layout, expected an ordinary strided tensor");
+      fail(op(), name, " is sparse or of another layout, expected an ordinary strided tensor");
     int32_t type, index;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &type));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &index));
@@ -207,7 +203,7 @@ void MultiTensor::add_record(int64_t t) {
       device_index_ = index;
     }
     if (type != device_type_ || index != device_index_)
-      fail(op_, name, " is on another device than params[0], expected all tensors on one device");
+      fail(op(), name, " is on another device than params[0], expected all tensors on one device");
   };
 
   check_device(entry("params", t), param);
@@ -215,10 +211,10 @@ void MultiTensor::add_record(int64_t t) {
   const Shape shape = shape_of(param);
   const DtypeName* dtype = find_dtype(dtype_of(param));
   if (!dtype)
-    fail(op_, entry("params", t),
+    fail(op(), entry("params", t),
          " has an unsupported dtype, expected float64, float32, bfloat16 or float16");
   if (!is_dense(shape))
-    fail(op_, entry("params", t), " has ", text(shape),
+    fail(op(), entry("params", t), " has ", text(shape),
          ", expected a dense tensor without overlap or gaps: use a copy made by .contiguous()");
   dtypes_.push_back(dtype->code);
   shape_starts_.push_back(static_cast<int64_t>(shapes_.size()));
@@ -228,7 +224,7 @@ void MultiTensor::add_record(int64_t t) {
   const auto check_like_param = [&](const std::string& name, AtenTensorHandle tensor) {
     const Shape own = shape_of(tensor);
     if (!same_sizes(own, shape) || !same_layout(own, shape))
-      fail(op_, name, " has ", text(own), ", expected those of ", entry("params", t), ", ",
+      fail(op(), name, " has ", text(own), ", expected those of ", entry("params", t), ", ",
            text(shape), ": make it by torch.empty_like or zeros_like");
   };
 
@@ -239,12 +235,12 @@ void MultiTensor::add_record(int64_t t) {
 
   for (size_t k = 0; k < lists_.states.size(); ++k) {
     const Tensor& state = lists_.states[k][t];
-    const std::string name = entry(state_name(lists_.states.size(), k), t);
+    const std::string name = entry(names_.states[k], t);
     check_device(name, state.get());
     check_like_param(name, state.get());
     const DtypeName* own = find_dtype(dtype_of(state.get()));
     if (!own || (own != dtype && own->dtype != Dtype::kFloat32))
-      fail(op_, name, " has dtype ", dtype_text(dtype_of(state.get())), ", expected ", dtype->name,
+      fail(op(), name, " has dtype ", dtype_text(dtype_of(state.get())), ", expected ", dtype->name,
            " as ", entry("params", t), ", or float32");
     record.states[k] = data_of(state.get());
     record.state_dtypes[k] = own->dtype;
@@ -258,7 +254,7 @@ void MultiTensor::add_record(int64_t t) {
     check_like_param(name, master.get());
     if (!is_low_precision(dtype->dtype) || dtype_of(master.get()) != aoti_torch_dtype_float32())
       fail(
-          op_, name, " has dtype ", dtype_text(dtype_of(master.get())), " for a ", dtype->name,
+          op(), name, " has dtype ", dtype_text(dtype_of(master.get())), " for a ", dtype->name,
           " parameter, expected float32 for a bfloat16 or float16 parameter, else an empty tensor");
     record.master = static_cast<float*>(data_of(master.get()));
     see(master);
@@ -269,10 +265,10 @@ void MultiTensor::add_record(int64_t t) {
   const DtypeName* rate_dtype = find_dtype(dtype_of(rate.get()));
   if (!rate_dtype || !(rate_dtype->dtype == Dtype::kFloat32 ||
                        (rate_dtype->dtype == Dtype::kFloat64 && dtype->dtype == Dtype::kFloat64)))
-    fail(op_, entry("rates", t), " has dtype ", dtype_text(dtype_of(rate.get())),
+    fail(op(), entry("rates", t), " has dtype ", dtype_text(dtype_of(rate.get())),
          ", expected float32", dtype->dtype == Dtype::kFloat64 ? " or float64" : "");
   if (rate.dim() != 1 || !rate.is_contiguous())
-    fail(op_, entry("rates", t), " has ", text(shape_of(rate.get())),
+    fail(op(), entry("rates", t), " has ", text(shape_of(rate.get())),
          ", expected a contiguous vector, one rate per feature");
   record.rates = data_of(rate.get());
   record.rate_dtype = rate_dtype->dtype;
@@ -280,14 +276,15 @@ void MultiTensor::add_record(int64_t t) {
   record.inner = lists_.inners[t];
   see(rate);
   const int64_t inner = record.inner, period = record.period, numel = record.numel;
-  if (inner < 1) fail(op_, entry("inners", t), " is ", inner, ", expected at least 1");
+  if (inner < 1) fail(op(), entry("inners", t), " is ", inner, ", expected at least 1");
   // Whole features only; written so that inner * period cannot overflow.
   const bool fits =
       period > 0 && (period == 1 || (numel % inner == 0 && numel / inner % period == 0));
   if (numel > 0 && !fits)
     fail(
-        op_, entry("rates", t), " has ", period, " entries and ", entry("inners", t), " is ", inner,
-        ", which does not divide ", entry("params", t), " of ", numel, " elements, ", text(shape),
+        op(), entry("rates", t), " has ", period, " entries and ", entry("inners", t), " is ",
+        inner, ", which does not divide ", entry("params", t), " of ", numel, " elements, ",
+        text(shape),
         ": expected rates with as many entries as the parameter has features, and inner the stride "
         "of their dimension");
 
@@ -311,7 +308,7 @@ void MultiTensor::check_overlap() const {
   std::sort(ranges.begin(), ranges.end());
   for (size_t i = 1; i < ranges.size(); ++i)
     if (ranges[i].first < ranges[i - 1].second)
-      fail(op_, "two of params, their states and masters share memory, expected each tensor once");
+      fail(op(), "two of params, their states and masters share memory, expected each tensor once");
 }
 
 void MultiTensor::cut() {
@@ -345,41 +342,50 @@ Shape MultiTensor::param_shape(size_t t) const {
 }
 
 bool MultiTensor::unchanged() const {
-  for (const Seen& seen : seen_)
-    if (data_of(seen.handle) != seen.data || numel_of(seen.handle) != seen.numel) return false;
   for (size_t t = 0; t < records_.size(); ++t) {
-    const Shape now = shape_of(seen_[t].handle), then = param_shape(t);
-    if (!same_sizes(now, then) || !same_layout(now, then) ||
-        dtype_of(seen_[t].handle) != dtypes_[t])
+    const AtenTensorHandle param = seen_[t].handle;
+    const Shape now = shape_of(param), then = param_shape(t);
+    if (data_of(param) != seen_[t].data || !same_sizes(now, then) || !same_layout(now, then) ||
+        dtype_of(param) != dtypes_[t])
       return false;
   }
+  for (size_t i = records_.size(); i < seen_.size(); ++i)
+    if (data_of(seen_[i].handle) != seen_[i].data || numel_of(seen_[i].handle) != seen_[i].numel)
+      return false;
   return true;
+}
+
+bool MultiTensor::is_here(AtenTensorHandle tensor) const {
+  int32_t type, index = device_index_;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &type));
+  if (type != device_type_) return false;
+  // There is one CPU.
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  if (type != cpu) TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &index));
+  return index == device_index_;
 }
 
 void MultiTensor::bind(const std::vector<AtenTensorHandle>& grads) {
   if (grads.size() != records_.size())
-    fail(op_, "grads has ", grads.size(), " entries, expected ", records_.size(),
+    fail(op(), "grads has ", grads.size(), " entries, expected ", records_.size(),
          ", one for each of params");
   copies_.clear();
   for (size_t t = 0; t < grads.size(); ++t) {
     AtenTensorHandle grad = grads[t];
     const int64_t number = static_cast<int64_t>(t);
     if (!is_strided(grad))
-      fail(op_, entry("grads", number),
+      fail(op(), entry("grads", number),
            " is sparse, expected an ordinary (dense) gradient: sparse=False in the embedding, or "
            "grad.to_dense()");
-    int32_t device_type, device_index;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(grad, &device_type));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(grad, &device_index));
-    if (device_type != device_type_ || device_index != device_index_)
-      fail(op_, entry("grads", number),
+    if (!is_here(grad))
+      fail(op(), entry("grads", number),
            " is on another device than params, expected the same device");
     if (dtype_of(grad) != dtypes_[t])
-      fail(op_, entry("grads", number), " has dtype ", dtype_text(dtype_of(grad)), ", expected ",
+      fail(op(), entry("grads", number), " has dtype ", dtype_text(dtype_of(grad)), ", expected ",
            dtype_text(dtypes_[t]), " as ", entry("params", number));
     const Shape own = shape_of(grad), expected = param_shape(t);
     if (!same_sizes(own, expected))
-      fail(op_, entry("grads", number), " has ", text(own), ", expected the shape of ",
+      fail(op(), entry("grads", number), " has ", text(own), ", expected the shape of ",
            entry("params", number), ", ", text(expected));
     if (!same_layout(own, expected)) {
       AtenTensorHandle copy;

@@ -33,6 +33,17 @@ template <class... Parts>
   throw std::runtime_error(out.str());
 }
 
+// What messages call an op and the lists of its states.
+struct OpNames {
+  std::string op;
+  std::vector<const char*> states;
+};
+
+template <class Options>
+OpNames op_names(const char* op) {
+  return {op, {Options::kStates.begin(), Options::kStates.end()}};
+}
+
 // The tensors of an op's list arguments, before anything is checked.
 struct TensorLists {
   std::vector<Tensor> params;
@@ -73,10 +84,10 @@ class HandleList {
 
 class MultiTensor {
  public:
-  // Throws, naming the argument, if the tensors do not fit together. `op` stands in the messages.
-  MultiTensor(std::string op, TensorLists lists);
+  // Throws, naming the argument, if the tensors do not fit together.
+  MultiTensor(OpNames names, TensorLists lists);
 
-  const std::string& op() const { return op_; }
+  const std::string& op() const { return names_.op; }
   int64_t num_states() const { return static_cast<int64_t>(lists_.states.size()); }
   const std::vector<FeatureRecord>& records() const { return records_; }
   int32_t device_type() const { return device_type_; }
@@ -84,9 +95,9 @@ class MultiTensor {
   // On the tensors' device.
   int64_t* steps() const { return steps_; }
 
-  // Throws unless there are `expected` states per parameter; `name` is the list that may be empty,
-  // `because` the option that decides it.
-  void check_states(int64_t expected, const char* name, const char* because) const;
+  // Throws unless there are `expected` states per parameter, as many as the options need `because`
+  // they are what they are.
+  void check_states(int64_t expected, const char* because) const;
 
   // Whether the tensors still are what the plan saw: same memory, dtype and shape.
   bool unchanged() const;
@@ -141,13 +152,14 @@ class MultiTensor {
   };
 
   void check_lists() const;
+  bool is_here(AtenTensorHandle tensor) const;
   void add_record(int64_t t);
   void see(const Tensor& tensor);
   void check_overlap() const;
   void cut();
   Shape param_shape(size_t t) const;
 
-  std::string op_;
+  OpNames names_;
   TensorLists lists_;
   int32_t device_type_ = 0, device_index_ = 0;
   std::vector<FeatureRecord> records_;
@@ -170,22 +182,5 @@ void check_scalar(const std::string& op, const char* name, const Tensor& tensor)
 // The value of a one-element CPU tensor, or `otherwise` without one.
 double read_scalar(const std::string& op, const char* name, const std::optional<Tensor>& tensor,
                    double otherwise);
-
-// One update of tensors on the CPU by run(tensors, options): an op's options have `lr`, which
-// `scalars` may replace, and `grad_factor`, which the loss scale divides.
-template <class Options, class Run>
-void step_on_cpu(MultiTensor& tensors, const std::vector<AtenTensorHandle>& grads, Options options,
-                 const ScalarTensors& scalars, const Run& run) {
-  options.lr = read_scalar(tensors.op(), "lr", scalars.lr, options.lr);
-  options.grad_factor /= read_scalar(tensors.op(), "grad_scale", scalars.grad_scale, 1);
-  const bool skip = read_scalar(tensors.op(), "found_inf", scalars.found_inf, 0) != 0;
-  tensors.bind(grads);
-  if (!skip) {
-    tensors.read_steps();
-    run(tensors, options);
-    tensors.count_steps();
-  }
-  tensors.release();
-}
 
 }  // namespace alrao

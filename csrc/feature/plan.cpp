@@ -3,8 +3,18 @@
 #include <unordered_map>
 #include <utility>
 
+#include "feature/optimizers.h"
+
 namespace alrao {
 namespace {
+
+OpNames find_op(const std::string& op) {
+#define ALRAO_FIND(stem, Options) \
+  if (op == #stem "_") return op_names<Options>(#stem "_");
+  ALRAO_OPTIMIZERS(ALRAO_FIND)
+#undef ALRAO_FIND
+  fail("_feature_plan", "got op ", op, ", expected one of a feature optimizer");
+}
 
 struct PlanTable {
   std::mutex mutex;
@@ -35,11 +45,13 @@ void feature_plan_free(int64_t number) {
 
 }  // namespace
 
-int64_t feature_plan(const std::vector<Tensor>& tensors, int64_t num_params, int64_t num_states,
-                     std::vector<int64_t> inners, std::vector<int64_t> seeds, const Tensor& steps) {
-  const std::string op = num_states < 2 ? "feature_sgd_" : "feature_adam_";
+int64_t feature_plan(const std::string& op, const std::vector<Tensor>& tensors, int64_t num_params,
+                     int64_t num_states, std::vector<int64_t> inners, std::vector<int64_t> seeds,
+                     const Tensor& steps) {
+  OpNames names = find_op(op);
   const auto given = static_cast<int64_t>(tensors.size());
-  if (num_params < 0 || num_states < 0 || num_states > kMaxStates ||
+  const auto most = static_cast<int64_t>(names.states.size());
+  if (num_params < 0 || num_states < 0 || num_states > most ||
       (given != num_params * (num_states + 2) && given != num_params * (num_states + 3))) {
     fail(op, "_feature_plan got ", given, " tensors, expected ", num_params,
          " parameters, each with ", num_states, " states, a rate and at most one master");
@@ -58,7 +70,7 @@ int64_t feature_plan(const std::vector<Tensor>& tensors, int64_t num_params, int
   lists.inners = std::move(inners);
   lists.seeds = std::move(seeds);
   lists.steps = steps;
-  auto plan = std::make_shared<MultiTensor>(op, std::move(lists));
+  auto plan = std::make_shared<MultiTensor>(std::move(names), std::move(lists));
 
   PlanTable& table = plan_table();
   const std::lock_guard<std::mutex> lock(table.mutex);

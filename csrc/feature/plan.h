@@ -1,4 +1,4 @@
-// Plans: tensors that stay from step to step, made from Python (alrao_fast/ops/_plan.py) and named
+// Plans: tensors that stay from step to step, made from Python (alrao_fast/ops/plan.py) and named
 // by numbers.
 #pragma once
 
@@ -6,32 +6,31 @@
 
 namespace alrao {
 
-// The op _feature_plan.
-int64_t feature_plan(const std::vector<Tensor>& tensors, int64_t num_params, int64_t num_states,
-                     std::vector<int64_t> inners, std::vector<int64_t> seeds, const Tensor& steps);
+// The op _feature_plan: `tensors` are the parameters, the lists of `op`'s states, the masters if
+// there are any, and the rates.
+int64_t feature_plan(const std::string& op, const std::vector<Tensor>& tensors, int64_t num_params,
+                     int64_t num_states, std::vector<int64_t> inners, std::vector<int64_t> seeds,
+                     const Tensor& steps);
 
 // The plan behind a number that _feature_plan returned; throws for any other.
 std::shared_ptr<MultiTensor> find_plan(int64_t number);
 
-// A step of a plan: step(plan, grads, options, lr, grad_scale, found_inf), unless a tensor is no
-// longer what the plan saw. Unboxed by hand: a list of stable::Tensor would allocate for every
-// gradient.
+// The op _feature_plan_step_: step(plan, grads, scalars), and whether it was done: not where a
+// tensor is no longer what the plan saw. Unboxed by hand: a list of stable::Tensor would allocate
+// for every gradient.
 template <class Step>
-void planned_step(StableIValue* stack, size_t num_options, const Step& step) {
+void run_plan(StableIValue* stack, const Step& step) {
   using torch::stable::detail::to;
   const auto number = to<int64_t>(stack[0]);
   const HandleList grads(stack[1]);
-  auto lr = to<std::optional<Tensor>>(stack[2]);
-  auto grad_scale = to<std::optional<Tensor>>(stack[3]);
-  auto found_inf = to<std::optional<Tensor>>(stack[4]);
+  ScalarTensors scalars;
+  scalars.lr = to<std::optional<Tensor>>(stack[2]);
+  scalars.grad_scale = to<std::optional<Tensor>>(stack[3]);
+  scalars.found_inf = to<std::optional<Tensor>>(stack[4]);
   const auto plan = find_plan(number);
   const std::lock_guard<std::mutex> lock(plan->mutex);
-  STD_TORCH_CHECK(plan->options.size() == num_options, "the plan has ", plan->options.size(),
-                  " options, expected ", num_options);
   const bool current = plan->unchanged();
-  if (current)
-    step(*plan, grads.handles(), plan->options,
-         ScalarTensors{std::move(lr), std::move(grad_scale), std::move(found_inf)});
+  if (current) step(*plan, grads.handles(), scalars);
   stack[0] = torch::stable::detail::from(current);
 }
 

@@ -22,6 +22,7 @@ from alrao_fast.ops.switch_update import switch_observe_
 from alrao_fast.reference import switch_mixture as reference
 
 OP = "switch_mixture"
+backends.OPS[OP] = "switch_mixture_nll"
 # Bytes that the logits of a chunk of samples may take: on a CPU about its caches, on a GPU enough rows for a product of
 # matrices to run at full speed with 128,000 classes.
 CPU_MEMORY_BUDGET = 64 << 20

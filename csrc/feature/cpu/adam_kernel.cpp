@@ -1,4 +1,3 @@
-#include "feature/adam_math.h"
 #include "feature/cpu/pieces.h"
 #include "feature/cpu/update_piece.h"
 

@@ -1,6 +1,5 @@
 #include "feature/cpu/pieces.h"
 #include "feature/cpu/update_piece.h"
-#include "feature/sgd_math.h"
 
 namespace alrao::cpu::ALRAO_ISA {
 namespace {

@@ -1,17 +1,8 @@
 // feature_adam_: one launch for the tensors of a dtype, steps counted in it.
 //
-// Bound by memory. At 4.3 TB/s, the copy rate of an H200, with b bytes an entry:
-//                                    b    GoogLeNet 6.3M   VGG19 20M   124M      1.3B entries
-//   float32 (amsgrad)             28 (36)      41 us          131 us    810 us      8570 us
-//   bf16 or fp16 (amsgrad)        14 (18)      20             65        405         4280
-//   the same, float32 moments     22           32             103       636         6730
-//   the same, masters             30           44             140       868         9180
-// Tables and rates add under 0.1 %. Bias corrections are worked out once a block, behind its first
-// loads. About 90 % of the bound is expected; a small model costs its launch, 2 us and 1.2 in a
-// graph.
-#include "feature/cuda/adam.h"
-
-#include "feature/adam_math.h"
+// Bound by memory: an entry moves 28 bytes in float32 (36 with amsgrad), 14 (18) in bf16 or fp16,
+// 22 with float32 moments and 30 with masters as well. Tables and rates add under 0.1 %. Bias
+// corrections are worked out once a block, behind its first loads.
 #include "feature/cuda/multi_tensor.cuh"
 
 namespace alrao::cuda {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "feature/cuda/table.h"
+#include "feature/optimizers.h"
 
 namespace alrao::cuda {
 
@@ -28,6 +29,12 @@ struct MultiTensorCall {
   DeviceScalars scalars;
   cudaStream_t stream;
 };
+
+// launch_<stem>: the update of every tensor of a call. The loss scale divides options.grad_factor.
+#define ALRAO_DECLARE_LAUNCH(stem, Options) \
+  cudaError_t launch_##stem(const MultiTensorCall& call, const Options& options);
+ALRAO_OPTIMIZERS(ALRAO_DECLARE_LAUNCH)
+#undef ALRAO_DECLARE_LAUNCH
 
 // Fills a table in stream order, out of kernel arguments: what is on the host may go at once, and a
 // captured graph carries the contents itself.

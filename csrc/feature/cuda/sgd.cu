@@ -1,18 +1,11 @@
 // feature_sgd_: one launch for the tensors of a dtype, steps counted in it.
 //
-// Bound by memory. At 4.3 TB/s, the copy rate of an H200, with b bytes an entry:
-//                                   b    GoogLeNet 6.3M   VGG19 20M    124M       1.3B entries
-//   float32, momentum 0 / 0.9    12 / 20   17 / 29 us    56 / 93 us   347 / 579   3670 / 6120 us
-//   bf16 or fp16                  6 / 10    9 / 15       28 / 47      174 / 289   1840 / 3060
-//   the same, float32 momentum        14        20           65            405        4280
-//   the same, masters            14 / 22   20 / 32       65 / 103     405 / 636   4280 / 6730
-// Rates, rows and chunks add under 0.1 %, gradients' pointers 8 bytes a tensor. 90 % of the bound
-// is expected from 40 to 130 kB in flight on a multiprocessor; a small model costs its launch, 2 us
-// and 1.2 in a graph.
-#include "feature/cuda/sgd.h"
-
+// Bound by memory: an entry moves 12 bytes in float32 and 6 in bf16 or fp16 without momentum, 20
+// and 10 with it, 14 with float32 momentum of a 16-bit parameter, 14 and 22 with masters. Rates,
+// rows and chunks add under 0.1 %, gradients' pointers 8 bytes a tensor. On an H200 a step
+// took 1.05 of these bytes at the copy rate for 124M entries in float32, 1.2 in bf16, 1.25 for
+// GoogLeNet's 258 tensors.
 #include "feature/cuda/multi_tensor.cuh"
-#include "feature/sgd_math.h"
 
 namespace alrao::cuda {
 namespace {

@@ -1,11 +1,13 @@
-#include "feature/cuda/step.h"
+// The feature optimizers under the CUDA key: the device tables of their tensors, made once for a
+// plan, and a step's launches. Nothing waits for the device.
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <mutex>
+
 #include "common/cuda/stream.h"
-#include "feature/cuda/adam.h"
-#include "feature/cuda/sgd.h"
-#include "feature/plan.h"
+#include "feature/cuda/launch.h"
+#include "feature/op.h"
 
 namespace alrao::cuda {
 namespace {
@@ -85,12 +87,11 @@ DeviceScalar device_scalar(const MultiTensor& tensors, const char* name,
   return {nullptr, false};
 }
 
-}  // namespace
-
+// Starts launch(call, options) on the current stream of the tensors' device.
 template <class Options>
-void step_on_cuda(MultiTensor& tensors, const std::vector<AtenTensorHandle>& grads, Options options,
-                  const ScalarTensors& scalars, bool mixed,
-                  cudaError_t (*launch)(const MultiTensorCall&, const Options&)) {
+void step(MultiTensor& tensors, const Gradients& grads, Options options,
+          const ScalarTensors& scalars,
+          cudaError_t (*launch)(const MultiTensorCall&, const Options&)) {
   double scale = 1, found_inf = 0;
   DeviceScalars on_device;
   on_device.lr = device_scalar(tensors, "lr", scalars.lr, options.lr);
@@ -102,7 +103,8 @@ void step_on_cuda(MultiTensor& tensors, const std::vector<AtenTensorHandle>& gra
   tensors.bind(grads);
   if (found_inf == 0 && !tensors.records().empty()) {
     const cudaStream_t stream = current_stream(tensors.device_index());
-    const auto table = find_table(tensors, mixed, stream);
+    // Kernels for the most states there can be take states of several dtypes.
+    const auto table = find_table(tensors, tensors.num_states() == kMaxStates, stream);
     const MultiTensorCall call{table->layout, table->memory.mutable_data_ptr(), tensors.records(),
                                on_device, stream};
     check_launch(tensors.op().c_str(), launch(call, options));
@@ -111,16 +113,23 @@ void step_on_cuda(MultiTensor& tensors, const std::vector<AtenTensorHandle>& gra
   tensors.release();
 }
 
-template void step_on_cuda<SgdOptions>(MultiTensor&, const std::vector<AtenTensorHandle>&,
-                                       SgdOptions, const ScalarTensors&, bool,
-                                       cudaError_t (*)(const MultiTensorCall&, const SgdOptions&));
-template void step_on_cuda<AdamOptions>(MultiTensor&, const std::vector<AtenTensorHandle>&,
-                                        AdamOptions, const ScalarTensors&, bool,
-                                        cudaError_t (*)(const MultiTensorCall&,
-                                                        const AdamOptions&));
+#define ALRAO_STEP(stem, Options)                                                        \
+  void stem##_step(MultiTensor& tensors, const Gradients& grads, const Options& options, \
+                   const ScalarTensors& scalars) {                                       \
+    step(tensors, grads, options, scalars, launch_##stem);                               \
+  }
+ALRAO_OPTIMIZERS(ALRAO_STEP)
+
+ALRAO_DEFINE_FEATURE_OPS
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CUDA, m) {
+  register_feature_ops(m);
   m.impl("_feature_plan", TORCH_BOX(&feature_plan));
 }
+
+// One sparse gradient sends the call here; the checks say which one it is.
+STABLE_TORCH_LIBRARY_IMPL(alrao_fast, SparseCUDA, m) { register_feature_ops(m); }
 
 }  // namespace alrao::cuda
