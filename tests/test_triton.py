@@ -244,7 +244,7 @@ def test_many_programs_per_tensor(offset):
 
 
 def test_gradients_may_move_and_plans_are_told_apart():
-    from alrao_fast.kernels.feature import multi_tensor
+    from alrao_fast.kernels.feature import plan
 
     param, rate = torch.zeros(6, 4, device=DEVICE), torch.ones(6, device=DEVICE)
     for step in range(3):
@@ -252,16 +252,16 @@ def test_gradients_may_move_and_plans_are_told_apart():
         feature_sgd_([param], [grad], [rate], impl="triton")
         del grad
     assert (param == -3).all()
-    known = len(multi_tensor._plans)
+    known = len(plan._plans)
     # The same memory as columns: another layout, so another plan.
     columns = torch.arange(4.0, device=DEVICE)
     feature_sgd_([param], [torch.ones_like(param)], [columns], inners=[1], impl="triton")
     assert (param == -3 - torch.arange(4.0, device=DEVICE)).all()
-    assert len(multi_tensor._plans) == min(known + 1, multi_tensor._MAX_PLANS)
+    assert len(plan._plans) == min(known + 1, plan._MAX_PLANS)
 
 
 def test_reciprocals_divide_exactly():
-    from alrao_fast.kernels.feature.multi_tensor import reciprocal
+    from alrao_fast.kernels.feature.plan import reciprocal
 
     for divisor in [*range(1, 70), 1000, 4095, 4096, 65537, 2**31 - 1]:
         magic, shift = reciprocal(divisor)

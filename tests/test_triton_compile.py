@@ -26,14 +26,16 @@ if backends.INTERPRETED:
 
 import triton.language as tl
 from alrao_fast.kernels import switch_update
-from alrao_fast.kernels.feature import multi_tensor
+from alrao_fast.kernels.feature import adam as adam_kernels
+from alrao_fast.kernels.feature import frame, sgd
+from alrao_fast.kernels.feature.plan import SMALL, Lists
 from alrao_fast.kernels.mixture import log_prob as mixture_log_prob
 from alrao_fast.kernels.mixture import loss as mixture_loss
 from triton_aot import TARGETS, Start, compile_for, record
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 TYPES = {tl.float64: 8, tl.float32: 4, tl.bfloat16: 2, tl.float16: 2}
-LARGE = multi_tensor.SMALL
+LARGE = SMALL
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
@@ -41,32 +43,28 @@ def feature_step(dtype, *, numel=LARGE, adam=False, master=False, seeds=(), stat
     """Starts of one optimizer step over one tensor."""
     param = torch.empty(numel, dtype=dtype)
     state = torch.empty(numel, dtype=states or dtype)
-    scalar = torch.ones(())
-    common = {
-        "lr": options.pop("lr", 0.1),
-        "weight_decay": 0.01,
-        "maximize": False,
-        "lr_tensor": None,
-        "grad_scale": None,
-        "found_inf": None,
-        "check": lambda: None,
-    }
-    if options.pop("scalars", False):
-        common |= {"lr_tensor": scalar, "grad_scale": scalar, "found_inf": scalar}
-    lists = [[torch.empty(numel)] if master else [], [torch.ones(numel // 64)], [64], list(seeds)]
-    steps = torch.zeros(1, dtype=torch.int64)
+    scalar = torch.ones(()) if options.pop("scalars", False) else None
+    lr = options.pop("lr", 0.1)
     if adam:
-        adams = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "authors_eps": False}
-        adams |= {"amsgrad": False, "decoupled": False} | options
-        moments = [state], [state], [state] if adams["amsgrad"] else []
-        return record(
-            lambda: adam.feature_adam_([param], [param], *moments, *lists, steps, **common, **adams)
-        )
-    sgd = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "authors_momentum": False}
-    sgd |= options
-    return record(
-        lambda: sgd.feature_sgd_([param], [param], [state], *lists, steps, **common, **sgd)
+        update, own = adam_kernels.UPDATE, {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+        own |= {"authors_eps": False, "amsgrad": False, "decoupled": False}
+    else:
+        update, own = sgd.UPDATE, {"momentum": 0.0, "dampening": 0.0}
+        own |= {"nesterov": False, "authors_momentum": False}
+    own |= {"weight_decay": 0.01} | options
+    kinds = 2 + own["amsgrad"] if adam else int(own["momentum"] != 0)
+    lists = Lists(
+        [param],
+        [[state]] * kinds,
+        [torch.empty(numel)] if master else [],
+        [torch.ones(numel // 64)],
+        [64],
+        list(seeds),
+        torch.zeros(1, dtype=torch.int64),
     )
+    scalars = {"lr": lr, "lr_tensor": scalar, "maximize": False}
+    scalars |= {"grad_scale": scalar, "found_inf": scalar, "check": lambda: None}
+    return record(lambda: frame.run(update, lists, [param], own, **scalars))
 
 
 def feature_steps() -> list[Start]:

@@ -1,0 +1,332 @@
+"""One step of any optimizer over all tensors: what is the same for all of them (reference/feature_sgd.py).
+
+One launch for the tensors of a dtype, and one that counts the steps. Bound by memory: an entry's parameter, gradient
+and states are read, the parameter and the states written; tables and rates add under 0.1 %. A small model is bound by
+the two launches.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import launch
+from .multi_tensor import (
+    INDEX,
+    MASTER,
+    NUMEL,
+    PARAM,
+    SEED,
+    STATE,
+    cell,
+    chunk_is_wide,
+    chunk_rates,
+    read,
+    scalar,
+    store_parameter,
+    write,
+)
+from .plan import Lists, Plan, count_steps, find_plan
+
+Options = Mapping[str, float | bool]
+
+
+class Update(NamedTuple):
+    """An optimizer.
+
+    prepare(step, n0, .., n7, ACC): what `update` needs besides the entries, the same for a whole tensor: a tuple, in
+        the arithmetic's dtype ACC. `step` counts the updates before this one, n0 to n7 are the float64 `numbers`.
+    update(p, g, s1, s2, s3, rate, ready, A, B, C): the new parameter and states of one entry, four values always; the
+        gradient is without loss scale, the rate times the multiplier, `ready` what `prepare` returned.
+    numbers(options): up to eight floats that a step may change. flags(options): three switches, each combination
+        compiled by itself: the constexpr arguments A, B, C.
+    """
+
+    prepare: Any
+    update: Any
+    numbers: Callable[[Options], Sequence[float]]
+    flags: Callable[[Options], Sequence[bool]]
+
+
+@triton.jit
+def chunk_update(
+    table,
+    row,
+    grad_address,
+    start,
+    numel,
+    step,
+    lr,
+    factor,
+    ready,
+    UPDATE: tl.constexpr,
+    STATES: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    C: tl.constexpr,
+    P_DTYPE: tl.constexpr,
+    S1_DTYPE: tl.constexpr,
+    S2_DTYPE: tl.constexpr,
+    S3_DTYPE: tl.constexpr,
+    R_DTYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    MASKED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Made pointers here: Triton 3.6 loses a hint on an argument, or on what a function returns.
+    param_ptr = cell(table, row, PARAM).to(tl.pointer_type(P_DTYPE))
+    s1_ptr = cell(table, row, STATE).to(tl.pointer_type(S1_DTYPE))
+    s2_ptr = cell(table, row, STATE + 1).to(tl.pointer_type(S2_DTYPE))
+    s3_ptr = cell(table, row, STATE + 2).to(tl.pointer_type(S3_DTYPE))
+    grad_ptr = grad_address.to(tl.pointer_type(P_DTYPE))
+    master_ptr = cell(table, row, MASTER).to(tl.pointer_type(tl.float32))
+    seed = cell(table, row, SEED)
+    if not MASKED:
+        param_ptr = tl.multiple_of(param_ptr, 16)
+        grad_ptr = tl.multiple_of(grad_ptr, 16)
+        s1_ptr = tl.multiple_of(s1_ptr, 16)
+        s2_ptr = tl.multiple_of(s2_ptr, 16)
+        s3_ptr = tl.multiple_of(s3_ptr, 16)
+        master_ptr = tl.multiple_of(master_ptr, 16)
+    for base in range(0, CHUNK, BLOCK):
+        within = base + tl.arange(0, BLOCK)
+        offs = start + within
+        mask = offs < numel
+        rate = lr * chunk_rates(table, row, start, within, mask, R_DTYPE, CHUNK).to(ACC)
+        if HAS_MASTER:
+            p = read(master_ptr, offs, mask, ACC, MASKED)
+        else:
+            p = read(param_ptr, offs, mask, ACC, MASKED)
+        g = read(grad_ptr, offs, mask, ACC, MASKED) * factor
+        s1 = g
+        s2 = g
+        s3 = g
+        if STATES > 0:
+            s1 = read(s1_ptr, offs, mask, ACC, MASKED)
+        if STATES > 1:
+            s2 = read(s2_ptr, offs, mask, ACC, MASKED)
+        if STATES > 2:
+            s3 = read(s3_ptr, offs, mask, ACC, MASKED)
+        p, s1, s2, s3 = UPDATE(p, g, s1, s2, s3, rate, ready, A, B, C)
+        if STATES > 0:
+            write(s1_ptr, offs, mask, s1, S1_DTYPE, MASKED)
+        if STATES > 1:
+            write(s2_ptr, offs, mask, s2, S2_DTYPE, MASKED)
+        if STATES > 2:
+            write(s3_ptr, offs, mask, s3, S3_DTYPE, MASKED)
+        store_parameter(
+            param_ptr,
+            master_ptr,
+            offs,
+            mask,
+            p,
+            seed,
+            step,
+            start + base,
+            P_DTYPE,
+            HAS_MASTER,
+            STOCHASTIC,
+            MASKED,
+            BLOCK,
+        )
+
+
+@triton.jit
+def feature_kernel(
+    table,
+    chunks,
+    grads,
+    steps,
+    lr_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    lr: tl.float64,
+    sign: tl.float64,
+    n0: tl.float64,
+    n1: tl.float64,
+    n2: tl.float64,
+    n3: tl.float64,
+    n4: tl.float64,
+    n5: tl.float64,
+    n6: tl.float64,
+    n7: tl.float64,
+    PREPARE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    STATES: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    C: tl.constexpr,
+    P_DTYPE: tl.constexpr,
+    S1_DTYPE: tl.constexpr,
+    S2_DTYPE: tl.constexpr,
+    S3_DTYPE: tl.constexpr,
+    R_DTYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    HAS_LR: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_FOUND: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lr = scalar(lr, lr_ptr, ACC, HAS_LR)
+    skip = tl.full([], 0.0, tl.float32)
+    if HAS_FOUND:
+        skip = tl.load(found_inf_ptr).to(tl.float32)
+    if skip == 0:
+        chunk = tl.program_id(0).to(tl.int64)
+        row = tl.load(chunks + 2 * chunk)
+        start = tl.load(chunks + 2 * chunk + 1) * CHUNK
+        numel = cell(table, row, NUMEL)
+        index = cell(table, row, INDEX)
+        grad_address = tl.load(grads + index)
+        step = tl.load(steps + index)
+        factor = tl.full([], sign, ACC)
+        if HAS_SCALE:
+            factor = factor / tl.load(grad_scale_ptr).to(ACC)
+        ready = PREPARE(step, n0, n1, n2, n3, n4, n5, n6, n7, ACC)
+        if chunk_is_wide(table, row, grad_address, start, numel, CHUNK):
+            chunk_update(
+                table,
+                row,
+                grad_address,
+                start,
+                numel,
+                step,
+                lr,
+                factor,
+                ready,
+                UPDATE,
+                STATES,
+                A,
+                B,
+                C,
+                P_DTYPE,
+                S1_DTYPE,
+                S2_DTYPE,
+                S3_DTYPE,
+                R_DTYPE,
+                ACC,
+                HAS_MASTER,
+                STOCHASTIC,
+                False,
+                CHUNK,
+                BLOCK,
+            )
+        else:
+            chunk_update(
+                table,
+                row,
+                grad_address,
+                start,
+                numel,
+                step,
+                lr,
+                factor,
+                ready,
+                UPDATE,
+                STATES,
+                A,
+                B,
+                C,
+                P_DTYPE,
+                S1_DTYPE,
+                S2_DTYPE,
+                S3_DTYPE,
+                R_DTYPE,
+                ACC,
+                HAS_MASTER,
+                STOCHASTIC,
+                True,
+                CHUNK,
+                BLOCK,
+            )
+
+
+def run_plan(
+    plan: Plan,
+    update: Update,
+    lists: Lists,
+    grads: Sequence[Tensor],
+    options: Options,
+    *,
+    lr: float,
+    lr_tensor: Tensor | None,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """One step by the plan of these lists, for gradients that fit them. Nothing waits for the device."""
+    steps = lists.steps
+    # Copies live until the launch.
+    grads = plan.in_memory_order(grads, lists.params)
+    pointers = plan.gradients(grads, steps.device)
+    numbers = [*map(float, update.numbers(options))]
+    flags = dict(zip("ABC", update.flags(options)))
+    for group in plan.groups:
+        own = group.constants["P_DTYPE"]
+        constants = {f"S{k}_DTYPE": own for k in (1, 2, 3)} | group.constants
+        # With a third state of float32 registers spill in blocks of 1024 (Triton 3.6).
+        if len(lists.states) == 3 and own is tl.float32:
+            constants["BLOCK"] = 512
+        launch(
+            feature_kernel,
+            (group.num_chunks,),
+            group.table,
+            group.chunks,
+            pointers,
+            steps,
+            steps if lr_tensor is None else lr_tensor,
+            steps if grad_scale is None else grad_scale,
+            steps if found_inf is None else found_inf,
+            float(lr),
+            -1.0 if maximize else 1.0,
+            *numbers,
+            *[0.0] * (8 - len(numbers)),
+            num_warps=group.num_warps,
+            # As in the reference, every operation is rounded.
+            fuse=False,
+            PREPARE=update.prepare,
+            UPDATE=update.update,
+            STATES=len(lists.states),
+            HAS_LR=lr_tensor is not None,
+            HAS_SCALE=grad_scale is not None,
+            HAS_FOUND=found_inf is not None,
+            **flags,
+            **constants,
+        )
+    count_steps(steps, found_inf)
+
+
+def run(
+    update: Update,
+    lists: Lists,
+    grads: Sequence[Tensor],
+    options: Options,
+    *,
+    check: Callable[[], None],
+    **scalars: Any,
+) -> None:
+    """The list op: `run_plan` on a plan that is kept for these tensors. `check` raises where arguments do not fit."""
+    if not lists.params:
+        return
+    plan = find_plan(lists, grads, check)
+    if not scalars_fit(scalars.values()):
+        check()
+    run_plan(plan, update, lists, grads, options, **scalars)
+
+
+def scalars_fit(scalars: Any) -> bool:
+    """Whether those that are tensors hold one number that a kernel can read."""
+    return all(
+        value.numel() == 1 and value.dtype in (torch.float32, torch.float64)
+        for value in scalars
+        if isinstance(value, Tensor)
+    )
