@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module, metadata
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from alrao_fast import __version__, _extension, backends, functional, testing
+from alrao_fast.ops.feature import FEATURE_OPS, FeatureOp, Lists, Scalars
 from alrao_fast.reference import switch_update as switch
 
 Outputs = dict[str, Tensor]
@@ -33,7 +35,7 @@ class Row(NamedTuple):
 
 def report() -> dict[str, Any]:
     """Everything that `main` prints, as JSON has it."""
-    rows = [_check(op, backend) for op in backends.OPS for backend in backends.BACKENDS]
+    rows = [_check(op, backend) for op in sorted(backends.OPS) for backend in backends.BACKENDS]
     return {
         "alrao_fast": __version__,
         "python": platform.python_version(),
@@ -139,43 +141,22 @@ def _lists(dtype: torch.dtype, device: torch.device) -> dict[str, list[Tensor]]:
     return lists
 
 
-def _feature_sgd(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
+def _feature(op: FeatureOp, impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
     lists = _lists(dtype, device)
-    buffers = [torch.zeros_like(param) for param in lists["params"]]
-    steps = torch.zeros(len(buffers), dtype=torch.int64, device=device)
+    params = lists["params"]
+    options = {name: kind(0.5) if kind is float else False for name, kind in op.options.items()}
+    states = [[torch.zeros_like(p) for p in params] for _ in range(op.num_states(options))]
+    steps = torch.zeros(len(params), dtype=torch.int64, device=device)
+    inners = [param.stride(0) for param in params]
     for _ in range(2):
-        functional.feature_sgd_(
-            lists["params"],
+        op(
+            Lists(params, states, [], lists["rates"], inners, [], steps),
             lists["grads"],
-            lists["rates"],
-            momentum_buffers=buffers,
-            steps=steps,
-            lr=0.1,
-            momentum=0.9,
-            weight_decay=0.01,
-            impl=impl,
+            options,
+            Scalars(lr=0.1),
+            impl,
         )
-    return _named(params=lists["params"], momentum_buffers=buffers)
-
-
-def _feature_adam(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
-    lists = _lists(dtype, device)
-    first = [torch.zeros_like(param) for param in lists["params"]]
-    second = [torch.zeros_like(param) for param in lists["params"]]
-    steps = torch.zeros(len(first), dtype=torch.int64, device=device)
-    for _ in range(2):
-        functional.feature_adam_(
-            lists["params"],
-            lists["grads"],
-            first,
-            second,
-            lists["rates"],
-            steps=steps,
-            lr=0.1,
-            weight_decay=0.01,
-            impl=impl,
-        )
-    return _named(params=lists["params"], exp_avgs=first, exp_avg_sqs=second)
+    return _named(params=params, **dict(zip(op.states, states)))
 
 
 def _switch_mixture(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
@@ -214,8 +195,7 @@ def _named(**lists: list[Tensor]) -> Outputs:
 
 
 _SELF_TESTS: dict[str, Callable[[str, torch.dtype, torch.device], Outputs]] = {
-    "feature_sgd": _feature_sgd,
-    "feature_adam": _feature_adam,
+    **{stem: partial(_feature, op) for stem, op in FEATURE_OPS.items()},
     "switch_mixture": _switch_mixture,
     "switch_update": _switch_update,
 }
