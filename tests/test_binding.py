@@ -1,0 +1,206 @@
+"""Protects that what stands in an optimizer is what its next step works on:
+
+- a parameter, a state tensor or the dict of a parameter's states that was exchanged by hand between two steps counts,
+  as in torch.optim, and is what state_dict() saves; so do entries that were taken out or put in;
+- objects are told apart by identity, however equal they are; with the extension and without it;
+- nothing is bound anew while nothing changes; a group that stays is not touched by what happens to another.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from alrao_fast import AlraoAdam, AlraoSGD, Constant, _extension
+from alrao_fast.compat import SGDAlrao
+from alrao_fast.optim import binding
+from alrao_fast.optim.binding import Objects
+
+
+@pytest.fixture(params=["compiled", "python"])
+def comparison(request, monkeypatch):
+    """Both ways to look at the objects."""
+    if request.param == "python":
+        monkeypatch.setattr(binding, "_compiled_comparison", None)
+        monkeypatch.setattr(binding, "_compiled_gradients", None)
+    elif _extension.ERROR is not None:
+        pytest.skip(_extension.ERROR)
+
+
+def pair(count=3, **options):
+    """Equal parameters under AlraoSGD with one rate and under torch.optim.SGD."""
+    ours = [torch.nn.Parameter(torch.full((4,), 1.0 + k)) for k in range(count)]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    with pytest.warns(UserWarning, match="bare tensors"):
+        opt = AlraoSGD(ours, sampler=Constant(0.1), **options)
+    return opt, torch.optim.SGD(theirs, lr=0.1, **options)
+
+
+def step(*optimizers):
+    for opt in optimizers:
+        for group in opt.param_groups:
+            for k, param in enumerate(group["params"]):
+                param.grad = torch.full_like(param, 1.0 + k)
+        opt.step()
+
+
+def assert_alike(opt, other):
+    for a, b in zip(opt.param_groups[0]["params"], other.param_groups[0]["params"]):
+        torch.testing.assert_close(a, b)
+        if "momentum_buffer" in other.state[b]:
+            buffer = other.state[b]["momentum_buffer"]
+            torch.testing.assert_close(opt.state[a]["momentum_buffer"], buffer)
+
+
+EXCHANGES = {
+    "state tensor": lambda states: states.update(momentum_buffer=torch.full((4,), 7.0)),
+    "equal state tensor, then written": lambda states: states.update(
+        momentum_buffer=states["momentum_buffer"].clone()
+    ),
+}
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES.values(), ids=EXCHANGES)
+def test_an_exchanged_state_counts(comparison, exchange):
+    opt, other = pair(momentum=0.9)
+    step(opt, other)
+    for one in (opt, other):
+        states = one.state[one.param_groups[0]["params"][1]]
+        exchange(states)
+        states["momentum_buffer"].add_(0.5)
+    step(opt, other)
+    step(opt, other)
+    assert_alike(opt, other)
+    saved = opt.state_dict()["state"][1]["momentum_buffer"]
+    torch.testing.assert_close(saved, other.state_dict()["state"][1]["momentum_buffer"])
+
+
+def test_exchanged_dict_of_states(comparison):
+    opt, other = pair(momentum=0.9)
+    step(opt, other)
+    for one in (opt, other):
+        param = one.param_groups[0]["params"][0]
+        one.state[param] = copy.deepcopy(one.state[param])
+        one.state[param]["momentum_buffer"].mul_(3)
+    step(opt, other)
+    assert_alike(opt, other)
+
+
+def test_exchanged_rates_count(comparison):
+    opt, _ = pair()
+    step(opt)
+    param = opt.param_groups[0]["params"][2]
+    opt.state[param]["rate"] = torch.full((4,), 2.0)
+    before = param.detach().clone()
+    step(opt)
+    assert torch.equal(param, before - 2.0 * 3)
+
+
+def test_states_taken_out_begin_anew(comparison):
+    with pytest.warns(UserWarning, match="bare tensors"):
+        opt = AlraoAdam([torch.nn.Parameter(torch.ones(4))], sampler=Constant(0.1))
+    step(opt)
+    [param] = opt.param_groups[0]["params"]
+    old = opt.state[param].pop("exp_avg")
+    step(opt)
+    new = opt.state[param]["exp_avg"]
+    assert new is not old and torch.equal(new, torch.full((4,), 0.1))
+
+
+def test_exchanged_parameter_needs_rates_of_its_own(comparison):
+    opt, _ = pair()
+    step(opt)
+    params = opt.param_groups[0]["params"]
+    old, params[1] = params[1], torch.nn.Parameter(torch.zeros(4))
+    before = old.detach().clone()
+    with pytest.raises(RuntimeError, match="without a learning rate"):
+        step(opt)
+    assert torch.equal(old, before) and torch.equal(params[1], torch.zeros(4))
+
+
+def test_parameters_exchanged_for_each_other(comparison):
+    opt, other = pair(momentum=0.9)
+    step(opt, other)
+    for one in (opt, other):
+        params = one.param_groups[0]["params"]
+        params[0], params[2] = params[2], params[0]
+    step(opt, other)
+    assert_alike(opt, other)
+
+
+def test_nothing_is_bound_anew_while_nothing_changes(comparison, monkeypatch):
+    opt, _ = pair(momentum=0.9)
+    step(opt)
+    bound = opt._binding.groups[0]
+    for _ in range(3):
+        step(opt)
+        opt.param_groups[0]["lr"] *= 0.5
+        assert opt._binding.groups[0] is bound
+    opt.state[opt.param_groups[0]["params"][0]]["note"] = "mine"
+    step(opt)
+    assert opt._binding.groups[0] is not bound
+
+
+def test_a_group_is_bound_apart_from_the_others(comparison):
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(4)]
+    with pytest.warns(UserWarning, match="bare tensors"):
+        opt = AlraoSGD([{"params": params[:2]}, {"params": params[2:]}], momentum=0.9)
+    step(opt)
+    first, second = opt._binding.groups[0], opt._binding.groups[1]
+    opt.state[params[3]]["momentum_buffer"] = torch.zeros(4)
+    step(opt)
+    assert opt._binding.groups[0] is first and opt._binding.groups[1] is not second
+
+
+def test_objects_are_told_apart_by_identity(comparison):
+    scalar, equal = torch.zeros(()), torch.zeros(())
+    sequence, mapping = [scalar, scalar], {"a": scalar, "b": equal}
+    objects = Objects(sequence, mapping, [], {})
+    assert objects.count == 4 and objects.are_same()
+    for change in (
+        lambda: sequence.__setitem__(1, equal),
+        lambda: sequence.append(scalar),
+        sequence.pop,
+        lambda: mapping.update(a=equal),
+        lambda: mapping.update(c=scalar),
+        lambda: mapping.pop("b"),
+        lambda: (sequence.pop(), mapping.update(c=scalar)),
+    ):
+        sequence[:] = [scalar, scalar]
+        mapping.clear()
+        mapping.update(a=scalar, b=equal)
+        objects = Objects(sequence, mapping)
+        change()
+        assert not objects.are_same()
+
+
+def test_ids_are_not_taken_again(comparison):
+    """The object that was bound stays alive, so no other can have its id."""
+    mapping = {"a": torch.zeros(3)}
+    objects = Objects(mapping)
+    for _ in range(100):
+        mapping["a"] = torch.zeros(3)
+        assert not objects.are_same()
+
+
+def test_the_authors_optimizer_sees_it_too(comparison):
+    torch.manual_seed(0)
+    inner, last = torch.nn.Linear(3, 2), [torch.nn.Linear(2, 2) for _ in range(2)]
+    rates = [torch.full_like(p, 0.1) for p in inner.parameters()]
+    opt = SGDAlrao(
+        inner.parameters(),
+        rates,
+        [m.parameters() for m in last],
+        [0.1, 0.2],
+        momentum=0.5,
+    )
+    weight = inner.weight
+    for k in range(2):
+        weight.grad = torch.ones_like(weight)
+        opt.step()
+        if k == 0:
+            spec = opt.opt_internal_nn
+            spec.state[weight]["momentum_buffer"] = torch.full_like(weight, 100.0)
+    keep = 1 - 0.5 * 0.1**0.5
+    expected = torch.full_like(weight, 100.0 * keep + 1)
+    torch.testing.assert_close(spec.state[weight]["momentum_buffer"], expected)
