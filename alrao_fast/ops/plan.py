@@ -6,6 +6,7 @@ Eager mode only; under torch.compile the list ops are the honest graph nodes.
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -95,22 +96,20 @@ class TritonPlan:
         self._plan: Any = None
 
     def step(self, grads: list[Tensor], options: Options, scalars: Scalars) -> bool:
-        lists, lr = self._lists, scalars.lr
-        if self._plan is not None and not self._plan.unchanged(lists):
-            return False
-        with dispatch.device_of(lists.steps):
-            if self._plan is None:
-                self._op.check(lists, grads, options, scalars)
+        op, lists, lr = self._op, self._lists, scalars.lr
+        check = partial(op.check, lists, grads, options, scalars)
+        if self._plan is None:
+            check()
+            with dispatch.device_of(lists.steps):
                 self._plan = self._frame.Plan(lists)
-            elif not (
-                self._plan.fits(grads, lists.steps.device)
-                and self._frame.scalars_fit(scalars)
-                and len(lists.states) == self._op.num_states(options)
-            ):
-                self._op.check(lists, grads, options, scalars)
+        elif not self._plan.unchanged(lists):
+            return False
+        elif len(lists.states) != op.num_states(options):
+            check()
+        with dispatch.device_of(lists.steps):
             self._frame.run_plan(
                 self._plan,
-                self._op.kernels.UPDATE,
+                op.kernels.UPDATE,
                 lists,
                 grads,
                 options,
@@ -119,6 +118,7 @@ class TritonPlan:
                 maximize=scalars.maximize,
                 grad_scale=scalars.grad_scale,
                 found_inf=scalars.found_inf,
+                check=check,
             )
         increment_version(lists.params)
         return True

@@ -29,7 +29,7 @@ from .multi_tensor import (
     store_parameter,
     write,
 )
-from .plan import Lists, Plan, count_steps, find_plan
+from .plan import Lists, Plan, count_steps, find_plan, in_memory_order
 
 Options = Mapping[str, float | bool]
 
@@ -262,11 +262,17 @@ def run_plan(
     maximize: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    check: Callable[[], None],
 ) -> None:
-    """One step by the plan of these lists, for gradients that fit them. Nothing waits for the device."""
+    """One step by the plan of these lists; `check` raises where the other arguments do not fit it.
+
+    Nothing waits for the device.
+    """
     steps = lists.steps
-    # Copies live until the launch.
-    grads = plan.in_memory_order(grads, lists.params)
+    if not plan.fits(grads) or not scalars_fit(lr_tensor, grad_scale, found_inf):
+        check()
+        # Copies live until the launch.
+        grads = in_memory_order(grads, lists.params)
     pointers = plan.gradients(grads, steps.device)
     numbers = [*map(float, update.numbers(options))]
     flags = dict(zip("ABC", update.flags(options)))
@@ -314,19 +320,15 @@ def run(
     check: Callable[[], None],
     **scalars: Any,
 ) -> None:
-    """The list op: `run_plan` on a plan that is kept for these tensors. `check` raises where arguments do not fit."""
-    if not lists.params:
-        return
-    plan = find_plan(lists, grads, check)
-    if not scalars_fit(scalars.values()):
-        check()
-    run_plan(plan, update, lists, grads, options, **scalars)
+    """The list op: `run_plan` on a plan that is kept for these tensors."""
+    if lists.params:
+        plan = find_plan(lists, check)
+        run_plan(plan, update, lists, grads, options, check=check, **scalars)
 
 
-def scalars_fit(scalars: Any) -> bool:
-    """Whether those that are tensors hold one number that a kernel can read."""
+def scalars_fit(*scalars: Tensor | None) -> bool:
+    """Whether each is None, or one number that a kernel can read."""
     return all(
-        value.numel() == 1 and value.dtype in (torch.float32, torch.float64)
-        for value in scalars
-        if isinstance(value, Tensor)
+        scalar is None or (scalar.numel() == 1 and scalar.dtype in (torch.float32, torch.float64))
+        for scalar in scalars
     )

@@ -84,7 +84,7 @@ _shape, _dtype = Tensor.shape.__get__, Tensor.dtype.__get__
 
 
 class _Looks(NamedTuple):
-    """What the tables were made of, beyond the numbers in the lists."""
+    """What tables were made of, beyond the numbers in the lists."""
 
     addresses: list[int]
     numels: list[int]
@@ -94,11 +94,12 @@ class _Looks(NamedTuple):
 
 
 def _look(lists: Lists) -> _Looks:
-    params = lists.params
-    tensors = [*params, *chain.from_iterable(lists.states), *lists.masters, *lists.rates]
+    params, others = lists.params, [*chain.from_iterable(lists.states), *lists.masters]
+    # Parameters share rates.
+    others += {id(rate): rate for rate in lists.rates}.values()
     return _Looks(
-        [*map(_address, tensors)],
-        [*map(_numel, tensors)],
+        [*map(_address, params), *map(_address, others)],
+        [*map(_numel, others)],
         [*map(_shape, params)],
         [*map(_strides, params)],
         [*map(_dtype, params)],
@@ -129,21 +130,17 @@ class Plan:
         """Whether every tensor has the memory, and every parameter the shape, strides and dtype, that the plan saw."""
         return _look(lists) == self._looks
 
-    def fits(self, grads: Sequence[Tensor], device: torch.device) -> bool:
-        """Whether these can be the gradients of the parameters."""
-        return (
-            all(grad.layout == torch.strided and grad.device == device for grad in grads)
-            and [*map(_shape, grads)] == self._looks.shapes
-            and [*map(_dtype, grads)] == self._looks.dtypes
-        )
+    def fits(self, grads: Sequence[Tensor]) -> bool:
+        """Whether these are dense gradients of the parameters' shapes and dtypes, in their memory order.
 
-    def in_memory_order(
-        self, grads: Sequence[Tensor], params: Sequence[Tensor]
-    ) -> Sequence[Tensor]:
-        """The gradients in their parameters' memory order: themselves, or copies where strides differ."""
-        if [*map(_strides, grads)] == self._looks.strides:
-            return grads
-        return [_in_layout_of(grad, param) for grad, param in zip(grads, params)]
+        Not whether they are on the device: a parameter's `grad` is.
+        """
+        return (
+            [*map(_shape, grads)] == self._looks.shapes
+            and [*map(_dtype, grads)] == self._looks.dtypes
+            and not any(grad.is_sparse for grad in grads)
+            and [*map(_strides, grads)] == self._looks.strides
+        )
 
     @staticmethod
     def _make_groups(lists: Lists) -> list[Group]:
@@ -251,13 +248,13 @@ _plans: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
 _MAX_PLANS = 64
 
 
-def find_plan(lists: Lists, grads: Sequence[Tensor], check: Callable[[], None]) -> Plan:
+def find_plan(lists: Lists, check: Callable[[], None]) -> Plan:
     """The plan of these tensors, made at first use; the least recently used go, but never one that a graph reads.
 
-    For calls that bring all tensors each time. `check` raises where they do not fit together; it is called unless they
-    are known to.
+    For calls that bring all tensors each time. `check` raises where the lists do not fit together; it is called unless
+    they are known to.
     """
-    tensors = [*lists.params, *(s for state in lists.states for s in state), *lists.masters]
+    tensors = [*lists.params, *chain.from_iterable(lists.states), *lists.masters]
     if any(t.layout != torch.strided for t in tensors):
         check()
     key = (
@@ -280,15 +277,17 @@ def find_plan(lists: Lists, grads: Sequence[Tensor], check: Callable[[], None]) 
             del _plans[old]
     else:
         _plans.move_to_end(key)
-        if not plan.fits(grads, lists.steps.device):
-            check()
     return plan
 
 
-def _in_layout_of(grad: Tensor, param: Tensor) -> Tensor:
-    if grad.stride() == param.stride():
-        return grad
-    strided = torch.empty_strided(
-        param.size(), param.stride(), dtype=grad.dtype, device=grad.device
-    )
-    return strided.copy_(grad)
+def in_memory_order(grads: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients in their parameters' memory order: themselves, or copies where strides differ."""
+    found = []
+    for grad, param in zip(grads, params):
+        if grad.stride() != param.stride():
+            strided = torch.empty_strided(
+                param.size(), param.stride(), dtype=grad.dtype, device=grad.device
+            )
+            grad = strided.copy_(grad)
+        found.append(grad)
+    return found
