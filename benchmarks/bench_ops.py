@@ -15,8 +15,8 @@ import torch
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from speed import presets
-from speed.case import Candidate, Case, Missing
+from benchmarks.speed import presets
+from benchmarks.speed.case import Candidate, Case, Missing
 
 OPS = [case for case in presets.quick() if case.op != "training_step"]
 CHOICES = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 
 class Timing(NamedTuple):
@@ -44,8 +44,7 @@ def interleave(
     for turn in range(rounds):
         if turn >= 3 and time.perf_counter() - begin > seconds:
             break
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in rotated(names, turn):
             call, count = candidates[name], repeats[name]
             start = time.perf_counter()
             for _ in range(count):
@@ -54,6 +53,19 @@ def interleave(
         if on_round is not None:
             on_round()
     return {name: summary(values) for name, values in observed.items()}
+
+
+def rotated(names: Sequence[str], turn: int) -> Iterator[str]:
+    """The names in the order of a round: none of them comes first every time."""
+    shift = turn % len(names)
+    yield from (*names[shift:], *names[:shift])
+
+
+def device_seconds(values: Mapping[str, Any]) -> Timing | None:
+    """A candidate's time on the device: of a graph's replay, else between events, else on the wall clock."""
+    seconds = values.get("seconds", {})
+    clock = next((clock for clock in ("graph", "gpu", "wall") if clock in seconds), None)
+    return None if clock is None else Timing(**seconds[clock])
 
 
 def summary(values: list[float]) -> Timing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from networks.layers import conv_bn, scaled
+from benchmarks.networks.layers import conv_bn, scaled
 
 # Output channels by branch (Szegedy et al., table 1): 1x1; reduction and 3x3; reduction and 5x5; 1x1 after pooling.
 Branches = tuple[int, int, int, int, int, int]

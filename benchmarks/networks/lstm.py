@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from networks.layers import scaled
+from benchmarks.networks.layers import scaled
 
 State = tuple[Tensor, Tensor]
 

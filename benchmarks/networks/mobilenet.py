@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from networks.layers import conv_bn, scaled
+from benchmarks.networks.layers import conv_bn, scaled
 
 # Expansion, output channels, blocks, stride of the first one (Sandler et al., table 2). Two of the five strides of 2
 # are 1 here, for images a seventh of the size: the maps end at 4x4 pixels.

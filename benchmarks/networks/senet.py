@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from networks.layers import conv_bn, scaled
+from benchmarks.networks.layers import conv_bn, scaled
 
 # Output channels and the stride of the first of the two blocks of a stage.
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from networks.layers import conv_bn, scaled
+from benchmarks.networks.layers import conv_bn, scaled
 
 # Convolutions between two poolings, and their output channels.
 STAGES = ((2, 64), (2, 128), (4, 256), (4, 512), (4, 512))

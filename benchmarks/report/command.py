@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import machine
 from rich.console import Console
 
-from report import paper_section, quality_section, ranking_section, speed_section
-from report.page import Section, Table, html, markdown
+from benchmarks import machine
+from benchmarks.report import paper_section, quality_section, ranking_section, speed_section
+from benchmarks.report.page import Section, html, markdown
+from benchmarks.tables import Table
 
 Make = Callable[[Path], tuple[Section, list[dict[str, Any]]]]
 # The folder of a command's results -> its section.

@@ -6,12 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from demo import posterior_plot
-from quality import plots, tables
-from quality.summary import Cell, Summary, summarise
-from results import read
-
-from report.page import Picture, Section, Table, picture
+from benchmarks.experiments.demo import posterior_plot
+from benchmarks.experiments.quality import plots, tables
+from benchmarks.experiments.quality.summary import Summary, ran, summarise
+from benchmarks.report.page import Picture, Section, picture
+from benchmarks.results import read
 
 COMMAND = "python benchmarks quality --quick"
 INTRO = (
@@ -35,26 +34,16 @@ def section(folder: Path) -> tuple[Section, list[dict[str, Any]]]:
     if not any("curves" in record for record in records):
         return Section("Quality", INTRO, missing=COMMAND), []
     summary = summarise(records)
-    found = [table_of(table) for table in tables.all_tables(summary)]
+    found = list(tables.all_tables(summary))
     pictures = [shown for task in summary for shown in pictures_of(task, summary)]
-    used = [
-        run
-        for cells in summary.values()
-        for c in cells.values()
-        if isinstance(c, Cell)
-        for run in c.all
-    ]
+    used = [run for cells in summary.values() for own in ran(cells).values() for run in own.all]
     return Section("Quality", INTRO, found[:-1], pictures, found[-1:]), used
-
-
-def table_of(table: tables.Table) -> Table:
-    return Table(table.title, table.columns, table.rows)
 
 
 def pictures_of(task: str, summary: Summary) -> list[Picture]:
     """Final losses, learning curves, and the posterior of Alrao's first run."""
     cells = summary[task]
-    if not any(isinstance(own, Cell) for own in cells.values()):
+    if not ran(cells):
         return []
     captions = {
         "final": f"{task}: final test loss, a dot for each seed, best method on top",
@@ -64,8 +53,8 @@ def pictures_of(task: str, summary: Summary) -> list[Picture]:
         picture(f"quality-{task}-{name}", captions[name], partial(draw, task, cells))
         for name, draw in plots.PLOTS.items()
     ]
-    own = cells.get("alrao")
-    if isinstance(own, Cell):
+    own = ran(cells).get("alrao")
+    if own is not None:
         run = own.best[0]
         draw = partial(posterior_plot, run["curves"]["posterior"], run["clone_rates"])
         caption = f"{task}: which clone's learning rate the switch trusts, by epoch"

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ranking import Comparison
-from results import read
-
-from report.page import Section, Table, picture
+from benchmarks.experiments.ranking import Comparison
+from benchmarks.report.page import Section, picture
+from benchmarks.results import read
 
 COMMAND = "python benchmarks ranking"
 INTRO = (
@@ -22,12 +21,9 @@ def section(folder: Path) -> tuple[Section, list[dict[str, Any]]]:
     if not records:
         return Section("Ranking architectures", INTRO, missing=COMMAND), []
     comparison = Comparison(records)
-    table = comparison.table()
-    columns = [str(column.header) for column in table.columns]
-    shown = Table(str(table.title), columns, comparison.lines())
-    plot = picture(
-        "ranking", "Each network's loss by Alrao and by the best SGD of the grid", comparison.plot
-    )
+    caption = "Each network's loss by Alrao and by the best SGD of the grid"
+    plots = [picture("ranking", caption, comparison.plot)]
+    notes = comparison.verdict()
     return Section(
-        "Ranking architectures", INTRO, [shown], [plot], notes=comparison.verdict()
+        "Ranking architectures", INTRO, [comparison.table()], plots, notes=notes
     ), records

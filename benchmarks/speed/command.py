@@ -14,16 +14,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import machine
-import roofline
 import torch
-from results import Results
 from rich.console import Console
 from tqdm import tqdm
 
-from speed import authors, case, presets, sweeps, tables, targets
-from speed.case import Case, Target
-from speed.measure import Effort, Values, measure, memory_here
+from benchmarks import machine, roofline
+from benchmarks.results import Results
+from benchmarks.speed import authors, case, presets, sweeps, tables, targets
+from benchmarks.speed.case import Case, Target
+from benchmarks.speed.measure import Effort, Values, measure, memory_here
 
 # Interleaved rounds, and about how many seconds of them per case.
 EFFORTS = {"quick": (7, 2.0), "cpu": (15, 12.0), "full": (15, 30.0), "gpu": (11, 1.5)}
@@ -105,11 +104,8 @@ class Session:
         whole = {c.name for c in case.candidates if c.whole}
         for name, row in values.items():
             if "missing" not in row and name in whole:
-                row.update(
-                    bytes=case.bytes,
-                    flops=case.flops,
-                    **targets.shares(case, row, self.rates),
-                )
+                row |= {"bytes": case.bytes, "flops": case.flops}
+                row |= targets.shares(case, row, self.rates)
             self.results.append(keys[name], rounds=self.effort.rounds, **row)
         return values
 
@@ -156,7 +152,8 @@ def run_tests(ops: set[str], quick: bool) -> None:
             "the ops' tests run first, and pytest is not installed: pip install -e '.[bench]' (--no-tests measures "
             "without them)"
         )
-    files = [machine.ROOT / "tests" / f"test_{op}.py" for op in OPS if op in ops]
+    folder = machine.ROOT / "tests"
+    files = [path for op in OPS if op in ops for path in sorted(folder.glob(f"test_{op}*.py"))]
     command = [sys.executable, "-c", "import sys, pytest; sys.path.pop(0); sys.exit(pytest.main())"]
     command += ["-x", "-q", "-p", "no:cacheprovider", *map(str, files)]
     if quick:

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alrao_fast import backends
 from alrao_fast.functional import switch_mixture_log_prob
 from alrao_fast.reference import switch_mixture as reference
 from alrao_fast.testing import MixtureInputs
-from speed.case import DTYPES, Call, Candidate, Case, Target, compiled
-from speed.heads import (
-    available,
-    checked_inputs,
-    head_bytes,
-    inputs,
-    logits_of,
-    rows_at_once,
-    sizes_of,
-)
+from benchmarks.speed.case import Call, Candidate, Case, Target, compiled, ours
+from benchmarks.speed.heads import Head, in_chunks
 
 
 def evaluation_truth(given: MixtureInputs) -> Mapping[str, Tensor]:
     """The reference in float64, chunk by chunk."""
-    weight = given.weight.double()
-    bias = None if given.bias is None else given.bias.double()
+    weight, bias = (None if t is None else t.double() for t in given[1:3])
     nll, correct = 0.0, 0.0
     with torch.no_grad():
-        for x, target in zip(*(t.split(rows_at_once(given)) for t in (given.x, given.target))):
+        for x, target in in_chunks(given):
             log_prob = reference.switch_mixture_log_prob(
                 x.double(), weight, bias, given.log_posterior
             )
@@ -53,9 +42,7 @@ def _evaluated(given: MixtureInputs, log_prob_of: Callable[[], Tensor]) -> Call:
     return Call(run, lambda: results, results.clear)
 
 
-def _evaluate_ours(backend: str, given: MixtureInputs) -> Call:
-    if backend != "auto":
-        available("switch_mixture", backend, given.x.device)
+def _ours(backend: str, given: MixtureInputs) -> Call:
     return _evaluated(given, lambda: switch_mixture_log_prob(*given[:4], impl=backend))
 
 
@@ -67,51 +54,30 @@ def _log_prob_one_by_one(
     return torch.logsumexp(torch.stack(each, 2) + log_posterior.float(), 2)
 
 
-def _evaluate_one_by_one(given: MixtureInputs) -> Call:
+def _one_by_one(given: MixtureInputs) -> Call:
     return _evaluated(given, lambda: _log_prob_one_by_one(*given[:4]))
 
 
-def _evaluate_compiled(given: MixtureInputs) -> Call:
+def _compiled(given: MixtureInputs) -> Call:
     log_prob = compiled(_log_prob_one_by_one)
     return _evaluated(given, lambda: log_prob(*given[:4]))
 
 
-def evaluation_case(
-    label: str,
-    samples: int,
-    features: int,
-    classes: int,
-    clones: int,
-    dtype: str = "float32",
-    *,
-    bias: bool = True,
-    tiny: bool = False,
-    targets: tuple[Target, ...] = (),
-) -> Case:
+def evaluation_case(head: Head, *, targets: tuple[Target, ...] = ()) -> Case:
     """Negative log-likelihood and accuracy of the mixture from `switch_mixture_log_prob`."""
-    sizes = sizes_of(samples, features, classes, clones, bias, tiny)
     # Which class is largest turns on rounding: at few samples one of them is more than the tolerance.
-    claims = ("nll", "accuracy") if dtype == "float32" else ("nll",)
-    total = head_bytes(sizes, DTYPES[dtype].itemsize) / 2
-    return Case(
-        name=f"log_prob, {label}",
-        op="switch_mixture",
-        sizes=sizes,
-        dtype=dtype,
-        inputs=partial(inputs, sizes, DTYPES[dtype]),
-        check_inputs=partial(checked_inputs, sizes, DTYPES[dtype]),
+    claims = ("nll", "accuracy") if head.dtype == "float32" else ("nll",)
+    read = head.features_bytes() + head.clones_bytes()
+    return head.case(
+        "log_prob",
+        flops=2,
         truth=evaluation_truth,
         candidates=(
-            Candidate("alrao", partial(_evaluate_ours, "auto"), claims),
-            *(
-                Candidate(f"alrao {name}", partial(_evaluate_ours, name), claims)
-                for name in backends.BACKENDS
-            ),
-            Candidate("one by one", _evaluate_one_by_one, claims),
-            Candidate("torch.compile", _evaluate_compiled, claims, slow=True),
+            *ours("switch_mixture", _ours, claims),
+            Candidate("one by one", _one_by_one, claims),
+            Candidate("torch.compile", _compiled, claims, slow=True),
         ),
-        bytes=total + sizes["samples"] * sizes["classes"] * 4,
-        flops=2 * logits_of(sizes) * sizes["features"],
-        set_bytes=total,
+        bytes=read + head.samples * head.classes * 4,
+        set_bytes=read,
         targets=targets,
     )

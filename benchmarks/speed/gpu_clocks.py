@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from timing import Timing, summary
+
+from benchmarks.timing import Timing, rotated, summary
 
 Runs = Sequence[Callable[[], object]]
 # A block of calls takes about this long, but has no more calls than the queue of launches holds with room to spare.
@@ -126,8 +127,7 @@ def measure(
     begin = time.perf_counter()
     names = list(candidates)
     for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in rotated(names, turn):
             for block, sets in blocks[name]:
                 block.observe(sets)
         if on_round is not None:

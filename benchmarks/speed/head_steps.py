@@ -11,19 +11,8 @@ from torch import Tensor, nn
 
 import alrao_fast as alrao
 from alrao_fast.testing import MixtureInputs
-from speed.case import DTYPES, Call, Candidate, Case, Target
-from speed.heads import (
-    GRADIENTS,
-    authors_step,
-    checked_inputs,
-    head_bytes,
-    inputs,
-    logits_of,
-    mixture_candidates,
-    outputs_of,
-    sizes_of,
-    truth,
-)
+from benchmarks.speed.case import Call, Candidate, Case, Target, leaving_gradients
+from benchmarks.speed.heads import GRADIENTS, Head, authors_step, mixture_candidates, truth
 
 
 def _head_module(given: MixtureInputs) -> alrao.ClassifierClones:
@@ -54,21 +43,14 @@ def _head_step(given: MixtureInputs) -> Call:
     head = _head_module(given)
     optimizer = alrao.AlraoSGD(head, lr_range=(1e-12, 1e-12))
     x = given.x.detach().requires_grad_()
-    results: dict[str, Tensor] = {}
 
-    def drop() -> None:
-        results.clear()
-        x.grad = None
-        optimizer.zero_grad()
-
-    def run() -> None:
-        drop()
+    def compute() -> Mapping[str, Tensor]:
         loss = head(x, given.target)
         loss.backward()
         optimizer.step()
-        results.update(loss=loss.detach())
+        return {"loss": loss.detach()}
 
-    return Call(run, outputs_of(results, x, head.weight), drop)
+    return leaving_gradients(compute, x, [head.weight], [head.bias])
 
 
 def _then_sgd(make: Callable[[MixtureInputs], Call], given: MixtureInputs) -> Call:
@@ -87,39 +69,25 @@ def _then_sgd(make: Callable[[MixtureInputs], Call], given: MixtureInputs) -> Ca
 
 
 def head_case(
-    label: str,
-    samples: int,
-    features: int,
-    classes: int,
-    clones: int,
-    dtype: str = "float32",
+    head: Head,
     *,
-    bias: bool = True,
-    tiny: bool = False,
     keep: tuple[str, ...] = ("torch.func.vmap", "one by one"),
     targets: tuple[Target, ...] = (),
 ) -> Case:
     """A training step of the head alone. Peers named in `keep` are followed by torch's fused SGD on the clones."""
-    sizes = sizes_of(samples, features, classes, clones, bias, tiny)
-    width = DTYPES[dtype].itemsize
     peers = [c for c in mixture_candidates() if c.name in keep]
-    update = 3 * width * sizes["clones"] * sizes["classes"] * (sizes["features"] + sizes["bias"])
-    total = head_bytes(sizes, width)
-    return Case(
-        name=f"head step, {label}",
-        op="switch_mixture",
-        sizes=sizes,
-        dtype=dtype,
-        inputs=partial(inputs, sizes, DTYPES[dtype]),
-        check_inputs=partial(checked_inputs, sizes, DTYPES[dtype]),
+    total = 2 * (head.features_bytes() + head.clones_bytes())
+    return head.case(
+        "head step",
+        flops=6,
         truth=head_truth,
         candidates=(
             Candidate("alrao", _head_step, GRADIENTS),
             *(Candidate(f"{c.name} + SGD", partial(_then_sgd, c.make), c.claims) for c in peers),
             Candidate("authors", authors_step, ("dweight",)),
         ),
-        bytes=total + update,
-        flops=6 * logits_of(sizes) * sizes["features"],
+        # The update reads weights and gradients and writes the weights.
+        bytes=total + 3 * head.clones_bytes(),
         set_bytes=total,
         targets=targets,
     )

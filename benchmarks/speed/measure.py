@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from roofline import precision
-from timing import Timing, interleave
 
 from alrao_fast.testing import relative_error
-from speed import authors, gpu_clocks
-from speed.case import TOLERANCE, Call, Candidate, Case, Missing
+from benchmarks.roofline import precision
+from benchmarks.speed import authors, gpu_clocks
+from benchmarks.speed.case import TOLERANCE, Call, Candidate, Case, Missing
+from benchmarks.timing import interleave
 
 Values = dict[str, Any]
 MAIN = Path(__file__).resolve().parent.parent / "__main__.py"
@@ -159,15 +159,6 @@ def _time_on_gpu(
         values[name]["seconds"] = {clock: t._asdict() for clock, t in result.times.items()}
         if result.missing:
             values[name]["no_clock"] = result.missing
-
-
-def device_seconds(values: Values) -> Timing | None:
-    """The time on the device: of a graph's replay, else between events, else (on a CPU) the wall clock's."""
-    seconds = values.get("seconds", {})
-    for clock in ("graph", "gpu", "wall"):
-        if clock in seconds:
-            return Timing(**seconds[clock])
-    return None
 
 
 # Peak memory on a CPU: resident memory of a process of its own, because what was freed there may not be given back.

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from networks import VGG19, GoogLeNet, LSTMBackbone, MobileNetV2, TransformerLM
 from torch import Tensor, nn
 
 import alrao_fast as alrao
@@ -16,8 +15,19 @@ from alrao_fast import backends
 from alrao_fast.functional import feature_adam_, feature_sgd_
 from alrao_fast.optim.layouts import memory_rates
 from alrao_fast.reference.feature_sgd import entry_rates, memory_order
-from speed import authors
-from speed.case import DTYPES, Call, Candidate, Case, Missing, Target, compiled, generator_on
+from benchmarks.networks import VGG19, GoogLeNet, LSTMBackbone, MobileNetV2, TransformerLM
+from benchmarks.speed import authors
+from benchmarks.speed.case import (
+    DTYPES,
+    Call,
+    Candidate,
+    Case,
+    Missing,
+    Target,
+    compiled,
+    generator_on,
+    ours,
+)
 
 LR_RANGE, LR = (1e-5, 1e-2), 1e-3
 # Entries of a parameter that the outputs are compared by.
@@ -87,6 +97,10 @@ def inputs(
 
 def _params(update: Update) -> list[nn.Parameter]:
     return list(update.model.parameters())
+
+
+def _device(update: Update) -> torch.device:
+    return _params(update)[0].device
 
 
 def _positions(param: Tensor) -> Tensor:
@@ -160,24 +174,18 @@ def _call(step: Callable[[], object], update: Update, name: str) -> Call:
 
 def _ours(kind: type, backend: str, update: Update) -> Call:
     step = _alrao(kind, update).step
-    if backend == "auto":
-        return _call(step, update, "params")
-    op = "feature_sgd" if kind is alrao.AlraoSGD else "feature_adam"
-    state = backends.status(op, backend)
-    if not state.available:
-        raise Missing(state.reason)
 
     def run() -> None:
         with backends.use_backend(backend):
             step()
 
-    return _call(run, update, "params")
+    return _call(step if backend == "auto" else run, update, "params")
 
 
 def _torch(kind: type, options: dict[str, Any], update: Update) -> Call:
     if kind is torch.optim.SGD:
         options = {**options, "momentum": update.momentum}
-    elif _params(update)[0].is_cuda:
+    elif _device(update).type == "cuda":
         # Without it Adam counts its steps on the CPU and cannot be captured.
         options = {**options, "capturable": True}
     return _call(kind(_params(update), lr=LR, **options).step, update, "plain")
@@ -251,8 +259,8 @@ def _scaled(make: Callable[[Update], Call], update: Update) -> Call:
     """`make`'s optimizer stepped by a GradScaler, which looks for infinities and hands over the scale."""
     call = make(update)
     optimizer = call.run.__self__
-    scaler = torch.amp.GradScaler(_params(update)[0].device.type, init_scale=1.0)
-    scaler.scale(torch.ones((), device=_params(update)[0].device))
+    scaler = torch.amp.GradScaler(_device(update).type, init_scale=1.0)
+    scaler.scale(torch.ones((), device=_device(update)))
 
     def run() -> None:
         scaler.step(optimizer)
@@ -265,33 +273,26 @@ def candidates(op: str, scaler: bool) -> tuple[Candidate, ...]:
     """Ours by backend, torch's three ways, apex, and per-feature updates made of torch's own operations."""
     kind = alrao.AlraoSGD if op == "feature_sgd" else alrao.AlraoAdam
     plain = torch.optim.SGD if op == "feature_sgd" else torch.optim.Adam
-    ours = partial(_ours, kind, "auto")
     fused = partial(_torch, plain, {"fused": True})
     if scaler:
         return (
-            Candidate("alrao", partial(_scaled, ours), ("params",)),
+            Candidate("alrao", partial(_scaled, partial(_ours, kind, "auto")), ("params",)),
             Candidate("torch fused", partial(_scaled, fused), ("plain",)),
         )
-    found = [
-        Candidate("alrao", ours, ("params",)),
-        *(
-            Candidate(f"alrao {name}", partial(_ours, kind, name), ("params",), name == "reference")
-            for name in backends.BACKENDS
-        ),
+    name = "SGDSpec" if op == "feature_sgd" else "AdamSpec"
+    only_sgd = (
+        Candidate("apex FusedSGD", _apex, ("plain",)),
+        Candidate("foreach, rates per weight", _foreach, ("params",)),
+        Candidate("torch.compile", _compiled, ("params",), slow=True),
+    )
+    return (
+        *ours(op, partial(_ours, kind), ("params",), slow=("reference",), device_of=_device),
         Candidate("torch fused", fused, ("plain",)),
         Candidate("torch foreach", partial(_torch, plain, {"foreach": True}), ("plain",)),
         Candidate("torch single", partial(_torch, plain, {"foreach": False}), ("plain",)),
-    ]
-    if op == "feature_sgd":
-        found += [
-            Candidate("apex FusedSGD", _apex, ("plain",)),
-            Candidate("foreach, rates per weight", _foreach, ("params",)),
-            Candidate("torch.compile", _compiled, ("params",), slow=True),
-            Candidate("authors", partial(_authors, "SGDSpec"), ("authors",)),
-        ]
-    else:
-        found.append(Candidate("authors", partial(_authors, "AdamSpec"), ("authors",)))
-    return tuple(found)
+        *(only_sgd if op == "feature_sgd" else ()),
+        Candidate("authors", partial(_authors, name), ("authors",)),
+    )
 
 
 def optimizer_case(

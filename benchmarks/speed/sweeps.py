@@ -11,28 +11,28 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from speed.case import Case
-from speed.heads import mixture_case
-from speed.measure import Values, device_seconds
-from speed.optimizers import linear_network, optimizer_case
+from benchmarks.speed.case import Case
+from benchmarks.speed.heads import Head, mixture_case
+from benchmarks.speed.measure import Values
+from benchmarks.speed.optimizers import linear_network, optimizer_case
+from benchmarks.timing import device_seconds
 
 HEADS = ("alrao", "one by one", "linear_cross_entropy x N", "linear_cross_entropy by rows")
 
 
+def _heads(heads: dict[int, Head]) -> list[tuple[int, Case]]:
+    return [(n, mixture_case(head, keep=HEADS, memory=True)) for n, head in heads.items()]
+
+
 def _clones(device: torch.device) -> list[tuple[int, Case]]:
-    samples, features, classes = (4096, 1024, 4096) if device.type == "cuda" else (256, 256, 1000)
-    return [
-        (n, mixture_case(f"{n} clones", samples, features, classes, n, keep=HEADS, memory=True))
-        for n in (1, 2, 4, 8, 16, 32)
-    ]
+    shape = (4096, 1024, 4096) if device.type == "cuda" else (256, 256, 1000)
+    return _heads({n: Head(f"{n} clones", *shape, n) for n in (1, 2, 4, 8, 16, 32)})
 
 
 def _classes(device: torch.device) -> list[tuple[int, Case]]:
-    samples, features = (2048, 512) if device.type == "cuda" else (64, 64)
-    return [
-        (c, mixture_case(f"{c} classes", samples, features, c, 6, keep=HEADS, memory=True))
-        for c in (10, 100, 1000, 10_000, 32_000, 128_000)
-    ]
+    shape = (2048, 512) if device.type == "cuda" else (64, 64)
+    sizes = (10, 100, 1000, 10_000, 32_000, 128_000)
+    return _heads({c: Head(f"{c} classes", *shape, c, 6) for c in sizes})
 
 
 def _free_memory(device: torch.device) -> int:
@@ -43,17 +43,12 @@ def _free_memory(device: torch.device) -> int:
 
 def _parameters(device: torch.device) -> list[tuple[int, Case]]:
     names = ("alrao", "torch fused", "torch foreach")
-    sizes = [10**k for k in range(5, 10)]
     # Parameters and gradients in float32, a copy for the comparison, and room to work in.
-    fitting = [size for size in sizes if 16 * size < _free_memory(device)]
+    fitting = [size for size in (10**k for k in range(5, 10)) if 16 * size < _free_memory(device)]
+    networks = {size: (f"linear layers, {size:,}", linear_network(size)) for size in fitting}
     return [
-        (
-            size,
-            optimizer_case(
-                f"linear layers, {size:,}", make_network=linear_network(size), keep=names
-            ),
-        )
-        for size in fitting
+        (size, optimizer_case(name, make_network=make, keep=names))
+        for size, (name, make) in networks.items()
     ]
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Console
 from rich.table import Table
-from timing import Timing
 
-from speed.case import Case, Target
-from speed.measure import Values, device_seconds
+from benchmarks.speed.case import Case, Target
+from benchmarks.speed.measure import Values
+from benchmarks.timing import Timing, device_seconds
 
 CLOCKS = ("graph", "gpu", "wall", "host")
 
@@ -23,9 +21,7 @@ def show_case(console: Console, case: Case, values: dict[str, Values]) -> None:
     table = Table(title=f"{case.name} ({case.dtype}; {sizes})", title_justify="left")
     table.add_column("candidate", no_wrap=True)
     columns = ("ratio", "quartiles", "% copy", "% matrix", "memory, MB", "error", "")
-    for clock in clocks:
-        table.add_column(f"{clock}, us", justify="right")
-    for title in columns:
+    for title in (*(f"{clock}, us" for clock in clocks), *columns):
         table.add_column(title, justify="right" if title else "left")
     first = next((time for v in values.values() if (time := device_seconds(v))), None)
     for name, row in values.items():
@@ -33,49 +29,47 @@ def show_case(console: Console, case: Case, values: dict[str, Values]) -> None:
             blank = [""] * (len(clocks) + len(columns) - 1)
             table.add_row(f"[dim]{name}", *blank, f"[dim]{row['missing']}")
         else:
-            table.add_row(name, *(_clock(row, clock) for clock in clocks), *_rest(row, first))
+            medians = [row["seconds"].get(clock, {}).get("median") for clock in clocks]
+            times = ["-" if m is None else f"{m * 1e6:,.1f}" for m in medians]
+            table.add_row(name, *times, *figures(row, first, device_seconds(row), "-"))
     console.print(table)
 
 
-def _clock(row: Values, clock: str) -> str:
-    if clock not in row["seconds"]:
-        return "-"
-    return f"{row['seconds'][clock]['median'] * 1e6:,.1f}"
-
-
-def _rest(row: Values, first: Timing | None) -> list[str]:
+def figures(row: Values, first: Timing, unit: Timing, absent: str) -> list[str]:
+    """Of a candidate that was timed: the ratio to the `first`; its range as ratios to `unit`; shares of the rates,
+    memory and error, as far as there are any."""
     time = device_seconds(row)
-    assert time is not None and first is not None
-    low, high = (t / time.median for t in (time.lower, time.upper))
+    assert time is not None
+    rest = (
+        ("copy_share", 100, ".0f"),
+        ("matrix_share", 100, ".0f"),
+        ("peak_memory", 1e-6, ",.1f"),
+        ("error", 1, ".0e"),
+    )
     return [
         f"{time.median / first.median:.2f}",
-        f"{low:.2f}-{high:.2f}",
-        f"{100 * row['copy_share']:.0f}" if "copy_share" in row else "-",
-        f"{100 * row['matrix_share']:.0f}" if "matrix_share" in row else "-",
-        f"{row['peak_memory'] / 1e6:,.1f}" if "peak_memory" in row else "-",
-        f"{row['error']:.0e}",
+        f"{time.lower / unit.median:.2f}-{time.upper / unit.median:.2f}",
+        *(absent if row.get(k) is None else format(row[k] * by, digits) for k, by, digits in rest),
     ]
 
 
 def show_targets(
-    console: Console, judged: list[tuple[Case, Target, Values]], dry_run: bool = False
+    console: Console, judged: list[tuple[Case, Target, Values]], dry_run: bool
 ) -> None:
     """The figures to reach, met or not."""
     if not judged:
         return
     title = "Figures to reach" + (" (dry run: the ratios mean nothing)" if dry_run else "")
     table = Table(title=title, title_justify="left")
-    for name in ("row", "case", "metric", "against"):
-        table.add_column(name)
-    for name in ("ratio", "limit"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+    for name in ("row", "case", "metric", "against", "ratio", "limit", ""):
+        table.add_column(name, justify="right" if name in ("ratio", "limit") else "left")
     for case, target, result in judged:
         ratio = result["ratio"]
+        size = "{} {:,}".format(*next(iter(case.sizes.items())))
         verdict = {True: "[green]met", False: "[red]not met", None: f"[dim]{result.get('missing')}"}
         table.add_row(
             target.row,
-            f"{case.name} ({case.dtype}, {_size(case)})",
+            f"{case.name} ({case.dtype}, {size})",
             result["clock"] or target.metric,
             target.peer or "floor",
             "-" if ratio is None else f"{ratio:.3g}",
@@ -83,8 +77,3 @@ def show_targets(
             verdict[result["met"]],
         )
     console.print(table)
-
-
-def _size(case: Case) -> str:
-    sizes: dict[str, Any] = dict(case.sizes)
-    return f"{next(iter(sizes))} {next(iter(sizes.values())):,}"

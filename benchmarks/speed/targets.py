@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from timing import Timing
-
-from speed.case import Case, Target
-from speed.measure import device_seconds
+from benchmarks.speed.case import Case, Target
+from benchmarks.timing import Timing, device_seconds
 
 Values = dict[str, Any]
 Rates = dict[str, float]

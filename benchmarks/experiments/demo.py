@@ -1,0 +1,259 @@
+"""Alrao against every learning rate of a grid, and default Adam, on scikit-learn's digits: `python benchmarks demo`.
+
+Real data that ships with scikit-learn (1,797 images of 8x8 pixels), a 64-256-256-10 ReLU network, batches of 32. Writes
+a table and three plots: test loss against the learning rate, learning curves, the switch posterior over time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import alrao_fast as alrao
+from benchmarks.experiments.digits import BATCH, DigitsTask, load_data
+from benchmarks.experiments.methods import METHODS, Method, Setting, build
+from benchmarks.experiments.seeds import mean_and_spread
+from benchmarks.experiments.tasks import Score
+from benchmarks.experiments.trainer import Trainer
+from benchmarks.figures import legend_beside, pyplot, save
+from benchmarks.results import grouped
+from benchmarks.tables import Table
+from benchmarks.timing import interleave
+
+GRID = [10.0**k for k in range(-5, 2)]
+LR_RANGE = DigitsTask.lr_range
+SIZE = (6.4, 4.2)
+# As they stand in a user's script: rates from torch's global generator, Adam as it is by default.
+OWN = {
+    "alrao": Method(
+        "alrao",
+        "Alrao, no search",
+        lambda net, setting: alrao.AlraoSGD(net, lr_range=setting.lr_range),
+        is_alrao=True,
+    ),
+    "sgd": METHODS["sgd"],
+    "adam": Method(
+        "adam", "Adam, default", lambda net, setting: torch.optim.Adam(net.parameters())
+    ),
+}
+
+
+class Run(NamedTuple):
+    """One training run: test loss (nats) and accuracy (%) after each epoch, the posterior at those times."""
+
+    method: str
+    seed: int
+    losses: list[float]
+    accuracies: list[float]
+    posterior: list[list[float]]
+
+
+class DemoTask(DigitsTask):
+    """The digits without a validation set: four fifths to train on, the incomplete last batch too."""
+
+    def __init__(self, seed: int) -> None:
+        data = load_data(seed)
+        self.x, self.y = data.train_x, data.train_y
+        self.parts = {"test": (data.test_x, data.test_y)}
+        self.order = torch.Generator().manual_seed(seed)
+
+    def steps(self) -> int:
+        return -(-len(self.y) // BATCH)
+
+    def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in torch.randperm(len(self.y), generator=self.order).split(BATCH):
+            yield self.x[batch], self.y[batch]
+
+    def evaluate(self, net: nn.Module, part: str) -> Score:
+        """Mean loss in nats (inf if it diverged) and accuracy in percent."""
+        x, y = self.parts[part]
+        log_probs = net(x)
+        loss = float(nn.functional.nll_loss(log_probs, y))
+        accuracy = float((log_probs.argmax(-1) == y).double().mean()) * 100
+        return (loss if math.isfinite(loss) else math.inf), accuracy
+
+
+def make(method: str, lr: float | None, seed: int) -> tuple[DemoTask, Trainer]:
+    """A fresh network and its training; `method` is alrao, sgd or adam."""
+    task = DemoTask(seed)
+    built = build(OWN[method], Setting(lr, LR_RANGE, seed), task)
+    return task, Trainer(OWN[method], *built, task)
+
+
+def train(method: str, lr: float | None, seed: int, epochs: int, bar: tqdm) -> Run:
+    """Train one network; the name of an SGD run carries its learning rate."""
+    _, trainer = make(method, lr, seed)
+    run = Run(method if lr is None else f"sgd {lr:.0e}", seed, [], [], [])
+    for epoch in range(epochs):
+        trainer.epoch(seed, epoch)
+        loss, accuracy = trainer.evaluate(trainer.evaluated(seed, epoch), "test")
+        run.losses.append(loss)
+        run.accuracies.append(accuracy)
+        if method == "alrao":
+            run.posterior.append(trainer.net.posterior().tolist())
+        bar.update()
+    return run
+
+
+def step_times() -> dict[str, float]:
+    """Median time of a training step by method, in units of plain SGD's, measured interleaved."""
+
+    def step(net: nn.Module, opt: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+        """The loop that every PyTorch user has, and nothing besides."""
+        opt.zero_grad()
+        net(x, targets=y).backward()
+        opt.step()
+
+    contenders = {}
+    for method, lr in (("sgd", 0.1), ("alrao", None), ("adam", None)):
+        task, trainer = make(method, lr, 0)
+        batch = trainer.net, trainer.opt, task.x[:BATCH], task.y[:BATCH]
+        contenders[method] = lambda batch=batch: step(*batch)
+    times = interleave(contenders, rounds=21, seconds_per_block=0.03)
+    return {method: time.median / times["sgd"].median for method, time in times.items()}
+
+
+def final(runs: list[Run]) -> dict[str, dict[str, tuple[float, float]]]:
+    """By method: mean and spread over the seeds of the last epoch's test accuracy and loss."""
+    return {
+        method: {
+            "accuracy": mean_and_spread(run.accuracies[-1] for run in same),
+            "loss": mean_and_spread(run.losses[-1] for run in same),
+        }
+        for method, same in grouped(runs, lambda run: run.method).items()
+    }
+
+
+def table(
+    summary: dict[str, dict[str, tuple[float, float]]], times: dict[str, float], seeds: int
+) -> Table:
+    """The result as a table: one row per method."""
+    best = max((m for m in summary if m.startswith("sgd")), key=lambda m: summary[m]["accuracy"][0])
+    rows = []
+    for method, row in summary.items():
+        label = method if method.startswith("sgd") else OWN[method].label
+        loss = "{:.3f} +- {:.3f}".format(*row["loss"]) if row["loss"][0] < math.inf else "diverged"
+        rows.append(
+            [
+                label + (", best of grid" if method == best else ""),
+                "{:.2f} +- {:.2f}".format(*row["accuracy"]),
+                loss,
+                f"{times[method.split()[0]]:.2f}",
+            ]
+        )
+    title = f"scikit-learn digits, {seeds} seeds: mean +- standard deviation"
+    return Table(title, ["method", "test accuracy %", "test loss", "step time / SGD"], rows)
+
+
+def loss_plot(runs: list[Run]) -> Any:
+    """The last test loss by SGD's learning rate, and Alrao's and Adam's."""
+
+    def last(method: str) -> list[float]:
+        return [run.losses[-1] for run in runs if run.method == method]
+
+    figure, axes = pyplot().subplots(figsize=SIZE)
+    grid = {lr: last(f"sgd {lr:.0e}") for lr in GRID}
+    finite = {lr: losses for lr, losses in grid.items() if all(map(math.isfinite, losses))}
+    means = [statistics.fmean(losses) for losses in finite.values()]
+    axes.plot(list(finite), means, "o-", color="C0", label="SGD at one learning rate")
+    ends = [[end(losses) for losses in finite.values()] for end in (min, max)]
+    axes.fill_between(list(finite), *ends, color="C0", alpha=0.2)
+    for lr in sorted(set(grid) - set(finite)):
+        axes.axvline(lr, color="C0", linestyle=":", label=f"SGD diverged at {lr:g}")
+    ours = f"Alrao over ({LR_RANGE[0]:g}, {LR_RANGE[1]:g})"
+    for method, color, label in (("alrao", "C3", ours), ("adam", "C2", "Adam, default")):
+        values = last(method)
+        axes.axhline(statistics.fmean(values), color=color, label=label)
+        axes.axhspan(min(values), max(values), color=color, alpha=0.15)
+    axes.set(xscale="log", yscale="log", xlabel="learning rate of SGD", ylabel="test loss (nats)")
+    axes.set_title("One run of Alrao, whatever the learning rate")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+    return figure
+
+
+def curves_plot(runs: list[Run]) -> Any:
+    """Test loss by epoch, of the first seed."""
+    figure, axes = pyplot().subplots(figsize=SIZE)
+    seed = runs[0].seed
+    epochs = range(1, len(runs[0].losses) + 1)
+    shades = pyplot().get_cmap("viridis")
+    for run in (run for run in runs if run.seed == seed):
+        if run.method.startswith("sgd"):
+            place = GRID.index(float(run.method.split()[1])) / (len(GRID) - 1)
+            axes.plot(epochs, run.losses, color=shades(place), alpha=0.8, label=run.method)
+        else:
+            color, label = ("C3", "Alrao") if run.method == "alrao" else ("black", "Adam, default")
+            style = "-" if run.method == "alrao" else "--"
+            axes.plot(epochs, run.losses, style, color=color, linewidth=2.5, label=label)
+    axes.set(yscale="log", xlabel="epoch", ylabel="test loss (nats)")
+    axes.set_title(f"Learning curves, seed {seed}")
+    legend_beside(axes)
+    return figure
+
+
+def posterior_plot(posterior: list[list[float]], rates: list[float]) -> Any:
+    """The switch's probabilities of the clones after each epoch, stacked; `rates` are the clones' learning rates."""
+    figure, axes = pyplot().subplots(figsize=SIZE)
+    shades = pyplot().get_cmap("viridis")
+    epochs = range(1, len(posterior) + 1)
+    axes.stackplot(
+        epochs,
+        list(zip(*posterior, strict=True)),
+        labels=[f"{rate:.0e}" for rate in rates],
+        colors=[shades(i / max(len(rates) - 1, 1)) for i in range(len(rates))],
+    )
+    axes.set(xlabel="epoch", ylabel="posterior probability", ylim=(0, 1))
+    axes.set(xlim=(1, len(epochs)) if len(epochs) > 1 else None)
+    handles, labels = axes.get_legend_handles_labels()
+    legend_beside(axes, handles[::-1], labels[::-1], title="clone's rate")
+    return figure
+
+
+def plot(runs: list[Run], folder: Path) -> list[Path]:
+    """Write the three plots; return their paths."""
+    first = next(run for run in runs if run.method == "alrao")
+    rates = alrao.LogUniform(*LR_RANGE).clone_rates(DigitsTask.clones).tolist()
+    posterior = posterior_plot(first.posterior, rates)
+    title = f"Which learning rate of the last layer the switch trusts, seed {first.seed}"
+    posterior.axes[0].set_title(title)
+    return [
+        save(loss_plot(runs), folder / "loss_vs_lr.png", 150),
+        save(curves_plot(runs), folder / "learning_curves.png", 150),
+        save(posterior, folder / "posterior.png", 150),
+    ]
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python benchmarks demo", description=__doc__)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=Path("results/demo"))
+    options = parser.parse_args(arguments)
+
+    plans = [("alrao", None), *(("sgd", lr) for lr in GRID), ("adam", None)]
+    runs = []
+    with tqdm(total=len(plans) * options.seeds * options.epochs, unit="epoch") as bar:
+        for seed in range(options.seeds):
+            for method, lr in plans:
+                bar.set_description(f"{method} {lr:g}" if lr else method)
+                runs.append(train(method, lr, seed, options.epochs, bar))
+
+    console = Console()
+    with console.status("measuring the time of a step"):
+        times = step_times()
+    shown = table(final(runs), times, options.seeds)
+    console.print(shown.rich(whole=True, bold=OWN["alrao"].label))
+    paths = plot(runs, options.results)
+    record = options.results / "runs.json"
+    record.write_text(json.dumps({"runs": [run._asdict() for run in runs], "step_times": times}))
+    console.print("plots and numbers: " + ", ".join(str(path) for path in [*paths, record]))

@@ -1,0 +1,106 @@
+"""Table 1 and table 2, and what every figure's runs ended with."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import alrao_fast as alrao
+from benchmarks.experiments.images import CLASSES
+from benchmarks.experiments.paper.cases import NETWORKS, Case
+from benchmarks.experiments.paper.published import BEST_LR, TABLE1, TABLE2, TOKENS
+from benchmarks.experiments.seeds import mean_and_spread
+from benchmarks.experiments.tasks import Task
+from benchmarks.networks import IMAGE_NETWORKS, LSTMBackbone
+from benchmarks.results import Record, grouped
+from benchmarks.tables import Table
+
+Records = Mapping[Case, Record]
+# A setting: a case whatever its seed.
+Setting = tuple[Any, ...]
+
+
+def setting(case: Case) -> Setting:
+    return case.network, case.width, case.method, case.lr, case.lr_range, case.p
+
+
+def by_setting(records: Records) -> dict[Setting, list[tuple[Case, Record]]]:
+    """Runs that differ in the seed alone, together, in the order of `records`."""
+    return grouped(records.items(), lambda item: setting(item[0]))
+
+
+def least_valid_loss(record: dict[str, Any]) -> float:
+    """What runs are chosen by; infinite where the run diverged at once."""
+    return min((loss for loss in record["valid_loss"] if loss is not None), default=math.inf)
+
+
+def best_sgd(records: Records, network: str, width: float | None = None) -> float | None:
+    """The grid's rate of least mean validation loss, chosen without the test set; None without SGD runs."""
+    runs = [
+        (case.lr, least_valid_loss(record))
+        for case, record in records.items()
+        if case.network == network and case.method == "sgd" and width in (None, case.width)
+    ]
+    by_lr = grouped(runs, lambda run: run[0])
+    means = {lr: statistics.fmean(loss for _, loss in same) for lr, same in by_lr.items()}
+    return min(means, key=means.__getitem__, default=None)
+
+
+def results_table(title: str, records: Records, tasks: Mapping[str, Task]) -> Table:
+    """A row per network, width and method; the paper's figures of table 1 where they are for this row."""
+    rows = []
+    for runs in by_setting(records).values():
+        case, task = runs[0][0], tasks[runs[0][0].network]
+        loss = mean_and_spread(record["test_loss"] for _, record in runs)
+        guessed = 100 / task.classes
+        accuracy = mean_and_spread(record["test_accuracy"] or guessed for _, record in runs)
+        best = case.method == "sgd" and case.lr == best_sgd(records, case.network, case.width)
+        known = TABLE1.get(case.network, {}).get(case.method)
+        if case.method == "sgd" and case.lr != BEST_LR.get(case.network):
+            known = None
+        finite = loss[0] < math.inf
+        rows.append(
+            [
+                case.network if case.width == 1 else f"{case.network} x{case.width:g}",
+                case.label() + (", best of grid" if best else ""),
+                str(len(runs)),
+                _pair(*(part * task.per_nat for part in loss), 3) if finite else "diverged",
+                _pair(*accuracy, 1) if finite else "-",
+                f"{_pair(*known[:2], 3)}, {_pair(*known[2:], 1)}" if known else "",
+            ]
+        )
+    columns = ["network", "method", "runs", "loss", "accuracy %", "paper: loss, acc. %"]
+    return Table(title, columns, rows)
+
+
+def _pair(mean: float, spread: float, digits: int) -> str:
+    return f"{mean:.{digits}f}±{spread:.{digits}f}" if spread else f"{mean:.{digits}f}"
+
+
+def parameter_counts(network: str) -> tuple[int, int]:
+    """Parameters of a network with one last layer, and with Alrao's clones; no memory is taken for them."""
+    with torch.device("meta"):
+        if network in IMAGE_NETWORKS:
+            backbone, classes, clones = IMAGE_NETWORKS[network](), CLASSES, 10
+        else:
+            classes, clones = TOKENS[network], 6
+            backbone = LSTMBackbone(classes)
+        layer = nn.Linear(backbone.out_features, classes)
+        head = alrao.ClassifierClones(backbone.out_features, classes, clones)
+    own, plain, with_clones = (
+        sum(param.numel() for param in module.parameters()) for module in (backbone, layer, head)
+    )
+    return own + plain, own + with_clones
+
+
+def table2() -> Table:
+    """Parameter counts beside the paper's."""
+    counts = {network: (*parameter_counts(network), *TABLE2[network]) for network in NETWORKS}
+    rows = [[network, *(f"{count:,}" for count in own)] for network, own in counts.items()]
+    columns = ["network", "plain", "Alrao", "paper: plain", "paper: Alrao"]
+    return Table("Table 2: parameters", columns, rows)
