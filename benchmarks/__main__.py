@@ -8,46 +8,25 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# Command: its module within the package, and what it shows.
 COMMANDS = {
-    "demo": (
-        "experiments.demo",
-        "Alrao against a grid of learning rates and Adam, on scikit-learn's digits",
-    ),
-    "speed": (
-        "speed.command",
-        "what Alrao costs: every op and whole training steps beside everything else that does the same",
-    ),
-    "gpu_check": (
-        "gpu.check",
-        "everything that a GPU can verify: tests, compute-sanitizer, speed; a result file",
-    ),
-    "gpu_status": (
-        "gpu.status",
-        "whether the committed results of a GPU are those of the present sources",
-    ),
-    "gpu_ceilings": ("gpu.ceilings", "a step of gpu_check: how fast the GPU copies and multiplies"),
-    "gpu_exercise": ("gpu.exercise", "a step of gpu_check: every op against the reference"),
-    "compat": (
-        "speed.compat",
-        "a training step of alrao_fast.compat against the loop over the last layers",
-    ),
-    "quality": (
-        "experiments.quality.command",
-        "Alrao without tuning against tuned and tuning-free rivals, on digits, text and CIFAR-10",
-    ),
-    "ranking": (
-        "experiments.ranking",
-        "whether alrao_fast.rank orders networks as a search over SGD's learning rates does",
-    ),
-    "report": (
-        "report.command",
-        "one page of tables and figures from the results of the other commands",
-    ),
-    "paper": (
-        "experiments.paper.command",
-        "the paper's tables and figures: table1, table2, figure2 to figure8",
-    ),
+    "demo": "Alrao against a grid of learning rates and Adam, on scikit-learn's digits",
+    "speed": "what Alrao costs: every op and whole training steps beside everything else that does the same",
+    "gpu_check": "everything that a GPU can verify: tests, compute-sanitizer, speed; a result file",
+    "gpu_status": "whether the committed results of a GPU are those of the present sources",
+    "gpu_ceilings": "a step of gpu_check: how fast the GPU copies and multiplies",
+    "gpu_exercise": "a step of gpu_check: every op against the reference",
+    "compat": "a training step of alrao_fast.compat against the loop over the last layers",
+    "quality": "Alrao without tuning against tuned and tuning-free rivals, on digits, text and CIFAR-10",
+    "ranking": "whether alrao_fast.rank orders networks as a search over SGD's learning rates does",
+    "report": "one page of tables and figures from the results of the other commands",
+    "paper": "the paper's tables and figures: table1, table2, figure2 to figure8",
+}
+# The modules that are not named like their command: COMMAND.command.
+MODULES = {
+    **{name: f"experiments.{name}" for name in ("demo", "ranking")},
+    **{name: f"experiments.{name}.command" for name in ("quality", "paper")},
+    **{name: name.replace("_", ".") for name in COMMANDS if name.startswith("gpu_")},
+    "compat": "speed.compat",
 }
 
 
@@ -68,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python benchmarks",
         description=__doc__,
-        epilog="; ".join(f"{name}: {text}" for name, (_, text) in COMMANDS.items()),
+        epilog="; ".join(f"{name}: {text}" for name, text in COMMANDS.items()),
     )
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the command")
@@ -77,8 +56,8 @@ def main() -> None:
     # Python has put this folder first, where its rooms would hide modules of their names.
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != folder]
     load_package(folder)
-    command = importlib.import_module(f"benchmarks.{COMMANDS[options.command][0]}")
-    sys.exit(command.main(options.arguments))
+    module = MODULES.get(options.command, f"{options.command}.command")
+    sys.exit(importlib.import_module(f"benchmarks.{module}").main(options.arguments))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ It comes with the extra `[bench]`. The candidates run one after the other here; 
 turns, and is what figures are taken from.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

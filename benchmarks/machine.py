@@ -1,7 +1,5 @@
 """What a result was measured on: processor, GPU, versions, and the state of the sources."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

@@ -1,7 +1,5 @@
 """What the machine can do at most: the rate at which it copies memory and multiplies matrices, measured."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator

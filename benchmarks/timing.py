@@ -1,7 +1,5 @@
 """Interleaved timing: every candidate runs in every round, so that the machine's moods fall on all alike."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time
@@ -40,25 +38,27 @@ def interleave(
         once = time.perf_counter() - start
         repeats[name] = max(1, round(seconds_per_block / max(once, 1e-7)))
     observed: dict[str, list[float]] = {name: [] for name in names}
+    for name in turns(names, rounds, seconds, on_round):
+        call, count = candidates[name], repeats[name]
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        observed[name].append((time.perf_counter() - start) / count)
+    return {name: summary(values) for name, values in observed.items()}
+
+
+def turns(
+    names: Sequence[str], rounds: int, seconds: float, on_round: Callable[[], None] | None
+) -> Iterator[str]:
+    """Whose turn it is: each once in a round, in rotated order; after `seconds` no round begins but the first 3."""
     begin = time.perf_counter()
     for turn in range(rounds):
         if turn >= 3 and time.perf_counter() - begin > seconds:
             break
-        for name in rotated(names, turn):
-            call, count = candidates[name], repeats[name]
-            start = time.perf_counter()
-            for _ in range(count):
-                call()
-            observed[name].append((time.perf_counter() - start) / count)
+        shift = turn % len(names)
+        yield from (*names[shift:], *names[:shift])
         if on_round is not None:
             on_round()
-    return {name: summary(values) for name, values in observed.items()}
-
-
-def rotated(names: Sequence[str], turn: int) -> Iterator[str]:
-    """The names in the order of a round: none of them comes first every time."""
-    shift = turn % len(names)
-    yield from (*names[shift:], *names[:shift])
 
 
 def device_seconds(values: Mapping[str, Any]) -> Timing | None:

@@ -134,7 +134,7 @@ def test_bad_options(options, message, tmp_path, capsys):
 
 
 def test_parts_of_the_digits():
-    from benchmarks.experiments.digits import DigitsTask
+    from benchmarks.experiments.tasks import DigitsTask
 
     task, again = DigitsTask(3, CPU), DigitsTask(3, CPU)
     assert task.x.equal(again.x) and not task.x.equal(DigitsTask(4, CPU).x)
@@ -147,7 +147,7 @@ def test_parts_of_the_digits():
 
 
 def train(name: str, lr: float | None = None, **options):
-    from benchmarks.experiments.digits import DigitsTask
+    from benchmarks.experiments.tasks import DigitsTask
     from benchmarks.experiments.methods import METHODS
     from benchmarks.experiments.quality.train import train
 
@@ -156,7 +156,7 @@ def train(name: str, lr: float | None = None, **options):
 
 
 def test_a_run_by_hand():
-    from benchmarks.experiments.digits import DigitsTask
+    from benchmarks.experiments.tasks import DigitsTask
     from benchmarks.networks import PlainModel
 
     task = DigitsTask(0, CPU)
@@ -268,7 +268,7 @@ def test_a_diverged_seed_spoils_the_mean():
 
 
 def make(name: str, lr: float | None = None):
-    from benchmarks.experiments.digits import DigitsTask
+    from benchmarks.experiments.tasks import DigitsTask
     from benchmarks.experiments.methods import METHODS, Setting, build
     from benchmarks.experiments.trainer import Trainer
 
@@ -349,7 +349,7 @@ def test_the_same_start_for_every_method():
 
 
 def test_grids():
-    from benchmarks.experiments.digits import DigitsTask
+    from benchmarks.experiments.tasks import DigitsTask
     from benchmarks.experiments.methods import sgd_grid
     from benchmarks.experiments.tasks import TextTask
     from benchmarks.experiments.text import load_text

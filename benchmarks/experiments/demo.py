@@ -4,8 +4,6 @@ Real data that ships with scikit-learn (1,797 images of 8x8 pixels), a 64-256-25
 a table and three plots: test loss against the learning rate, learning curves, the switch posterior over time.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -20,31 +18,29 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import alrao_fast as alrao
-from benchmarks.experiments.digits import BATCH, DigitsTask, load_data
 from benchmarks.experiments.methods import METHODS, Method, Setting, build
-from benchmarks.experiments.seeds import mean_and_spread
-from benchmarks.experiments.tasks import Score
+from benchmarks.experiments.runs import mean_and_spread
+from benchmarks.experiments.tasks import BATCH, DigitsTask, Score, load_data
 from benchmarks.experiments.trainer import Trainer
-from benchmarks.figures import legend_beside, pyplot, save
 from benchmarks.results import grouped
-from benchmarks.tables import Table
+from benchmarks.show import Table, legend_beside, pyplot, save
 from benchmarks.timing import interleave
 
 GRID = [10.0**k for k in range(-5, 2)]
 LR_RANGE = DigitsTask.lr_range
 SIZE = (6.4, 4.2)
+
+
 # As they stand in a user's script: rates from torch's global generator, Adam as it is by default.
+def _ours(net: nn.Module, setting: Setting) -> alrao.AlraoSGD:
+    return alrao.AlraoSGD(net, setting.lr_range)
+
+
+_ADAM = Method("adam", "Adam, default", lambda net, s: torch.optim.Adam(net.parameters()))
 OWN = {
-    "alrao": Method(
-        "alrao",
-        "Alrao, no search",
-        lambda net, setting: alrao.AlraoSGD(net, lr_range=setting.lr_range),
-        is_alrao=True,
-    ),
+    "alrao": Method("alrao", "Alrao, no search", _ours, is_alrao=True),
     "sgd": METHODS["sgd"],
-    "adam": Method(
-        "adam", "Adam, default", lambda net, setting: torch.optim.Adam(net.parameters())
-    ),
+    "adam": _ADAM,
 }
 
 
@@ -123,34 +119,24 @@ def step_times() -> dict[str, float]:
     return {method: time.median / times["sgd"].median for method, time in times.items()}
 
 
-def final(runs: list[Run]) -> dict[str, dict[str, tuple[float, float]]]:
-    """By method: mean and spread over the seeds of the last epoch's test accuracy and loss."""
-    return {
-        method: {
-            "accuracy": mean_and_spread(run.accuracies[-1] for run in same),
-            "loss": mean_and_spread(run.losses[-1] for run in same),
-        }
-        for method, same in grouped(runs, lambda run: run.method).items()
-    }
-
-
-def table(
-    summary: dict[str, dict[str, tuple[float, float]]], times: dict[str, float], seeds: int
-) -> Table:
-    """The result as a table: one row per method."""
-    best = max((m for m in summary if m.startswith("sgd")), key=lambda m: summary[m]["accuracy"][0])
+def table(runs: list[Run], times: dict[str, float]) -> Table:
+    """One row per method: mean and spread over the seeds of the last epoch's test accuracy and loss."""
+    by_method = grouped(runs, lambda run: run.method)
+    accuracy, loss = (
+        {m: mean_and_spread(getattr(run, name)[-1] for run in own) for m, own in by_method.items()}
+        for name in ("accuracies", "losses")
+    )
+    best = max((m for m in by_method if m.startswith("sgd")), key=lambda m: accuracy[m][0])
     rows = []
-    for method, row in summary.items():
+    for method in by_method:
         label = method if method.startswith("sgd") else OWN[method].label
-        loss = "{:.3f} +- {:.3f}".format(*row["loss"]) if row["loss"][0] < math.inf else "diverged"
-        rows.append(
-            [
-                label + (", best of grid" if method == best else ""),
-                "{:.2f} +- {:.2f}".format(*row["accuracy"]),
-                loss,
-                f"{times[method.split()[0]]:.2f}",
-            ]
-        )
+        if method == best:
+            label += ", best of grid"
+        finite = loss[method][0] < math.inf
+        last = "{:.3f} +- {:.3f}".format(*loss[method]) if finite else "diverged"
+        time = f"{times[method.split()[0]]:.2f}"
+        rows.append([label, "{:.2f} +- {:.2f}".format(*accuracy[method]), last, time])
+    seeds = len({run.seed for run in runs})
     title = f"scikit-learn digits, {seeds} seeds: mean +- standard deviation"
     return Table(title, ["method", "test accuracy %", "test loss", "step time / SGD"], rows)
 
@@ -187,14 +173,16 @@ def curves_plot(runs: list[Run]) -> Any:
     seed = runs[0].seed
     epochs = range(1, len(runs[0].losses) + 1)
     shades = pyplot().get_cmap("viridis")
+    styles: dict[str, dict[str, Any]] = {
+        "alrao": {"color": "C3", "linewidth": 2.5, "label": "Alrao"},
+        "adam": {"color": "black", "linewidth": 2.5, "label": "Adam, default", "linestyle": "--"},
+    }
+    for k, lr in enumerate(GRID):
+        method = f"sgd {lr:.0e}"
+        color = shades(k / (len(GRID) - 1))
+        styles[method] = {"color": color, "alpha": 0.8, "label": method}
     for run in (run for run in runs if run.seed == seed):
-        if run.method.startswith("sgd"):
-            place = GRID.index(float(run.method.split()[1])) / (len(GRID) - 1)
-            axes.plot(epochs, run.losses, color=shades(place), alpha=0.8, label=run.method)
-        else:
-            color, label = ("C3", "Alrao") if run.method == "alrao" else ("black", "Adam, default")
-            style = "-" if run.method == "alrao" else "--"
-            axes.plot(epochs, run.losses, style, color=color, linewidth=2.5, label=label)
+        axes.plot(epochs, run.losses, **styles[run.method])
     axes.set(yscale="log", xlabel="epoch", ylabel="test loss (nats)")
     axes.set_title(f"Learning curves, seed {seed}")
     legend_beside(axes)
@@ -251,8 +239,7 @@ def main(arguments: list[str]) -> None:
     console = Console()
     with console.status("measuring the time of a step"):
         times = step_times()
-    shown = table(final(runs), times, options.seeds)
-    console.print(shown.rich(whole=True, bold=OWN["alrao"].label))
+    console.print(table(runs, times).rich(whole=True, bold=OWN["alrao"].label))
     paths = plot(runs, options.results)
     record = options.results / "runs.json"
     record.write_text(json.dumps({"runs": [run._asdict() for run in runs], "step_times": times}))

@@ -5,8 +5,6 @@ image i is `train_jpeg[offsets[i]:offsets[i + 1]]`, 32x32 RGB) and `train_labels
 files data_batch_1 to data_batch_5 and test_batch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import pickle
@@ -69,14 +67,9 @@ def load_images(path: Path, cache: Path) -> Images:
         partial = decoded.with_suffix(".partial.npz")
         np.savez(partial, **arrays)
         partial.replace(decoded)
-    tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
-    return Images(
-        tensors["train_x"],
-        tensors["train_y"].long(),
-        tensors["test_x"],
-        tensors["test_y"].long(),
-        f"images {name}",
-    )
+    parts = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    parts |= {key: parts[key].long() for key in ("train_y", "test_y")}
+    return Images(**parts, name=f"images {name}")
 
 
 def _decode_npz(path: Path) -> dict[str, np.ndarray]:
@@ -85,21 +78,18 @@ def _decode_npz(path: Path) -> dict[str, np.ndarray]:
     arrays = {}
     with np.load(path) as stored:
         for part in ("train", "test"):
-            missing = [f"{part}_{key}" for key in ("jpeg", "offsets", "labels")]
-            missing = [key for key in missing if key not in stored]
-            if missing:
-                raise ValueError(
-                    f"{path} has no {', '.join(missing)}; expected train_ and test_ jpeg, offsets and labels"
-                )
+            wanted = [f"{part}_{key}" for key in ("jpeg", "offsets", "labels")]
+            if missing := ", ".join(key for key in wanted if key not in stored):
+                expected = "train_ and test_ jpeg, offsets and labels"
+                raise ValueError(f"{path} has no {missing}; expected {expected}")
             joined, offsets = stored[f"{part}_jpeg"], stored[f"{part}_offsets"]
             images = np.empty((len(offsets) - 1, 3, SIZE, SIZE), np.uint8)
             for i in tqdm(range(len(images)), desc=f"decoding {part}", unit="image"):
                 file = io.BytesIO(joined[offsets[i] : offsets[i + 1]].tobytes())
                 pixels = np.asarray(Image.open(file).convert("RGB"))
                 if pixels.shape != (SIZE, SIZE, 3):
-                    raise ValueError(
-                        f"{path}: {part} image {i} has shape {pixels.shape}; expected (32, 32, 3)"
-                    )
+                    found = f"{path}: {part} image {i} has shape {pixels.shape}"
+                    raise ValueError(f"{found}; expected (32, 32, 3)")
                 images[i] = pixels.transpose(2, 0, 1)
             arrays[f"{part}_x"] = images
             arrays[f"{part}_y"] = stored[f"{part}_labels"].astype(np.uint8)
@@ -131,9 +121,8 @@ def _read_batches(folder: Path) -> dict[str, np.ndarray]:
                 batches.append(_ArraysOnly(file, encoding="bytes").load())
         pixels = np.concatenate([batch[b"data"] for batch in batches])
         arrays[f"{part}_x"] = pixels.reshape(-1, 3, SIZE, SIZE)
-        arrays[f"{part}_y"] = np.concatenate([batch[b"labels"] for batch in batches]).astype(
-            np.uint8
-        )
+        labels = np.concatenate([batch[b"labels"] for batch in batches])
+        arrays[f"{part}_y"] = labels.astype(np.uint8)
     return arrays
 
 

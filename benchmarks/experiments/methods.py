@@ -1,7 +1,5 @@
 """What is compared: each method as its authors say it is to be used. A rival that is not installed is left out."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 from collections.abc import Callable, Iterable
@@ -122,7 +120,8 @@ def _rate_of_one(module: str, name: str) -> Make:
 
 def _schedule_free(name: str) -> Make:
     # The package's default rates; its authors say that the method is to be tuned.
-    return lambda net, setting: package_class("schedulefree", name)(net.parameters())
+    kind = f"{name}ScheduleFree"
+    return lambda net, setting: package_class("schedulefree", kind)(net.parameters())
 
 
 def _dog(net: nn.Module, setting: Setting) -> torch.optim.Optimizer:
@@ -159,15 +158,8 @@ _COMPARED = (
     _rival("prodigy-cosine", "Prodigy, cosine", _PRODIGY, "prodigyopt", schedule=True),
     _rival("dadapt", "D-Adapt Adam", _DADAPT, "dadaptation"),
     _rival("dadapt-cosine", "D-Adapt Adam, cosine", _DADAPT, "dadaptation", schedule=True),
-    _rival(
-        "schedulefree-adamw",
-        "Schedule-Free AdamW",
-        _schedule_free("AdamWScheduleFree"),
-        "schedulefree",
-    ),
-    _rival(
-        "schedulefree-sgd", "Schedule-Free SGD", _schedule_free("SGDScheduleFree"), "schedulefree"
-    ),
+    _rival("schedulefree-adamw", "Schedule-Free AdamW", _schedule_free("AdamW"), "schedulefree"),
+    _rival("schedulefree-sgd", "Schedule-Free SGD", _schedule_free("SGD"), "schedulefree"),
     _rival("dog", "DoG, averaged", _dog, "dog-optimizer"),
 )
 # The rows of the comparison without tuning, and what the paper's experiments train with besides.

@@ -5,8 +5,6 @@ a careful user would have found. SGD is Alrao with one clone and one rate for al
 RESULTS/ranking.jsonl; an interrupted command goes on with the next run.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import math
@@ -25,12 +23,10 @@ from tqdm import tqdm
 import alrao_fast as alrao
 from benchmarks import machine
 from benchmarks.experiments.demo import GRID, LR_RANGE
-from benchmarks.experiments.digits import BATCH, DigitsTask, load_data
-from benchmarks.experiments.runs import check
-from benchmarks.experiments.seeds import mean
-from benchmarks.figures import pyplot, save
+from benchmarks.experiments.runs import check, mean
+from benchmarks.experiments.tasks import BATCH, DigitsTask, load_data
 from benchmarks.results import Record, Results, finite, grouped
-from benchmarks.tables import Table
+from benchmarks.show import Table, pyplot, save
 
 
 def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU) -> nn.Module:
@@ -117,6 +113,10 @@ class Comparison:
                 self.alrao[name] = ours
                 self.sgd[name] = min(by_lr.values(), key=mean_loss)
 
+    def rate(self, name: str) -> float:
+        """The best of SGD's rates."""
+        return self.sgd[name][0]["case"]["lr"]
+
     def agreement(self) -> float:
         """Spearman's correlation between the two orders of the networks, by mean loss over the seeds."""
         both = ([mean_loss(runs[name]) for name in self.alrao] for runs in (self.alrao, self.sgd))
@@ -155,17 +155,9 @@ class Comparison:
         rows = []
         for place, name in enumerate(by_sgd, 1):
             hints = [record["suggested_lr"] for record in self.alrao[name]]
-            rows.append(
-                [
-                    name,
-                    f"{mean_loss(self.alrao[name]):.3f}",
-                    str(order.index(name) + 1),
-                    f"{mean_loss(self.sgd[name]):.3f}",
-                    str(place),
-                    f"{self.sgd[name][0]['case']['lr']:g}",
-                    f"{statistics.geometric_mean(hints):.2g}",
-                ]
-            )
+            ours = [f"{mean_loss(self.alrao[name]):.3f}", str(order.index(name) + 1)]
+            sgd = [f"{mean_loss(self.sgd[name]):.3f}", str(place), f"{self.rate(name):g}"]
+            rows.append([name, *ours, *sgd, f"{statistics.geometric_mean(hints):.2g}"])
         return Table(title, columns, rows)
 
     def verdict(self) -> list[str]:
@@ -177,7 +169,7 @@ class Comparison:
                 f"of single seeds: Alrao with the best SGD {seeds[0]:.2f}, the best SGD with itself {seeds[1]:.2f}"
             )
         off = [
-            abs(math.log10(record["suggested_lr"] / self.sgd[name][0]["case"]["lr"]))
+            abs(math.log10(record["suggested_lr"] / self.rate(name)))
             for name, runs in self.alrao.items()
             for record in runs
         ]
@@ -191,7 +183,7 @@ class Comparison:
         """Alrao's loss against the best SGD's."""
         figure, axes = pyplot().subplots(figsize=(6, 5))
         points = {
-            name: (mean_loss(self.sgd[name]), mean_loss(own)) for name, own in self.alrao.items()
+            name: (mean_loss(self.sgd[name]), mean_loss(self.alrao[name])) for name in self.sgd
         }
         ends = [edge for point in points.values() for edge in point if edge < math.inf]
         line = [min(ends) * 0.2, max(ends) * 1.6]

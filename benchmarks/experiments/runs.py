@@ -1,9 +1,9 @@
-"""Many runs in a row: those with a record are not done again. And the options that the commands share."""
-
-from __future__ import annotations
+"""Many runs in a row: those with a record are not done again. Figures over their seeds; options that commands share."""
 
 import argparse
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,18 @@ def run_all(runs: list[Run], results: Results, *, desc: str, labels: bool = Fals
             records.append(record)
             bar.update()
     return records
+
+
+def mean_and_spread(values: Iterable[float | None]) -> tuple[float, float]:
+    """Mean and standard deviation (0 for a single value); (inf, 0) where a run has diverged: one is None or inf."""
+    present = [math.inf if value is None else value for value in values]
+    mean = statistics.fmean(present)
+    return mean, statistics.stdev(present) if len(present) > 1 and mean < math.inf else 0.0
+
+
+def mean(values: Iterable[float | None]) -> float:
+    """The mean alone; inf where a run has diverged."""
+    return mean_and_spread(values)[0]
 
 
 def check(

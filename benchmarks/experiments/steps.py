@@ -1,7 +1,5 @@
 """The training step of every case: mixed precision, clipping, a recurrent state carried over; eager or captured."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any

@@ -1,18 +1,19 @@
 """The learning problems: data on the device, its batches, how a network is measured on it, and the paper's settings."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.experiments.images import CLASSES, Crops, Images
 from benchmarks.experiments.text import Streams, Text
-from benchmarks.networks import IMAGE_NETWORKS, LSTMBackbone
+from benchmarks.networks import IMAGE_NETWORKS, MLP, LSTMBackbone
 
 Score = tuple[float, float]
+# Digits in a batch.
+BATCH = 32
 
 
 class Task:
@@ -50,9 +51,19 @@ class Task:
         """Inputs and targets of an epoch, all of one shape."""
         raise NotImplementedError
 
-    def evaluate(self, net: nn.Module, part: str) -> Score:
-        """Mean loss in nats and accuracy in percent on "valid" or "test"; `net` is in eval mode."""
+    def predictions(self, net: nn.Module, part: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Log-probabilities `[n, classes]` and targets on "valid" or "test", batch by batch; `net` is in eval mode."""
         raise NotImplementedError
+
+    def evaluate(self, net: nn.Module, part: str) -> Score:
+        """Mean loss in nats and accuracy in percent."""
+        loss, correct, count = 0, 0, 0
+        for log_probs, y in self.predictions(net, part):
+            log_probs = log_probs.float()
+            loss += nn.functional.nll_loss(log_probs, y, reduction="sum").double()
+            correct += (log_probs.argmax(-1) == y).sum()
+            count += len(y)
+        return float(loss) / count, 100 * float(correct) / count
 
 
 class ImageTask(Task):
@@ -77,17 +88,14 @@ class ImageTask(Task):
         # The same split for every run, whatever its seed.
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
         self.sizes = train, valid, test
-        x, y = self._part(images.train_x, images.train_y, order[:train], device)
-        self.crops = Crops(x, y, self.batch)
         held_out = order[n - n // 5 :][:valid]
-        self.parts = {
-            "valid": self._part(images.train_x, images.train_y, held_out, device),
-            "test": (images.test_x[:test].to(device), images.test_y[:test].to(device)),
-        }
-
-    @staticmethod
-    def _part(x: Tensor, y: Tensor, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        return x[index].to(device), y[index].to(device)
+        first, valid_part = (
+            (images.train_x[index].to(device), images.train_y[index].to(device))
+            for index in (order[:train], held_out)
+        )
+        self.crops = Crops(*first, self.batch)
+        test_part = (images.test_x[:test].to(device), images.test_y[:test].to(device))
+        self.parts = {"valid": valid_part, "test": test_part}
 
     def backbone(self, width: float, dropout: float) -> nn.Module:
         return IMAGE_NETWORKS[self.network](width)
@@ -98,14 +106,9 @@ class ImageTask(Task):
     def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         return self.crops.epoch(seed, epoch)
 
-    def evaluate(self, net: nn.Module, part: str) -> Score:
-        images, labels = self.parts[part]
-        loss, correct = torch.zeros(2, dtype=torch.float64, device=labels.device)
-        for x, y in zip(images.split(self.eval_batch), labels.split(self.eval_batch)):
-            batch_loss, batch_correct = sums(net(self.crops.normalize(x)), y)
-            loss += batch_loss
-            correct += batch_correct
-        return score(loss, correct, len(labels))
+    def predictions(self, net: nn.Module, part: str) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in zip(*(tensor.split(self.eval_batch) for tensor in self.parts[part])):
+            yield net(self.crops.normalize(x)), y
 
 
 class TextTask(Task):
@@ -128,10 +131,9 @@ class TextTask(Task):
         held_out = max(limit // 8, self.length + 1) if train_tokens else None
         parts += [part[:held_out] for part in (text.valid, text.test)]
         if min(len(part) for part in parts) <= self.length:
-            raise ValueError(
-                f"the text's parts have {', '.join(str(len(part)) for part in parts)} tokens; expected more than "
-                f"{self.length} in each"
-            )
+            lengths = ", ".join(str(len(part)) for part in parts)
+            expected = f"expected more than {self.length} in each"
+            raise ValueError(f"the text's parts have {lengths} tokens; {expected}")
         self.sizes = len(parts[0]), len(parts[1]), len(parts[2])
         train, valid, test = (Streams(part.to(device), self.streams, self.length) for part in parts)
         self.train = train
@@ -150,25 +152,67 @@ class TextTask(Task):
     def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         return self.train.pieces()
 
-    def evaluate(self, net: nn.Module, part: str) -> Score:
-        streams = self.parts[part]
-        loss, correct = torch.zeros(2, dtype=torch.float64, device=streams.targets.device)
+    def predictions(self, net: nn.Module, part: str) -> Iterator[tuple[Tensor, Tensor]]:
         state = None
-        for x, y in streams.pieces(whole=True):
+        for x, y in self.parts[part].pieces(whole=True):
             log_probs, state = net(x, state)
-            batch_loss, batch_correct = sums(log_probs.flatten(0, -2), y.flatten())
-            loss += batch_loss
-            correct += batch_correct
-        return score(loss, correct, streams.targets.numel())
+            yield log_probs.flatten(0, -2), y.flatten()
 
 
-def sums(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss in nats, and how many predictions are right."""
-    log_probs = log_probs.float()
-    loss = nn.functional.nll_loss(log_probs, targets, reduction="sum")
-    return loss.double(), (log_probs.argmax(-1) == targets).sum()
+class Digits(NamedTuple):
+    """Images `[n, 64]` float32, standardised, and labels `[n]`, split into training and test set."""
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
 
 
-def score(loss: Tensor, correct: Tensor, count: int) -> Score:
-    """Mean loss, and accuracy in percent."""
-    return float(loss) / count, 100 * float(correct) / count
+def load_data(seed: int) -> Digits:
+    """The digits, shuffled by `seed`, a fifth of them for testing; standardised over all pixels of the others."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x = torch.tensor(digits.data, dtype=torch.float32)
+    y = torch.tensor(digits.target, dtype=torch.int64)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    test, train = order[: len(y) // 5], order[len(y) // 5 :]
+    x = (x - x[train].mean()) / x[train].std()
+    return Digits(x[train], y[train], x[test], y[test])
+
+
+class DigitsTask(Task):
+    """A perceptron on scikit-learn's digits, 1,797 images of 8x8 pixels, split by the seed: a fifth for testing, a
+    fifth for validation."""
+
+    classes = 10
+    data = "scikit-learn digits"
+    unit, per_nat = "nats", 1.0
+    lr_range, clones = (1e-5, 10.0), 10
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        data = load_data(seed)
+        valid = len(data.test_y)
+        train = len(data.train_y) - valid
+        self.sizes = train, valid, valid
+        self.x, self.y = data.train_x[:train].to(device), data.train_y[:train].to(device)
+        self.parts = {
+            "valid": (data.train_x[train:].to(device), data.train_y[train:].to(device)),
+            "test": (data.test_x.to(device), data.test_y.to(device)),
+        }
+
+    def backbone(self, width: float, dropout: float) -> nn.Module:
+        return MLP(width=width)
+
+    def steps(self) -> int:
+        return len(self.y) // BATCH
+
+    def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed((seed << 32) + epoch)
+        order = torch.randperm(len(self.y), generator=generator).to(self.y.device)
+        for batch in order[: self.steps() * BATCH].split(BATCH):
+            yield self.x[batch], self.y[batch]
+
+    def predictions(self, net: nn.Module, part: str) -> Iterator[tuple[Tensor, Tensor]]:
+        x, y = self.parts[part]
+        yield net(x), y

@@ -1,7 +1,5 @@
 """Text as tokens: characters or words of the Penn Treebank, of any text file or folder, or of Python's own help."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The training that all experiments stand on: a network on a task, an epoch at a time, and what is evaluated of it."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import Any

@@ -3,8 +3,6 @@
 `python benchmarks gpu_ceilings --out FILE`; on a CPU it does the same at a small size.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -11,8 +11,6 @@ Nothing is installed: the environment stays as it is. Without a GPU (or with --d
 the CPU, small; the others are skipped, with the reason.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json
@@ -79,94 +77,63 @@ class Check:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         self.log = (folder / f"{self.name}.log").open("w", buffering=1)
+        count = torch.cuda.device_count() if self.on_gpu else 0
         self.result: dict[str, Any] = {
             "name": self.name,
             "date": datetime.now().isoformat(timespec="seconds"),
             "seconds": 0.0,
             "machine": described,
-            "devices": self._devices(),
+            "devices": [device_record(number) for number in range(count)],
             "missing_modules": [m for m in MODULES if importlib.util.find_spec(m) is None],
             "source_state": machine.source_state(),
             "source_hashes": machine.source_hashes(),
             "ceilings": {},
-            "errors": [],
-            "speed": [],
-            "steps": [],
+            **{kind: [] for kind in ("errors", "speed", "steps")},
         }
 
-    def _devices(self) -> list[dict[str, Any]]:
-        if not self.on_gpu:
-            return []
-        found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-        return [
-            {
-                "name": device.name,
-                "capability": f"{device.major}.{device.minor}",
-                "memory": device.total_memory,
-                "multiprocessors": device.multi_processor_count,
-            }
-            for device in found
-        ]
-
-    def left(self) -> float:
-        return self.seconds - (time.monotonic() - self.start)
-
-    def run(self, step: Step) -> str:
-        """Run a step and record it, unless others were asked for; returns its output."""
+    def run(self, step: Step) -> None:
+        """Run a step and record it, unless others were asked for."""
         wanted = self.only is None or step.name in self.only or step.name.startswith("build")
         if not wanted:
-            return ""
+            return
         begin = time.monotonic()
         # A few seconds to write down what there is.
-        limit = min(step.limit, self.left() - 5)
-        output, note = "", step.skip or ""
-        if step.skip:
-            verdict = "skipped"
-        elif limit < 3:
-            verdict, note = "skipped", "no time left"
-        else:
+        limit = min(step.limit, self.seconds - (begin - self.start) - 5)
+        output, verdict, notes = "", "skipped", [step.skip or "no time left"]
+        if step.skip is None and limit >= 3:
             print(f"{step.name:<22} ...", flush=True)
             self.log.write(f"\n===== {step.name}: {' '.join(step.command)}\n")
             output, status = self._execute(step, limit)
+            self.log.write(output)
             verdict = {0: "passed", None: "timeout"}.get(status, "failed")
-            if status is None:
-                note = f"stopped after {limit:.0f} seconds"
+            notes = [f"stopped after {limit:.0f} seconds"] if status is None else []
             try:
-                found = step.after(output) if step.after else ""
+                notes.append(step.after(output) if step.after else "")
             except Exception as error:
                 verdict = "failed"
-                found = f"its result cannot be read: {type(error).__name__}: {error}"
-            note = "; ".join(part for part in (note, found) if part)
-        seconds = time.monotonic() - begin
-        record: dict[str, Any] = {
-            "name": step.name,
-            "verdict": verdict,
-            "seconds": round(seconds, 1),
-            "note": note,
-            "command": " ".join(step.command),
-        }
+                notes.append(f"its result cannot be read: {type(error).__name__}: {error}")
+        seconds, note = time.monotonic() - begin, "; ".join(filter(None, notes))
+        record: dict[str, Any] = {"name": step.name, "verdict": verdict}
+        record |= {"seconds": round(seconds, 1), "note": note, "command": " ".join(step.command)}
         if verdict in ("failed", "timeout"):
             record["tail"] = output.splitlines()[-TAIL:]
         self.result["steps"].append(record)
         print(f"{step.name:<22} {verdict:<8} {seconds:5.0f} s  {note}", flush=True)
         self.log.write(f"===== {step.name}: {verdict} after {seconds:.1f} s {note}\n")
         self.write()
-        return output
 
     def _execute(self, step: Step, limit: float) -> tuple[str, int | None]:
         """Output and exit status of the command; None where it took longer than `limit`."""
         path = self.work / f"{step.name.replace(' ', '-')}.out"
-        environment = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": self.pythonpath(), **step.env}
+        # With a view of the package as it would be installed, unless this checkout is already.
+        places = (str(self.work / "site"), os.environ.get("PYTHONPATH", ""))
+        paths = os.pathsep.join(filter(None, places))
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths, **step.env}
         with path.open("wb") as out:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
             try:
                 process = subprocess.Popen(
-                    step.command,
-                    cwd=ROOT,
-                    env={**os.environ, **environment},
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
+                    step.command, cwd=ROOT, env=env, start_new_session=True, **streams
                 )
             except OSError as error:
                 return str(error), 127
@@ -177,31 +144,32 @@ class Check:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 status = None
-        text = path.read_text(errors="replace")
-        self.log.write(text)
-        return text, status
-
-    def pythonpath(self) -> str:
-        """With a view of the package as it would be installed, unless this checkout is already."""
-        own = os.environ.get("PYTHONPATH", "")
-        return os.pathsep.join(part for part in (str(self.work / "site"), own) if part)
+        return path.read_text(errors="replace"), status
 
     def lay_out(self) -> None:
         """Links to the sources in the shape of the installed package, the kernels built in place among them."""
         package = self.work / "site" / "alrao_fast"
         package.mkdir(parents=True, exist_ok=True)
-        for entry in (ROOT / "alrao_fast").iterdir():
+        for entry in (*(ROOT / "alrao_fast").iterdir(), ROOT / "kernels"):
             link = package / entry.name
             if entry.name != "__pycache__" and not link.exists():
                 link.symlink_to(entry)
-        if not (package / "kernels").exists():
-            (package / "kernels").symlink_to(ROOT / "kernels")
 
     def write(self) -> None:
         self.result["seconds"] = round(time.monotonic() - self.start, 1)
         target = self.folder / f"{self.name}.json"
         target.write_text(json.dumps(self.result, indent=1) + "\n")
         target.with_suffix(".md").write_text(report.markdown(self.result))
+
+
+def device_record(number: int) -> dict[str, Any]:
+    device = torch.cuda.get_device_properties(number)
+    record = {"name": device.name, "capability": f"{device.major}.{device.minor}"}
+    return {
+        **record,
+        "memory": device.total_memory,
+        "multiprocessors": device.multi_processor_count,
+    }
 
 
 def steps(check: Check) -> None:
@@ -264,10 +232,8 @@ def steps(check: Check) -> None:
     command = [python, "benchmarks", "speed", "--preset", "gpu", "--no-tests"]
     small = [] if check.on_gpu else ["--dry-run"]
     run("speed", [*command, "--results", str(speed), *small], 300)
-    records = [record for file in sorted(speed.glob("*.jsonl")) for record in read(file)]
-    check.result["speed"] = [
-        {key: value for key, value in record.items() if key != "machine"} for record in records
-    ]
+    records = read(speed / "speed.jsonl")
+    check.result["speed"] = [{k: v for k, v in r.items() if k != "machine"} for r in records]
 
     rest = [*pytest, *parallel, *every, "-m", "not device"]
     tests["skip"] = no_pytest or no_gpu
@@ -290,11 +256,9 @@ def _workers(on_gpu: bool) -> list[str]:
 
 def _built(output: str) -> str:
     info = _json(ROOT / "alrao_fast" / "_build_info.json")
-    return (
-        f"CUDA {info.get('cuda_toolkit')}, {', '.join(info.get('cuda_archs', []))}"
-        if info.get("cuda_archs")
-        else str(info.get("cuda_skipped") or info.get("extension_skipped"))
-    )
+    if info.get("cuda_archs"):
+        return f"CUDA {info.get('cuda_toolkit')}, {', '.join(info['cuda_archs'])}"
+    return str(info.get("cuda_skipped") or info.get("extension_skipped"))
 
 
 def _pytest_line(output: str) -> str:
@@ -317,14 +281,10 @@ def _json(path: Path) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python benchmarks gpu_check", description=__doc__)
     add = parser.add_argument
-    folder = (
-        "folder for the results; default benchmarks/gpu_results, of a dry run build/gpu_dry_run"
-    )
-    only = (
-        "these steps or phases, after the build; gpu_status takes the results of the same sources together. Phases: "
-        + "; ".join(f"{name}: {', '.join(steps)}" for name, steps in PHASES.items())
-    )
-    add("--out", type=Path, help=folder)
+    out = "folder for the results; default benchmarks/gpu_results, of a dry run build/gpu_dry_run"
+    only = "these steps or phases, after the build; gpu_status takes the results of the same sources together. Phases: "
+    only += "; ".join(f"{name}: {', '.join(steps)}" for name, steps in PHASES.items())
+    add("--out", type=Path, help=out)
     names = [*PHASES, *STEPS]
     add("--only", nargs="+", action="extend", choices=names, metavar="STEP", help=only)
     add("--seconds", type=float, default=570, help="for all steps together")

@@ -4,8 +4,6 @@
 over its cases, and whether all are within the budget of alrao_fast/testing.py, where the feature ops' cases stand too.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable, Iterator

@@ -1,12 +1,10 @@
 """The result of `make gpu-check` as readable tables."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.results import Record, grouped
-from benchmarks.tables import Table
+from benchmarks.show import Table
 
 CLOCKS = ("graph", "gpu", "wall", "host")
 

@@ -3,8 +3,6 @@
 Exit status 0 if every step has passed on exactly these sources, in one result or in several together, else 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

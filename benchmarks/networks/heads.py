@@ -1,7 +1,5 @@
 """A network's last layer without the package: one of them for ordinary training, or Alrao's clones one by one."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, nll_loss

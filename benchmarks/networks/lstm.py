@@ -1,7 +1,5 @@
 """The paper's language model: an embedding and a two-layer LSTM, 100 features each."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from benchmarks.networks.layers import scaled

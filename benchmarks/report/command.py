@@ -1,7 +1,5 @@
 """The command line of `python benchmarks report`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +8,16 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import machine
-from benchmarks.report import paper_section, quality_section, ranking_section, speed_section
+from benchmarks.report import paper_section, speed_section, training_sections
 from benchmarks.report.page import Section, html, markdown
-from benchmarks.tables import Table
+from benchmarks.show import Table
 
 Make = Callable[[Path], tuple[Section, list[dict[str, Any]]]]
 # The folder of a command's results -> its section.
 SECTIONS: dict[str, Make] = {
     "speed": speed_section.section,
-    "quality": quality_section.section,
-    "ranking": ranking_section.section,
+    "quality": training_sections.quality,
+    "ranking": training_sections.ranking,
     "paper": paper_section.section,
 }
 FIELDS = ("cpu", "gpu", "cores", "threads", "torch", "cuda", "python", "sources", "commit")

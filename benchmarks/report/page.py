@@ -1,7 +1,5 @@
 """What the page is made of, and its two forms: HTML with everything inside, and Markdown with the figures beside it."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable
@@ -10,8 +8,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks.figures import INK, pyplot
-from benchmarks.tables import Table
+from benchmarks.show import INK, Table, pyplot
 
 # Text and lines in the figures; in the page they take its own colour, in light and in dark.
 INKS = re.compile(r"#(010101|000000)\b")

@@ -1,7 +1,5 @@
 """The paper's experiments: the records of `python benchmarks paper`, one part for each setting that was run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path

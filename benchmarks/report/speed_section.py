@@ -1,16 +1,13 @@
 """What Alrao costs: the records of `python benchmarks speed` (their fields are described there)."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import pyplot
 from benchmarks.report.page import Picture, Section, picture
 from benchmarks.results import Record, grouped, read
+from benchmarks.show import Table, pyplot
 from benchmarks.speed.tables import figures
-from benchmarks.tables import Table
 from benchmarks.timing import Timing, device_seconds
 
 COMMAND = "python benchmarks speed"

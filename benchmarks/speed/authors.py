@@ -1,7 +1,5 @@
 """The authors' package, imported from a clone of their repository that the user names: `--authors PATH`."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The command line: which cases, the tests before them, the records and the tables after."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

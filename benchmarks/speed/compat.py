@@ -6,8 +6,6 @@ below has its own update with a tensor of rates. Both take the same initial valu
 before they are timed, in turns.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from typing import Any, NamedTuple
@@ -25,12 +23,9 @@ Batch = tuple[Tensor, Tensor]
 def make_model(features: int, width: int, classes: int, clones: int) -> alrao.AlraoModel:
     """A perceptron with one hidden layer below `clones` last layers."""
     torch.manual_seed(0)
-    hidden = nn.Sequential(
-        nn.Linear(features, width), nn.ReLU(), nn.Linear(width, width), nn.Tanh()
-    )
-    return alrao.AlraoModel(
-        "classification", nn.NLLLoss(), hidden, clones, alrao.LinearClassifier, width, classes
-    )
+    layers = (nn.Linear(features, width), nn.ReLU(), nn.Linear(width, width), nn.Tanh())
+    head = (clones, alrao.LinearClassifier, width, classes)
+    return alrao.AlraoModel("classification", nn.NLLLoss(), nn.Sequential(*layers), *head)
 
 
 class Start(NamedTuple):

@@ -1,25 +1,23 @@
 """Three clocks on a GPU: the device's own time, by events and by replays of a CUDA graph; wall and host time."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.timing import Timing, rotated, summary
+from benchmarks.timing import Timing, summary, turns
 
 Runs = Sequence[Callable[[], object]]
 # A block of calls takes about this long, but has no more calls than the queue of launches holds with room to spare.
 BLOCK_SECONDS, MOST_CALLS = 0.02, 48
 
 
-class Measured:
+class Measured(NamedTuple):
     """What the clocks say of one candidate: seconds by clock, and why a clock is missing."""
 
-    def __init__(self) -> None:
-        self.times: dict[str, Timing] = {}
-        self.missing: dict[str, str] = {}
+    times: dict[str, Timing]
+    missing: dict[str, str]
 
 
 def input_sets(set_bytes: float) -> int:
@@ -108,7 +106,7 @@ def measure(
     and until everything is queued. Calls of more than `captured` seconds are not captured: their launches are hidden,
     and a graph would hold a copy of all their buffers.
     """
-    results = {name: Measured() for name in candidates}
+    results = {name: Measured({}, {}) for name in candidates}
     blocks: dict[str, list[tuple[_Block, int]]] = {}
     for name, runs in candidates.items():
         once = _once(runs)
@@ -124,16 +122,9 @@ def measure(
             continue
         replay = _Block([graph.replay], once * len(runs), ("graph",))
         blocks[name].append((replay, len(runs)))
-    begin = time.perf_counter()
-    names = list(candidates)
-    for turn in range(rounds):
-        for name in rotated(names, turn):
-            for block, sets in blocks[name]:
-                block.observe(sets)
-        if on_round is not None:
-            on_round()
-        if turn >= 2 and time.perf_counter() - begin > seconds:
-            break
+    for name in turns(list(candidates), rounds, seconds, on_round):
+        for block, sets in blocks[name]:
+            block.observe(sets)
     for name, measured in results.items():
         for block, _ in blocks[name]:
             for clock, values in block.observed.items():

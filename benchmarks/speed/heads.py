@@ -15,19 +15,8 @@ from alrao_fast.reference import switch_mixture as reference
 from alrao_fast.testing import MixtureInputs
 from benchmarks.networks import ClonesOneByOne
 from benchmarks.speed import authors, libraries
-from benchmarks.speed.case import (
-    DTYPES,
-    Call,
-    Candidate,
-    Case,
-    Missing,
-    Target,
-    compiled,
-    generator_on,
-    leaving_gradients,
-    ours,
-    sampled,
-)
+from benchmarks.speed import case as cases
+from benchmarks.speed.case import DTYPES, Call, Candidate, Case, Missing, Target, sampled
 
 GRADIENTS = ("loss", "dx", "dweight")
 # On a CPU the truth is computed for as many samples as have this many logits.
@@ -73,20 +62,16 @@ class Head(NamedTuple):
 
     def inputs(self, device: torch.device, seed: int) -> MixtureInputs:
         """Random inputs drawn on the device, logits of about unit variance."""
-        generator = generator_on(device, seed)
+        generator = cases.generator_on(device, seed)
 
-        def normal(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=DTYPES[self.dtype], device=device).normal_(
-                generator=generator
-            )
+        def normal(*shape: int, dtype: torch.dtype = DTYPES[self.dtype]) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
 
         return MixtureInputs(
             normal(self.samples, self.features),
             normal(self.clones, self.classes, self.features).mul_(self.features**-0.5),
             normal(self.clones, self.classes) if self.bias else None,
-            torch.randn(
-                self.clones, device=device, dtype=torch.float64, generator=generator
-            ).log_softmax(0),
+            normal(self.clones, dtype=torch.float64).log_softmax(0),
             torch.randint(self.classes, (self.samples,), device=device, generator=generator),
         )
 
@@ -132,15 +117,10 @@ def truth(given: MixtureInputs) -> Mapping[str, Tensor]:
         )
         part.backward()
         loss, stats = loss + part.detach(), stats + part_stats
-        dx.append(rows.grad / samples)
-    results = {
-        "loss": loss / samples,
-        "own": stats[0].sum() / samples,
-        "clone_nll": stats[0] / samples,
-        "dx": sampled(torch.cat(dx)),
-        "dweight": sampled(weight.grad / samples),
-    }
-    return {name: value.double() for name, value in results.items()}
+        dx.append(rows.grad)
+    results = {"loss": loss, "own": stats[0].sum(), "clone_nll": stats[0]}
+    results |= {"dx": sampled(torch.cat(dx)), "dweight": sampled(weight.grad)}
+    return {name: (value / samples).double() for name, value in results.items()}
 
 
 def in_chunks(given: MixtureInputs) -> Any:
@@ -160,7 +140,7 @@ def _joint(given: MixtureInputs, loss_of: Callable[..., tuple[Tensor, Any]]) -> 
         found = {"loss": loss.detach()}
         return found if clone_nll is None else {**found, "clone_nll": clone_nll}
 
-    return leaving_gradients(compute, x, [weight], [bias])
+    return cases.leaving_gradients(compute, x, [weight], [bias])
 
 
 def _ours(backend: str, given: MixtureInputs) -> Call:
@@ -168,31 +148,25 @@ def _ours(backend: str, given: MixtureInputs) -> Call:
     return _joint(given, lambda x, w, b: switch_mixture_nll(x, w, b, *rest, impl=backend))
 
 
-def _reference_loss(
-    x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor, target: Tensor
-) -> Tensor:
-    return reference.switch_mixture_nll(
-        x, weight, bias, log_posterior, target, ignore_index=-100, reduction="mean"
-    )[0]
+def _reference_loss(*given: Tensor | None) -> Tensor:
+    return reference.switch_mixture_nll(*given, ignore_index=-100, reduction="mean")[0]
 
 
 def _compiled(given: MixtureInputs) -> Call:
-    loss = compiled(_reference_loss)
+    loss = cases.compiled(_reference_loss)
     return _joint(given, lambda x, w, b: (loss(x, w, b, given.log_posterior, given.target), None))
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    classes, features = weight.shape
-    layer = nn.Linear(features, classes, bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias)
-    return layer
-
-
 def _layers(given: MixtureInputs) -> list[nn.Linear]:
-    biases = [None] * len(given.weight) if given.bias is None else list(given.bias)
-    return [_linear(weight, bias) for weight, bias in zip(given.weight, biases)]
+    """The clones as layers, in the same memory."""
+    clones, classes, features = given.weight.shape
+    options = {"bias": given.bias is not None, "device": "meta"}
+    layers = [nn.Linear(features, classes, **options) for _ in range(clones)]
+    for k, layer in enumerate(layers):
+        layer.weight = nn.Parameter(given.weight[k])
+        if given.bias is not None:
+            layer.bias = nn.Parameter(given.bias[k])
+    return layers
 
 
 def _vmapped(given: MixtureInputs) -> Call:
@@ -215,7 +189,7 @@ def _vmapped(given: MixtureInputs) -> Call:
         (loss + own * len(layers)).backward()
         return {"loss": loss.detach()}
 
-    return leaving_gradients(compute, x, [params["weight"]], [params.get("bias")])
+    return cases.leaving_gradients(compute, x, [params["weight"]], [params.get("bias")])
 
 
 def _one_by_one(given: MixtureInputs) -> Call:
@@ -232,7 +206,7 @@ def _one_by_one(given: MixtureInputs) -> Call:
         return {"loss": mixture.detach()}
 
     weights, biases = zip(*((layer.weight, layer.bias) for layer in net.clones))
-    return leaving_gradients(compute, x, weights, biases)
+    return cases.leaving_gradients(compute, x, weights, biases)
 
 
 def _plain(given: MixtureInputs) -> Call:
@@ -244,7 +218,7 @@ def _plain(given: MixtureInputs) -> Call:
         F.cross_entropy(layer(x), given.target).backward()
         return {}
 
-    return leaving_gradients(compute, x, [layer.weight], [layer.bias])
+    return cases.leaving_gradients(compute, x, [layer.weight], [layer.bias])
 
 
 class Scaled(nn.Module):
@@ -264,20 +238,16 @@ def authors_step(given: MixtureInputs) -> Call:
     clones, classes, features = given.weight.shape
     if given.bias is None:
         raise Missing("their last layer has a bias")
-    net = authors.model(package, Scaled(), clones, features, classes).to(
-        given.x.device, given.x.dtype
-    )
+    net = authors.model(package, Scaled(), clones, features, classes)
+    net = net.to(given.x.device, given.x.dtype)
     layers = [layer.fc for layer in net.last_layers()]
     with torch.no_grad():
         for layer, weight, bias in zip(layers, given.weight, given.bias):
             layer.weight.copy_(weight)
             layer.bias.copy_(bias)
-    optimizer = package.optim_spec.SGDAlrao(
-        net.parameters_internal_nn(),
-        [torch.full((), 1e-12, device=given.x.device)],
-        net.last_layers_parameters_list(),
-        [1e-12] * clones,
-    )
+    rate = torch.full((), 1e-12, device=given.x.device)
+    last = (net.last_layers_parameters_list(), [1e-12] * clones)
+    optimizer = package.optim_spec.SGDAlrao(net.parameters_internal_nn(), [rate], *last)
 
     def compute() -> Mapping[str, Tensor]:
         optimizer.zero_grad()
@@ -285,13 +255,13 @@ def authors_step(given: MixtureInputs) -> Call:
         package.optim_spec.alrao_step(net, optimizer, F.nll_loss, given.target)
         return {}
 
-    return leaving_gradients(compute, None, [layer.weight for layer in layers])
+    return cases.leaving_gradients(compute, None, [layer.weight for layer in layers])
 
 
 def mixture_candidates() -> tuple[Candidate, ...]:
     """Ours by backend, plain PyTorch in its several ways, and N calls of each library's fused loss."""
     return (
-        *ours("switch_mixture", _ours, (*GRADIENTS, "clone_nll")),
+        *cases.ours("switch_mixture", _ours, (*GRADIENTS, "clone_nll")),
         Candidate("torch.compile", _compiled, GRADIENTS, slow=True),
         Candidate("torch.func.vmap", _vmapped, GRADIENTS),
         Candidate("one by one", _one_by_one, GRADIENTS),

@@ -9,8 +9,6 @@ No library mixes, so that three compositions stand beside each other:
   clone's responsibility. The cheapest correct one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec

@@ -1,14 +1,12 @@
 """Measuring a case: every candidate is compared with the truth first, then all are timed in turns."""
 
-from __future__ import annotations
-
 import gc
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,13 +20,12 @@ Values = dict[str, Any]
 MAIN = Path(__file__).resolve().parent.parent / "__main__.py"
 
 
-class Effort:
+class Effort(NamedTuple):
     """How much is measured: at most `rounds` interleaved rounds and about `seconds` of them per case."""
 
-    def __init__(self, rounds: int, seconds: float, memory: bool) -> None:
-        self.rounds = rounds
-        self.seconds = seconds
-        self.memory = memory
+    rounds: int
+    seconds: float
+    memory: bool
 
 
 def worst_error(case: Case, candidate: Candidate, call: Call, truth: Any) -> float:
@@ -83,10 +80,7 @@ def check(case: Case, device: torch.device) -> tuple[dict[str, Values], list[Can
 
 
 def measure(
-    case: Case,
-    device: torch.device,
-    effort: Effort,
-    on_round: Callable[[], None] | None = None,
+    case: Case, device: torch.device, effort: Effort, on_round: Callable[[], None] | None = None
 ) -> dict[str, Values]:
     """Values by candidate: error, seconds by clock, peak memory; or why there is nothing. `speed` tells the fields."""
     torch._dynamo.reset()
@@ -106,19 +100,18 @@ def measure(
             runs[candidate.name] = [call.run for call in calls]
             if memory is not None:
                 values[candidate.name]["peak_memory"] = memory
+        limits = {"rounds": effort.rounds, "seconds": effort.seconds, "on_round": on_round}
         if on_gpu:
             # The launches of a whole network may take longer than its kernels.
             captured = 0.05 if case.op == "training_step" else 0.005
-            _time_on_gpu(runs, values, effort, captured, on_round)
+            for name, result in gpu_clocks.measure(runs, captured=captured, **limits).items():
+                values[name]["seconds"] = {clock: t._asdict() for clock, t in result.times.items()}
+                if result.missing:
+                    values[name]["no_clock"] = result.missing
         elif runs:
-            times = interleave(
-                {name: calls[0] for name, calls in runs.items()},
-                rounds=effort.rounds,
-                seconds_per_block=min(0.1, effort.seconds / effort.rounds / len(runs)),
-                seconds=effort.seconds,
-                on_round=on_round,
-            )
-            for name, time in times.items():
+            block = min(0.1, effort.seconds / effort.rounds / len(runs))
+            first = {name: calls[0] for name, calls in runs.items()}
+            for name, time in interleave(first, seconds_per_block=block, **limits).items():
                 values[name]["seconds"] = {"wall": time._asdict()}
     del given, runs
     _free(device)
@@ -143,22 +136,6 @@ def _ready(candidate: Candidate, given: list[Any], on_gpu: bool) -> tuple[list[C
         first()
     calls += [candidate.make(one) for one in given[1:]]
     return calls, memory
-
-
-def _time_on_gpu(
-    runs: dict[str, list[Callable[[], object]]],
-    values: dict[str, Values],
-    effort: Effort,
-    captured: float,
-    on_round: Callable[[], None] | None,
-) -> None:
-    measured = gpu_clocks.measure(
-        runs, rounds=effort.rounds, seconds=effort.seconds, captured=captured, on_round=on_round
-    )
-    for name, result in measured.items():
-        values[name]["seconds"] = {clock: t._asdict() for clock, t in result.times.items()}
-        if result.missing:
-            values[name]["no_clock"] = result.missing
 
 
 # Peak memory on a CPU: resident memory of a process of its own, because what was freed there may not be given back.

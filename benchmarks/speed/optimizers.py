@@ -1,7 +1,5 @@
 """Cases of the ops feature_sgd and feature_adam: one optimizer step over all parameters of a network."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
@@ -17,17 +15,8 @@ from alrao_fast.optim.layouts import memory_rates
 from alrao_fast.reference.feature_sgd import entry_rates, memory_order
 from benchmarks.networks import VGG19, GoogLeNet, LSTMBackbone, MobileNetV2, TransformerLM
 from benchmarks.speed import authors
-from benchmarks.speed.case import (
-    DTYPES,
-    Call,
-    Candidate,
-    Case,
-    Missing,
-    Target,
-    compiled,
-    generator_on,
-    ours,
-)
+from benchmarks.speed import case as cases
+from benchmarks.speed.case import DTYPES, Call, Candidate, Case, Missing, Target
 
 LR_RANGE, LR = (1e-5, 1e-2), 1e-3
 # Entries of a parameter that the outputs are compared by.
@@ -39,6 +28,12 @@ class Update(NamedTuple):
 
     model: nn.Module
     momentum: float
+
+    def params(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    def device(self) -> torch.device:
+        return self.params()[0].device
 
 
 def _with_clones(backbone: nn.Module, classes: int = 10, clones: int = 10) -> nn.Module:
@@ -87,20 +82,12 @@ def inputs(
     with torch.device("meta"):
         model = make_network(tiny).to(dtype)
     model.to_empty(device=device)
-    generator = generator_on(device, seed)
+    generator = cases.generator_on(device, seed)
     for param in model.parameters():
         # Not from a wider dtype: the networks may fill half of the memory.
         param.data.normal_(generator=generator)
         param.grad = torch.empty_like(param).normal_(generator=generator).mul_(1e-2)
     return Update(model, momentum)
-
-
-def _params(update: Update) -> list[nn.Parameter]:
-    return list(update.model.parameters())
-
-
-def _device(update: Update) -> torch.device:
-    return _params(update)[0].device
 
 
 def _positions(param: Tensor) -> Tensor:
@@ -110,7 +97,7 @@ def _positions(param: Tensor) -> Tensor:
 
 def _read(update: Update) -> Tensor:
     """The compared entries of all parameters, one after the other."""
-    return torch.cat([memory_order(p.detach())[_positions(p)].double() for p in _params(update)])
+    return torch.cat([memory_order(p.detach())[_positions(p)].double() for p in update.params()])
 
 
 def _rates(update: Update) -> list[tuple[Tensor, int]]:
@@ -118,7 +105,7 @@ def _rates(update: Update) -> list[tuple[Tensor, int]]:
     optimizer = _alrao(alrao.AlraoSGD, update)
     return [
         memory_rates(optimizer.state[p]["rate"], p, optimizer.layout_of(p).dims)
-        for p in _params(update)
+        for p in update.params()
     ]
 
 
@@ -134,36 +121,27 @@ def truth(op: str, runs: int, update: Update) -> Mapping[str, Tensor]:
 
     "params" has Alrao's rates, "plain" the one rate of torch's optimizers; "authors" the authors' momentum rule.
     """
-    places = [_positions(p) for p in _params(update)]
+    places = [_positions(p) for p in update.params()]
     rates = [
         entry_rates(rate, inner, p.numel(), torch.float64)[place]
-        for (rate, inner), p, place in zip(_rates(update), _params(update), places)
+        for (rate, inner), p, place in zip(_rates(update), update.params(), places)
     ]
     results = {}
-    for name, vectors in (
-        ("params", rates),
-        ("plain", [torch.full_like(rate, LR) for rate in rates]),
-        ("authors", rates),
-    ):
-        params = [memory_order(p.detach())[at].double() for p, at in zip(_params(update), places)]
-        grads = [memory_order(p.grad)[at].double() for p, at in zip(_params(update), places)]
+    plain = [torch.full_like(rate, LR) for rate in rates]
+    for name, vectors in (("params", rates), ("plain", plain), ("authors", rates)):
+        rule = "authors" if name == "authors" else "torch"
+        params = [memory_order(p.detach())[at].double() for p, at in zip(update.params(), places)]
+        grads = [memory_order(p.grad)[at].double() for p, at in zip(update.params(), places)]
         states = [[torch.zeros_like(p) for p in params] for _ in range(2)]
         steps = torch.zeros(len(params), dtype=torch.int64, device=params[0].device)
         common: dict[str, Any] = {"steps": steps, "inners": [1] * len(params), "impl": "reference"}
         for _ in range(runs):
             if op == "feature_adam":
-                rule = {"eps_rule": "authors" if name == "authors" else "torch"}
-                feature_adam_(params, grads, states[0], states[1], vectors, **common, **rule)
+                feature_adam_(params, grads, *states, vectors, eps_rule=rule, **common)
             else:
-                feature_sgd_(
-                    params,
-                    grads,
-                    vectors,
-                    momentum=update.momentum,
-                    momentum_buffers=states[0] if update.momentum else None,
-                    momentum_rule="authors" if name == "authors" else "torch",
-                    **common,
-                )
+                buffers = states[0] if update.momentum else None
+                options = {"momentum": update.momentum, "momentum_rule": rule}
+                feature_sgd_(params, grads, vectors, momentum_buffers=buffers, **options, **common)
         results[name] = torch.cat(params)
     return results
 
@@ -185,10 +163,10 @@ def _ours(kind: type, backend: str, update: Update) -> Call:
 def _torch(kind: type, options: dict[str, Any], update: Update) -> Call:
     if kind is torch.optim.SGD:
         options = {**options, "momentum": update.momentum}
-    elif _device(update).type == "cuda":
+    elif update.device().type == "cuda":
         # Without it Adam counts its steps on the CPU and cannot be captured.
         options = {**options, "capturable": True}
-    return _call(kind(_params(update), lr=LR, **options).step, update, "plain")
+    return _call(kind(update.params(), lr=LR, **options).step, update, "plain")
 
 
 def _apex(update: Update) -> Call:
@@ -196,49 +174,35 @@ def _apex(update: Update) -> Call:
         raise Missing("apex with its CUDA extensions is not installed")
     from apex.optimizers import FusedSGD
 
-    return _call(FusedSGD(_params(update), lr=LR, momentum=update.momentum).step, update, "plain")
+    return _call(FusedSGD(update.params(), lr=LR, momentum=update.momentum).step, update, "plain")
 
 
 def _full_rates(update: Update) -> list[Tensor]:
     """A tensor of rates of each parameter's shape, as the authors' code keeps them."""
     return [
         entry_rates(rate, inner, p.numel(), p.dtype).view_as(p)
-        for (rate, inner), p in zip(_rates(update), _params(update))
+        for (rate, inner), p in zip(_rates(update), update.params())
     ]
 
 
-def _without_momentum(update: Update) -> None:
+def _row_rates(update: Update) -> list[Tensor]:
+    """Where each row of a parameter has a rate, that as a column; else a rate for each entry."""
+    found = []
+    for full, (rate, inner) in zip(_full_rates(update), _rates(update)):
+        rows = full.numel() == rate.numel() * inner and full.size(0) == rate.numel()
+        shape = (-1, *[1] * (full.dim() - 1))
+        found.append(rate.to(full.dtype).view(shape) if rows else full)
+    return found
+
+
+Lists = Callable[[list[Tensor], list[Tensor], list[Tensor]], None]
+
+
+def _composed(update_all: Lists, rates: list[Tensor], update: Update) -> Call:
+    """An update made of torch's operations: `update_all(params, grads, rates)`."""
     if update.momentum:
         raise Missing("this composition is written without momentum")
-
-
-def _foreach(update: Update) -> Call:
-    _without_momentum(update)
-    params, rates = _params(update), _full_rates(update)
-    grads = [p.grad for p in params]
-
-    @torch.no_grad()
-    def run() -> None:
-        torch._foreach_add_(params, torch._foreach_mul(grads, rates), alpha=-1)
-
-    return _call(run, update, "params")
-
-
-def _addcmul(params: list[Tensor], grads: list[Tensor], rates: list[Tensor]) -> None:
-    for param, grad, rate in zip(params, grads, rates):
-        param.addcmul_(grad, rate, value=-1)
-
-
-def _compiled(update: Update) -> Call:
-    _without_momentum(update)
-    params, grads = _params(update), [p.grad for p in _params(update)]
-    rates = []
-    for param, (rate, inner) in zip(params, _rates(update)):
-        rows = param.numel() == rate.numel() * inner and param.size(0) == rate.numel()
-        shape = (-1, *[1] * (param.dim() - 1))
-        full = entry_rates(rate, inner, param.numel(), param.dtype)
-        rates.append(rate.to(param.dtype).view(shape) if rows else full.view_as(param))
-    update_all = compiled(_addcmul)
+    params, grads = update.params(), [p.grad for p in update.params()]
 
     @torch.no_grad()
     def run() -> None:
@@ -247,11 +211,28 @@ def _compiled(update: Update) -> Call:
     return _call(run, update, "params")
 
 
+def _foreach_add(params: list[Tensor], grads: list[Tensor], rates: list[Tensor]) -> None:
+    torch._foreach_add_(params, torch._foreach_mul(grads, rates), alpha=-1)
+
+
+def _addcmul(params: list[Tensor], grads: list[Tensor], rates: list[Tensor]) -> None:
+    for param, grad, rate in zip(params, grads, rates):
+        param.addcmul_(grad, rate, value=-1)
+
+
+def _foreach(update: Update) -> Call:
+    return _composed(_foreach_add, _full_rates(update), update)
+
+
+def _compiled(update: Update) -> Call:
+    return _composed(cases.compiled(_addcmul), _row_rates(update), update)
+
+
 def _authors(name: str, update: Update) -> Call:
     spec = authors.load().optim_spec
     # Detached: their step edits the parameters' own gradients where there is weight decay; here there is none.
     options = {"momentum": update.momentum} if name == "SGDSpec" else {}
-    optimizer = getattr(spec, name)(_params(update), _full_rates(update), **options)
+    optimizer = getattr(spec, name)(update.params(), _full_rates(update), **options)
     return _call(optimizer.step, update, "authors")
 
 
@@ -259,8 +240,8 @@ def _scaled(make: Callable[[Update], Call], update: Update) -> Call:
     """`make`'s optimizer stepped by a GradScaler, which looks for infinities and hands over the scale."""
     call = make(update)
     optimizer = call.run.__self__
-    scaler = torch.amp.GradScaler(_device(update).type, init_scale=1.0)
-    scaler.scale(torch.ones((), device=_device(update)))
+    scaler = torch.amp.GradScaler(update.device().type, init_scale=1.0)
+    scaler.scale(torch.ones((), device=update.device()))
 
     def run() -> None:
         scaler.step(optimizer)
@@ -286,7 +267,9 @@ def candidates(op: str, scaler: bool) -> tuple[Candidate, ...]:
         Candidate("torch.compile", _compiled, ("params",), slow=True),
     )
     return (
-        *ours(op, partial(_ours, kind), ("params",), slow=("reference",), device_of=_device),
+        *cases.ours(
+            op, partial(_ours, kind), ("params",), slow=("reference",), device_of=Update.device
+        ),
         Candidate("torch fused", fused, ("plain",)),
         Candidate("torch foreach", partial(_torch, plain, {"foreach": True}), ("plain",)),
         Candidate("torch single", partial(_torch, plain, {"foreach": False}), ("plain",)),

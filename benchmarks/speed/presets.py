@@ -1,15 +1,12 @@
 """Which cases a run measures: quick, cpu and full for a CPU, gpu with the figures to reach on an H100 or H200."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 
 from benchmarks.speed.case import Case, Target
-from benchmarks.speed.evaluation import evaluation_case
-from benchmarks.speed.head_steps import head_case
+from benchmarks.speed.head_uses import evaluation_case, head_case
 from benchmarks.speed.heads import Head, mixture_case
 from benchmarks.speed.optimizers import optimizer_case
 from benchmarks.speed.steps import step_case

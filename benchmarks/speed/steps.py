@@ -16,18 +16,8 @@ from torch.nn.functional import nll_loss
 from torch.utils.flop_counter import FlopCounterMode
 
 import alrao_fast as alrao
-from benchmarks.networks import (
-    MLP,
-    VGG19,
-    ClonesOneByOne,
-    GoogLeNet,
-    LSTMBackbone,
-    MobileNetV2,
-    PlainModel,
-    SENet18,
-    TransformerLM,
-    first,
-)
+from benchmarks import networks
+from benchmarks.networks import ClonesOneByOne, PlainModel, first
 from benchmarks.speed import authors, libraries
 from benchmarks.speed.case import DTYPES, Call, Candidate, Case, Target
 
@@ -73,11 +63,14 @@ def inputs(training: Training, dtype: torch.dtype, device: torch.device, seed: i
     generator = torch.Generator().manual_seed(seed)
     if training.tokens:
         x = torch.randint(training.tokens, training.shape, generator=generator)
-        y = torch.randint(training.classes, training.shape, generator=generator)
-        return Batch(training, dtype, x.to(device), y.to(device), seed)
-    x = torch.randn(training.shape, generator=generator)
-    y = torch.randint(training.classes, training.shape[:1], generator=generator)
-    return Batch(training, dtype, x.to(device, dtype), y.to(device), seed)
+    else:
+        x = torch.randn(training.shape, generator=generator).to(dtype)
+    y = torch.randint(training.classes, targets_shape(training), generator=generator)
+    return Batch(training, dtype, x.to(device), y.to(device), seed)
+
+
+def targets_shape(training: Training) -> tuple[int, ...]:
+    return training.shape if training.tokens else training.shape[:1]
 
 
 def checked_inputs(
@@ -236,14 +229,13 @@ def _authors(batch: Batch) -> Call:
 
 
 def _images(backbone: Callable[[float], nn.Module], batch: int, tiny: bool) -> Training:
-    width = 0.1 if tiny else 1.0
-    size = 2 if tiny else batch
-    return Training(partial(backbone, width), 10, 10, (1e-5, 10.0), (size, 3, 32, 32))
+    shape = (2 if tiny else batch, 3, 32, 32)
+    return Training(partial(backbone, 0.1 if tiny else 1.0), 10, 10, (1e-5, 10.0), shape)
 
 
 def _lstm(tokens: int, length: int, tiny: bool) -> Training:
     tokens, length, batch = (20, 3, 2) if tiny else (tokens, length, 20)
-    make = partial(LSTMBackbone, tokens)
+    make = partial(networks.LSTMBackbone, tokens)
     shape = (length, batch)
     return Training(make, tokens, 6, (1e-3, 100.0), shape, tokens=tokens, batch_dim=1)
 
@@ -254,17 +246,19 @@ def _transformer(
     tokens, vocabulary = 50304, 50000
     if tiny:
         tokens, vocabulary, features, layers, heads, batch, context = 50, 40, 8, 2, 2, 2, 6
-    make = partial(TransformerLM, tokens, features, layers, heads, context)
+    make = partial(networks.TransformerLM, tokens, features, layers, heads, context)
     return Training(make, vocabulary, 6, (1e-5, 1.0), (batch, context), tokens=vocabulary)
 
 
 # Networks by name: batch -> what is trained; the batch counts streams of text where there is one.
 TRAININGS: dict[str, Callable[[int, bool], Training]] = {
-    "MLP": lambda batch, tiny: Training(MLP, 10, 10, (1e-5, 10.0), (2 if tiny else batch, 64)),
-    "GoogLeNet": partial(_images, GoogLeNet),
-    "VGG19": partial(_images, VGG19),
-    "MobileNetV2": partial(_images, MobileNetV2),
-    "SENet18": partial(_images, SENet18),
+    "MLP": lambda batch, tiny: Training(
+        networks.MLP, 10, 10, (1e-5, 10.0), (2 if tiny else batch, 64)
+    ),
+    "GoogLeNet": partial(_images, networks.GoogLeNet),
+    "VGG19": partial(_images, networks.VGG19),
+    "MobileNetV2": partial(_images, networks.MobileNetV2),
+    "SENet18": partial(_images, networks.SENet18),
     "LSTM, 50 characters": lambda batch, tiny: _lstm(50, 70, tiny),
     "LSTM, 10,000 words": lambda batch, tiny: _lstm(10_000, 35, tiny),
     "transformer, 50,000 tokens": lambda batch, tiny: _transformer(128, 2, 4, batch, 64, tiny),
@@ -283,7 +277,7 @@ def _plain_flops(training: Training) -> float | None:
         backbone = training.backbone()
         net = PlainModel(backbone, backbone.out_features, training.classes)
         x = torch.zeros(training.shape, dtype=torch.int64 if training.tokens else None)
-        y = x if training.tokens else torch.zeros(training.shape[:1], dtype=torch.int64)
+        y = torch.zeros(targets_shape(training), dtype=torch.int64)
         try:
             with FlopCounterMode(display=False) as counter:
                 net(x, targets=y)
@@ -293,7 +287,7 @@ def _plain_flops(training: Training) -> float | None:
 
 
 def _samples(training: Training) -> int:
-    return math.prod(training.shape if training.tokens else training.shape[:1])
+    return math.prod(targets_shape(training))
 
 
 def clones_flops(training: Training) -> float:
@@ -322,12 +316,8 @@ def step_case(
     total = None if flops is None else flops + clones_flops(training)
     if flops is not None and total is not None:
         targets += tuple(replace(t, limit=t.limit * total / flops) for t in floor_targets)
-    sizes = {
-        "batch": training.shape[training.batch_dim],
-        "samples": _samples(training),
-        "classes": training.classes,
-        "clones": training.clones,
-    }
+    sizes = {"batch": training.shape[training.batch_dim], "samples": _samples(training)}
+    sizes |= {"classes": training.classes, "clones": training.clones}
     return Case(
         name=f"training step, {network}",
         op="training_step",

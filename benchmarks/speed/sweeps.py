@@ -1,7 +1,5 @@
 """How time and memory grow with the clones, the classes, the parameters: `python benchmarks speed --sweep clones`."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -82,13 +80,12 @@ def summaries(points: list[tuple[int, dict[str, Values]]]) -> dict[str, dict[str
         at = [size for size, _ in rows]
         seconds = [time.median for _, row in rows if (time := device_seconds(row)) is not None]
         memory = [row.get("peak_memory", 0) for _, row in rows]
-        found[name] = {
-            "at": at,
-            "seconds": seconds,
-            "peak_memory": memory,
+        found[name] = {"at": at, "seconds": seconds, "peak_memory": memory}
+        exponents = {
             "time_exponent": exponent(at, seconds),
             "memory_exponent": exponent(at, memory),
         }
+        found[name] |= exponents
     return found
 
 
@@ -96,7 +93,11 @@ def plot(sweep: str, found: dict[str, dict[str, Any]], path: Path) -> None:
     """Time and memory against the size, log-log, relative to Alrao's at the smallest size."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
-    for key, title, ax in zip(("seconds", "peak_memory"), ("time", "peak extra memory"), axes):
+    kinds = (
+        ("seconds", "time", "time_exponent"),
+        ("peak_memory", "peak extra memory", "memory_exponent"),
+    )
+    for (key, title, exponent_of), ax in zip(kinds, axes):
         unit = next((v for f in found.values() for v in f[key] if v > 0), None)
         if unit is None:
             ax.set_axis_off()
@@ -106,12 +107,11 @@ def plot(sweep: str, found: dict[str, dict[str, Any]], path: Path) -> None:
             points = [(s, v / unit) for s, v in zip(row["at"], row[key]) if v > 0]
             if not points:
                 continue
-            power = row["time_exponent" if key == "seconds" else "memory_exponent"]
+            power = row[exponent_of]
             label = name if power is None else f"{name}: power {power:.2f}"
             ax.loglog(*zip(*points), marker="o", markersize=4, label=label)
         ax.set_xlabel(sweep)
-        ax.set_title(f"{title}, in units of the first point of the first line")
-        ax.title.set_fontsize(10)
+        ax.set_title(f"{title}, in units of the first point of the first line", fontsize=10)
         ax.grid(True, which="major", alpha=0.3)
         ax.legend(fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

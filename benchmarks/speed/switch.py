@@ -1,7 +1,5 @@
 """Cases of the op switch_update: one observation of the posterior over the clones."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple

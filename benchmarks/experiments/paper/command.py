@@ -1,7 +1,5 @@
 """The command line of `python benchmarks paper`."""
 
-from __future__ import annotations
-
 import argparse
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,7 @@ from benchmarks.experiments.runs import Run, check, device_of, run_all
 from benchmarks.experiments.tasks import ImageTask, Task, TextTask
 from benchmarks.experiments.text import load_text
 from benchmarks.results import Record, Results
-from benchmarks.tables import write
+from benchmarks.show import save, write
 
 QUICK_IMAGES, QUICK_TOKENS, QUICK_WIDTH, QUICK_EPOCHS = 2000, 100_000, 0.25, 3
 FULL_EPOCHS = {"figure3": 30}
@@ -99,7 +97,8 @@ def main(arguments: list[str]) -> None:
     for line in sorted({_measured_on(record["machine"]) for record in records.values()}):
         console.print("  " + line, highlight=False)
     write(table, options.results / f"{name}.md")
-    plots.plot(options.experiment, records, tasks, options.results / f"{name}.png")
+    draw = plots.PLOTS.get(options.experiment, plots.learning_curves)
+    save(draw(records, tasks), options.results / f"{name}.png")
     console.print(f"table and plot: {options.results / name}.md, .png; runs: {results.path}")
 
 

@@ -1,12 +1,9 @@
 """The paper's figures from the runs' records: lines differ in style and lightness, to survive a grey print."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +12,10 @@ from benchmarks.experiments.methods import METHODS
 from benchmarks.experiments.paper.cases import Case
 from benchmarks.experiments.paper.published import BEST_LR
 from benchmarks.experiments.paper.tables import Records, best_sgd, by_setting
-from benchmarks.experiments.seeds import mean, mean_and_spread
+from benchmarks.experiments.runs import mean, mean_and_spread
 from benchmarks.experiments.tasks import Task
-from benchmarks.figures import legend_beside, pyplot, save
 from benchmarks.results import Record, grouped
+from benchmarks.show import legend_beside, pyplot
 
 Tasks = Mapping[str, Task]
 # Everything that is not a rate of a grid: black for Alrao, by style for the others.
@@ -186,18 +183,10 @@ def _widths(panel: Any, network: str, runs: Records, task: Task) -> None:
 learning_curves, triangle, posterior, fractions, widths = (
     partial(_panels, draw) for draw in (_curves, _triangle, _posterior, _fractions, _widths)
 )
+# The commands whose plot is not that of the learning curves.
 PLOTS: dict[str, Callable[[Records, Tasks], Any]] = {
-    "table1": learning_curves,
-    "figure2": learning_curves,
     "figure3": triangle,
     "figure4": posterior,
-    "figure5": learning_curves,
-    "figure6": learning_curves,
     "figure7": fractions,
     "figure8": widths,
 }
-
-
-def plot(command: str, records: Records, tasks: Tasks, path: Path) -> None:
-    """Write the command's figure as a PNG."""
-    save(PLOTS[command](records, tasks), path)

@@ -1,7 +1,5 @@
 """What the paper reports (arXiv 1810.01322): printed beside our figures, never mixed with them."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 

@@ -1,7 +1,5 @@
 """Table 1 and table 2, and what every figure's runs ended with."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping
@@ -14,11 +12,11 @@ import alrao_fast as alrao
 from benchmarks.experiments.images import CLASSES
 from benchmarks.experiments.paper.cases import NETWORKS, Case
 from benchmarks.experiments.paper.published import BEST_LR, TABLE1, TABLE2, TOKENS
-from benchmarks.experiments.seeds import mean_and_spread
+from benchmarks.experiments.runs import mean_and_spread
 from benchmarks.experiments.tasks import Task
 from benchmarks.networks import IMAGE_NETWORKS, LSTMBackbone
 from benchmarks.results import Record, grouped
-from benchmarks.tables import Table
+from benchmarks.show import Table
 
 Records = Mapping[Case, Record]
 # A setting: a case whatever its seed.

@@ -1,7 +1,5 @@
 """One run: epochs of training with early stopping on the validation set, a checkpoint after each epoch, its record."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any, NamedTuple

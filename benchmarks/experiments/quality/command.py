@@ -1,7 +1,5 @@
 """The command line of `python benchmarks quality`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,14 +9,13 @@ import torch
 from rich.console import Console
 
 from benchmarks import machine
-from benchmarks.experiments.digits import DigitsTask
 from benchmarks.experiments.images import DataMissing, load_images
 from benchmarks.experiments.methods import COMPARED, METHODS
-from benchmarks.experiments.quality import plots, tables
-from benchmarks.experiments.quality.summary import Cell, Summary, measured_on, summarise
+from benchmarks.experiments.quality import plots
+from benchmarks.experiments.quality.summary import Summary, all_tables, measured_on, ran, summarise
 from benchmarks.experiments.quality.train import train
 from benchmarks.experiments.runs import Run, check, device_of, run_all
-from benchmarks.experiments.tasks import ImageTask, Task, TextTask
+from benchmarks.experiments.tasks import DigitsTask, ImageTask, Task, TextTask
 from benchmarks.experiments.text import load_text
 from benchmarks.networks import IMAGE_NETWORKS
 from benchmarks.results import Record, Results
@@ -123,11 +120,11 @@ def plan(name: str, options: argparse.Namespace, device: torch.device) -> Iterat
 def report(summary: Summary, options: argparse.Namespace, console: Console) -> None:
     """Print the tables; write them and the plots."""
     written = []
-    for table in tables.all_tables(summary):
+    for table in all_tables(summary):
         console.print(table.rich(bold=METHODS["alrao"].label))
         written.append(table.markdown() + "\n")
-    cells = [own for row in summary.values() for own in row.values()]
-    sources = measured_on(run for own in cells if isinstance(own, Cell) for run in own.all)
+    cells = [own for row in summary.values() for own in ran(row).values()]
+    sources = measured_on(run for own in cells for run in own.all)
     for line in sources:
         console.print("measured on " + line, highlight=False)
     options.results.mkdir(parents=True, exist_ok=True)

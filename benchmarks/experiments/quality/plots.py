@@ -1,7 +1,5 @@
 """Two figures for each task: the final loss of every method, and the learning curves."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any
 
 from benchmarks.experiments.methods import METHODS
 from benchmarks.experiments.quality.summary import Cell, Summary, ran
-from benchmarks.figures import INK, legend_beside, pyplot, save
+from benchmarks.show import INK, legend_beside, pyplot, save
 
 # Alrao in black, the tuned in warm colours, those without a rate to choose in cold ones; styles differ too.
 STYLES: dict[str, dict[str, Any]] = {

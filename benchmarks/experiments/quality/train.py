@@ -1,7 +1,5 @@
 """One run: a fixed number of epochs, measured after each, without early stopping."""
 
-from __future__ import annotations
-
 import math
 import time
 from typing import Any

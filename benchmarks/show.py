@@ -1,13 +1,16 @@
-"""A table of text cells, for the terminal, for Markdown and for the report's page."""
+"""What is shown: tables of text cells, for the terminal, Markdown and the report's page; what all plots share."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-# Imported where it is used: a GPU is checked without it too.
+# Imported where it is used, as matplotlib is: a GPU is checked without them too.
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
+
+# Not quite black: an SVG file leaves out the colour of what is black, and then nothing can change it.
+INK = "#010101"
 
 
 class Table(NamedTuple):
@@ -50,3 +53,26 @@ def write(table: RichTable, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         Console(file=file, width=160).print(table)
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save(figure: Any, path: Path, dpi: int = 130) -> Path:
+    """Write a figure as a PNG and let go of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi, bbox_inches="tight")
+    pyplot().close(figure)
+    return path
+
+
+def legend_beside(axes: Any, *entries: Any, x: float = 1.0, **options: Any) -> None:
+    """Right of the axes, where it hides nothing."""
+    axes.legend(*entries, loc="center left", bbox_to_anchor=(x, 0.5), **options)

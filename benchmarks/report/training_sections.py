@@ -1,19 +1,18 @@
-"""What Alrao buys: the records of `python benchmarks quality`."""
-
-from __future__ import annotations
+"""What Alrao buys: the records of `python benchmarks quality`, and of `ranking`, which orders networks by it."""
 
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments.demo import posterior_plot
-from benchmarks.experiments.quality import plots, tables
-from benchmarks.experiments.quality.summary import Summary, ran, summarise
+from benchmarks.experiments.quality import plots
+from benchmarks.experiments.quality.summary import Summary, all_tables, ran, summarise
+from benchmarks.experiments.ranking import Comparison
 from benchmarks.report.page import Picture, Section, picture
 from benchmarks.results import read
 
-COMMAND = "python benchmarks quality --quick"
-INTRO = (
+QUALITY = "python benchmarks quality --quick"
+QUALITY_INTRO = (
     "Alrao without tuning against SGD over a grid of learning rates, Adam, tuned AdamW, and methods that promise "
     "to need no learning rate. Figures are those of the last epoch on the test set, mean and standard deviation "
     "over the seeds; rates are chosen on the validation set; runs, steps and seconds are what one seed costs, the"
@@ -21,7 +20,7 @@ INTRO = (
 )
 
 
-def section(folder: Path) -> tuple[Section, list[dict[str, Any]]]:
+def quality(folder: Path) -> tuple[Section, list[dict[str, Any]]]:
     """The section, and the records that it is made from. Of a task's full and quick runs the full ones are shown."""
     files = sorted(folder.glob("*.jsonl"))
     full = {file.stem for file in files}
@@ -32,12 +31,12 @@ def section(folder: Path) -> tuple[Section, list[dict[str, Any]]]:
     ]
     records = [record for file in chosen for record in read(file)]
     if not any("curves" in record for record in records):
-        return Section("Quality", INTRO, missing=COMMAND), []
+        return Section("Quality", QUALITY_INTRO, missing=QUALITY), []
     summary = summarise(records)
-    found = list(tables.all_tables(summary))
+    found = list(all_tables(summary))
     pictures = [shown for task in summary for shown in pictures_of(task, summary)]
     used = [run for cells in summary.values() for own in ran(cells).values() for run in own.all]
-    return Section("Quality", INTRO, found[:-1], pictures, found[-1:]), used
+    return Section("Quality", QUALITY_INTRO, found[:-1], pictures, found[-1:]), used
 
 
 def pictures_of(task: str, summary: Summary) -> list[Picture]:
@@ -60,3 +59,23 @@ def pictures_of(task: str, summary: Summary) -> list[Picture]:
         caption = f"{task}: which clone's learning rate the switch trusts, by epoch"
         found.append(picture(f"quality-{task}-posterior", caption, draw))
     return found
+
+
+RANKING = "python benchmarks ranking"
+RANKING_INTRO = (
+    "Networks ranked by one training with Alrao each (alrao_fast.rank), against the order that SGD at the best "
+    "rate of a grid gives. Losses are validation losses on scikit-learn's digits, mean over the seeds."
+)
+
+
+def ranking(folder: Path) -> tuple[Section, list[dict[str, Any]]]:
+    records = list(read(folder / "ranking.jsonl"))
+    if not records:
+        return Section("Ranking architectures", RANKING_INTRO, missing=RANKING), []
+    comparison = Comparison(records)
+    caption = "Each network's loss by Alrao and by the best SGD of the grid"
+    plots = [picture("ranking", caption, comparison.plot)]
+    notes = comparison.verdict()
+    return Section(
+        "Ranking architectures", RANKING_INTRO, [comparison.table()], plots, notes=notes
+    ), records
