@@ -26,6 +26,7 @@ MODULES = {
     **{name: f"experiments.{name}" for name in ("demo", "ranking")},
     **{name: f"experiments.{name}.command" for name in ("quality", "paper")},
     **{name: name.replace("_", ".") for name in COMMANDS if name.startswith("gpu_")},
+    "gpu_ceilings": "roofline",
     "compat": "speed.compat",
 }
 

@@ -377,7 +377,7 @@ def test_default_text():
 
 def steps_of_both_kinds(task, device, **options):
     """Losses and final parameters of two epochs by ordinary and by captured steps."""
-    from benchmarks.experiments import steps
+    from benchmarks.experiments import trainer as steps
     from benchmarks.experiments.paper.train import make
 
     for kind in (steps.Step, steps.CapturedStep):
@@ -428,7 +428,7 @@ def test_cuda_graph(amp, text_file):
 
 
 def test_clip_bounds_the_step():
-    from benchmarks.experiments.steps import Step
+    from benchmarks.experiments.trainer import Step
 
     net = alrao.AlraoModel(torch.nn.Linear(4, 3), alrao.ClassifierClones(3, 2, 2))
     opt = alrao.AlraoSGD(net, sampler=alrao.Constant(1.0))

@@ -147,9 +147,9 @@ def test_parts_of_the_digits():
 
 
 def train(name: str, lr: float | None = None, **options):
-    from benchmarks.experiments.tasks import DigitsTask
     from benchmarks.experiments.methods import METHODS
     from benchmarks.experiments.quality.train import train
+    from benchmarks.experiments.tasks import DigitsTask
 
     options = {"epochs": 1, "width": 0.1, "device": CPU, **options}
     return train(METHODS[name], lr, DigitsTask(0, CPU), 0, **options)
@@ -268,8 +268,8 @@ def test_a_diverged_seed_spoils_the_mean():
 
 
 def make(name: str, lr: float | None = None):
-    from benchmarks.experiments.tasks import DigitsTask
     from benchmarks.experiments.methods import METHODS, Setting, build
+    from benchmarks.experiments.tasks import DigitsTask
     from benchmarks.experiments.trainer import Trainer
 
     task, method = DigitsTask(0, CPU), METHODS[name]
@@ -349,9 +349,8 @@ def test_the_same_start_for_every_method():
 
 
 def test_grids():
-    from benchmarks.experiments.tasks import DigitsTask
     from benchmarks.experiments.methods import sgd_grid
-    from benchmarks.experiments.tasks import TextTask
+    from benchmarks.experiments.tasks import DigitsTask, TextTask
     from benchmarks.experiments.text import load_text
 
     assert sgd_grid(DigitsTask(0, CPU)) == pytest.approx([10.0**k for k in range(-5, 2)])

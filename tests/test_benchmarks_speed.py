@@ -184,8 +184,8 @@ def seconds(**medians):
 
 def test_targets_on_made_up_figures():
     from benchmarks.speed.case import Target
+    from benchmarks.speed.judging import floor, judge, shares
     from benchmarks.speed.switch import switch_case
-    from benchmarks.speed.targets import floor, judge, shares
 
     case = replace(switch_case(), bytes=1000.0, flops=500.0)
     rates = {"copy": 1e6, "float32": 1e6}

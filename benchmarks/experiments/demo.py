@@ -36,12 +36,9 @@ def _ours(net: nn.Module, setting: Setting) -> alrao.AlraoSGD:
     return alrao.AlraoSGD(net, setting.lr_range)
 
 
-_ADAM = Method("adam", "Adam, default", lambda net, s: torch.optim.Adam(net.parameters()))
-OWN = {
-    "alrao": Method("alrao", "Alrao, no search", _ours, is_alrao=True),
-    "sgd": METHODS["sgd"],
-    "adam": _ADAM,
-}
+_ALRAO = Method("alrao", "Alrao, no search", _ours, is_alrao=True)
+_ADAM = Method("adam", "Adam, default", lambda net, setting: torch.optim.Adam(net.parameters()))
+OWN = {"alrao": _ALRAO, "sgd": METHODS["sgd"], "adam": _ADAM}
 
 
 class Run(NamedTuple):

@@ -115,10 +115,8 @@ class _ArraysOnly(pickle.Unpickler):
 def _read_batches(folder: Path) -> dict[str, np.ndarray]:
     arrays = {}
     for part, names in (("train", BATCHES), ("test", ["test_batch"])):
-        batches = []
-        for name in names:
-            with (folder / name).open("rb") as file:
-                batches.append(_ArraysOnly(file, encoding="bytes").load())
+        files = (io.BytesIO((folder / name).read_bytes()) for name in names)
+        batches = [_ArraysOnly(file, encoding="bytes").load() for file in files]
         pixels = np.concatenate([batch[b"data"] for batch in batches])
         arrays[f"{part}_x"] = pixels.reshape(-1, 3, SIZE, SIZE)
         labels = np.concatenate([batch[b"labels"] for batch in batches])

@@ -132,14 +132,14 @@ class Comparison:
         if count < 2:
             return None
 
-        def order(runs: dict[str, list[Record]], seed: int) -> list[float]:
-            return [mean_loss([runs[name][seed]]) for name in runs]
+        def agree(first: dict[str, list[Record]], i: int, j: int) -> float:
+            kinds = ((first, i), (self.sgd, j))
+            orders = ([mean_loss([own[k]]) for own in runs.values()] for runs, k in kinds)
+            return float(spearmanr(*orders).statistic)
 
         pairs = list(itertools.permutations(range(count), 2))
         mixed, same = (
-            statistics.fmean(
-                float(spearmanr(order(first, i), order(self.sgd, j)).statistic) for i, j in pairs
-            )
+            statistics.fmean(agree(first, *pair) for pair in pairs)
             for first in (self.alrao, self.sgd)
         )
         return mixed, same
@@ -165,8 +165,9 @@ class Comparison:
         lines = [f"Spearman's correlation of the two orders: {self.agreement():.2f}"]
         seeds = self.agreement_of_seeds()
         if seeds is not None:
+            mixed, same = seeds
             lines.append(
-                f"of single seeds: Alrao with the best SGD {seeds[0]:.2f}, the best SGD with itself {seeds[1]:.2f}"
+                f"of single seeds: Alrao with the best SGD {mixed:.2f}, the best SGD with itself {same:.2f}"
             )
         off = [
             abs(math.log10(record["suggested_lr"] / self.rate(name)))

@@ -21,28 +21,21 @@ from benchmarks.results import finite, grouped
 Outputs = dict[str, Tensor]
 CPU = torch.device("cpu")
 # B, D, C, N: ones, tails, more rows than a block has warps, rows longer than a block.
-MIXTURES = (
+MIXTURES = [
     (1, 1, 2, 1),
     (5, 3, 70, 1),
     (9, 6, 5, 4),
     (33, 70, 40, 2),
     (67, 19, 11, 3),
     (3, 4, 4500, 2),
-)
+]
 # None is the default memory budget; the other cuts the logits into small chunks.
 BUDGETS = (None, 2000)
 
 
-def feature(
-    states: tuple[str, ...],
-    impl: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    steps: int = 2,
-    **options: Any,
-) -> Outputs:
+def feature(states: tuple[str, ...], *where: Any, steps: int = 2, **options: Any) -> Outputs:
     """Steps of Adam, which has two states, or SGD: the parameters and the states after them."""
+    impl, dtype, device = where
     problem = testing.feature_problem(torch.float64, device).to(dtype)
     lists = {name: [torch.zeros_like(p) for p in problem.params] for name in states}
     if len(lists) == 2:
@@ -73,15 +66,9 @@ def rounded_stochastically(impl: str, dtype: torch.dtype, device: torch.device) 
     return feature((), impl, dtype, device, steps=1, seeds=seeds)
 
 
-def mixture(
-    impl: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    sizes: tuple[int, ...],
-    budget: int | None,
-    values: bool,
-) -> Outputs:
+def mixture(*where: Any, sizes: tuple[int, ...], budget: int | None, values: bool) -> Outputs:
     """Loss, statistics and gradients of classes, with their log-probabilities, or of Gaussian `values`."""
+    impl, dtype, device = where
     inputs = testing.mixture_inputs(*sizes, dtype=torch.float64, device=device)
     leaves = [t.to(dtype).requires_grad_() for t in inputs[:3] if t is not None]
     options = {"memory_budget": budget, "impl": impl}

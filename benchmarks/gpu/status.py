@@ -25,12 +25,9 @@ STEPS = ("build", *(step for steps in PHASES.values() for step in steps))
 
 def changes(then: dict[str, str], now: dict[str, str]) -> list[str]:
     """The files that differ, each with how."""
-    lines = []
-    for name in sorted(then.keys() | now.keys()):
-        if then.get(name) != now.get(name):
-            how = "new" if name not in then else "removed" if name not in now else "changed"
-            lines.append(f"{how:<8} {name}")
-    return lines
+    differ = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    how = {n: "new" if n not in then else "removed" if n not in now else "changed" for n in differ}
+    return [f"{how[name]:<8} {name}" for name in differ]
 
 
 def describe(result: dict[str, Any], now: dict[str, str]) -> tuple[set[str], list[str]]:

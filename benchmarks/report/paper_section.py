@@ -59,17 +59,13 @@ def figures(number: int, title: str, records: Records, tasks: Any) -> Iterator[P
     plain = {c: r for c, r in usual.items() if c.width == width}
     curves = len({tables.setting(case) for case in plain}) > 1
     own = {c: r for c, r in plain.items() if c.method == "alrao" and "posterior" in r}
-    triangle = {c: r for c, r in records.items() if c.method in ("alrao", "sgd")}
+    ends = ("alrao", "sgd") if len(ranges) > 2 else ()
+    triangle = {c: r for c, r in records.items() if c.method in ends}
     part = "loss by the part of the features that learn"
     for name, caption, draw, chosen in (
         ("curves", "validation loss by epoch", plots.learning_curves, plain if curves else {}),
         ("posterior", "the switch over time", plots.posterior, own),
-        (
-            "triangle",
-            "test loss by the interval's ends",
-            plots.triangle,
-            triangle if len(ranges) > 2 else {},
-        ),
+        ("triangle", "test loss by the interval's ends", plots.triangle, triangle),
         ("fractions", part, plots.fractions, fractions),
         ("widths", "loss by rate and width", plots.widths, usual if widths else {}),
     ):

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.report.page import Picture, Section, picture
 from benchmarks.results import Record, grouped, read
 from benchmarks.show import Table, pyplot
-from benchmarks.speed.tables import figures
+from benchmarks.speed.judging import figures
 from benchmarks.timing import Timing, device_seconds
 
 COMMAND = "python benchmarks speed"

@@ -105,14 +105,8 @@ class Case:
 
     def identity(self, device: torch.device) -> dict[str, Any]:
         """What stands under "case" in the records of this case, but for the candidate."""
-        return {
-            "benchmark": "speed",
-            "name": self.name,
-            "op": self.op,
-            "sizes": dict(self.sizes),
-            "dtype": self.dtype,
-            "device": device.type,
-        }
+        case = {"benchmark": "speed", "name": self.name, "op": self.op, "sizes": dict(self.sizes)}
+        return {**case, "dtype": self.dtype, "device": device.type}
 
 
 # What torch.compile compiles with; a dry run, where seconds of compilation show nothing, traces only.

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks import machine, roofline
 from benchmarks.results import Results
-from benchmarks.speed import authors, case, presets, sweeps, tables, targets
+from benchmarks.speed import authors, case, judging, presets, sweeps
 from benchmarks.speed.case import Case, Target
 from benchmarks.speed.measure import Effort, Values, measure, memory_here
 
@@ -62,11 +62,10 @@ class Session:
 
     def measure_rates(self, dtypes: Iterable[str]) -> None:
         """The machine's copy and matrix rates; a dry run makes do with small ones."""
-        sizes = {"size": 2**20} if self.dry_run else {}
-        sides = {"side": 64} if self.dry_run else {}
-        self.rates = {"copy": roofline.copy_rate(self.device, **sizes)}
+        size, side = (2**20, 64) if self.dry_run else (None, None)
+        self.rates = {"copy": roofline.copy_rate(self.device, size=size)}
         for dtype in sorted(set(dtypes)):
-            self.rates[dtype] = roofline.matrix_rate(dtype, self.device, **sides)
+            self.rates[dtype] = roofline.matrix_rate(dtype, self.device, side=side)
         self.results.append(self._key({"kind": "rates", "device": self.device.type}), **self.rates)
         found = ", ".join(
             f"{name} {rate / (1e9 if name == 'copy' else 1e12):.2f} {'GB/s' if name == 'copy' else 'TFLOP/s'}"
@@ -83,15 +82,14 @@ class Session:
         identity = {**case.identity(self.device), "kind": "candidate"}
         keys = {c.name: self._key({**identity, "candidate": c.name}) for c in case.candidates}
         found = {name: self.results.find(key) for name, key in keys.items()}
-        done = {
-            name: record
-            for name, record in found.items()
-            if record is not None
+        done = all(
+            record is not None
             and record["rounds"] >= self.effort.rounds
             and not ("missing" in record and name in OURS)
-        }
-        if not self.again and len(done) == len(keys):
-            return done
+            for name, record in found.items()
+        )
+        if done and not self.again:
+            return found
         with tqdm(total=self.effort.rounds, desc=case.name, leave=False, disable=None) as bar:
             values = measure(case, self.device, self.effort, bar.update)
         self.failed += [
@@ -103,7 +101,7 @@ class Session:
         for name, row in values.items():
             if "missing" not in row and name in whole:
                 row |= {"bytes": case.bytes, "flops": case.flops}
-                row |= targets.shares(case, row, self.rates)
+                row |= judging.shares(case, row, self.rates)
             self.results.append(keys[name], rounds=self.effort.rounds, **row)
         return values
 
@@ -117,7 +115,7 @@ class Session:
         """The case's targets with what came of them, recorded."""
         judged = []
         for target in case.targets:
-            result = targets.judge(case, target, values, self.rates)
+            result = judging.judge(case, target, values, self.rates)
             key = {**case.identity(self.device), "kind": "target", "row": target.row}
             key |= {"metric": target.metric, "ours": target.ours, "peer": target.peer}
             self.results.append(self._key(key), **result)
@@ -129,7 +127,7 @@ class Session:
         points = []
         for size, one in sweeps.SWEEPS[name](self.device):
             values = self.run(one)
-            tables.show_case(self.console, one, values)
+            judging.show_case(self.console, one, values)
             points.append((size, values))
         found = sweeps.summaries(points)
         for candidate, row in found.items():
@@ -250,7 +248,7 @@ def main(arguments: list[str]) -> int:
     judged: Judged = []
     for one in tqdm(cases, desc="cases", disable=None):
         values = session.run(one)
-        tables.show_case(session.console, one, values)
+        judging.show_case(session.console, one, values)
         judged += session.judge(one, values)
-    tables.show_targets(session.console, judged, options.dry_run)
+    judging.show_targets(session.console, judged, options.dry_run)
     return session.verdict()

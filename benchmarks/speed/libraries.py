@@ -11,6 +11,7 @@ No library mixes, so that three compositions stand beside each other:
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -34,9 +35,10 @@ def _torch_chunked() -> Loss:
     )
 
 
-def _installed(module: str, package: str) -> None:
-    if find_spec(module) is None:
+def _imported(package: str, module: str, name: str) -> Any:
+    if find_spec(module.partition(".")[0]) is None:
         raise Missing(f"{package} is not installed")
+    return getattr(import_module(module), name)
 
 
 def _no_bias(bias: Tensor | None) -> None:
@@ -45,33 +47,31 @@ def _no_bias(bias: Tensor | None) -> None:
 
 
 def _liger() -> Loss:
-    _installed("liger_kernel", "liger-kernel")
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
-
+    module = "liger_kernel.transformers.functional"
+    fused = _imported("liger-kernel", module, "liger_fused_linear_cross_entropy")
     return lambda x, w, b, y, reduction: fused(x, w, y, bias=b, reduction=reduction)
 
 
 def _cce() -> Loss:
-    _installed("cut_cross_entropy", "cut-cross-entropy")
-    from cut_cross_entropy import linear_cross_entropy
+    fused = _imported("cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy")
 
     def loss(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, reduction: str) -> Tensor:
         _no_bias(b)
         # Without its filter, which leaves out small gradients.
-        return linear_cross_entropy(x, w, y, reduction=reduction, filter_eps=None)
+        return fused(x, w, y, reduction=reduction, filter_eps=None)
 
     return loss
 
 
 def _quack() -> Loss:
-    _installed("quack", "quack-kernels")
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+    name = "chunked_linear_cross_entropy"
+    fused = _imported("quack-kernels", "quack.linear_cross_entropy", name)
 
     def loss(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, reduction: str) -> Tensor:
         _no_bias(b)
         if reduction == "none":
             raise Missing("quack's chunked loss returns none per sample")
-        return chunked_linear_cross_entropy(x, w, y, reduction=reduction)
+        return fused(x, w, y, reduction=reduction)
 
     return loss
 

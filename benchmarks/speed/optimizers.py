@@ -71,16 +71,11 @@ def linear_network(entries: int) -> Callable[[bool], nn.Module]:
 
 
 def inputs(
-    make_network: Callable[[bool], nn.Module],
-    tiny: bool,
-    dtype: torch.dtype,
-    momentum: float,
-    device: torch.device,
-    seed: int,
+    make_network: Callable[[], nn.Module], momentum: float, device: torch.device, seed: int
 ) -> Update:
     """The network with normal parameters and small normal gradients, drawn on the device."""
     with torch.device("meta"):
-        model = make_network(tiny).to(dtype)
+        model = make_network()
     model.to_empty(device=device)
     generator = cases.generator_on(device, seed)
     for param in model.parameters():
@@ -292,9 +287,13 @@ def optimizer_case(
 ) -> Case:
     """One step over all parameters of `network`; `keep` names the candidates, all of them where it is None."""
     make_network = make_network or NETWORKS[network]
+
+    def make() -> nn.Module:
+        return make_network(tiny).to(DTYPES[dtype])
+
     with torch.device("meta"):
-        entries = sum(p.numel() for p in make_network(tiny).parameters())
-        tensors = sum(1 for _ in make_network(tiny).parameters())
+        numels = [param.numel() for param in make().parameters()]
+    entries, tensors = sum(numels), len(numels)
     # The parameter and each state are read and written, the gradient is read.
     states = 2 if op == "feature_adam" else int(momentum > 0)
     width = DTYPES[dtype].itemsize
@@ -305,7 +304,7 @@ def optimizer_case(
         op=op,
         sizes={"entries": entries, "tensors": tensors, "momentum": momentum},
         dtype=dtype,
-        inputs=partial(inputs, make_network, tiny, DTYPES[dtype], momentum),
+        inputs=partial(inputs, make, momentum),
         truth=partial(truth, op, 2),
         candidates=tuple(chosen),
         bytes=entries * width * (3 + 2 * states),

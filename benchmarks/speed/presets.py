@@ -16,10 +16,9 @@ FUSED = "torch fused"
 LIBRARY = "linear_cross_entropy"
 CONVOLUTIONAL = ("MobileNetV2", "GoogLeNet", "VGG19", "SENet18")
 # Of N heads one by one nobody has the memory at these sizes.
+BACKENDS = ("alrao", "alrao cuda", "alrao triton")
 LARGE = (
-    "alrao",
-    "alrao cuda",
-    "alrao triton",
+    *BACKENDS,
     *(f"{name} {way}" for name in (LIBRARY, "liger", "cce") for way in ("x N", "two passes")),
     *(f"{name} by rows" for name in (LIBRARY, "cce")),
     "quack x N",
@@ -98,7 +97,7 @@ def _gpu_optimizers(tiny: bool) -> Iterator[Case]:
         # Theirs has the rates and as large a buffer: a thousandth of the rates is half a thousandth of both.
         ("memory", by_weight, 0.0005),
     )
-    backends = ("alrao", "alrao cuda", "alrao triton", FUSED)
+    backends = (*BACKENDS, FUSED)
     few = (*backends, "torch foreach", "apex FusedSGD")
     for momentum in (0.0, 0.9):
         yield case("GoogLeNet", momentum=momentum, targets=first)
@@ -192,10 +191,7 @@ def gpu(tiny: bool = False) -> Iterator[Case]:
 
 
 PRESETS: dict[str, Callable[..., Iterator[Case]]] = {
-    "quick": quick,
-    "cpu": cpu,
-    "full": full,
-    "gpu": gpu,
+    preset.__name__: preset for preset in (quick, cpu, full, gpu)
 }
 
 

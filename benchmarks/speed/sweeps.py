@@ -1,7 +1,7 @@
 """How time and memory grow with the clones, the classes, the parameters: `python benchmarks speed --sweep clones`."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,7 @@ def _parameters(device: torch.device) -> list[tuple[int, Case]]:
     ]
 
 
-SWEEPS: dict[str, Callable[[torch.device], list[tuple[int, Case]]]] = {
-    "clones": _clones,
-    "classes": _classes,
-    "parameters": _parameters,
-}
+SWEEPS = {"clones": _clones, "classes": _classes, "parameters": _parameters}
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:

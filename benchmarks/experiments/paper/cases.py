@@ -50,10 +50,8 @@ class Case:
 
     def record(self) -> Record:
         """As JSON holds it, without what does not apply."""
-        fields = {
-            key: value for key, value in dataclasses.asdict(self).items() if value is not None
-        }
-        return json.loads(json.dumps(fields))
+        fields = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {key: value for key, value in fields.items() if value is not None}
 
     def key(self) -> str:
         """A name for files, from the content."""

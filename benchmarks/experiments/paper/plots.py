@@ -125,15 +125,10 @@ def _posterior(panel: Any, network: str, runs: Records, task: Task) -> None:
     assert case.lr_range is not None and case.clones is not None
     rates = np.geomspace(*case.lr_range, case.clones)
     for k, (rate, weights) in enumerate(zip(rates, zip(*record["posterior"]))):
-        panel.plot(
-            record["posterior_epochs"],
-            weights,
-            color=_shade(k / max(case.clones - 1, 1)),
-            marker=MARKERS[k % len(MARKERS)],
-            markevery=(k, max(1, len(weights) // 6)),
-            markersize=5,
-            label=f"{rate:.0e}",
-        )
+        style = {"marker": MARKERS[k % len(MARKERS)], "markersize": 5, "label": f"{rate:.0e}"}
+        style |= {"markevery": (k, max(1, len(weights) // 6))}
+        color = _shade(k / max(case.clones - 1, 1))
+        panel.plot(record["posterior_epochs"], weights, color=color, **style)
     panel.set(xlabel="epoch", ylabel="posterior probability", ylim=(0, 1.02))
     _legend(panel, title="clone's rate", title_fontsize=8)
 
@@ -168,14 +163,9 @@ def _widths(panel: Any, network: str, runs: Records, task: Task) -> None:
                 panel.axhline(loss, label=label, **style)
         finite = sorted(lr for lr, loss in points.items() if loss < math.inf)
         best = best_sgd(runs, network, width)
-        panel.plot(
-            finite,
-            [points[lr] for lr in finite],
-            marker=MARKERS[k],
-            linestyle=":",
-            color=color,
-            label=f"SGD, width x{width:g}" + (f", best {best:g}" if best else ""),
-        )
+        label = f"SGD, width x{width:g}" + (f", best {best:g}" if best else "")
+        style = {"marker": MARKERS[k], "linestyle": ":", "color": color}
+        panel.plot(finite, [points[lr] for lr in finite], label=label, **style)
     panel.set(xscale="log", xlabel="learning rate of SGD", ylabel=f"test loss ({task.unit})")
     _legend(panel)
 
@@ -184,9 +174,4 @@ learning_curves, triangle, posterior, fractions, widths = (
     partial(_panels, draw) for draw in (_curves, _triangle, _posterior, _fractions, _widths)
 )
 # The commands whose plot is not that of the learning curves.
-PLOTS: dict[str, Callable[[Records, Tasks], Any]] = {
-    "figure3": triangle,
-    "figure4": posterior,
-    "figure7": fractions,
-    "figure8": widths,
-}
+PLOTS = {"figure3": triangle, "figure4": posterior, "figure7": fractions, "figure8": widths}

@@ -61,17 +61,14 @@ def results_table(title: str, records: Records, tasks: Mapping[str, Task]) -> Ta
         known = TABLE1.get(case.network, {}).get(case.method)
         if case.method == "sgd" and case.lr != BEST_LR.get(case.network):
             known = None
-        finite = loss[0] < math.inf
-        rows.append(
-            [
-                case.network if case.width == 1 else f"{case.network} x{case.width:g}",
-                case.label() + (", best of grid" if best else ""),
-                str(len(runs)),
-                _pair(*(part * task.per_nat for part in loss), 3) if finite else "diverged",
-                _pair(*accuracy, 1) if finite else "-",
-                f"{_pair(*known[:2], 3)}, {_pair(*known[2:], 1)}" if known else "",
-            ]
-        )
+        network = case.network if case.width == 1 else f"{case.network} x{case.width:g}"
+        row = [network, case.label() + (", best of grid" if best else ""), str(len(runs))]
+        if loss[0] < math.inf:
+            row += [_pair(*(part * task.per_nat for part in loss), 3), _pair(*accuracy, 1)]
+        else:
+            row += ["diverged", "-"]
+        paper = f"{_pair(*known[:2], 3)}, {_pair(*known[2:], 1)}" if known else ""
+        rows.append([*row, paper])
     columns = ["network", "method", "runs", "loss", "accuracy %", "paper: loss, acc. %"]
     return Table(title, columns, rows)
 
