@@ -76,16 +76,15 @@ class DemoTask(DigitsTask):
         return (loss if math.isfinite(loss) else math.inf), accuracy
 
 
-def make(method: str, lr: float | None, seed: int) -> tuple[DemoTask, Trainer]:
+def make(method: str, lr: float | None, seed: int) -> Trainer:
     """A fresh network and its training; `method` is alrao, sgd or adam."""
-    task = DemoTask(seed)
-    built = build(OWN[method], Setting(lr, LR_RANGE, seed), task)
-    return task, Trainer(OWN[method], *built, task)
+    task, own = DemoTask(seed), OWN[method]
+    return Trainer(own, *build(own, Setting(lr, LR_RANGE, seed), task), task)
 
 
 def train(method: str, lr: float | None, seed: int, epochs: int, bar: tqdm) -> Run:
     """Train one network; the name of an SGD run carries its learning rate."""
-    _, trainer = make(method, lr, seed)
+    trainer = make(method, lr, seed)
     run = Run(method if lr is None else f"sgd {lr:.0e}", seed, [], [], [])
     for epoch in range(epochs):
         trainer.epoch(seed, epoch)
@@ -109,8 +108,8 @@ def step_times() -> dict[str, float]:
 
     contenders = {}
     for method, lr in (("sgd", 0.1), ("alrao", None), ("adam", None)):
-        task, trainer = make(method, lr, 0)
-        batch = trainer.net, trainer.opt, task.x[:BATCH], task.y[:BATCH]
+        trainer = make(method, lr, 0)
+        batch = trainer.net, trainer.opt, trainer.task.x[:BATCH], trainer.task.y[:BATCH]
         contenders[method] = lambda batch=batch: step(*batch)
     times = interleave(contenders, rounds=21, seconds_per_block=0.03)
     return {method: time.median / times["sgd"].median for method, time in times.items()}

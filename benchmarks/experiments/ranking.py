@@ -23,7 +23,7 @@ from tqdm import tqdm
 import alrao_fast as alrao
 from benchmarks import machine
 from benchmarks.experiments.demo import GRID, LR_RANGE
-from benchmarks.experiments.runs import check, mean
+from benchmarks.experiments.runs import check, mean, plural
 from benchmarks.experiments.tasks import BATCH, DigitsTask, load_data
 from benchmarks.results import Record, Results, finite, grouped
 from benchmarks.show import Table, pyplot, save
@@ -47,10 +47,7 @@ def cnn(channels: int, *, normalise: bool = False) -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear": nn.Flatten,
-    "mlp 4": partial(mlp, 4),
-    "mlp 8": partial(mlp, 8),
-    "mlp 32": partial(mlp, 32),
-    "mlp 256": partial(mlp, 256),
+    **{f"mlp {width}": partial(mlp, width) for width in (4, 8, 32, 256)},
     "mlp 32 32 32 32": partial(mlp, 32, 32, 32, 32),
     "mlp 256 256 256": partial(mlp, 256, 256, 256),
     "tanh 64 64": partial(mlp, 64, 64, activation=nn.Tanh),
@@ -146,7 +143,7 @@ class Comparison:
 
     def table(self) -> Table:
         seeds = len(next(iter(self.alrao.values())))
-        title = f"validation loss on digits, mean over {seeds} seed{'s' if seeds > 1 else ''}"
+        title = f"validation loss on digits, mean over {plural(seeds)}"
         columns = ["model", "Alrao", "place", "best SGD", "place", "its rate", "suggested"]
         order, by_sgd = (
             sorted(runs, key=lambda name, runs=runs: mean_loss(runs[name]))

@@ -68,6 +68,10 @@ def mean(values: Iterable[float | None]) -> float:
     return mean_and_spread(values)[0]
 
 
+def plural(seeds: int) -> str:
+    return "1 seed" if seeds == 1 else f"{seeds} seeds"
+
+
 def check(
     cli: argparse.ArgumentParser,
     options: argparse.Namespace,

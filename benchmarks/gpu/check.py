@@ -165,11 +165,7 @@ class Check:
 def device_record(number: int) -> dict[str, Any]:
     device = torch.cuda.get_device_properties(number)
     record = {"name": device.name, "capability": f"{device.major}.{device.minor}"}
-    return {
-        **record,
-        "memory": device.total_memory,
-        "multiprocessors": device.multi_processor_count,
-    }
+    return record | {"memory": device.total_memory, "multiprocessors": device.multi_processor_count}
 
 
 def steps(check: Check) -> None:

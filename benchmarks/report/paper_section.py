@@ -53,7 +53,8 @@ def figures(number: int, title: str, records: Records, tasks: Any) -> Iterator[P
     ranges = {case.lr_range for case in records if case.method == "alrao"}
     fractions = {c: r for c, r in records.items() if c.method == "fraction"}
     # The usual interval is the widest.
-    usual = {c: r for c, r in records.items() if c.lr_range in (None, widest(ranges)) and not c.p}
+    widest = max(ranges, key=lambda ends: ends[1] / ends[0], default=None)
+    usual = {c: r for c, r in records.items() if c.lr_range in (None, widest) and not c.p}
     widths = len({case.width for case in records}) > 1
     width = next(iter(records)).width
     plain = {c: r for c, r in usual.items() if c.width == width}
@@ -72,7 +73,3 @@ def figures(number: int, title: str, records: Records, tasks: Any) -> Iterator[P
         if chosen:
             drawn = partial(draw, chosen, tasks)
             yield picture(f"paper-{number}-{name}", f"{title}: {caption}", drawn)
-
-
-def widest(ranges: set[tuple[float, float] | None]) -> tuple[float, float] | None:
-    return max((r for r in ranges if r is not None), key=lambda r: r[1] / r[0], default=None)

@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.report.page import Picture, Section, picture
 from benchmarks.results import Record, grouped, read
 from benchmarks.show import Table, pyplot
+from benchmarks.speed import sweeps
 from benchmarks.speed.judging import figures
 from benchmarks.timing import Timing, device_seconds
 
@@ -33,8 +34,8 @@ def section(folder: Path) -> tuple[Section, list[Record]]:
         if not record["case"].get("dry_run"):
             latest[repr(sorted(record["case"].items(), key=str))] = record
     kinds = grouped(latest.values(), lambda record: record["case"]["kind"])
-    candidates, sweeps = kinds.get("candidate", []), kinds.get("sweep", [])
-    if not candidates and not sweeps:
+    candidates, swept = kinds.get("candidate", []), kinds.get("sweep", [])
+    if not candidates and not swept:
         return Section("Speed", INTRO, missing=COMMAND), []
     tables, details = [], []
     targets = kinds.get("target", [])
@@ -45,7 +46,7 @@ def section(folder: Path) -> tuple[Section, list[Record]]:
         tables.append(targets_table(targets))
     rates = kinds.get("rates", [])
     pictures = [roofline(candidates, rates)] if any(map(intensity, candidates)) and rates else []
-    for name, own in grouped(sweeps, lambda record: record["case"]["sweep"]).items():
+    for name, own in grouped(swept, lambda record: record["case"]["sweep"]).items():
         caption = f"Time by the number of {name}, log-log; powers are fitted to the upper half"
         pictures.append(picture(f"speed-{name}", caption, partial(scaling, name, own)))
     notes = [rates_note(rates[-1])] if rates else []
@@ -127,15 +128,10 @@ def draw_roofline(candidates: list[Record], rates: Record) -> Any:
         for ours in (True, False):
             group = [r for r in own if r["case"]["candidate"].startswith("alrao") == ours]
             times = [device_seconds(record).median for record in group]
-            axes.plot(
-                [intensity(record) for record in group],
-                [record["flops"] / time for record, time in zip(group, times)],
-                "o",
-                color=f"C{k}",
-                fillstyle="full" if ours else "none",
-                alpha=0.9 if ours else 0.6,
-                label=TITLES[op] if ours else None,
-            )
+            rates_of = [record["flops"] / time for record, time in zip(group, times)]
+            filled, alpha, label = ("full", 0.9, TITLES[op]) if ours else ("none", 0.6, None)
+            look = {"color": f"C{k}", "fillstyle": filled, "alpha": alpha, "label": label}
+            axes.plot([intensity(record) for record in group], rates_of, "o", **look)
     axes.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="flops per second")
     axes.legend(loc="lower right", fontsize=8)
     return figure
@@ -144,19 +140,14 @@ def draw_roofline(candidates: list[Record], rates: Record) -> Any:
 def scaling(name: str, records: list[Record]) -> Any:
     """Seconds of each candidate by the size, and peak memory where it was measured."""
     figure, panels = pyplot().subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for axes, key, power, label in (
-        (panels[0], "seconds", "time_exponent", "seconds"),
-        (panels[1], "peak_memory", "memory_exponent", "peak memory beyond the inputs, bytes"),
-    ):
-        for record in records:
-            points = [(x, y) for x, y in zip(record["at"], record.get(key) or []) if y]
-            if not points:
-                continue
-            fitted = record.get(power)
-            text = record["case"]["candidate"] + ("" if fitted is None else f": power {fitted:.2f}")
-            style = {"linewidth": 2.5} if record["case"]["candidate"] == "alrao" else {}
-            axes.loglog(*zip(*points), marker="o", markersize=4, label=text, **style)
+    rows = {record["case"]["candidate"]: record for record in records}
+    labels = ("seconds", "peak memory beyond the inputs, bytes")
+    for axes, (key, power, _), label in zip(panels, sweeps.KINDS, labels):
+        sweeps.lines(axes, rows, key, power)
         axes.set(xlabel=name, ylabel=label)
+        for line in axes.lines:
+            if line.get_label().partition(":")[0] == "alrao":
+                line.set_linewidth(2.5)
         if axes.lines:
             axes.legend(fontsize=8)
         else:

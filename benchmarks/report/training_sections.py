@@ -24,12 +24,8 @@ def quality(folder: Path) -> tuple[Section, list[dict[str, Any]]]:
     """The section, and the records that it is made from. Of a task's full and quick runs the full ones are shown."""
     files = sorted(folder.glob("*.jsonl"))
     full = {file.stem for file in files}
-    chosen = [
-        file
-        for file in files
-        if not (file.stem.endswith("-quick") and file.stem.removesuffix("-quick") in full)
-    ]
-    records = [record for file in chosen for record in read(file)]
+    hidden = {f"{stem}-quick" for stem in full}
+    records = [record for file in files if file.stem not in hidden for record in read(file)]
     if not any("curves" in record for record in records):
         return Section("Quality", QUALITY_INTRO, missing=QUALITY), []
     summary = summarise(records)

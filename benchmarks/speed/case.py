@@ -22,10 +22,6 @@ class Missing(Exception):
     """A candidate cannot run here; the message says why."""
 
 
-def _nothing() -> None:
-    """Of a call that leaves nothing behind."""
-
-
 class Call(NamedTuple):
     """A candidate made ready for one set of inputs.
 
@@ -35,7 +31,7 @@ class Call(NamedTuple):
 
     run: Callable[[], object]
     outputs: Callable[[], Mapping[str, Tensor]]
-    drop: Callable[[], object] = _nothing
+    drop: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,6 @@ class LoopStep:
         ]
         self.switch = alrao.Switch(len(self.layers), save_ll_perf=True)
 
-    def _log_probs(self, x: Tensor) -> list[Tensor]:
-        return [F.log_softmax(layer(x), dim=1) for layer in self.layers]
-
     def __call__(self, batch: Batch) -> None:
         x, y = batch
         self.internal.zero_grad()
@@ -82,11 +79,16 @@ class LoopStep:
         features = self.internal(x)
         if not features.isfinite().all():
             raise ValueError("the features are not finite")
-        outputs = self._log_probs(features)
+        outputs = [F.log_softmax(layer(features), dim=1) for layer in self.layers]
         prior = self.switch.logposterior.float()
         mixture = torch.logsumexp(torch.stack([out + p for out, p in zip(outputs, prior)]), 0)
         F.nll_loss(mixture, y).backward()
-        self._own_gradients(features.detach(), y)
+        fixed = features.detach()
+        for layer, optimizer in zip(self.layers, self.optimizers):
+            optimizer.zero_grad()
+            loss = F.nll_loss(F.log_softmax(layer(fixed), dim=1), y)
+            if loss.isfinite():
+                loss.backward()
         with torch.no_grad():
             for param, rate in zip(self.internal.parameters(), self.rates):
                 assert param.grad is not None
@@ -104,13 +106,6 @@ class LoopStep:
             keep = 1 - self.momentum * rate.sqrt().clamp(max=1 / self.momentum)
             self.buffers[param].mul_(keep).add_(grad)
         return self.buffers[param]
-
-    def _own_gradients(self, features: Tensor, y: Tensor) -> None:
-        for layer, optimizer in zip(self.layers, self.optimizers):
-            optimizer.zero_grad()
-            loss = F.nll_loss(F.log_softmax(layer(features), dim=1), y)
-            if loss.isfinite():
-                loss.backward()
 
     @torch.no_grad()
     def _observe(self, outputs: list[Tensor], y: Tensor) -> None:

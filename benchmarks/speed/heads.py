@@ -38,12 +38,8 @@ class Head(NamedTuple):
 
     def tiny(self) -> Head:
         """At sizes at which the same code runs in a moment."""
-        return self._replace(
-            samples=min(self.samples, 8),
-            features=min(self.features, 8),
-            classes=min(self.classes, 12),
-            clones=min(self.clones, 3),
-        )
+        most = {"samples": 8, "features": 8, "classes": 12, "clones": 3}
+        return self._replace(**{name: min(getattr(self, name), n) for name, n in most.items()})
 
     def sizes(self) -> dict[str, int]:
         names = ("samples", "features", "classes", "clones", "bias")

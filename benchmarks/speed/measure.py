@@ -129,11 +129,7 @@ def _ready(candidate: Candidate, given: list[Any], on_gpu: bool) -> tuple[list[C
         calls.append(candidate.make(given[0]))
         calls[0].run()
 
-    memory = None
-    if on_gpu:
-        memory = gpu_clocks.peak_memory(first)
-    else:
-        first()
+    memory = gpu_clocks.peak_memory(first) if on_gpu else first()
     calls += [candidate.make(one) for one in given[1:]]
     return calls, memory
 

@@ -41,6 +41,11 @@ def _with_clones(backbone: nn.Module, classes: int = 10, clones: int = 10) -> nn
     return alrao.AlraoModel(backbone, head)
 
 
+def _gpt(shape: tuple[int, ...], tiny_features: int, tiny: bool) -> nn.Module:
+    sizes = (50, tiny_features, 2, 2, 16) if tiny else (50304, *shape)
+    return TransformerLM(*sizes)
+
+
 # Networks by name, at their own size or `tiny`.
 NETWORKS: dict[str, Callable[[bool], nn.Module]] = {
     "GoogLeNet": lambda tiny: _with_clones(GoogLeNet(0.02 if tiny else 1.0)),
@@ -50,12 +55,8 @@ NETWORKS: dict[str, Callable[[bool], nn.Module]] = {
     "256 vectors of 64": lambda tiny: nn.ModuleList(
         nn.LayerNorm(64, bias=False) for _ in range(3 if tiny else 256)
     ),
-    "GPT 124M": lambda tiny: (
-        TransformerLM(50, 8, 2, 2, 16) if tiny else TransformerLM(50304, 768, 12, 12)
-    ),
-    "GPT 1.3B": lambda tiny: (
-        TransformerLM(50, 16, 2, 2, 16) if tiny else TransformerLM(50304, 2048, 24, 16, 2048)
-    ),
+    "GPT 124M": partial(_gpt, (768, 12, 12, 1024), 8),
+    "GPT 1.3B": partial(_gpt, (2048, 24, 16, 2048), 16),
 }
 
 

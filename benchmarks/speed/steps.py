@@ -97,12 +97,11 @@ def _layers(batch: Batch, features: int) -> list[nn.Linear]:
 
 
 def _alrao_net(batch: Batch) -> alrao.AlraoModel:
-    backbone = _backbone(batch)
-    features, training = backbone.out_features, batch.training
+    backbone, training = _backbone(batch), batch.training
+    features = backbone.out_features
+    shape = (features, training.classes, training.clones)
     with torch.device(batch.x.device):
-        head = alrao.ClassifierClones(
-            features, training.classes, training.clones, dtype=batch.dtype
-        )
+        head = alrao.ClassifierClones(*shape, dtype=batch.dtype)
     layers = _layers(batch, features)
     with torch.no_grad():
         head.weight.copy_(torch.stack([layer.weight for layer in layers]))

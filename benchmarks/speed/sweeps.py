@@ -1,7 +1,7 @@
 """How time and memory grow with the clones, the classes, the parameters: `python benchmarks speed --sweep clones`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,11 @@ from benchmarks.speed.measure import Values
 from benchmarks.speed.optimizers import linear_network, optimizer_case
 from benchmarks.timing import device_seconds
 
+# What grows: its key and that of its exponent in the records, and its name.
+KINDS = (
+    ("seconds", "time_exponent", "time"),
+    ("peak_memory", "memory_exponent", "peak extra memory"),
+)
 HEADS = ("alrao", "one by one", "linear_cross_entropy x N", "linear_cross_entropy by rows")
 
 
@@ -85,27 +90,26 @@ def summaries(points: list[tuple[int, dict[str, Values]]]) -> dict[str, dict[str
     return found
 
 
+def lines(axes: Any, rows: Mapping[str, Any], key: str, power: str, unit: float = 1.0) -> None:
+    """A line of each candidate's values over the sizes, log-log, in units of `unit`; labels tell the fitted power."""
+    for name, row in rows.items():
+        points = [(size, v / unit) for size, v in zip(row["at"], row.get(key) or []) if v > 0]
+        if points:
+            fitted = row.get(power)
+            label = name if fitted is None else f"{name}: power {fitted:.2f}"
+            axes.loglog(*zip(*points), marker="o", markersize=4, label=label)
+
+
 def plot(sweep: str, found: dict[str, dict[str, Any]], path: Path) -> None:
     """Time and memory against the size, log-log, relative to Alrao's at the smallest size."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2)
-    kinds = (
-        ("seconds", "time", "time_exponent"),
-        ("peak_memory", "peak extra memory", "memory_exponent"),
-    )
-    for (key, title, exponent_of), ax in zip(kinds, axes):
+    for (key, power, title), ax in zip(KINDS, figure.subplots(1, 2)):
         unit = next((v for f in found.values() for v in f[key] if v > 0), None)
         if unit is None:
             ax.set_axis_off()
             ax.set_title(f"{title}: not measured")
             continue
-        for name, row in found.items():
-            points = [(s, v / unit) for s, v in zip(row["at"], row[key]) if v > 0]
-            if not points:
-                continue
-            power = row[exponent_of]
-            label = name if power is None else f"{name}: power {power:.2f}"
-            ax.loglog(*zip(*points), marker="o", markersize=4, label=label)
+        lines(ax, found, key, power, unit)
         ax.set_xlabel(sweep)
         ax.set_title(f"{title}, in units of the first point of the first line", fontsize=10)
         ax.grid(True, which="major", alpha=0.3)

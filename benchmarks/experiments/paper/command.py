@@ -106,17 +106,14 @@ def run(
     cases: list[Case], tasks: dict[str, Task], results: Results, runtime: Runtime
 ) -> dict[Case, Record]:
     """The record of every case, in the order given; what was interrupted goes on from its checkpoint."""
-    runs = {
-        case: Run(
-            case.title(),
-            case.record(),
-            case.epochs,
-            partial(train, case, tasks[case.network], runtime),
-            done=partial(runtime.checkpoint(case).unlink, missing_ok=True),
-        )
-        for case in cases
-    }
-    return dict(zip(runs, run_all(list(runs.values()), results, desc="runs")))
+
+    def wanted(case: Case) -> Run:
+        start = partial(train, case, tasks[case.network], runtime)
+        done = partial(runtime.checkpoint(case).unlink, missing_ok=True)
+        return Run(case.title(), case.record(), case.epochs, start, done=done)
+
+    cases = list(dict.fromkeys(cases))
+    return dict(zip(cases, run_all(list(map(wanted, cases)), results, desc="runs")))
 
 
 def _check(cli: argparse.ArgumentParser, options: argparse.Namespace) -> None:

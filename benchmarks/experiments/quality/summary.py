@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.experiments.methods import COMPARED
-from benchmarks.experiments.runs import mean, mean_and_spread
+from benchmarks.experiments.runs import mean, mean_and_spread, plural
 from benchmarks.results import Record, grouped
 from benchmarks.show import Table
 
@@ -163,7 +163,7 @@ def task_table(task: str, summary: Summary) -> Table:
     cells = summary[task]
     first = next(iter(ran(cells).values()), None)
     unit = first.unit if first else "nats"
-    epochs = f", {first.best[0]['case']['epochs']} epochs, {seeds(first.seeds)}" if first else ""
+    epochs = f", {first.best[0]['case']['epochs']} epochs, {plural(first.seeds)}" if first else ""
     rows = []
     for name, own in cells.items():
         if isinstance(own, str):
@@ -174,10 +174,6 @@ def task_table(task: str, summary: Summary) -> Table:
             rows.append([label, *figures(own), *paid])
     columns = ["method", f"test loss ({unit})", "accuracy %", "runs", "steps", "seconds"]
     return Table(f"{task}{epochs}", columns, rows)
-
-
-def seeds(count: int) -> str:
-    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def overall_table(summary: Summary) -> Table:
