@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 Record = dict[str, Any]
-Item = TypeVar("Item")
-Key = TypeVar("Key", bound=Hashable)
 
 
 class Results:
@@ -68,9 +66,9 @@ def finite(value: float, digits: int = 17) -> float | None:
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
-def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
     """The items by their key, in the order in which the keys come first."""
-    groups: dict[Key, list[Item]] = {}
+    groups: dict[Any, list[Any]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups

@@ -138,7 +138,7 @@ def test_command(command, network, added, results, jpeg_file, text_file, capsys)
 def test_table1_shows_the_papers_figures(results):
     rows = (results / "table1.md").read_text()
     assert "paper: loss, acc. %" in rows
-    from benchmarks.experiments.paper.published import BEST_LR, TABLE1
+    from benchmarks.experiments.paper.tables import BEST_LR, TABLE1
 
     assert TABLE1["mobilenet"]["sgd"] == (0.37, 0.01, 90.2, 0.3)
     assert TABLE1["lstm-chars"]["alrao"] == (1.67, 0.01, 64.1, 0.2)
@@ -146,8 +146,7 @@ def test_table1_shows_the_papers_figures(results):
 
 
 def test_table2(tmp_path, capsys):
-    from benchmarks.experiments.paper.published import TABLE2
-    from benchmarks.experiments.paper.tables import parameter_counts
+    from benchmarks.experiments.paper.tables import TABLE2, parameter_counts
 
     assert {network: parameter_counts(network) for network in TABLE2} == TABLE2
     run_command("table2", tmp_path)
@@ -183,7 +182,7 @@ def test_bad_input(options, message, tmp_path, capsys):
 
 
 def image_task(network: str, count: int = 160):
-    from benchmarks.experiments.images import Images
+    from benchmarks.experiments.data import Images
     from benchmarks.experiments.tasks import ImageTask
 
     arrays = {key: torch.from_numpy(array) for key, array in make_images(count, 40).items()}
@@ -198,8 +197,8 @@ def image_task(network: str, count: int = 160):
 
 
 def text_task(text_file: Path):
+    from benchmarks.experiments.data import load_text
     from benchmarks.experiments.tasks import TextTask
-    from benchmarks.experiments.text import load_text
 
     return TextTask("lstm-chars", load_text(text_file, "chars"), None, CPU)
 
@@ -290,7 +289,7 @@ def test_fraction_of_the_features(tmp_path):
 
 
 def test_both_formats_and_the_cache(tmp_path, jpeg_file, monkeypatch):
-    from benchmarks.experiments import images
+    from benchmarks.experiments import data as images
 
     made = make_images(50, 10)
     folder = tmp_path / "cifar-10-batches-py"
@@ -320,7 +319,7 @@ def test_both_formats_and_the_cache(tmp_path, jpeg_file, monkeypatch):
 
 
 def test_crops_are_slices():
-    from benchmarks.experiments.images import Crops
+    from benchmarks.experiments.data import Crops
 
     x = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
     crops = Crops(x, torch.arange(5), batch=2)
@@ -352,7 +351,7 @@ def test_split_of_the_images():
 
 
 def test_vocabulary_and_streams_by_hand(tmp_path):
-    from benchmarks.experiments.text import Streams, load_text
+    from benchmarks.experiments.data import Streams, load_text
 
     for part, content in (("train", "b a b\nb c\n"), ("valid", "a d\n"), ("test", "c\n")):
         (tmp_path / f"ptb.{part}.txt").write_text(content)
@@ -367,7 +366,7 @@ def test_vocabulary_and_streams_by_hand(tmp_path):
 
 
 def test_default_text():
-    from benchmarks.experiments.text import load_text
+    from benchmarks.experiments.data import load_text
 
     text = load_text(None, "chars")
     total = len(text.train) + len(text.valid) + len(text.test)

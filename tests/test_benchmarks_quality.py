@@ -47,12 +47,10 @@ def records(path: Path) -> list[dict]:
 def no_prodigy(monkeypatch):
     from benchmarks.experiments import methods
 
-    def version(package):
-        if package == "prodigyopt":
-            raise methods.PackageNotFoundError
-        return "1"
+    def version_of(package):
+        return None if package == "prodigyopt" else "1"
 
-    monkeypatch.setattr(methods, "version", version)
+    monkeypatch.setattr(methods, "version_of", version_of)
     return monkeypatch
 
 
@@ -349,9 +347,9 @@ def test_the_same_start_for_every_method():
 
 
 def test_grids():
+    from benchmarks.experiments.data import load_text
     from benchmarks.experiments.methods import sgd_grid
     from benchmarks.experiments.tasks import DigitsTask, TextTask
-    from benchmarks.experiments.text import load_text
 
     assert sgd_grid(DigitsTask(0, CPU)) == pytest.approx([10.0**k for k in range(-5, 2)])
     text = TextTask("lstm-chars", load_text(None, "chars"), 2000, CPU)

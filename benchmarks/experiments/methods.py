@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 from collections.abc import Callable, Iterable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 import alrao_fast as alrao
 from benchmarks.experiments.tasks import Task
+from benchmarks.machine import version_of
 from benchmarks.networks import PlainModel
 
 
@@ -65,13 +65,9 @@ class Method:
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
-        if self.package is None:
+        if self.package is None or version_of(self.package) is not None:
             return None
-        try:
-            version(self.package)
-        except PackageNotFoundError:
-            return f"{self.package} is not installed: pip install {self.package}"
-        return None
+        return f"{self.package} is not installed: pip install {self.package}"
 
     def run_name(self, task: Task) -> str:
         """The method whose runs these are: with the task's own interval, that without one."""

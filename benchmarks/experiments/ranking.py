@@ -180,9 +180,7 @@ class Comparison:
     def plot(self) -> Any:
         """Alrao's loss against the best SGD's."""
         figure, axes = pyplot().subplots(figsize=(6, 5))
-        points = {
-            name: (mean_loss(self.sgd[name]), mean_loss(self.alrao[name])) for name in self.sgd
-        }
+        points = {n: (mean_loss(self.sgd[n]), mean_loss(self.alrao[n])) for n in self.sgd}
         ends = [edge for point in points.values() for edge in point if edge < math.inf]
         line = [min(ends) * 0.2, max(ends) * 1.6]
         axes.plot(line, line, color="0.7", zorder=0)

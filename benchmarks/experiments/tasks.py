@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.experiments.images import CLASSES, Crops, Images
-from benchmarks.experiments.text import Streams, Text
+from benchmarks.experiments.data import CLASSES, Crops, Images, Streams, Text
 from benchmarks.networks import IMAGE_NETWORKS, MLP, LSTMBackbone
 
 Score = tuple[float, float]

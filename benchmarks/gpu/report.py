@@ -24,10 +24,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def tables(result: dict[str, Any]) -> Iterator[Table]:
     """What there is: the steps, the ceilings, the errors of the ops, and the speed."""
-    steps = [
-        [step["name"], step["verdict"], f"{step['seconds']:.0f}", step["note"]]
-        for step in result["steps"]
-    ]
+    steps = [[s["name"], s["verdict"], f"{s['seconds']:.0f}", s["note"]] for s in result["steps"]]
     yield _table("Steps", "step, verdict, seconds, ", steps)
     ceilings = [[name, f"{value / 1e12:.3f}"] for name, value in result["ceilings"].items()]
     errors = []

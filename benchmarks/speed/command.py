@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,13 +32,8 @@ Judged = list[tuple[Case, Target, Values]]
 
 def peers() -> dict[str, str | None]:
     """The versions of the optional peers, and where the authors' repository is."""
-    found: dict[str, str | None] = {"authors": None if authors.path is None else str(authors.path)}
-    for package in PEERS:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    place = None if authors.path is None else str(authors.path)
+    return {"authors": place, **{package: machine.version_of(package) for package in PEERS}}
 
 
 class Session:
@@ -175,9 +169,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--authors", type=Path, metavar="PATH", help="a clone of the authors' repository")
     add("--again", action="store_true", help="measure finished cases anew")
     add("--no-tests", action="store_true", help="do not run the ops' tests first")
-    add(
-        "--no-memory", action="store_true", help="no peak memory on a CPU (a process per candidate)"
-    )
+    memory = "no peak memory on a CPU (a process per candidate)"
+    add("--no-memory", action="store_true", help=memory)
     add("--dry-run", action="store_true", help="the gpu preset's code at tiny sizes, on a CPU")
     add("--results", type=Path, default=Path("results/speed"))
     add("--memory-of", help=argparse.SUPPRESS)

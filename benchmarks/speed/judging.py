@@ -85,9 +85,7 @@ CLOCKS = ("graph", "gpu", "wall", "host")
 def show_case(console: Console, case: Case, values: dict[str, Values]) -> None:
     """One row per candidate: times by clock, each as a ratio to the first candidate's too."""
     sizes = ", ".join(f"{name} {size:,}" for name, size in case.sizes.items())
-    clocks = [
-        clock for clock in CLOCKS if any(clock in v.get("seconds", {}) for v in values.values())
-    ]
+    clocks = [c for c in CLOCKS if any(c in v.get("seconds", {}) for v in values.values())]
     table = Table(title=f"{case.name} ({case.dtype}; {sizes})", title_justify="left")
     table.add_column("candidate", no_wrap=True)
     columns = ("ratio", "quartiles", "% copy", "% matrix", "memory, MB", "error", "")

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 from alrao_fast.testing import relative_error
+from benchmarks import timing
 from benchmarks.roofline import precision
-from benchmarks.speed import authors, gpu_clocks
+from benchmarks.speed import authors
 from benchmarks.speed.case import TOLERANCE, Call, Candidate, Case, Missing
-from benchmarks.timing import interleave
 
 Values = dict[str, Any]
 MAIN = Path(__file__).resolve().parent.parent / "__main__.py"
@@ -87,7 +87,7 @@ def measure(
     with precision(case.dtype):
         values, able = check(case, device)
         on_gpu = device.type == "cuda"
-        sets = gpu_clocks.input_sets(case.set_bytes) if on_gpu else 1
+        sets = timing.input_sets(case.set_bytes) if on_gpu else 1
         given = [case.inputs(device, seed) for seed in range(sets)]
         runs: dict[str, list[Callable[[], object]]] = {}
         for candidate in able:
@@ -104,14 +104,14 @@ def measure(
         if on_gpu:
             # The launches of a whole network may take longer than its kernels.
             captured = 0.05 if case.op == "training_step" else 0.005
-            for name, result in gpu_clocks.measure(runs, captured=captured, **limits).items():
+            for name, result in timing.gpu_interleave(runs, captured=captured, **limits).items():
                 values[name]["seconds"] = {clock: t._asdict() for clock, t in result.times.items()}
                 if result.missing:
                     values[name]["no_clock"] = result.missing
         elif runs:
             block = min(0.1, effort.seconds / effort.rounds / len(runs))
             first = {name: calls[0] for name, calls in runs.items()}
-            for name, time in interleave(first, seconds_per_block=block, **limits).items():
+            for name, time in timing.interleave(first, seconds_per_block=block, **limits).items():
                 values[name]["seconds"] = {"wall": time._asdict()}
     del given, runs
     _free(device)
@@ -129,7 +129,7 @@ def _ready(candidate: Candidate, given: list[Any], on_gpu: bool) -> tuple[list[C
         calls.append(candidate.make(given[0]))
         calls[0].run()
 
-    memory = gpu_clocks.peak_memory(first) if on_gpu else first()
+    memory = timing.peak_memory(first) if on_gpu else first()
     calls += [candidate.make(one) for one in given[1:]]
     return calls, memory
 

@@ -99,10 +99,8 @@ def _read(update: Update) -> Tensor:
 def _rates(update: Update) -> list[tuple[Tensor, int]]:
     """(rates, inner) of each parameter, as every Alrao optimizer of this benchmark draws them."""
     optimizer = _alrao(alrao.AlraoSGD, update)
-    return [
-        memory_rates(optimizer.state[p]["rate"], p, optimizer.layout_of(p).dims)
-        for p in update.params()
-    ]
+    state, layout = optimizer.state, optimizer.layout_of
+    return [memory_rates(state[p]["rate"], p, layout(p).dims) for p in update.params()]
 
 
 def _alrao(kind: type, update: Update, **options: Any) -> Any:

@@ -83,9 +83,8 @@ def full() -> Iterator[Case]:
 
 def _gpu_optimizers(tiny: bool) -> Iterator[Case]:
     case = partial(optimizer_case, tiny=tiny)
-    first = _row("A1", ("gpu", FUSED, 1.02), ("gpu", None, 1.35)) + _row(
-        "A2", ("wall", FUSED, 0.35)
-    )
+    first = _row("A1", ("gpu", FUSED, 1.02), ("gpu", None, 1.35))
+    first += _row("A2", ("wall", FUSED, 0.35))
     third = _row("A3", ("gpu", FUSED, 1.02), ("gpu", None, 1.12))
     fourth = _row("A4", ("gpu", FUSED, 0.97), ("gpu", None, 1.12))
     by_weight = "foreach, rates per weight"

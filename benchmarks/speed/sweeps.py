@@ -82,11 +82,8 @@ def summaries(points: list[tuple[int, dict[str, Values]]]) -> dict[str, dict[str
         seconds = [time.median for _, row in rows if (time := device_seconds(row)) is not None]
         memory = [row.get("peak_memory", 0) for _, row in rows]
         found[name] = {"at": at, "seconds": seconds, "peak_memory": memory}
-        exponents = {
-            "time_exponent": exponent(at, seconds),
-            "memory_exponent": exponent(at, memory),
-        }
-        found[name] |= exponents
+        found[name]["time_exponent"] = exponent(at, seconds)
+        found[name]["memory_exponent"] = exponent(at, memory)
     return found
 
 

@@ -8,13 +8,12 @@ import torch
 from rich.console import Console
 
 from benchmarks import machine
-from benchmarks.experiments.images import WHERE, DataMissing, is_images, load_images
+from benchmarks.experiments.data import WHERE, DataMissing, is_images, load_images, load_text
 from benchmarks.experiments.paper import plots, tables
 from benchmarks.experiments.paper.cases import EXPERIMENTS, NETWORKS, Case, Plan
 from benchmarks.experiments.paper.train import Runtime, train
 from benchmarks.experiments.runs import Run, check, device_of, run_all
 from benchmarks.experiments.tasks import ImageTask, Task, TextTask
-from benchmarks.experiments.text import load_text
 from benchmarks.results import Record, Results
 from benchmarks.show import save, write
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiments.methods import METHODS
-from benchmarks.experiments.paper.cases import Case
-from benchmarks.experiments.paper.published import BEST_LR
+from benchmarks.experiments.paper.cases import BEST_LR, Case
 from benchmarks.experiments.paper.tables import Records, best_sgd, by_setting
 from benchmarks.experiments.runs import mean, mean_and_spread
 from benchmarks.experiments.tasks import Task

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 import alrao_fast as alrao
-from benchmarks.experiments.images import epoch_seed
+from benchmarks.experiments.data import epoch_seed
 from benchmarks.experiments.methods import METHODS, build
 from benchmarks.experiments.paper.cases import Case
 from benchmarks.experiments.tasks import Task

@@ -9,14 +9,13 @@ import torch
 from rich.console import Console
 
 from benchmarks import machine
-from benchmarks.experiments.images import DataMissing, load_images
+from benchmarks.experiments.data import DataMissing, load_images, load_text
 from benchmarks.experiments.methods import COMPARED, METHODS
 from benchmarks.experiments.quality import plots
 from benchmarks.experiments.quality.summary import Summary, all_tables, measured_on, ran, summarise
 from benchmarks.experiments.quality.train import train
 from benchmarks.experiments.runs import Run, check, device_of, run_all
 from benchmarks.experiments.tasks import DigitsTask, ImageTask, Task, TextTask
-from benchmarks.experiments.text import load_text
 from benchmarks.networks import IMAGE_NETWORKS
 from benchmarks.results import Record, Results
 

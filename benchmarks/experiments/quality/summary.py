@@ -120,9 +120,7 @@ def worst_cases(summary: Summary) -> dict[str, Worst]:
         for name, own in cells.items():
             gaps.setdefault(name, []).append(Worst(nats(own) - least, most - own.accuracy[0]))
     tasks = max((len(found) for found in gaps.values()), default=0)
-    return {
-        name: Worst(*map(max, zip(*found))) for name, found in gaps.items() if len(found) == tasks
-    }
+    return {n: Worst(*map(max, zip(*own))) for n, own in gaps.items() if len(own) == tasks}
 
 
 def nats(own: Cell) -> float:
