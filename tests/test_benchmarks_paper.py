@@ -87,30 +87,40 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("results")
-
-
 # Runs that a command adds to those of the commands before it, by the options of `small`: 3 rates, one image network.
+QUICK = [
+    ("table1", "vgg19", 5),
+    ("table1", "lstm-chars", 5),
+    ("figure2", "vgg19", 0),
+    ("figure4", "vgg19", 0),
+]
+MORE = [
+    ("table1", "lstm-words", 5),
+    ("figure3", "vgg19", 3),
+    ("figure4", "mobilenet", 1),
+    ("figure4", "googlenet", 1),
+    ("figure5", "vgg19", 1),
+    ("figure6", "vgg19", 1),
+    ("figure7", "vgg19", 5),
+    ("figure8", "vgg19", 5),
+]
+
+
 @pytest.mark.parametrize(
-    "command, network, added",
+    "commands",
     [
-        ("table1", "vgg19", 5),
-        ("table1", "lstm-chars", 5),
-        ("table1", "lstm-words", 5),
-        ("figure2", "vgg19", 0),
-        ("figure3", "vgg19", 3),
-        ("figure4", "vgg19", 0),
-        ("figure4", "mobilenet", 1),
-        ("figure4", "googlenet", 1),
-        ("figure5", "vgg19", 1),
-        ("figure6", "vgg19", 1),
-        ("figure7", "vgg19", 5),
-        ("figure8", "vgg19", 5),
+        pytest.param(QUICK, id="quick"),
+        pytest.param([*QUICK, *MORE], id="all", marks=pytest.mark.slow),
     ],
 )
-def test_command(command, network, added, results, jpeg_file, text_file, capsys):
+def test_commands(commands, tmp_path, jpeg_file, text_file, capsys):
+    for command, network, added in commands:
+        run_twice(command, network, added, tmp_path, jpeg_file, text_file)
+        assert "'paper' is what the paper reports" in capsys.readouterr().out, command
+    assert "paper: loss, acc. %" in (tmp_path / "table1.md").read_text()
+
+
+def run_twice(command, network, added, results, jpeg_file, text_file):
     def count() -> int:
         return len(records(results)) if (results / "runs.jsonl").exists() else 0
 
@@ -118,9 +128,9 @@ def test_command(command, network, added, results, jpeg_file, text_file, capsys)
     options += ["--grid", 1e-3, 1e-2, 1e-1, "--wide", 2]
     before = count()
     run_command(command, results, *options)
-    assert count() - before == added
+    assert count() - before == added, command
     run_command(command, results, *options)
-    assert count() - before == added
+    assert count() - before == added, command
     for record in records(results)[before:]:
         assert record["best_epoch"] == 1 and record["test_loss"] > 0
         assert 0 <= record["test_accuracy"] <= 100
@@ -131,13 +141,10 @@ def test_command(command, network, added, results, jpeg_file, text_file, capsys)
         assert np.asarray(picture.convert("L")).std() > 5
     table = (results / f"{command}.md").read_text()
     assert network in table and table.count("|") > 20
-    assert "'paper' is what the paper reports" in capsys.readouterr().out
     assert not list((results / "checkpoints").glob("*"))
 
 
-def test_table1_shows_the_papers_figures(results):
-    rows = (results / "table1.md").read_text()
-    assert "paper: loss, acc. %" in rows
+def test_table1_has_the_papers_figures():
     from benchmarks.experiments.paper.tables import BEST_LR, TABLE1
 
     assert TABLE1["mobilenet"]["sgd"] == (0.37, 0.01, 90.2, 0.3)
@@ -153,6 +160,7 @@ def test_table2(tmp_path, capsys):
     assert "2,412,212" in (tmp_path / "table2.md").read_text()
 
 
+@pytest.mark.slow
 def test_quick_without_images_says_what_is_left_out(tmp_path, capsys):
     run_command("table1", tmp_path, "--quick", "--train-tokens", 4000, "--grid", 1)
     assert "Left out for lack of images: mobilenet, googlenet, vgg19" in capsys.readouterr().out
@@ -216,11 +224,11 @@ def make_case(task, network: str, method: str, **options):
 @pytest.mark.parametrize(
     "network, method, options",
     [
-        ("vgg19", "alrao", {}),
-        ("mobilenet", "alrao-adam", {"amp": "bf16"}),
+        pytest.param("vgg19", "alrao", {}, marks=pytest.mark.slow),
+        pytest.param("mobilenet", "alrao-adam", {"amp": "bf16"}, marks=pytest.mark.slow),
         ("lstm-chars", "alrao", {"dropout": 0.5}),
         ("lstm-chars", "adam", {"dropout": 0.5}),
-        ("vgg19", "sgd", {"lr": 0.1, "amp": "fp16"}),
+        pytest.param("vgg19", "sgd", {"lr": 0.1, "amp": "fp16"}, marks=pytest.mark.slow),
     ],
 )
 def test_resumes_to_the_bit(network, method, options, tmp_path, text_file, monkeypatch):
@@ -252,6 +260,7 @@ def test_resumes_to_the_bit(network, method, options, tmp_path, text_file, monke
         assert torch.equal(value, ends[1]["net"][key]), key
 
 
+@pytest.mark.slow
 def test_learns(tmp_path):
     from benchmarks.experiments.paper.train import Runtime, train
 
@@ -263,6 +272,7 @@ def test_learns(tmp_path):
     assert record["posterior_epochs"][0] == 0 and record["posterior_epochs"][-1] == 4
 
 
+@pytest.mark.slow
 def test_early_stopping_and_divergence(tmp_path):
     from benchmarks.experiments.paper.train import Runtime, train
 

@@ -76,6 +76,7 @@ def test_digits_end_to_end(tmp_path, no_prodigy, capsys):
             assert len(picture.convert("L").getcolors()) > 20
 
 
+@pytest.mark.slow
 def test_a_rival_runs_once_it_is_installed(tmp_path, no_prodigy):
     options = ["--tasks", "digits", "--methods", "prodigy"]
     run_command(tmp_path, *options, "--methods", "prodigy", "adam")
@@ -86,6 +87,7 @@ def test_a_rival_runs_once_it_is_installed(tmp_path, no_prodigy):
     assert last["case"]["method"] == "prodigy" and "curves" in last
 
 
+@pytest.mark.slow
 def test_text_and_images(tmp_path):
     import numpy as np
 

@@ -209,6 +209,7 @@ def test_page(results):
     assert report(results) == page
 
 
+@pytest.mark.slow
 def test_markdown(results):
     report(results)
     text = (results / "report" / "report.md").read_text()
@@ -238,6 +239,7 @@ def test_no_results(tmp_path, capsys):
     assert ended.value.code == 2 and "no results under" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_ranking(results):
     records = ranking_records()
     write(results / "ranking" / "ranking.jsonl", records[:-2])

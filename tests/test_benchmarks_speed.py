@@ -74,6 +74,7 @@ def test_the_command_measures_and_goes_on(tmp_path, small_rates, capsys):
     assert len(records(tmp_path)) == len(first) + len(again) + len(first)
 
 
+@pytest.mark.slow
 def test_the_report_and_gpu_check_read_the_records(tmp_path, small_rates):
     from benchmarks.gpu import report as gpu_report
     from benchmarks.report import speed_section
@@ -146,6 +147,7 @@ CHECKED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKED)
 def test_gpu_cases_are_right_at_tiny_sizes(name, tiny_cases):
     from benchmarks.speed.measure import check
@@ -257,6 +259,7 @@ def test_bytes_and_flops():
     assert not any(c.whole for c in mobile.candidates if c.name == "sgd")
 
 
+@pytest.mark.slow
 def test_memory_of_a_case(tmp_path):
     from benchmarks.speed.command import find
     from benchmarks.speed.heads import Head, mixture_case
