@@ -4,19 +4,17 @@ It comes with the extra `[bench]`. The candidates run one after the other here; 
 turns, and is what figures are taken from.
 """
 
-from __future__ import annotations
-
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+# pytest has put the repository's root first, where the installed alrao_fast belongs.
+sys.path.append(sys.path.pop(0))
 
-from speed import presets
-from speed.case import Candidate, Case, Missing
+from benchmarks.speed import presets
+from benchmarks.speed.case import Candidate, Case, Missing
 
 OPS = [case for case in presets.quick() if case.op != "training_step"]
 CHOICES = [

@@ -1,7 +1,5 @@
 """What a result was measured on: processor, GPU, versions, and the state of the sources."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform
@@ -44,7 +42,7 @@ def describe() -> dict[str, Any]:
         "gpu": gpu,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": _version("triton"),
+        "triton": version_of("triton"),
         "python": platform.python_version(),
         "commit": _commit(),
         "sources": source_state(),
@@ -57,7 +55,8 @@ def _cpu_model() -> str:
     return names[0] if names else platform.machine()
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,6 @@ class Results:
         self.path = path
         self.machine = machine
         self._records = list(read(path))
-
-    def __iter__(self) -> Iterator[Record]:
-        return iter(self._records)
 
     def find(self, case: Record, *, any_machine: bool = False) -> Record | None:
         """The latest record of this case with the same machine, versions and sources (whatever the commit), or None.
@@ -61,6 +59,19 @@ def read(path: Path) -> Iterator[Record]:
             yield json.loads(line)
         except json.JSONDecodeError:
             continue  # cut short by an interruption
+
+
+def finite(value: float, digits: int = 17) -> float | None:
+    """The value as JSON holds it, to so many digits; None where it is not finite."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    """The items by their key, in the order in which the keys come first."""
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def _comparable(machine: Record) -> Record:

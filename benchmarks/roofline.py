@@ -1,10 +1,15 @@
-"""What the machine can do at most: the rate at which it copies memory and multiplies matrices, measured."""
+"""What the machine can do at most: the rate at which it copies memory and multiplies matrices, measured.
 
-from __future__ import annotations
+`python benchmarks gpu_ceilings --out FILE` writes the two ceilings that a GPU's times are held against; on a CPU it
+does the same at a small size.
+"""
 
+import argparse
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -12,13 +17,8 @@ import torch
 COPIED = {"cuda": 2**30, "cpu": 2**28}
 SIDE = {"cuda": 8192, "cpu": 1024}
 # By the name in the results; tf32 is float32 under `precision`.
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "tf32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+NAMES = ("float64", "float32", "bfloat16", "float16")
+DTYPES = {"tf32": torch.float32, **{name: getattr(torch, name) for name in NAMES}}
 
 
 @contextlib.contextmanager
@@ -61,3 +61,23 @@ def matrix_rate(dtype: str, device: torch.device, *, side: int | None = None) ->
     out = torch.empty_like(a)
     with precision(dtype):
         return 2 * side**3 / _seconds(lambda: torch.mm(a, b, out=out), device, 5)
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    on_gpu = device.type == "cuda"
+    size, side = (4 << 30, 8192) if on_gpu else (64 << 20, 512)
+    dtypes = ("float32", "tf32", "bfloat16") if on_gpu else ("float32",)
+    return {
+        "copy_bytes_per_second": copy_rate(device, size=size),
+        **{f"{name}_flops_per_second": matrix_rate(name, device, side=side) for name in dtypes},
+    }
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python benchmarks gpu_ceilings", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    result = ceilings(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    options.out.write_text(json.dumps(result) + "\n")
+    for name, value in result.items():
+        print(f"{name:<28} {value / 1e12:9.3f} x 10^12")

@@ -14,28 +14,27 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import sys
 from pathlib import Path
 
+import benchmarks_package
 import numpy as np
 import pytest
 import torch
 
 import alrao_fast as alrao
 
-BENCHMARKS = str(Path(__file__).resolve().parent.parent / "benchmarks")
+benchmarks_package.load()
+
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def benchmarks_on_path():
-    sys.path.insert(0, BENCHMARKS)
+def one_thread():
     threads = torch.get_num_threads()
     # The layers are too small for a second thread to help.
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    sys.path.remove(BENCHMARKS)
 
 
 def make_images(train: int, test: int) -> dict[str, np.ndarray]:
@@ -78,7 +77,7 @@ def text_file(tmp_path_factory) -> Path:
 
 
 def run_command(command: str, folder: Path, *options: object) -> None:
-    from paper import main
+    from benchmarks.experiments.paper.command import main
 
     small = ["--seeds", 1, "--epochs", 1, "--results", folder, "--device", "cpu"]
     main([command, *map(str, small), *map(str, options)])
@@ -88,30 +87,40 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("results")
-
-
 # Runs that a command adds to those of the commands before it, by the options of `small`: 3 rates, one image network.
+QUICK = [
+    ("table1", "vgg19", 5),
+    ("table1", "lstm-chars", 5),
+    ("figure2", "vgg19", 0),
+    ("figure4", "vgg19", 0),
+]
+MORE = [
+    ("table1", "lstm-words", 5),
+    ("figure3", "vgg19", 3),
+    ("figure4", "mobilenet", 1),
+    ("figure4", "googlenet", 1),
+    ("figure5", "vgg19", 1),
+    ("figure6", "vgg19", 1),
+    ("figure7", "vgg19", 5),
+    ("figure8", "vgg19", 5),
+]
+
+
 @pytest.mark.parametrize(
-    "command, network, added",
+    "commands",
     [
-        ("table1", "vgg19", 5),
-        ("table1", "lstm-chars", 5),
-        ("table1", "lstm-words", 5),
-        ("figure2", "vgg19", 0),
-        ("figure3", "vgg19", 3),
-        ("figure4", "vgg19", 0),
-        ("figure4", "mobilenet", 1),
-        ("figure4", "googlenet", 1),
-        ("figure5", "vgg19", 1),
-        ("figure6", "vgg19", 1),
-        ("figure7", "vgg19", 5),
-        ("figure8", "vgg19", 5),
+        pytest.param(QUICK, id="quick"),
+        pytest.param([*QUICK, *MORE], id="all", marks=pytest.mark.slow),
     ],
 )
-def test_command(command, network, added, results, jpeg_file, text_file, capsys):
+def test_commands(commands, tmp_path, jpeg_file, text_file, capsys):
+    for command, network, added in commands:
+        run_twice(command, network, added, tmp_path, jpeg_file, text_file)
+        assert "'paper' is what the paper reports" in capsys.readouterr().out, command
+    assert "paper: loss, acc. %" in (tmp_path / "table1.md").read_text()
+
+
+def run_twice(command, network, added, results, jpeg_file, text_file):
     def count() -> int:
         return len(records(results)) if (results / "runs.jsonl").exists() else 0
 
@@ -119,9 +128,9 @@ def test_command(command, network, added, results, jpeg_file, text_file, capsys)
     options += ["--grid", 1e-3, 1e-2, 1e-1, "--wide", 2]
     before = count()
     run_command(command, results, *options)
-    assert count() - before == added
+    assert count() - before == added, command
     run_command(command, results, *options)
-    assert count() - before == added
+    assert count() - before == added, command
     for record in records(results)[before:]:
         assert record["best_epoch"] == 1 and record["test_loss"] > 0
         assert 0 <= record["test_accuracy"] <= 100
@@ -132,14 +141,11 @@ def test_command(command, network, added, results, jpeg_file, text_file, capsys)
         assert np.asarray(picture.convert("L")).std() > 5
     table = (results / f"{command}.md").read_text()
     assert network in table and table.count("|") > 20
-    assert "'paper' is what the paper reports" in capsys.readouterr().out
     assert not list((results / "checkpoints").glob("*"))
 
 
-def test_table1_shows_the_papers_figures(results):
-    rows = (results / "table1.md").read_text()
-    assert "paper: loss, acc. %" in rows
-    from paper.published import BEST_LR, TABLE1
+def test_table1_has_the_papers_figures():
+    from benchmarks.experiments.paper.tables import BEST_LR, TABLE1
 
     assert TABLE1["mobilenet"]["sgd"] == (0.37, 0.01, 90.2, 0.3)
     assert TABLE1["lstm-chars"]["alrao"] == (1.67, 0.01, 64.1, 0.2)
@@ -147,14 +153,14 @@ def test_table1_shows_the_papers_figures(results):
 
 
 def test_table2(tmp_path, capsys):
-    from paper.published import TABLE2
-    from paper.tables import parameter_counts
+    from benchmarks.experiments.paper.tables import TABLE2, parameter_counts
 
     assert {network: parameter_counts(network) for network in TABLE2} == TABLE2
     run_command("table2", tmp_path)
     assert "2,412,212" in (tmp_path / "table2.md").read_text()
 
 
+@pytest.mark.slow
 def test_quick_without_images_says_what_is_left_out(tmp_path, capsys):
     run_command("table1", tmp_path, "--quick", "--train-tokens", 4000, "--grid", 1)
     assert "Left out for lack of images: mobilenet, googlenet, vgg19" in capsys.readouterr().out
@@ -174,7 +180,7 @@ def test_quick_without_images_says_what_is_left_out(tmp_path, capsys):
     ],
 )
 def test_bad_input(options, message, tmp_path, capsys):
-    from paper import main
+    from benchmarks.experiments.paper.command import main
 
     with pytest.raises(SystemExit) as stopped:
         main([*options, "--results", str(tmp_path)])
@@ -184,8 +190,8 @@ def test_bad_input(options, message, tmp_path, capsys):
 
 
 def image_task(network: str, count: int = 160):
-    from paper.images import Images
-    from paper.tasks import ImageTask
+    from benchmarks.experiments.data import Images
+    from benchmarks.experiments.tasks import ImageTask
 
     arrays = {key: torch.from_numpy(array) for key, array in make_images(count, 40).items()}
     images = Images(
@@ -199,14 +205,14 @@ def image_task(network: str, count: int = 160):
 
 
 def text_task(text_file: Path):
-    from paper.tasks import TextTask
-    from paper.text import load_text
+    from benchmarks.experiments.data import load_text
+    from benchmarks.experiments.tasks import TextTask
 
     return TextTask("lstm-chars", load_text(text_file, "chars"), None, CPU)
 
 
 def make_case(task, network: str, method: str, **options):
-    from paper.cases import Case
+    from benchmarks.experiments.paper.cases import Case
 
     train, valid, test = task.sizes
     if method.startswith("alrao"):
@@ -218,15 +224,15 @@ def make_case(task, network: str, method: str, **options):
 @pytest.mark.parametrize(
     "network, method, options",
     [
-        ("vgg19", "alrao", {}),
-        ("mobilenet", "alrao-adam", {"amp": "bf16"}),
+        pytest.param("vgg19", "alrao", {}, marks=pytest.mark.slow),
+        pytest.param("mobilenet", "alrao-adam", {"amp": "bf16"}, marks=pytest.mark.slow),
         ("lstm-chars", "alrao", {"dropout": 0.5}),
         ("lstm-chars", "adam", {"dropout": 0.5}),
-        ("vgg19", "sgd", {"lr": 0.1, "amp": "fp16"}),
+        pytest.param("vgg19", "sgd", {"lr": 0.1, "amp": "fp16"}, marks=pytest.mark.slow),
     ],
 )
 def test_resumes_to_the_bit(network, method, options, tmp_path, text_file, monkeypatch):
-    from paper import training
+    from benchmarks.experiments.paper import train as training
 
     task = text_task(text_file) if network == "lstm-chars" else image_task(network)
     case = make_case(task, network, method, **options)
@@ -254,8 +260,9 @@ def test_resumes_to_the_bit(network, method, options, tmp_path, text_file, monke
         assert torch.equal(value, ends[1]["net"][key]), key
 
 
+@pytest.mark.slow
 def test_learns(tmp_path):
-    from paper.training import Runtime, train
+    from benchmarks.experiments.paper.train import Runtime, train
 
     task = image_task("vgg19", 800)
     case = make_case(task, "vgg19", "alrao", lr_range=(1e-4, 1.0), epochs=4, width=0.25)
@@ -265,8 +272,9 @@ def test_learns(tmp_path):
     assert record["posterior_epochs"][0] == 0 and record["posterior_epochs"][-1] == 4
 
 
+@pytest.mark.slow
 def test_early_stopping_and_divergence(tmp_path):
-    from paper.training import Runtime, train
+    from benchmarks.experiments.paper.train import Runtime, train
 
     task = image_task("vgg19")
     frozen = make_case(task, "vgg19", "fraction", p=0.5, lr=0.0, epochs=9, patience=2)
@@ -279,11 +287,11 @@ def test_early_stopping_and_divergence(tmp_path):
 
 
 def test_fraction_of_the_features(tmp_path):
-    from paper.cases import build
+    from benchmarks.experiments.paper.train import make
 
     task = image_task("vgg19")
-    case = make_case(task, "vgg19", "fraction", p=0.5, lr=0.1)
-    net, opt = build(case, task.backbone(1.0, 0.0), 10, CPU)
+    trainer = make(make_case(task, "vgg19", "fraction", p=0.5, lr=0.1, width=1.0), task, CPU)
+    net, opt = trainer.net, trainer.opt
     rates = torch.cat([opt.state[p]["rate"] for p in net.backbone.parameters()])
     assert rates.unique().tolist() == pytest.approx([0.0, 0.1])
     assert 0.4 < float((rates > 0).float().mean()) < 0.6
@@ -291,7 +299,7 @@ def test_fraction_of_the_features(tmp_path):
 
 
 def test_both_formats_and_the_cache(tmp_path, jpeg_file, monkeypatch):
-    from paper import images
+    from benchmarks.experiments import data as images
 
     made = make_images(50, 10)
     folder = tmp_path / "cifar-10-batches-py"
@@ -321,7 +329,7 @@ def test_both_formats_and_the_cache(tmp_path, jpeg_file, monkeypatch):
 
 
 def test_crops_are_slices():
-    from paper.images import Crops
+    from benchmarks.experiments.data import Crops
 
     x = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
     crops = Crops(x, torch.arange(5), batch=2)
@@ -353,7 +361,7 @@ def test_split_of_the_images():
 
 
 def test_vocabulary_and_streams_by_hand(tmp_path):
-    from paper.text import Streams, load_text
+    from benchmarks.experiments.data import Streams, load_text
 
     for part, content in (("train", "b a b\nb c\n"), ("valid", "a d\n"), ("test", "c\n")):
         (tmp_path / f"ptb.{part}.txt").write_text(content)
@@ -368,7 +376,7 @@ def test_vocabulary_and_streams_by_hand(tmp_path):
 
 
 def test_default_text():
-    from paper.text import load_text
+    from benchmarks.experiments.data import load_text
 
     text = load_text(None, "chars")
     total = len(text.train) + len(text.valid) + len(text.test)
@@ -378,14 +386,12 @@ def test_default_text():
 
 def steps_of_both_kinds(task, device, **options):
     """Losses and final parameters of two epochs by ordinary and by captured steps."""
-    from paper import steps
-    from paper.cases import build
+    from benchmarks.experiments import trainer as steps
+    from benchmarks.experiments.paper.train import make
 
     for kind in (steps.Step, steps.CapturedStep):
-        torch.manual_seed(0)
-        net, opt = build(
-            make_case(task, "", "alrao"), task.backbone(0.2, 0.0), task.classes, device
-        )
+        trainer = make(make_case(task, "", "alrao", width=0.2), task, device)
+        net, opt = trainer.net, trainer.opt
         step = kind(net, opt, recurrent=task.recurrent, clip=task.clip, **options)
         losses = []
         for epoch in range(2):
@@ -431,7 +437,7 @@ def test_cuda_graph(amp, text_file):
 
 
 def test_clip_bounds_the_step():
-    from paper.steps import Step
+    from benchmarks.experiments.trainer import Step
 
     net = alrao.AlraoModel(torch.nn.Linear(4, 3), alrao.ClassifierClones(3, 2, 2))
     opt = alrao.AlraoSGD(net, sampler=alrao.Constant(1.0))

@@ -11,30 +11,29 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
+import benchmarks_package
 import pytest
 import torch
 
 import alrao_fast as alrao
 
-BENCHMARKS = str(Path(__file__).resolve().parent.parent / "benchmarks")
+benchmarks_package.load()
+
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def benchmarks_on_path():
-    sys.path.insert(0, BENCHMARKS)
+def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    sys.path.remove(BENCHMARKS)
 
 
 def run_command(folder: Path, *options: object) -> None:
-    from quality import main
+    from benchmarks.experiments.quality.command import main
 
     small = ["--seeds", 1, "--epochs", 1, "--results", folder, "--device", "cpu"]
     main([*map(str, small), *map(str, options)])
@@ -46,14 +45,12 @@ def records(path: Path) -> list[dict]:
 
 @pytest.fixture
 def no_prodigy(monkeypatch):
-    from quality import methods
+    from benchmarks.experiments import methods
 
-    def version(package):
-        if package == "prodigyopt":
-            raise methods.PackageNotFoundError
-        return "1"
+    def version_of(package):
+        return None if package == "prodigyopt" else "1"
 
-    monkeypatch.setattr(methods, "version", version)
+    monkeypatch.setattr(methods, "version_of", version_of)
     return monkeypatch
 
 
@@ -79,6 +76,7 @@ def test_digits_end_to_end(tmp_path, no_prodigy, capsys):
             assert len(picture.convert("L").getcolors()) > 20
 
 
+@pytest.mark.slow
 def test_a_rival_runs_once_it_is_installed(tmp_path, no_prodigy):
     options = ["--tasks", "digits", "--methods", "prodigy"]
     run_command(tmp_path, *options, "--methods", "prodigy", "adam")
@@ -89,6 +87,7 @@ def test_a_rival_runs_once_it_is_installed(tmp_path, no_prodigy):
     assert last["case"]["method"] == "prodigy" and "curves" in last
 
 
+@pytest.mark.slow
 def test_text_and_images(tmp_path):
     import numpy as np
 
@@ -127,7 +126,7 @@ def test_text_and_images(tmp_path):
     ],
 )
 def test_bad_options(options, message, tmp_path, capsys):
-    from quality import main
+    from benchmarks.experiments.quality.command import main
 
     with pytest.raises(SystemExit) as ended:
         main([*options, "--results", str(tmp_path)])
@@ -135,7 +134,7 @@ def test_bad_options(options, message, tmp_path, capsys):
 
 
 def test_parts_of_the_digits():
-    from quality.digits import DigitsTask
+    from benchmarks.experiments.tasks import DigitsTask
 
     task, again = DigitsTask(3, CPU), DigitsTask(3, CPU)
     assert task.x.equal(again.x) and not task.x.equal(DigitsTask(4, CPU).x)
@@ -148,17 +147,17 @@ def test_parts_of_the_digits():
 
 
 def train(name: str, lr: float | None = None, **options):
-    from quality.digits import DigitsTask
-    from quality.methods import METHODS
-    from quality.training import train
+    from benchmarks.experiments.methods import METHODS
+    from benchmarks.experiments.quality.train import train
+    from benchmarks.experiments.tasks import DigitsTask
 
     options = {"epochs": 1, "width": 0.1, "device": CPU, **options}
     return train(METHODS[name], lr, DigitsTask(0, CPU), 0, **options)
 
 
 def test_a_run_by_hand():
-    from networks import PlainModel
-    from quality.digits import DigitsTask
+    from benchmarks.experiments.tasks import DigitsTask
+    from benchmarks.networks import PlainModel
 
     task = DigitsTask(0, CPU)
     torch.manual_seed(0)
@@ -217,7 +216,7 @@ def fake(
 
 
 def test_summary_by_hand():
-    from quality.summary import Worst, cost, summarise, worst_cases
+    from benchmarks.experiments.quality.summary import Worst, cost, summarise, worst_cases
 
     runs = [
         # The better rate on the validation set is the worse one on the test set.
@@ -246,7 +245,7 @@ def test_summary_by_hand():
 
 
 def test_the_last_setting_counts():
-    from quality.summary import summarise
+    from benchmarks.experiments.quality.summary import summarise
 
     old = fake("digits", "alrao", None, 0, 1.0, 0.5)
     new = fake("digits", "alrao", None, 0, 1.0, 0.25)
@@ -257,7 +256,7 @@ def test_the_last_setting_counts():
 
 
 def test_a_diverged_seed_spoils_the_mean():
-    from quality.summary import summarise, worst_cases
+    from benchmarks.experiments.quality.summary import summarise, worst_cases
 
     runs = [fake("digits", "alrao", None, seed, 1.0, 0.5) for seed in (0, 1)]
     runs[1] |= {"diverged": True, "test_loss": None}
@@ -269,33 +268,36 @@ def test_a_diverged_seed_spoils_the_mean():
 
 
 def make(name: str, lr: float | None = None):
-    from quality.digits import DigitsTask
-    from quality.methods import METHODS, Trained, build
+    from benchmarks.experiments.methods import METHODS, Setting, build
+    from benchmarks.experiments.tasks import DigitsTask
+    from benchmarks.experiments.trainer import Trainer
 
-    task = DigitsTask(0, CPU)
-    net, opt = build(METHODS[name], lr, task, 0.1, 0, CPU)
-    return task, net, opt, Trained(METHODS[name], net, opt)
+    task, method = DigitsTask(0, CPU), METHODS[name]
+    net, opt = build(method, Setting(lr, task.lr_range, 0), task, width=0.1)
+    return Trainer(method, net, opt, task)
 
 
-def steps(task, net, opt, trained, count):
-    trained.resume()
-    for x, y in list(task.batches(0, 0))[:count]:
-        opt.zero_grad()
-        net(x, targets=y).backward()
-        opt.step()
-        trained.after_step()
+def steps(trainer, count):
+    """Some steps of training; the last layer's weight after each."""
+    trainer.resume()
+    path = []
+    for x, y in list(trainer.task.batches(0, 0))[:count]:
+        trainer.train_step(x, y)
+        path.append(trainer.net.head.weight.detach().clone())
+    return path
 
 
 @pytest.mark.parametrize("name", ["schedulefree-adamw", "schedulefree-sgd"])
 def test_schedule_free_is_evaluated_at_its_average(name):
     pytest.importorskip("schedulefree")
-    task, net, opt, trained = make(name)
-    steps(task, net, opt, trained, 5)
+    trainer = make(name)
+    net = trainer.net
+    steps(trainer, 5)
     at_training = [param.detach().clone() for param in net.parameters()]
-    evaluated = trained.evaluated(task.batches(0, 0))
+    evaluated = trainer.evaluated(0, 0)
     assert evaluated is net and not net.training
     assert not any(a.equal(b) for a, b in zip(at_training, net.parameters()))
-    trained.resume()
+    trainer.resume()
     assert net.training
     for before, after in zip(at_training, net.parameters()):
         torch.testing.assert_close(before, after.detach())
@@ -303,21 +305,14 @@ def test_schedule_free_is_evaluated_at_its_average(name):
 
 def test_dog_is_evaluated_at_its_average():
     pytest.importorskip("dog")
-    task, net, opt, trained = make("dog")
-    path = []
-    trained.resume()
-    for x, y in list(task.batches(0, 0))[:3]:
-        opt.zero_grad()
-        net(x, targets=y).backward()
-        opt.step()
-        trained.after_step()
-        path.append(net.head.weight.detach().clone())
+    trainer = make("dog")
+    path = steps(trainer, 3)
     # Polynomial decay averaging with gamma = 8: the weights of the third average by hand.
     average = path[0]
     for t in (2, 3):
         average = average.lerp(path[t - 1], 9 / (8 + t))
-    averaged = trained.evaluated(task.batches(0, 0))
-    assert averaged is not net and not averaged.training
+    averaged = trainer.evaluated(0, 0)
+    assert averaged is not trainer.net and not averaged.training
     torch.testing.assert_close(averaged.head.weight, average)
 
 
@@ -326,18 +321,17 @@ def test_dog_is_evaluated_at_its_average():
 )
 def test_rates_of_one(name, module):
     pytest.importorskip(module)
-    _, _, opt, _ = make(name)
-    assert [group["lr"] for group in opt.param_groups] == [1.0]
+    assert [group["lr"] for group in make(name).opt.param_groups] == [1.0]
 
 
 def test_alrao_and_its_schedule(monkeypatch):
-    from quality import training
+    from benchmarks.experiments.quality import train as training
 
     kept = []
     build = training.build
 
-    def keep(*arguments):
-        kept.append(build(*arguments))
+    def keep(*arguments, **options):
+        kept.append(build(*arguments, **options))
         return kept[-1]
 
     monkeypatch.setattr(training, "build", keep)
@@ -350,15 +344,14 @@ def test_alrao_and_its_schedule(monkeypatch):
 
 
 def test_the_same_start_for_every_method():
-    backbones = [make(name, lr)[1].backbone for name, lr in (("alrao", None), ("sgd", 0.1))]
+    backbones = [make(name, lr).net.backbone for name, lr in (("alrao", None), ("sgd", 0.1))]
     assert all(a.equal(b) for a, b in zip(*(backbone.parameters() for backbone in backbones)))
 
 
 def test_grids():
-    from paper.tasks import TextTask
-    from paper.text import load_text
-    from quality.digits import DigitsTask
-    from quality.methods import sgd_grid
+    from benchmarks.experiments.data import load_text
+    from benchmarks.experiments.methods import sgd_grid
+    from benchmarks.experiments.tasks import DigitsTask, TextTask
 
     assert sgd_grid(DigitsTask(0, CPU)) == pytest.approx([10.0**k for k in range(-5, 2)])
     text = TextTask("lstm-chars", load_text(None, "chars"), 2000, CPU)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import benchmarks_package
 import pytest
 
-BENCHMARKS = str(Path(__file__).resolve().parent.parent / "benchmarks")
+benchmarks_package.load()
+
 MACHINE = {
     "cpu": "a processor <x>",
     "gpu": None,
@@ -28,13 +29,6 @@ MACHINE = {
     "sources": "feedfacefeedface",
     "commit": "abc1234",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks_on_path():
-    sys.path.insert(0, BENCHMARKS)
-    yield
-    sys.path.remove(BENCHMARKS)
 
 
 def write(path: Path, records: list[dict]) -> None:
@@ -141,7 +135,7 @@ def results(tmp_path) -> Path:
 
 
 def report(results: Path) -> str:
-    from report import main
+    from benchmarks.report.command import main
 
     main(["--results", str(results)])
     return (results / "report" / "report.html").read_text()
@@ -215,6 +209,7 @@ def test_page(results):
     assert report(results) == page
 
 
+@pytest.mark.slow
 def test_markdown(results):
     report(results)
     text = (results / "report" / "report.md").read_text()
@@ -237,13 +232,14 @@ def test_what_was_not_run(tmp_path):
 
 
 def test_no_results(tmp_path, capsys):
-    from report import main
+    from benchmarks.report.command import main
 
     with pytest.raises(SystemExit) as ended:
         main(["--results", str(tmp_path)])
     assert ended.value.code == 2 and "no results under" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_ranking(results):
     records = ranking_records()
     write(results / "ranking" / "ranking.jsonl", records[:-2])
@@ -251,17 +247,17 @@ def test_an_interrupted_ranking(results):
 
 
 def test_ranking_by_hand():
-    from ranking import Comparison
+    from benchmarks.experiments.ranking import Comparison
 
     comparison = Comparison([{**record, "machine": MACHINE} for record in ranking_records()])
     # Orders large, deep, small and large, small, deep: Spearman is 1 - 6 (1 + 1) / (3 * 8).
     assert comparison.agreement() == pytest.approx(0.5)
-    assert [line[0] for line in comparison.lines()] == ["large", "small", "deep"]
+    assert [row[0] for row in comparison.table().rows] == ["large", "small", "deep"]
     assert "factor of 2.0 (median)" in comparison.verdict()[-1]
 
 
 def test_ranking_end_to_end(tmp_path):
-    from ranking import main
+    from benchmarks.experiments.ranking import main
 
     options = [
         "--epochs",

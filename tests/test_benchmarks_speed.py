@@ -10,32 +10,31 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import benchmarks_package
 import pytest
 import torch
 
-BENCHMARKS = str(Path(__file__).resolve().parent.parent / "benchmarks")
+benchmarks_package.load()
+
 CPU = torch.device("cpu")
 ROWS = {*(f"A{k}" for k in range(1, 9)), *(f"B{k}" for k in range(1, 11)), "E1", "S1", "S2"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def benchmarks_on_path():
-    sys.path.insert(0, BENCHMARKS)
+def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    sys.path.remove(BENCHMARKS)
 
 
 @pytest.fixture
 def small_rates(monkeypatch):
     """The machine's rates from small tensors: real ones take seconds."""
-    import roofline
+    from benchmarks import roofline
 
     monkeypatch.setitem(roofline.COPIED, "cpu", 2**20)
     monkeypatch.setitem(roofline.SIDE, "cpu", 64)
@@ -46,7 +45,7 @@ def records(folder: Path) -> list[dict]:
 
 
 def run(folder: Path, *more: str) -> int:
-    from speed.command import main
+    from benchmarks.speed.command import main
 
     return main(
         ["--rounds", "2", "--seconds", "0.1", "--no-memory", "--results", str(folder), *more]
@@ -75,14 +74,16 @@ def test_the_command_measures_and_goes_on(tmp_path, small_rates, capsys):
     assert len(records(tmp_path)) == len(first) + len(again) + len(first)
 
 
+@pytest.mark.slow
 def test_the_report_and_gpu_check_read_the_records(tmp_path, small_rates):
-    import gpu_report
-    from report import speed_section
-    from speed.command import main
+    from benchmarks.gpu import report as gpu_report
+    from benchmarks.report import speed_section
+    from benchmarks.speed.command import main
 
     main(["--dry-run", "--only", "log_prob, 10,000", "--results", str(tmp_path)])
     found = records(tmp_path)
-    lines = "\n".join(gpu_report._speed(found))
+    result = {"steps": [], "ceilings": {}, "errors": [], "speed": found}
+    lines = "\n".join(table.markdown() for table in gpu_report.tables(result))
     assert "E1" in lines and "one by one" in lines
     # What a dry run measured is no result.
     assert speed_section.section(tmp_path)[1] == []
@@ -96,7 +97,7 @@ def test_the_report_and_gpu_check_read_the_records(tmp_path, small_rates):
 
 
 def test_red_tests_stop_it(tmp_path, monkeypatch):
-    from speed import command
+    from benchmarks.speed import command
 
     calls = []
 
@@ -112,8 +113,8 @@ def test_red_tests_stop_it(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tiny_cases(benchmarks_on_path):
-    from speed import presets
+def tiny_cases():
+    from benchmarks.speed import presets
 
     return list(presets.gpu(tiny=True))
 
@@ -146,9 +147,10 @@ CHECKED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKED)
 def test_gpu_cases_are_right_at_tiny_sizes(name, tiny_cases):
-    from speed.measure import check
+    from benchmarks.speed.measure import check
 
     case = next(case for case in tiny_cases if case.name == name)
     quick = replace(case, candidates=tuple(c for c in case.candidates if "compile" not in c.name))
@@ -159,9 +161,9 @@ def test_gpu_cases_are_right_at_tiny_sizes(name, tiny_cases):
 
 
 def test_a_wrong_candidate_is_not_timed(tmp_path, small_rates, monkeypatch, capsys):
-    from speed import presets
-    from speed.case import Call, Candidate
-    from speed.switch import switch_case
+    from benchmarks.speed import presets
+    from benchmarks.speed.case import Call, Candidate
+    from benchmarks.speed.switch import switch_case
 
     def wrong(given):
         return Call(lambda: None, lambda: {"log_posterior": given.log_posterior + 1})
@@ -183,9 +185,9 @@ def seconds(**medians):
 
 
 def test_targets_on_made_up_figures():
-    from speed.case import Target
-    from speed.switch import switch_case
-    from speed.targets import floor, judge, shares
+    from benchmarks.speed.case import Target
+    from benchmarks.speed.judging import floor, judge, shares
+    from benchmarks.speed.switch import switch_case
 
     case = replace(switch_case(), bytes=1000.0, flops=500.0)
     rates = {"copy": 1e6, "float32": 1e6}
@@ -216,7 +218,7 @@ def test_targets_on_made_up_figures():
 
 
 def test_exponents(tmp_path):
-    from speed.sweeps import exponent, plot, summaries
+    from benchmarks.speed.sweeps import exponent, plot, summaries
 
     assert exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
     # A constant for small sizes does not hide the growth.
@@ -231,7 +233,7 @@ def test_exponents(tmp_path):
 
 
 def test_says_what_the_tests_before_it_need(monkeypatch):
-    from speed import command
+    from benchmarks.speed import command
 
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"pytest is not installed: pip install -e '\.\[bench\]'"):
@@ -239,14 +241,14 @@ def test_says_what_the_tests_before_it_need(monkeypatch):
 
 
 def test_bytes_and_flops():
-    from speed.heads import mixture_case
-    from speed.optimizers import optimizer_case
-    from speed.steps import step_case
+    from benchmarks.speed.heads import Head, mixture_case
+    from benchmarks.speed.optimizers import optimizer_case
+    from benchmarks.speed.steps import step_case
 
     case = optimizer_case("256 vectors of 64", momentum=0.9)
     entries = 256 * 64
     assert case.sizes["entries"] == entries and case.bytes == 5 * 4 * entries
-    head = mixture_case("x", 8, 16, 10, 3, "bfloat16")
+    head = mixture_case(Head("x", 8, 16, 10, 3, "bfloat16"))
     assert head.flops == 6 * 8 * 16 * 10 * 3
     assert head.bytes == 2 * 2 * (8 * 16 + 3 * 10 * 17)
     mlp = step_case("MLP", 32)
@@ -257,15 +259,16 @@ def test_bytes_and_flops():
     assert not any(c.whole for c in mobile.candidates if c.name == "sgd")
 
 
+@pytest.mark.slow
 def test_memory_of_a_case(tmp_path):
-    from speed.command import find
-    from speed.heads import mixture_case
-    from speed.presets import cpu
+    from benchmarks.speed.command import find
+    from benchmarks.speed.heads import Head, mixture_case
+    from benchmarks.speed.presets import cpu
 
     case = next(c for c in cpu() if c.memory)
     question = {"name": case.name, "sizes": dict(case.sizes), "dtype": case.dtype}
     assert find(question).name == case.name and find(question).small is not None
-    swept = mixture_case("4 clones", 256, 256, 1000, 4, memory=True)
+    swept = mixture_case(Head("4 clones", 256, 256, 1000, 4), memory=True)
     question = {"name": swept.name, "sizes": dict(swept.sizes), "dtype": "float32"}
     assert find(question).sizes == swept.sizes
     with pytest.raises(ValueError, match="no case"):

@@ -7,20 +7,21 @@ import json
 import sys
 from pathlib import Path
 
+import benchmarks_package
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+benchmarks_package.load()
 
 
 @pytest.fixture
-def module(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module
+def module():
+    """A module of the room benchmarks/gpu."""
+    return lambda name: importlib.import_module(f"benchmarks.gpu.{name}")
 
 
 @pytest.fixture
 def check(module, tmp_path, monkeypatch):
-    gpu_check = module("gpu_check")
+    gpu_check = module("check")
     (tmp_path / "root" / "alrao_fast").mkdir(parents=True)
     (tmp_path / "root" / "kernels").mkdir()
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path / "root")
@@ -28,7 +29,7 @@ def check(module, tmp_path, monkeypatch):
 
 
 def run(check, module, code, **options):
-    step = module("gpu_check").Step("one", [sys.executable, "-c", code], 30, **options)
+    step = module("check").Step("one", [sys.executable, "-c", code], 30, **options)
     check.run(step)
     return check.result["steps"][-1]
 
@@ -55,7 +56,7 @@ def test_a_step_that_fails_and_the_next_one(check, module):
 
 
 def test_a_step_that_hangs(check, module):
-    gpu_check = module("gpu_check")
+    gpu_check = module("check")
     code = "import time; print('before', flush=True); time.sleep(60)"
     check.run(gpu_check.Step("one", [sys.executable, "-c", code], 3))
     step = check.result["steps"][-1]
@@ -65,7 +66,7 @@ def test_a_step_that_hangs(check, module):
 
 
 def test_a_step_that_cannot_start(check, module):
-    gpu_check = module("gpu_check")
+    gpu_check = module("check")
     check.run(gpu_check.Step("one", ["/nowhere/at/all"], 30))
     assert check.result["steps"][-1]["verdict"] == "failed"
     assert "No such file" in check.result["steps"][-1]["tail"][0]
@@ -84,14 +85,14 @@ def test_a_step_that_is_skipped(check, module):
 
 def test_steps_that_were_not_asked_for(check, module):
     check.only = ["another"]
-    module("gpu_check").Check.run(
-        check, module("gpu_check").Step("one", [sys.executable, "-c", "raise SystemExit(1)"], 30)
+    module("check").Check.run(
+        check, module("check").Step("one", [sys.executable, "-c", "raise SystemExit(1)"], 30)
     )
     assert check.result["steps"] == []
 
 
 def test_the_steps_are_those_that_the_status_asks_for(module, monkeypatch):
-    gpu_check, met, verdicts = module("gpu_check"), [], {}
+    gpu_check, met, verdicts = module("check"), [], {}
 
     class Check:
         def __init__(self):
@@ -108,11 +109,8 @@ def test_the_steps_are_those_that_the_status_asks_for(module, monkeypatch):
         def lay_out(self):
             pass
 
-        def pythonpath(self):
-            return ""
-
     gpu_check.steps(Check())
-    assert met == list(module("gpu_status").STEPS)
+    assert met == list(module("status").STEPS)
     met.clear()
     verdicts["build"] = "failed"
     gpu_check.steps(Check())
@@ -124,11 +122,19 @@ def test_no_time_left(check, module):
     assert run(check, module, "")["note"] == "no time left"
 
 
+def speed_lines(module, records):
+    """The lines of the Markdown about these records."""
+    result = {"steps": [], "ceilings": {}, "errors": [], "speed": records}
+    tables = list(module("report").tables(result))[1:]
+    return "\n".join(table.markdown() for table in tables).splitlines()
+
+
 def test_the_table_of_speed(module):
     case = {"name": "head", "sizes": {"batch": 32}, "dtype": "float32"}
     target = {"kind": "target", "row": "B3", "metric": "gpu", "peer": "plain", "ours": "alrao"}
     seconds = {"graph": {"median": 12.5e-6}, "wall": {"median": 1e-4}}
-    lines = module("gpu_report")._speed(
+    lines = speed_lines(
+        module,
         [
             {
                 "case": {**case, **target},
@@ -154,7 +160,7 @@ def test_the_table_of_speed(module):
             },
             {"case": {**case, "kind": "candidate", "candidate": "b|c"}, "missing": "out of memory"},
             {"case": {"kind": "rates"}, "copy": 1.0},
-        ]
+        ],
     )
     rows = [line for line in lines if "batch 32" in line]
     assert rows[0] == "| A1 | head (float32; batch 32) | gpu | floor |  | 2 | no peer |"
@@ -170,7 +176,7 @@ def test_the_table_of_speed(module):
 
 
 def test_last_lines_of_the_tools(module):
-    gpu_check = module("gpu_check")
+    gpu_check = module("check")
     assert (
         gpu_check._pytest_line("..\n3 passed, 1 skipped in 2.10s\n")
         == "3 passed, 1 skipped in 2.10s"
@@ -184,7 +190,7 @@ def test_last_lines_of_the_tools(module):
 
 
 def test_the_exercise_on_the_cpu(module, tmp_path):
-    exercise = module("gpu_exercise")
+    exercise = module("exercise")
     out = tmp_path / "errors.jsonl"
     assert (
         exercise.main(["--backend", "reference", "--op", "switch_update", "--out", str(out)]) == 0
@@ -195,7 +201,7 @@ def test_the_exercise_on_the_cpu(module, tmp_path):
 
 
 def test_the_exercise_reports_a_wrong_kernel(module, monkeypatch, capsys):
-    exercise = module("gpu_exercise")
+    exercise = module("exercise")
 
     def wrong(impl, dtype, device, clones):
         outputs = right(impl, dtype, device, clones)
@@ -220,7 +226,7 @@ def test_the_exercise_reports_a_wrong_kernel(module, monkeypatch, capsys):
 @pytest.fixture
 def status(module, tmp_path, monkeypatch, capsys):
     """Runs gpu_status over results made here; returns exit status and output."""
-    gpu_status = module("gpu_status")
+    gpu_status = module("status")
     now = {"csrc/a.h": "1", "kernels/b.py": "2"}
     monkeypatch.setattr(gpu_status, "source_hashes", lambda: now)
 
@@ -251,7 +257,7 @@ def test_a_result_of_these_sources(status):
 
 
 def test_two_results_that_complete_each_other(status, module):
-    steps = [{"name": name, "verdict": "passed"} for name in module("gpu_status").STEPS]
+    steps = [{"name": name, "verdict": "passed"} for name in module("status").STEPS]
     assert status({"steps": steps[:4]}, {"steps": steps[3:]})[0] == 0
     code, said = status({"steps": steps[:4]}, {"steps": steps[5:]})
     assert code == 1 and "run `make gpu-check` for exercise triton." in said
@@ -278,6 +284,6 @@ def test_a_dry_run_verifies_nothing(status):
 
 
 def test_committed_results_can_be_read(module):
-    gpu_status = module("gpu_status")
+    gpu_status = module("status")
     for file in gpu_status.RESULTS.glob("*.json"):
         gpu_status.describe(json.loads(file.read_text()), gpu_status.source_hashes())

@@ -8,23 +8,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import benchmarks_package
 import pytest
 import torch
 from torch import nn
 
 import alrao_fast as alrao
 
-BENCHMARKS = str(Path(__file__).resolve().parent.parent / "benchmarks")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks_on_path():
-    sys.path.insert(0, BENCHMARKS)
-    yield
-    sys.path.remove(BENCHMARKS)
+benchmarks_package.load()
 
 
 def count(module: nn.Module) -> int:
@@ -32,7 +23,7 @@ def count(module: nn.Module) -> int:
 
 
 def make(name: str, width: float = 1.0) -> nn.Module:
-    import networks
+    from benchmarks import networks
 
     if name in networks.IMAGE_NETWORKS:
         return networks.IMAGE_NETWORKS[name](width)
@@ -57,7 +48,7 @@ def test_counts_of_the_paper(name, classes, clones, plain, with_alrao):
 
 
 def test_one_layer_by_hand():
-    from networks.layers import conv_bn
+    from benchmarks.networks.layers import conv_bn
 
     # 4 filters of 3x3x2 with 4 biases, and 4 scales and shifts.
     assert count(nn.Sequential(*conv_bn(2, 4, 3, bias=True))) == 4 * 18 + 4 + 8
@@ -80,7 +71,7 @@ def test_three_times_the_width(name, features):
 
 
 def test_features_of_tokens_and_state():
-    from networks import LSTMBackbone
+    from benchmarks.networks import LSTMBackbone
 
     backbone = LSTMBackbone(50, width=0.2).eval()
     tokens = torch.randint(50, (7, 3))
@@ -92,7 +83,7 @@ def test_features_of_tokens_and_state():
 
 
 def test_dropout_only_in_training():
-    from networks import LSTMBackbone
+    from benchmarks.networks import LSTMBackbone
 
     backbone = LSTMBackbone(50, hidden=8, dropout=0.5)
     tokens = torch.randint(50, (5, 2))

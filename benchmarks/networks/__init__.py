@@ -5,14 +5,14 @@ features. With one linear layer on top, and with the clones of Alrao in its plac
 VGG19, MobileNetV2 and the LSTM have the parameter counts of the Alrao paper.
 """
 
-from networks.googlenet import GoogLeNet
-from networks.heads import ClonesOneByOne, PlainModel
-from networks.lstm import LSTMBackbone
-from networks.mlp import MLP
-from networks.mobilenet import MobileNetV2
-from networks.senet import SENet18
-from networks.transformer import TransformerLM
-from networks.vgg import VGG19
+from benchmarks.networks.googlenet import GoogLeNet
+from benchmarks.networks.heads import ClonesOneByOne, PlainModel, first
+from benchmarks.networks.lstm import LSTMBackbone
+from benchmarks.networks.mlp import MLP
+from benchmarks.networks.mobilenet import MobileNetV2
+from benchmarks.networks.senet import SENet18
+from benchmarks.networks.transformer import TransformerLM
+from benchmarks.networks.vgg import VGG19
 
 # The paper's backbones for 3x32x32 images by the name that the commands take.
 IMAGE_NETWORKS = {"mobilenet": MobileNetV2, "googlenet": GoogLeNet, "vgg19": VGG19}
@@ -28,4 +28,5 @@ __all__ = [
     "PlainModel",
     "SENet18",
     "TransformerLM",
+    "first",
 ]

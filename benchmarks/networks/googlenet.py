@@ -1,11 +1,9 @@
 """GoogLeNet (Szegedy et al. 2015) for 32x32 images, with batch normalisation."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
-from networks.layers import conv_bn, scaled
+from benchmarks.networks.layers import Backbone, conv_bn, scaled
 
 # Output channels by branch (Szegedy et al., table 1): 1x1; reduction and 3x3; reduction and 5x5; 1x1 after pooling.
 Branches = tuple[int, int, int, int, int, int]
@@ -47,14 +45,13 @@ class Inception(nn.Module):
         return torch.cat([self.one(x), self.three(x), self.five(x), self.pooled(x)], dim=1)
 
 
-class GoogLeNet(nn.Module):
+class GoogLeNet(Backbone):
     """Nine inception blocks at 32, 16 and 8 pixels, then the mean: images [B, 3, 32, 32] -> [B, 1024 width].
 
     One 3x3 convolution of 192 channels stands for the first layers, which shrink larger images; no side classifiers.
     """
 
     def __init__(self, width: float = 1.0) -> None:
-        super().__init__()
         channels = scaled(192, width)
         layers = conv_bn(3, channels, 3, bias=True)
         for number, stage in enumerate(STAGES):
@@ -64,8 +61,4 @@ class GoogLeNet(nn.Module):
                 block = Inception(channels, tuple(scaled(branch, width) for branch in branches))
                 layers.append(block)
                 channels = block.out_features
-        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.out_features = channels
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
+        super().__init__([*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()], channels)

@@ -1,10 +1,13 @@
 """A network's last layer without the package: one of them for ordinary training, or Alrao's clones one by one."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, nll_loss
+
+
+def first(out):
+    """The features or the loss, without the state of a recurrent network that may come along."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 class PlainModel(nn.Module):
@@ -23,8 +26,7 @@ class PlainModel(nn.Module):
 
     def forward(self, *args, targets: Tensor | None = None):
         out = self.backbone(*args)
-        features = out[0] if isinstance(out, tuple) else out
-        logits = self.head(features)
+        logits = self.head(first(out))
         if targets is None:
             result = logits.log_softmax(-1)
         else:
@@ -46,8 +48,7 @@ class ClonesOneByOne(nn.Module):
         self.register_buffer("log_posterior", torch.full((clones,), 1 / clones).log())
 
     def losses(self, *args, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
-        out = self.backbone(*args)
-        features = (out[0] if isinstance(out, tuple) else out).flatten(0, -2)
+        features = first(self.backbone(*args)).flatten(0, -2)
         targets = targets.flatten()
         log_probs = [clone(features).log_softmax(-1) for clone in self.clones]
         joint = torch.stack(log_probs, dim=-1) + self.log_posterior

@@ -1,8 +1,20 @@
 """What the convolutional networks are made of."""
 
-from __future__ import annotations
+from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
+
+
+class Backbone(nn.Module):
+    """Layers one after the other, and the number of features that come out."""
+
+    def __init__(self, layers: Iterable[nn.Module], out_features: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
 
 
 def scaled(features: int, width: float) -> int:

@@ -1,10 +1,8 @@
 """The paper's language model: an embedding and a two-layer LSTM, 100 features each."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
-from networks.layers import scaled
+from benchmarks.networks.layers import scaled
 
 State = tuple[Tensor, Tensor]
 

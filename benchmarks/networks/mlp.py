@@ -1,24 +1,14 @@
 """A multilayer perceptron."""
 
-from __future__ import annotations
+from torch import nn
 
-from torch import Tensor, nn
-
-from networks.layers import scaled
+from benchmarks.networks.layers import Backbone, scaled
 
 
-class MLP(nn.Module):
+class MLP(Backbone):
     """Two hidden ReLU layers: [B, inputs] -> [B, hidden width]."""
 
     def __init__(self, inputs: int = 64, hidden: int = 256, *, width: float = 1.0) -> None:
-        super().__init__()
-        self.out_features = scaled(hidden, width)
-        self.layers = nn.Sequential(
-            nn.Linear(inputs, self.out_features),
-            nn.ReLU(),
-            nn.Linear(self.out_features, self.out_features),
-            nn.ReLU(),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+        features = scaled(hidden, width)
+        layers = (nn.Linear(inputs, features), nn.ReLU(), nn.Linear(features, features), nn.ReLU())
+        super().__init__(layers, features)

@@ -1,10 +1,8 @@
 """MobileNetV2 (Sandler et al. 2018) for 32x32 images."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
-from networks.layers import conv_bn, scaled
+from benchmarks.networks.layers import Backbone, conv_bn, scaled
 
 # Expansion, output channels, blocks, stride of the first one (Sandler et al., table 2). Two of the five strides of 2
 # are 1 here, for images a seventh of the size: the maps end at 4x4 pixels.
@@ -45,14 +43,13 @@ class InvertedResidual(nn.Module):
         return out if self.shortcut is None else out + self.shortcut(x)
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Backbone):
     """Seventeen inverted residuals at 32 to 4 pixels, then the mean: images [B, 3, 32, 32] -> [B, 1280 width].
 
     ReLU, not ReLU6: the bound of 6 serves arithmetic in few bits.
     """
 
     def __init__(self, width: float = 1.0) -> None:
-        super().__init__()
         channels = scaled(32, width)
         layers = conv_bn(3, channels, 3)
         for expansion, outputs, blocks, first_stride in STAGES:
@@ -60,13 +57,6 @@ class MobileNetV2(nn.Module):
                 stride = first_stride if block == 0 else 1
                 layers.append(InvertedResidual(channels, scaled(outputs, width), expansion, stride))
                 channels = scaled(outputs, width)
-        self.out_features = scaled(1280, width)
-        self.layers = nn.Sequential(
-            *layers,
-            *conv_bn(channels, self.out_features, 1),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
+        features = scaled(1280, width)
+        layers += [*conv_bn(channels, features, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        super().__init__(layers, features)

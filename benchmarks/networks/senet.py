@@ -1,10 +1,8 @@
 """SENet18 (Hu et al. 2018) for 32x32 images: a residual network of 18 layers that weighs its channels."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
-from networks.layers import conv_bn, scaled
+from benchmarks.networks.layers import Backbone, conv_bn, scaled
 
 # Output channels and the stride of the first of the two blocks of a stage.
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))
@@ -50,19 +48,14 @@ class SEBlock(nn.Module):
         return self.activation(self.layers(x) + self.shortcut(x))
 
 
-class SENet18(nn.Module):
+class SENet18(Backbone):
     """Eight blocks at 32 to 4 pixels, then the mean: images [B, 3, 32, 32] -> [B, 512 width]."""
 
     def __init__(self, width: float = 1.0) -> None:
-        super().__init__()
         channels = scaled(64, width)
         layers: list[nn.Module] = conv_bn(3, channels, 3)
         for features, first_stride in STAGES:
             for stride in (first_stride, 1):
                 layers.append(SEBlock(channels, scaled(features, width), stride))
                 channels = scaled(features, width)
-        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.out_features = channels
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
+        super().__init__([*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()], channels)

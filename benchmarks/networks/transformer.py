@@ -1,7 +1,5 @@
 """A transformer language model (Vaswani et al. 2017; pre-norm, as GPT-2) up to its features."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

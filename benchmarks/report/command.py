@@ -1,27 +1,30 @@
 """The command line of `python benchmarks report`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import machine
 from rich.console import Console
 
-from report import paper_section, quality_section, ranking_section, speed_section
-from report.page import Section, Table, html, markdown
+from benchmarks import machine
+from benchmarks.report import paper_section, speed_section, training_sections
+from benchmarks.report.page import Section, html, markdown
+from benchmarks.show import Table
 
 Make = Callable[[Path], tuple[Section, list[dict[str, Any]]]]
 # The folder of a command's results -> its section.
 SECTIONS: dict[str, Make] = {
     "speed": speed_section.section,
-    "quality": quality_section.section,
-    "ranking": ranking_section.section,
+    "quality": training_sections.quality,
+    "ranking": training_sections.ranking,
     "paper": paper_section.section,
 }
 FIELDS = ("cpu", "gpu", "cores", "threads", "torch", "cuda", "python", "sources", "commit")
+
+
+DESCRIPTION = """One page, without links to anything outside, from the files that speed, quality, ranking and paper
+wrote under RESULTS. What was not run says so, with its command."""
 
 
 def machines_table(records: dict[str, list[dict[str, Any]]]) -> Table:
@@ -34,11 +37,7 @@ def machines_table(records: dict[str, list[dict[str, Any]]]) -> Table:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python benchmarks report",
-        description="One page, without links to anything outside, from the files that speed, quality, ranking and "
-        "paper wrote under RESULTS. What was not run says so, with its command.",
-    )
+    parser = argparse.ArgumentParser(prog="python benchmarks report", description=DESCRIPTION)
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--output", type=Path, help="default: RESULTS/report")
     options = parser.parse_args(arguments)
@@ -48,9 +47,8 @@ def main(arguments: list[str]) -> None:
         section, records[name] = make(options.results / name)
         sections.append(section)
     if not any(records.values()):
-        parser.exit(
-            2, f"{parser.prog}: no results under {options.results}; `make bench` makes some\n"
-        )
+        missing = f"no results under {options.results}; `make bench` makes some"
+        parser.exit(2, f"{parser.prog}: {missing}\n")
     here = machine.describe()
     made = (
         f"Made by python benchmarks report at commit {here['commit'] or 'unknown'}, sources {here['sources']}. "
@@ -62,8 +60,7 @@ def main(arguments: list[str]) -> None:
     for section in sections:
         for picture in section.pictures:
             (figures / f"{picture.name}.svg").write_text(picture.svg)
-    page = output / "report.html"
+    page, text = output / "report.html", output / "report.md"
     page.write_text(html(sections, machines, made))
-    text = output / "report.md"
     text.write_text(markdown(sections, machines, made, figures.name))
     Console().print(f"report: {page}, {text}", highlight=False)

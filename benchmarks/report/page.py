@@ -1,7 +1,5 @@
 """What the page is made of, and its two forms: HTML with everything inside, and Markdown with the figures beside it."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable
@@ -9,37 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from quality.plots import INK
+
+from benchmarks.show import INK, Table, pyplot
 
 # Text and lines in the figures; in the page they take its own colour, in light and in dark.
 INKS = re.compile(r"#(010101|000000)\b")
-STYLE = {
-    "svg.fonttype": "none",
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "legend.facecolor": "none",
-    "legend.framealpha": 0.0,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-}
-
-
-class Table(NamedTuple):
-    """Cells are text; the first column stands left, the others right."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        rule = ["---", *["---:"] * (len(self.columns) - 1)]
-        lines = [[cell.replace("|", "\\|") for cell in row] for row in (self.columns, *self.rows)]
-        lines.insert(1, rule)
-        return f"**{self.title}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+STYLE: dict[str, Any] = {"svg.fonttype": "none", "legend.framealpha": 0.0}
+STYLE |= {f"{part}.facecolor": "none" for part in ("figure", "axes", "savefig", "legend")}
+STYLE |= {name: INK for name in ("text.color", "xtick.color", "ytick.color")}
+STYLE |= {name: INK for name in ("axes.labelcolor", "axes.edgecolor")}
 
 
 class Picture(NamedTuple):
@@ -67,17 +43,12 @@ class Section(NamedTuple):
 
 def picture(name: str, caption: str, draw: Callable[[], Any]) -> Picture:
     """The figure that `draw` returns, drawn in the page's own colour on no background."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     file = io.StringIO()
     # A fixed salt: the same results give the same page.
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+    with pyplot().rc_context({**STYLE, "svg.hashsalt": name}):
         figure = draw()
         figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
-        plt.close(figure)
+        pyplot().close(figure)
     svg = file.getvalue()
     svg = INKS.sub("currentColor", svg[svg.index("<svg") :])
     # Ids are the page's: those of one figure must not be those of another.
@@ -89,13 +60,9 @@ def picture(name: str, caption: str, draw: Callable[[], Any]) -> Picture:
 
 
 def html(sections: list[Section], machines: Table, made: str) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    blocks = {"trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **blocks)
     template = environment.get_template("page.html.j2")
     return template.render(sections=sections, machines=machines, made=made)
 

@@ -1,17 +1,16 @@
 """What Alrao costs: the records of `python benchmarks speed` (their fields are described there)."""
 
-from __future__ import annotations
-
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from results import read
+from benchmarks.report.page import Picture, Section, picture
+from benchmarks.results import Record, grouped, read
+from benchmarks.show import Table, pyplot
+from benchmarks.speed import sweeps
+from benchmarks.speed.judging import figures
+from benchmarks.timing import Timing, device_seconds
 
-from report.page import Picture, Section, Table, picture
-
-Record = dict[str, Any]
 COMMAND = "python benchmarks speed"
 INTRO = (
     "Every op and whole training steps, side by side with what else does the same. Ratios are to the first "
@@ -19,7 +18,6 @@ INTRO = (
     "are the shares of the machine's measured copy bandwidth and matrix rate that the case's least bytes and "
     "flops make in that time."
 )
-CLOCKS = ("graph", "gpu", "wall")
 TITLES = {
     "feature_sgd": "SGD with a rate per feature",
     "feature_adam": "Adam with a rate per feature",
@@ -35,78 +33,47 @@ def section(folder: Path) -> tuple[Section, list[Record]]:
     for record in read(folder / "speed.jsonl"):
         if not record["case"].get("dry_run"):
             latest[repr(sorted(record["case"].items(), key=str))] = record
-    kinds: dict[str, list[Record]] = {}
-    for record in latest.values():
-        kinds.setdefault(record["case"]["kind"], []).append(record)
-    candidates, sweeps = kinds.get("candidate", []), kinds.get("sweep", [])
-    if not candidates and not sweeps:
+    kinds = grouped(latest.values(), lambda record: record["case"]["kind"])
+    candidates, swept = kinds.get("candidate", []), kinds.get("sweep", [])
+    if not candidates and not swept:
         return Section("Speed", INTRO, missing=COMMAND), []
     tables, details = [], []
     targets = kinds.get("target", [])
-    by_op: dict[str, list[Record]] = {}
-    for record in candidates:
-        by_op.setdefault(record["case"]["op"], []).append(record)
+    by_op = grouped(candidates, lambda record: record["case"]["op"])
     for op in sorted(by_op, key=list(TITLES).index):
         (tables if op == "training_step" else details).append(op_table(op, by_op[op]))
     if targets:
         tables.append(targets_table(targets))
     rates = kinds.get("rates", [])
     pictures = [roofline(candidates, rates)] if any(map(intensity, candidates)) and rates else []
-    for name in dict.fromkeys(record["case"]["sweep"] for record in sweeps):
-        own = [record for record in sweeps if record["case"]["sweep"] == name]
+    for name, own in grouped(swept, lambda record: record["case"]["sweep"]).items():
         caption = f"Time by the number of {name}, log-log; powers are fitted to the upper half"
         pictures.append(picture(f"speed-{name}", caption, partial(scaling, name, own)))
     notes = [rates_note(rates[-1])] if rates else []
     return Section("Speed", INTRO, tables, pictures, details, notes), list(latest.values())
 
 
-def median(record: Record) -> dict[str, float] | None:
-    """Quartiles on the device's clock: of a graph's replay where there is one."""
-    seconds = record.get("seconds", {})
-    return next((seconds[clock] for clock in CLOCKS if clock in seconds), None)
-
-
 def op_table(op: str, records: list[Record]) -> Table:
-    by_case: dict[str, list[Record]] = {}
-    for record in records:
-        case = record["case"]
-        by_case.setdefault(f"{case['name']} ({case['dtype']})", []).append(record)
     rows = []
+    by_case = grouped(records, lambda record: "{name} ({dtype})".format(**record["case"]))
     for name, own in by_case.items():
-        first = next((time["median"] for record in own if (time := median(record))), None)
+        first = next((time for record in own if (time := device_seconds(record))), None)
         for k, record in enumerate(own):
             label = name if k == 0 else ""
-            rows.append([label, record["case"]["candidate"], *figures(record, first)])
-    columns = [
-        "case",
-        "candidate",
-        "ratio",
-        "range",
-        "time, us",
-        "copy %",
-        "matrix %",
-        "MB",
-        "error",
-    ]
-    return Table(TITLES[op], columns, rows)
+            rows.append([label, record["case"]["candidate"], *cells(record, first)])
+    columns = "case|candidate|ratio|range|time, us|copy %|matrix %|MB|error"
+    return Table(TITLES[op], columns.split("|"), rows)
 
 
-def figures(record: Record, first: float | None) -> list[str]:
+def cells(record: Record, first: Timing | None) -> list[str]:
+    """What was measured of a candidate, or why it was not."""
     if "missing" in record:
         return [record["missing"], *[""] * 6]
-    time = median(record)
+    time = device_seconds(record)
     if time is None or first is None:
         return [""] * 7
-    share = {key: record.get(key) for key in ("copy_share", "matrix_share", "peak_memory")}
-    return [
-        f"{time['median'] / first:.2f}",
-        f"{time['lower'] / first:.2f}-{time['upper'] / first:.2f}",
-        f"{time['median'] * 1e6:,.0f}",
-        "" if share["copy_share"] is None else f"{100 * share['copy_share']:.0f}",
-        "" if share["matrix_share"] is None else f"{100 * share['matrix_share']:.0f}",
-        "" if share["peak_memory"] is None else f"{share['peak_memory'] / 1e6:,.1f}",
-        "" if record.get("error") is None else f"{record['error']:.0e}",
-    ]
+    ratio, spread, *rest = figures(record, first, first, "")
+    return [ratio, spread, f"{time.median * 1e6:,.0f}", *rest]
 
 
 def targets_table(records: list[Record]) -> Table:
@@ -126,14 +93,13 @@ def targets_table(records: list[Record]) -> Table:
 def rates_note(record: Record) -> str:
     rates = {k: v for k, v in record.items() if isinstance(v, float)}
     named = [f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in rates.items() if name != "copy"]
-    return f"The machine's rates, measured: copy {rates['copy'] / 1e9:.1f} GB/s, " + ", ".join(
-        named
-    )
+    copy = f"copy {rates['copy'] / 1e9:.1f} GB/s"
+    return f"The machine's rates, measured: {', '.join([copy, *named])}"
 
 
 def intensity(record: Record) -> float | None:
     """Least flops per least byte, or None where they or the time are not known."""
-    if not record.get("bytes") or not record.get("flops") or median(record) is None:
+    if not record.get("bytes") or not record.get("flops") or device_seconds(record) is None:
         return None
     return record["flops"] / record["bytes"]
 
@@ -147,9 +113,7 @@ def roofline(candidates: list[Record], rates: list[Record]) -> Picture:
 
 
 def draw_roofline(candidates: list[Record], rates: Record) -> Any:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.6))
+    figure, axes = pyplot().subplots(figsize=(7, 4.6))
     points = [record for record in candidates if intensity(record) is not None]
     xs = [x for record in points if (x := intensity(record)) is not None]
     low, high = min(xs) / 3, max(xs) * 3
@@ -158,33 +122,16 @@ def draw_roofline(candidates: list[Record], rates: Record) -> Any:
         knee = rate / rates["copy"]
         line = sorted({low, min(max(knee, low), high), high})
         axes.plot(line, [min(x * rates["copy"], rate) for x in line], color="0.5", linewidth=1)
-        axes.annotate(
-            name,
-            (high, min(high * rates["copy"], rate)),
-            xytext=(-4, 4),
-            ha="right",
-            textcoords="offset points",
-            fontsize=8,
-        )
-    ops = list(dict.fromkeys(record["case"]["op"] for record in points))
-    for k, op in enumerate(ops):
+        beside = {"xytext": (-4, 4), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(name, (high, min(high * rates["copy"], rate)), fontsize=8, **beside)
+    for k, (op, own) in enumerate(grouped(points, lambda r: r["case"]["op"]).items()):
         for ours in (True, False):
-            group = [
-                record
-                for record in points
-                if record["case"]["op"] == op
-                and record["case"]["candidate"].startswith("alrao") == ours
-            ]
-            time = [median(record) or {"median": math.nan} for record in group]
-            axes.plot(
-                [intensity(record) for record in group],
-                [record["flops"] / t["median"] for record, t in zip(group, time)],
-                "o",
-                color=f"C{k}",
-                fillstyle="full" if ours else "none",
-                alpha=0.9 if ours else 0.6,
-                label=TITLES[op] if ours else None,
-            )
+            group = [r for r in own if r["case"]["candidate"].startswith("alrao") == ours]
+            times = [device_seconds(record).median for record in group]
+            rates_of = [record["flops"] / time for record, time in zip(group, times)]
+            filled, alpha, label = ("full", 0.9, TITLES[op]) if ours else ("none", 0.6, None)
+            look = {"color": f"C{k}", "fillstyle": filled, "alpha": alpha, "label": label}
+            axes.plot([intensity(record) for record in group], rates_of, "o", **look)
     axes.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="flops per second")
     axes.legend(loc="lower right", fontsize=8)
     return figure
@@ -192,22 +139,15 @@ def draw_roofline(candidates: list[Record], rates: Record) -> Any:
 
 def scaling(name: str, records: list[Record]) -> Any:
     """Seconds of each candidate by the size, and peak memory where it was measured."""
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for axes, key, power, label in (
-        (panels[0], "seconds", "time_exponent", "seconds"),
-        (panels[1], "peak_memory", "memory_exponent", "peak memory beyond the inputs, bytes"),
-    ):
-        for record in records:
-            points = [(x, y) for x, y in zip(record["at"], record.get(key) or []) if y]
-            if not points:
-                continue
-            fitted = record.get(power)
-            text = record["case"]["candidate"] + ("" if fitted is None else f": power {fitted:.2f}")
-            style = {"linewidth": 2.5} if record["case"]["candidate"] == "alrao" else {}
-            axes.loglog(*zip(*points), marker="o", markersize=4, label=text, **style)
+    figure, panels = pyplot().subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    rows = {record["case"]["candidate"]: record for record in records}
+    labels = ("seconds", "peak memory beyond the inputs, bytes")
+    for axes, (key, power, _), label in zip(panels, sweeps.KINDS, labels):
+        sweeps.lines(axes, rows, key, power)
         axes.set(xlabel=name, ylabel=label)
+        for line in axes.lines:
+            if line.get_label().partition(":")[0] == "alrao":
+                line.set_linewidth(2.5)
         if axes.lines:
             axes.legend(fontsize=8)
         else:

@@ -22,6 +22,6 @@ has "benchmark": "speed" and "kind":
   upper half of the sizes.
 """
 
-from speed.command import main
+from benchmarks.speed.command import main
 
 __all__ = ["main"]

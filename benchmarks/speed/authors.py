@@ -1,13 +1,13 @@
 """The authors' package, imported from a clone of their repository that the user names: `--authors PATH`."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
 
-from speed.case import Missing
+from torch import nn
+
+from benchmarks.speed.case import Missing
 
 # Set by the command line, before anything is measured.
 path: Path | None = None
@@ -28,3 +28,18 @@ def load() -> ModuleType:
     except ImportError as error:
         raise Missing(f"the authors' package does not import: {error}") from error
     return package
+
+
+def model(
+    package: ModuleType,
+    backbone: nn.Module,
+    clones: int,
+    features: int,
+    classes: int,
+    last_layer: str = "LinearClassifier",
+) -> nn.Module:
+    """Their network for classification: the backbone below `clones` last layers of the kind that they name so."""
+    kind = getattr(package.custom_layers, last_layer)
+    return package.alrao_model.AlraoModel(
+        "classification", nn.NLLLoss(), backbone, clones, kind, features, classes
+    )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from roofline import DTYPES as DTYPES
 from torch import Tensor
+
+from alrao_fast import backends
+from benchmarks.roofline import DTYPES as DTYPES
 
 # Largest error that a candidate's outputs may have, relative to the largest entry of the truth. Generous: this finds
 # a candidate that computes something else; how exact ours are is the tests' business.
@@ -17,10 +20,6 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "tf32": 2e-2, "bfloat16": 8e-2, "
 
 class Missing(Exception):
     """A candidate cannot run here; the message says why."""
-
-
-def _nothing() -> None:
-    """Of a call that leaves nothing behind."""
 
 
 class Call(NamedTuple):
@@ -32,7 +31,7 @@ class Call(NamedTuple):
 
     run: Callable[[], object]
     outputs: Callable[[], Mapping[str, Tensor]]
-    drop: Callable[[], object] = _nothing
+    drop: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -98,18 +97,12 @@ class Case:
     memory: bool = False
     small: Case | None = None
     allowed_memory: float | None = None
-    targets: tuple[Target, ...] = field(default=())
+    targets: tuple[Target, ...] = ()
 
     def identity(self, device: torch.device) -> dict[str, Any]:
         """What stands under "case" in the records of this case, but for the candidate."""
-        return {
-            "benchmark": "speed",
-            "name": self.name,
-            "op": self.op,
-            "sizes": dict(self.sizes),
-            "dtype": self.dtype,
-            "device": device.type,
-        }
+        case = {"benchmark": "speed", "name": self.name, "op": self.op, "sizes": dict(self.sizes)}
+        return {**case, "dtype": self.dtype, "device": device.type}
 
 
 # What torch.compile compiles with; a dry run, where seconds of compilation show nothing, traces only.
@@ -130,3 +123,59 @@ def sampled(tensor: Tensor, limit: int = 2**18) -> Tensor:
     """At most about `limit` entries of a tensor, evenly spread over it: enough to compare large results by."""
     flat = tensor.detach().flatten()
     return flat[:: max(1, flat.numel() // limit)]
+
+
+def ours(
+    op: str,
+    make: Callable[[str, Any], Call],
+    claims: tuple[str, ...],
+    *,
+    slow: tuple[str, ...] = (),
+    device_of: Callable[[Any], torch.device] = lambda given: given[0].device,
+) -> Iterator[Candidate]:
+    """Alrao's op as it chooses its backend, "auto", and on each by name, where that runs on the inputs' device."""
+
+    def on(backend: str, given: Any) -> Call:
+        state = backends.status(op, backend)
+        if not state.available:
+            raise Missing(state.reason)
+        device = device_of(given)
+        if backend not in backends.available(op, device):
+            raise Missing(f"it does not run on {device.type} tensors")
+        return make(backend, given)
+
+    yield Candidate("alrao", partial(make, "auto"), claims)
+    for name in backends.BACKENDS:
+        yield Candidate(f"alrao {name}", partial(on, name), claims, name in slow)
+
+
+def leaving_gradients(
+    compute: Callable[[], Mapping[str, Tensor]],
+    x: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] = (),
+) -> Call:
+    """The call of `compute`, which returns outputs by name and leaves gradients in the leaves `x`, `weights`, `biases`.
+
+    The outputs "dx" and "dweight" are read from there; several weights are the clones'.
+    """
+    results: dict[str, Tensor] = {}
+    leaves = [leaf for leaf in (x, *weights, *biases) if leaf is not None]
+
+    def drop() -> None:
+        results.clear()
+        for leaf in leaves:
+            leaf.grad = None
+
+    def run() -> None:
+        drop()
+        results.update(compute())
+
+    def outputs() -> Mapping[str, Tensor]:
+        found = dict(results)
+        if x is not None and x.grad is not None:
+            found["dx"] = sampled(x.grad)
+        grads = [weight.grad for weight in weights]
+        return {**found, "dweight": sampled(grads[0] if len(grads) == 1 else torch.stack(grads))}
+
+    return Call(run, outputs, drop)

@@ -1,7 +1,5 @@
 """The command line: which cases, the tests before them, the records and the tables after."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json
@@ -9,21 +7,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import machine
-import roofline
 import torch
-from results import Results
 from rich.console import Console
 from tqdm import tqdm
 
-from speed import authors, case, presets, sweeps, tables, targets
-from speed.case import Case, Target
-from speed.measure import Effort, Values, measure, memory_here
+from benchmarks import machine, roofline
+from benchmarks.results import Results
+from benchmarks.speed import authors, case, judging, presets, sweeps
+from benchmarks.speed.case import Case, Target
+from benchmarks.speed.measure import Effort, Values, measure, memory_here
 
 # Interleaved rounds, and about how many seconds of them per case.
 EFFORTS = {"quick": (7, 2.0), "cpu": (15, 12.0), "full": (15, 30.0), "gpu": (11, 1.5)}
@@ -36,13 +32,8 @@ Judged = list[tuple[Case, Target, Values]]
 
 def peers() -> dict[str, str | None]:
     """The versions of the optional peers, and where the authors' repository is."""
-    found: dict[str, str | None] = {"authors": None if authors.path is None else str(authors.path)}
-    for package in PEERS:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    place = None if authors.path is None else str(authors.path)
+    return {"authors": place, **{package: machine.version_of(package) for package in PEERS}}
 
 
 class Session:
@@ -65,11 +56,10 @@ class Session:
 
     def measure_rates(self, dtypes: Iterable[str]) -> None:
         """The machine's copy and matrix rates; a dry run makes do with small ones."""
-        sizes = {"size": 2**20} if self.dry_run else {}
-        sides = {"side": 64} if self.dry_run else {}
-        self.rates = {"copy": roofline.copy_rate(self.device, **sizes)}
+        size, side = (2**20, 64) if self.dry_run else (None, None)
+        self.rates = {"copy": roofline.copy_rate(self.device, size=size)}
         for dtype in sorted(set(dtypes)):
-            self.rates[dtype] = roofline.matrix_rate(dtype, self.device, **sides)
+            self.rates[dtype] = roofline.matrix_rate(dtype, self.device, side=side)
         self.results.append(self._key({"kind": "rates", "device": self.device.type}), **self.rates)
         found = ", ".join(
             f"{name} {rate / (1e9 if name == 'copy' else 1e12):.2f} {'GB/s' if name == 'copy' else 'TFLOP/s'}"
@@ -86,15 +76,14 @@ class Session:
         identity = {**case.identity(self.device), "kind": "candidate"}
         keys = {c.name: self._key({**identity, "candidate": c.name}) for c in case.candidates}
         found = {name: self.results.find(key) for name, key in keys.items()}
-        done = {
-            name: record
-            for name, record in found.items()
-            if record is not None
+        done = all(
+            record is not None
             and record["rounds"] >= self.effort.rounds
             and not ("missing" in record and name in OURS)
-        }
-        if not self.again and len(done) == len(keys):
-            return done
+            for name, record in found.items()
+        )
+        if done and not self.again:
+            return found
         with tqdm(total=self.effort.rounds, desc=case.name, leave=False, disable=None) as bar:
             values = measure(case, self.device, self.effort, bar.update)
         self.failed += [
@@ -105,11 +94,8 @@ class Session:
         whole = {c.name for c in case.candidates if c.whole}
         for name, row in values.items():
             if "missing" not in row and name in whole:
-                row.update(
-                    bytes=case.bytes,
-                    flops=case.flops,
-                    **targets.shares(case, row, self.rates),
-                )
+                row |= {"bytes": case.bytes, "flops": case.flops}
+                row |= judging.shares(case, row, self.rates)
             self.results.append(keys[name], rounds=self.effort.rounds, **row)
         return values
 
@@ -123,7 +109,7 @@ class Session:
         """The case's targets with what came of them, recorded."""
         judged = []
         for target in case.targets:
-            result = targets.judge(case, target, values, self.rates)
+            result = judging.judge(case, target, values, self.rates)
             key = {**case.identity(self.device), "kind": "target", "row": target.row}
             key |= {"metric": target.metric, "ours": target.ours, "peer": target.peer}
             self.results.append(self._key(key), **result)
@@ -135,7 +121,7 @@ class Session:
         points = []
         for size, one in sweeps.SWEEPS[name](self.device):
             values = self.run(one)
-            tables.show_case(self.console, one, values)
+            judging.show_case(self.console, one, values)
             points.append((size, values))
         found = sweeps.summaries(points)
         for candidate, row in found.items():
@@ -156,7 +142,8 @@ def run_tests(ops: set[str], quick: bool) -> None:
             "the ops' tests run first, and pytest is not installed: pip install -e '.[bench]' (--no-tests measures "
             "without them)"
         )
-    files = [machine.ROOT / "tests" / f"test_{op}.py" for op in OPS if op in ops]
+    folder = machine.ROOT / "tests"
+    files = [path for op in OPS if op in ops for path in sorted(folder.glob(f"test_{op}*.py"))]
     command = [sys.executable, "-c", "import sys, pytest; sys.path.pop(0); sys.exit(pytest.main())"]
     command += ["-x", "-q", "-p", "no:cacheprovider", *map(str, files)]
     if quick:
@@ -182,9 +169,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--authors", type=Path, metavar="PATH", help="a clone of the authors' repository")
     add("--again", action="store_true", help="measure finished cases anew")
     add("--no-tests", action="store_true", help="do not run the ops' tests first")
-    add(
-        "--no-memory", action="store_true", help="no peak memory on a CPU (a process per candidate)"
-    )
+    memory = "no peak memory on a CPU (a process per candidate)"
+    add("--no-memory", action="store_true", help=memory)
     add("--dry-run", action="store_true", help="the gpu preset's code at tiny sizes, on a CPU")
     add("--results", type=Path, default=Path("results/speed"))
     add("--memory-of", help=argparse.SUPPRESS)
@@ -255,7 +241,7 @@ def main(arguments: list[str]) -> int:
     judged: Judged = []
     for one in tqdm(cases, desc="cases", disable=None):
         values = session.run(one)
-        tables.show_case(session.console, one, values)
+        judging.show_case(session.console, one, values)
         judged += session.judge(one, values)
-    tables.show_targets(session.console, judged, options.dry_run)
+    judging.show_targets(session.console, judged, options.dry_run)
     return session.verdict()

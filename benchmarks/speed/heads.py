@@ -3,74 +3,97 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from networks import ClonesOneByOne
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from alrao_fast import backends
 from alrao_fast.functional import switch_mixture_nll
 from alrao_fast.reference import switch_mixture as reference
 from alrao_fast.testing import MixtureInputs
-from speed import authors, libraries
-from speed.case import (
-    DTYPES,
-    Call,
-    Candidate,
-    Case,
-    Missing,
-    Target,
-    compiled,
-    generator_on,
-    sampled,
-)
+from benchmarks.networks import ClonesOneByOne
+from benchmarks.speed import authors, libraries
+from benchmarks.speed import case as cases
+from benchmarks.speed.case import DTYPES, Call, Candidate, Case, Missing, Target, sampled
 
-LR_RANGE = (1e-5, 1e-1)
 GRADIENTS = ("loss", "dx", "dweight")
-OWN = ("own", "dweight")
 # On a CPU the truth is computed for as many samples as have this many logits.
 CHECKED_LOGITS = 2_000_000
 # Beyond this many entries of the weights the truth of 16-bit inputs is float32: twice the memory is not there.
 LARGE_WEIGHTS = 2**29
 
 
-def inputs(
-    sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device, seed: int
-) -> MixtureInputs:
-    """Random inputs drawn on the device, logits of about unit variance."""
-    generator = generator_on(device, seed)
+class Head(NamedTuple):
+    """The clones of a last layer and a batch of its features; `label` says whose head it is."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+    label: str
+    samples: int
+    features: int
+    classes: int
+    clones: int
+    dtype: str = "float32"
+    bias: bool = True
 
-    samples, features = sizes["samples"], sizes["features"]
-    classes, clones = sizes["classes"], sizes["clones"]
-    return MixtureInputs(
-        normal(samples, features),
-        normal(clones, classes, features).mul_(features**-0.5),
-        normal(clones, classes) if sizes["bias"] else None,
-        torch.randn(clones, device=device, dtype=torch.float64, generator=generator).log_softmax(0),
-        torch.randint(classes, (samples,), device=device, generator=generator),
-    )
+    def tiny(self) -> Head:
+        """At sizes at which the same code runs in a moment."""
+        most = {"samples": 8, "features": 8, "classes": 12, "clones": 3}
+        return self._replace(**{name: min(getattr(self, name), n) for name, n in most.items()})
+
+    def sizes(self) -> dict[str, int]:
+        names = ("samples", "features", "classes", "clones", "bias")
+        return {name: int(getattr(self, name)) for name in names}
+
+    def logits(self) -> int:
+        return self.samples * self.clones * self.classes
+
+    def clones_bytes(self) -> int:
+        """Of the clones' weights."""
+        width = DTYPES[self.dtype].itemsize
+        return width * self.clones * self.classes * (self.features + self.bias)
+
+    def features_bytes(self) -> int:
+        return DTYPES[self.dtype].itemsize * self.samples * self.features
+
+    def inputs(self, device: torch.device, seed: int) -> MixtureInputs:
+        """Random inputs drawn on the device, logits of about unit variance."""
+        generator = cases.generator_on(device, seed)
+
+        def normal(*shape: int, dtype: torch.dtype = DTYPES[self.dtype]) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+
+        return MixtureInputs(
+            normal(self.samples, self.features),
+            normal(self.clones, self.classes, self.features).mul_(self.features**-0.5),
+            normal(self.clones, self.classes) if self.bias else None,
+            normal(self.clones, dtype=torch.float64).log_softmax(0),
+            torch.randint(self.classes, (self.samples,), device=device, generator=generator),
+        )
+
+    def checked_inputs(self, device: torch.device, seed: int) -> MixtureInputs:
+        """`inputs` with fewer samples on a CPU, where the truth of all of them would take minutes."""
+        most = max(2, CHECKED_LOGITS // (self.clones * self.classes))
+        samples = min(self.samples, most) if device.type == "cpu" else self.samples
+        return self._replace(samples=samples).inputs(device, seed)
+
+    def case(self, kind: str, *, flops: int, **fields: Any) -> Case:
+        """A case of this head that takes `flops` for each logit and feature."""
+        return Case(
+            name=f"{kind}, {self.label}",
+            op="switch_mixture",
+            sizes=self.sizes(),
+            dtype=self.dtype,
+            inputs=self.inputs,
+            check_inputs=self.checked_inputs,
+            flops=flops * self.logits() * self.features,
+            **fields,
+        )
 
 
-def checked_inputs(
-    sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device, seed: int
-) -> MixtureInputs:
-    """`inputs` with fewer samples on a CPU, where the truth of all of them would take minutes."""
-    if device.type == "cpu":
-        most = CHECKED_LOGITS // (sizes["clones"] * sizes["classes"])
-        sizes = {**sizes, "samples": min(sizes["samples"], max(2, most))}
-    return inputs(sizes, dtype, device, seed)
-
-
-def leaves(x: Tensor | None, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
-    """The same memory, as leaves that gradients are wanted of."""
-    return [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
+def _leaf(tensor: Tensor | None) -> Tensor | None:
+    """The same memory, as a leaf that gradients are wanted of."""
+    return None if tensor is None else tensor.detach().requires_grad_()
 
 
 def truth(given: MixtureInputs) -> Mapping[str, Tensor]:
@@ -81,113 +104,65 @@ def truth(given: MixtureInputs) -> Mapping[str, Tensor]:
     large = given.weight.numel() > LARGE_WEIGHTS and given.weight.dtype.itemsize == 2
     dtype = torch.float32 if large else torch.float64
     samples = given.x.size(0)
-    _, weight, bias = leaves(
-        None, given.weight.to(dtype), None if given.bias is None else given.bias.to(dtype)
-    )
-    assert weight is not None
+    weight, bias = (None if t is None else _leaf(t.to(dtype)) for t in given[1:3])
     loss, stats, dx = 0.0, 0.0, []
-    for x, target in zip(*(t.split(rows_at_once(given)) for t in (given.x, given.target))):
+    for x, target in in_chunks(given):
         rows = x.to(dtype).requires_grad_()
         part, part_stats = reference.switch_mixture_nll(
             rows, weight, bias, given.log_posterior, target, ignore_index=-100, reduction="sum"
         )
         part.backward()
         loss, stats = loss + part.detach(), stats + part_stats
-        dx.append(rows.grad / samples)
-    results = {
-        "loss": loss / samples,
-        "own": stats[0].sum() / samples,
-        "clone_nll": stats[0] / samples,
-        "dx": sampled(torch.cat(dx)),
-        "dweight": sampled(weight.grad / samples),
-    }
-    return {name: value.double() for name, value in results.items()}
+        dx.append(rows.grad)
+    results = {"loss": loss, "own": stats[0].sum(), "clone_nll": stats[0]}
+    results |= {"dx": sampled(torch.cat(dx)), "dweight": sampled(weight.grad)}
+    return {name: (value / samples).double() for name, value in results.items()}
 
 
-def rows_at_once(given: MixtureInputs) -> int:
-    return max(1, 2**25 // (given.weight.size(0) * given.weight.size(1)))
-
-
-def outputs_of(results: dict[str, Tensor], x: Tensor, weight: Tensor | list[Tensor]) -> Any:
-    """The outputs of a run that leaves its gradients in `x` and `weight` (or in the clones' weights)."""
-
-    def read() -> Mapping[str, Tensor]:
-        found = dict(results)
-        if x.grad is not None:
-            found["dx"] = sampled(x.grad)
-        grads = weight.grad if isinstance(weight, Tensor) else torch.stack([w.grad for w in weight])
-        return {**found, "dweight": sampled(grads)}
-
-    return read
+def in_chunks(given: MixtureInputs) -> Any:
+    """Features and targets, as many rows at once as have a bearable number of logits."""
+    rows = max(1, 2**25 // (given.weight.size(0) * given.weight.size(1)))
+    return zip(given.x.split(rows), given.target.split(rows))
 
 
 def _joint(given: MixtureInputs, loss_of: Callable[..., tuple[Tensor, Any]]) -> Call:
     """A candidate whose one scalar carries all gradients: `loss_of(x, weight, bias) -> (loss, clone_nll)`."""
-    x, weight, bias = leaves(given.x, given.weight, given.bias)
-    assert x is not None and weight is not None
-    results: dict[str, Tensor] = {}
+    x, weight, bias = map(_leaf, given[:3])
+    assert weight is not None
 
-    def drop() -> None:
-        results.clear()
-        for leaf in (x, weight, bias):
-            if leaf is not None:
-                leaf.grad = None
-
-    def run() -> None:
-        drop()
+    def compute() -> Mapping[str, Tensor]:
         loss, clone_nll = loss_of(x, weight, bias)
         loss.backward()
-        results.update(loss=loss.detach())
-        if clone_nll is not None:
-            results.update(clone_nll=clone_nll)
+        found = {"loss": loss.detach()}
+        return found if clone_nll is None else {**found, "clone_nll": clone_nll}
 
-    return Call(run, outputs_of(results, x, weight), drop)
-
-
-def available(op: str, backend: str, device: torch.device) -> None:
-    state = backends.status(op, backend)
-    if not state.available:
-        raise Missing(state.reason)
-    if backend not in backends.available(op, device):
-        raise Missing(f"it does not run on {device.type} tensors")
+    return cases.leaving_gradients(compute, x, [weight], [bias])
 
 
 def _ours(backend: str, given: MixtureInputs) -> Call:
-    if backend != "auto":
-        available("switch_mixture", backend, given.x.device)
-    return _joint(
-        given,
-        lambda x, w, b: switch_mixture_nll(
-            x, w, b, given.log_posterior, given.target, impl=backend
-        ),
-    )
+    rest = (given.log_posterior, given.target)
+    return _joint(given, lambda x, w, b: switch_mixture_nll(x, w, b, *rest, impl=backend))
 
 
-def _reference_loss(
-    x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor, target: Tensor
-) -> Tensor:
-    return reference.switch_mixture_nll(
-        x, weight, bias, log_posterior, target, ignore_index=-100, reduction="mean"
-    )[0]
+def _reference_loss(*given: Tensor | None) -> Tensor:
+    return reference.switch_mixture_nll(*given, ignore_index=-100, reduction="mean")[0]
 
 
 def _compiled(given: MixtureInputs) -> Call:
-    loss = compiled(_reference_loss)
+    loss = cases.compiled(_reference_loss)
     return _joint(given, lambda x, w, b: (loss(x, w, b, given.log_posterior, given.target), None))
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    classes, features = weight.shape
-    layer = nn.Linear(features, classes, bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias)
-    return layer
-
-
 def _layers(given: MixtureInputs) -> list[nn.Linear]:
-    biases = [None] * len(given.weight) if given.bias is None else list(given.bias)
-    return [_linear(weight, bias) for weight, bias in zip(given.weight, biases)]
+    """The clones as layers, in the same memory."""
+    clones, classes, features = given.weight.shape
+    options = {"bias": given.bias is not None, "device": "meta"}
+    layers = [nn.Linear(features, classes, **options) for _ in range(clones)]
+    for k, layer in enumerate(layers):
+        layer.weight = nn.Parameter(given.weight[k])
+        if given.bias is not None:
+            layer.bias = nn.Parameter(given.bias[k])
+    return layers
 
 
 def _vmapped(given: MixtureInputs) -> Call:
@@ -195,19 +170,12 @@ def _vmapped(given: MixtureInputs) -> Call:
     layers = _layers(given)
     params, buffers = stack_module_state(layers)
     x = given.x.detach().requires_grad_()
-    results: dict[str, Tensor] = {}
 
     def logits(stacked: Mapping[str, Tensor], features: Tensor) -> Tensor:
         call = vmap(lambda p, b: functional_call(layers[0], (p, b), (features,)))
         return call(stacked, buffers).float()
 
-    def drop() -> None:
-        results.clear()
-        for leaf in (x, *params.values()):
-            leaf.grad = None
-
-    def run() -> None:
-        drop()
+    def compute() -> Mapping[str, Tensor]:
         index = given.target.expand(len(layers), -1).unsqueeze(2)
         own = F.cross_entropy(logits(params, x.detach()).flatten(0, 1), index.flatten())
         fixed = {name: value.detach() for name, value in params.items()}
@@ -215,9 +183,9 @@ def _vmapped(given: MixtureInputs) -> Call:
         loss = -torch.logsumexp(given.log_posterior.float().unsqueeze(1) + logp, 0).mean()
         # The mean over clones and samples, where each clone's own mean is wanted.
         (loss + own * len(layers)).backward()
-        results.update(loss=loss.detach())
+        return {"loss": loss.detach()}
 
-    return Call(run, outputs_of(results, x, params["weight"]), drop)
+    return cases.leaving_gradients(compute, x, [params["weight"]], [params.get("bias")])
 
 
 def _one_by_one(given: MixtureInputs) -> Call:
@@ -227,21 +195,14 @@ def _one_by_one(given: MixtureInputs) -> Call:
     net.clones = nn.ModuleList(_layers(given))
     net.log_posterior = given.log_posterior.to(given.x.dtype)
     x = given.x.detach().requires_grad_()
-    results: dict[str, Tensor] = {}
 
-    def drop() -> None:
-        results.clear()
-        x.grad = None
-        net.zero_grad()
-
-    def run() -> None:
-        drop()
+    def compute() -> Mapping[str, Tensor]:
         mixture, own = net.losses(x, targets=given.target)
         net.backward(mixture, own)
-        results.update(loss=mixture.detach())
+        return {"loss": mixture.detach()}
 
-    weights = [layer.weight for layer in net.clones]
-    return Call(run, outputs_of(results, x, weights), drop)
+    weights, biases = zip(*((layer.weight, layer.bias) for layer in net.clones))
+    return cases.leaving_gradients(compute, x, weights, biases)
 
 
 def _plain(given: MixtureInputs) -> Call:
@@ -249,15 +210,11 @@ def _plain(given: MixtureInputs) -> Call:
     layer = _layers(given)[0]
     x = given.x.detach().requires_grad_()
 
-    def drop() -> None:
-        x.grad = None
-        layer.zero_grad()
-
-    def run() -> None:
-        drop()
+    def compute() -> Mapping[str, Tensor]:
         F.cross_entropy(layer(x), given.target).backward()
+        return {}
 
-    return Call(run, dict, drop)
+    return cases.leaving_gradients(compute, x, [layer.weight], [layer.bias])
 
 
 class Scaled(nn.Module):
@@ -277,48 +234,30 @@ def authors_step(given: MixtureInputs) -> Call:
     clones, classes, features = given.weight.shape
     if given.bias is None:
         raise Missing("their last layer has a bias")
-    net = package.alrao_model.AlraoModel(
-        "classification",
-        nn.NLLLoss(),
-        Scaled(),
-        clones,
-        package.custom_layers.LinearClassifier,
-        features,
-        classes,
-    ).to(given.x.device, given.x.dtype)
+    net = authors.model(package, Scaled(), clones, features, classes)
+    net = net.to(given.x.device, given.x.dtype)
     layers = [layer.fc for layer in net.last_layers()]
     with torch.no_grad():
         for layer, weight, bias in zip(layers, given.weight, given.bias):
             layer.weight.copy_(weight)
             layer.bias.copy_(bias)
-    optimizer = package.optim_spec.SGDAlrao(
-        net.parameters_internal_nn(),
-        [torch.full((), 1e-12, device=given.x.device)],
-        net.last_layers_parameters_list(),
-        [1e-12] * clones,
-    )
+    rate = torch.full((), 1e-12, device=given.x.device)
+    last = (net.last_layers_parameters_list(), [1e-12] * clones)
+    optimizer = package.optim_spec.SGDAlrao(net.parameters_internal_nn(), [rate], *last)
 
-    def run() -> None:
+    def compute() -> Mapping[str, Tensor]:
         optimizer.zero_grad()
         F.nll_loss(net(given.x), given.target).backward()
         package.optim_spec.alrao_step(net, optimizer, F.nll_loss, given.target)
+        return {}
 
-    weights = [layer.weight for layer in layers]
-    return Call(
-        run,
-        lambda: {"dweight": sampled(torch.stack([w.grad for w in weights]))},
-        optimizer.zero_grad,
-    )
+    return cases.leaving_gradients(compute, None, [layer.weight for layer in layers])
 
 
 def mixture_candidates() -> tuple[Candidate, ...]:
     """Ours by backend, plain PyTorch in its several ways, and N calls of each library's fused loss."""
     return (
-        Candidate("alrao", partial(_ours, "auto"), (*GRADIENTS, "clone_nll")),
-        *(
-            Candidate(f"alrao {name}", partial(_ours, name), (*GRADIENTS, "clone_nll"))
-            for name in backends.BACKENDS
-        ),
+        *cases.ours("switch_mixture", _ours, (*GRADIENTS, "clone_nll")),
         Candidate("torch.compile", _compiled, GRADIENTS, slow=True),
         Candidate("torch.func.vmap", _vmapped, GRADIENTS),
         Candidate("one by one", _one_by_one, GRADIENTS),
@@ -328,66 +267,26 @@ def mixture_candidates() -> tuple[Candidate, ...]:
     )
 
 
-def sizes_of(samples: int, features: int, classes: int, clones: int, bias: bool, tiny: bool) -> Any:
-    if tiny:
-        samples, features, classes = min(samples, 8), min(features, 8), min(classes, 12)
-        clones = min(clones, 3)
-    return {
-        "samples": samples,
-        "features": features,
-        "classes": classes,
-        "clones": clones,
-        "bias": int(bias),
-    }
-
-
-def head_bytes(sizes: Mapping[str, int], width: int) -> int:
-    """x, dx, the weights and their gradients, once each."""
-    per_clone = sizes["classes"] * (sizes["features"] + sizes["bias"])
-    return 2 * width * (sizes["samples"] * sizes["features"] + sizes["clones"] * per_clone)
-
-
-def logits_of(sizes: Mapping[str, int]) -> int:
-    return sizes["samples"] * sizes["clones"] * sizes["classes"]
-
-
 def mixture_case(
-    label: str,
-    samples: int,
-    features: int,
-    classes: int,
-    clones: int,
-    dtype: str = "float32",
+    head: Head,
     *,
-    bias: bool = True,
-    tiny: bool = False,
     memory: bool = False,
     keep: tuple[str, ...] | None = None,
     targets: tuple[Target, ...] = (),
 ) -> Case:
-    """Loss, dx and the clones' gradients of a head; `label` says whose head it is."""
-    sizes = sizes_of(samples, features, classes, clones, bias, tiny)
-    small = None
-    if memory and not tiny:
-        small = mixture_case(label, samples, features, classes, clones, dtype, bias=bias, tiny=True)
-    total = head_bytes(sizes, DTYPES[dtype].itemsize)
-    return Case(
-        name=f"switch_mixture, {label}",
-        op="switch_mixture",
-        sizes=sizes,
-        dtype=dtype,
-        inputs=partial(inputs, sizes, DTYPES[dtype]),
-        check_inputs=partial(checked_inputs, sizes, DTYPES[dtype]),
+    """Loss, dx and the clones' gradients of a head."""
+    # x, dx, the weights and their gradients, once each.
+    half = head.features_bytes() + head.clones_bytes()
+    return head.case(
+        "switch_mixture",
+        flops=6,
         truth=truth,
         candidates=tuple(c for c in mixture_candidates() if keep is None or c.name in keep),
-        bytes=total,
-        flops=6 * logits_of(sizes) * sizes["features"],
-        set_bytes=total / 2,
+        bytes=2 * half,
+        set_bytes=half,
         memory=memory,
-        small=small,
+        small=mixture_case(head.tiny()) if memory else None,
         # The gradients, two float32 buffers of the features' size, and one clone's logits.
-        allowed_memory=total / 2
-        + 8 * sizes["samples"] * sizes["features"]
-        + 4 * sizes["samples"] * sizes["classes"],
+        allowed_memory=half + 8 * head.samples * head.features + 4 * head.samples * head.classes,
         targets=targets,
     )

@@ -9,10 +9,9 @@ No library mixes, so that three compositions stand beside each other:
   clone's responsibility. The cheapest correct one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alrao_fast.testing import MixtureInputs
-from speed.case import Call, Candidate, Missing, sampled
+from benchmarks.speed.case import Call, Candidate, Missing, leaving_gradients
 
 # (x, weight [C, D], bias [C] or None, target, reduction) -> loss
 Loss = Callable[[Tensor, Tensor, Any, Tensor, str], Tensor]
@@ -36,9 +35,10 @@ def _torch_chunked() -> Loss:
     )
 
 
-def _installed(module: str, package: str) -> None:
-    if find_spec(module) is None:
+def _imported(package: str, module: str, name: str) -> Any:
+    if find_spec(module.partition(".")[0]) is None:
         raise Missing(f"{package} is not installed")
+    return getattr(import_module(module), name)
 
 
 def _no_bias(bias: Tensor | None) -> None:
@@ -47,33 +47,31 @@ def _no_bias(bias: Tensor | None) -> None:
 
 
 def _liger() -> Loss:
-    _installed("liger_kernel", "liger-kernel")
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
-
+    module = "liger_kernel.transformers.functional"
+    fused = _imported("liger-kernel", module, "liger_fused_linear_cross_entropy")
     return lambda x, w, b, y, reduction: fused(x, w, y, bias=b, reduction=reduction)
 
 
 def _cce() -> Loss:
-    _installed("cut_cross_entropy", "cut-cross-entropy")
-    from cut_cross_entropy import linear_cross_entropy
+    fused = _imported("cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy")
 
     def loss(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, reduction: str) -> Tensor:
         _no_bias(b)
         # Without its filter, which leaves out small gradients.
-        return linear_cross_entropy(x, w, y, reduction=reduction, filter_eps=None)
+        return fused(x, w, y, reduction=reduction, filter_eps=None)
 
     return loss
 
 
 def _quack() -> Loss:
-    _installed("quack", "quack-kernels")
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+    name = "chunked_linear_cross_entropy"
+    fused = _imported("quack-kernels", "quack.linear_cross_entropy", name)
 
     def loss(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, reduction: str) -> Tensor:
         _no_bias(b)
         if reduction == "none":
             raise Missing("quack's chunked loss returns none per sample")
-        return chunked_linear_cross_entropy(x, w, y, reduction=reduction)
+        return fused(x, w, y, reduction=reduction)
 
     return loss
 
@@ -84,58 +82,36 @@ class _Clones:
     def __init__(self, given: MixtureInputs) -> None:
         self.x = given.x.detach().requires_grad_()
         self.weights = [w.detach().requires_grad_() for w in given.weight]
-        none = [None] * len(given.weight)
-        self.biases = (
-            none if given.bias is None else [b.detach().requires_grad_() for b in given.bias]
-        )
-        self.results: dict[str, Tensor] = {}
-
-    def drop(self) -> None:
-        self.results.clear()
-        for leaf in (self.x, *self.weights, *self.biases):
-            if leaf is not None:
-                leaf.grad = None
+        self.biases: list[Any] = [None] * len(given.weight)
+        if given.bias is not None:
+            self.biases = [b.detach().requires_grad_() for b in given.bias]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         return iter(zip(self.weights, self.biases))
 
-    def outputs(self) -> Mapping[str, Tensor]:
-        found = dict(self.results)
-        if self.x.grad is not None:
-            found["dx"] = sampled(self.x.grad)
-        return {**found, "dweight": sampled(torch.stack([w.grad for w in self.weights]))}
+    def call(self, compute: Callable[[], Mapping[str, Tensor]]) -> Call:
+        return leaving_gradients(compute, self.x, self.weights, self.biases)
 
 
-def _usable(load: Callable[[], Loss], device: torch.device, gpu_only: bool) -> Loss:
-    loss = load()
-    if gpu_only and device.type != "cuda":
-        raise Missing("runs on a GPU only")
-    return loss
-
-
-def _plain(load: Callable[[], Loss], gpu_only: bool, given: MixtureInputs) -> Call:
-    loss = _usable(load, given.x.device, gpu_only)
+def _plain(loss: Loss, given: MixtureInputs) -> Call:
     clones = _Clones(given)
 
-    def run() -> None:
-        clones.drop()
+    def compute() -> Mapping[str, Tensor]:
         own = torch.zeros((), device=given.x.device)
         for weight, bias in clones:
             one = loss(clones.x, weight, bias, given.target, "mean")
             # Each before the next: all their buffers at once would be N times the memory.
             one.backward()
             own += one.detach()
-        clones.results["own"] = own
+        return {"own": own}
 
-    return Call(run, clones.outputs, clones.drop)
+    return clones.call(compute)
 
 
-def _two_passes(load: Callable[[], Loss], gpu_only: bool, given: MixtureInputs) -> Call:
-    loss = _usable(load, given.x.device, gpu_only)
+def _two_passes(loss: Loss, given: MixtureInputs) -> Call:
     clones = _Clones(given)
 
-    def run() -> None:
-        clones.drop()
+    def compute() -> Mapping[str, Tensor]:
         fixed = clones.x.detach()
         for weight, bias in clones:
             loss(fixed, weight, bias, given.target, "mean").backward()
@@ -148,17 +124,15 @@ def _two_passes(load: Callable[[], Loss], gpu_only: bool, given: MixtureInputs) 
         prior = given.log_posterior.float().unsqueeze(1)
         mixture = -torch.logsumexp(prior - nll.float(), 0).mean()
         mixture.backward()
-        clones.results["loss"] = mixture.detach()
+        return {"loss": mixture.detach()}
 
-    return Call(run, clones.outputs, clones.drop)
+    return clones.call(compute)
 
 
-def _by_rows(load: Callable[[], Loss], gpu_only: bool, given: MixtureInputs) -> Call:
-    loss = _usable(load, given.x.device, gpu_only)
+def _by_rows(loss: Loss, given: MixtureInputs) -> Call:
     clones = _Clones(given)
 
-    def run() -> None:
-        clones.drop()
+    def compute() -> Mapping[str, Tensor]:
         joint, grads = [], []
         for prior, (weight, bias) in zip(given.log_posterior.float().unbind(), clones):
             x = clones.x.detach().requires_grad_()
@@ -169,11 +143,12 @@ def _by_rows(load: Callable[[], Loss], gpu_only: bool, given: MixtureInputs) -> 
         stacked = torch.stack(joint)
         shares = stacked.softmax(0).unsqueeze(2)
         clones.x.grad = sum(grad * share for grad, share in zip(grads, shares.to(given.x.dtype)))
-        clones.results["loss"] = -torch.logsumexp(stacked, 0).mean()
+        return {"loss": -torch.logsumexp(stacked, 0).mean()}
 
-    return Call(run, clones.outputs, clones.drop)
+    return clones.call(compute)
 
 
+# By name: what loads a library's loss, and whether that runs on a GPU only.
 LIBRARIES: dict[str, tuple[Callable[[], Loss], bool]] = {
     "linear_cross_entropy": (_torch_chunked, False),
     "liger": (_liger, True),
@@ -182,12 +157,24 @@ LIBRARIES: dict[str, tuple[Callable[[], Loss], bool]] = {
 }
 
 
+def loss_of(library: str, device: torch.device) -> Loss:
+    """A library's loss; raises `Missing` where it does not run."""
+    load, gpu_only = LIBRARIES[library]
+    loss = load()
+    if gpu_only and device.type != "cuda":
+        raise Missing("runs on a GPU only")
+    return loss
+
+
 def candidates() -> Iterator[Candidate]:
     """Every library in every composition."""
     correct = ("loss", "dx", "dweight")
-    for name, (load, gpu_only) in LIBRARIES.items():
-        yield Candidate(f"{name} x N", partial(_plain, load, gpu_only), ("own", "dweight"))
-        yield Candidate(
-            f"{name} two passes", partial(_two_passes, load, gpu_only), correct, slow=True
-        )
-        yield Candidate(f"{name} by rows", partial(_by_rows, load, gpu_only), correct, slow=True)
+    ways = {"x N": (_plain, ("own", "dweight"), False)}
+    ways |= {"two passes": (_two_passes, correct, True), "by rows": (_by_rows, correct, True)}
+
+    def make(library: str, way: Callable[..., Call], given: MixtureInputs) -> Call:
+        return way(loss_of(library, given.x.device), given)
+
+    for library in LIBRARIES:
+        for name, (way, claims, slow) in ways.items():
+            yield Candidate(f"{library} {name}", partial(make, library, way), claims, slow)

@@ -1,34 +1,31 @@
 """Measuring a case: every candidate is compared with the truth first, then all are timed in turns."""
 
-from __future__ import annotations
-
 import gc
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from roofline import precision
-from timing import Timing, interleave
 
 from alrao_fast.testing import relative_error
-from speed import authors, gpu_clocks
-from speed.case import TOLERANCE, Call, Candidate, Case, Missing
+from benchmarks import timing
+from benchmarks.roofline import precision
+from benchmarks.speed import authors
+from benchmarks.speed.case import TOLERANCE, Call, Candidate, Case, Missing
 
 Values = dict[str, Any]
 MAIN = Path(__file__).resolve().parent.parent / "__main__.py"
 
 
-class Effort:
+class Effort(NamedTuple):
     """How much is measured: at most `rounds` interleaved rounds and about `seconds` of them per case."""
 
-    def __init__(self, rounds: int, seconds: float, memory: bool) -> None:
-        self.rounds = rounds
-        self.seconds = seconds
-        self.memory = memory
+    rounds: int
+    seconds: float
+    memory: bool
 
 
 def worst_error(case: Case, candidate: Candidate, call: Call, truth: Any) -> float:
@@ -83,17 +80,14 @@ def check(case: Case, device: torch.device) -> tuple[dict[str, Values], list[Can
 
 
 def measure(
-    case: Case,
-    device: torch.device,
-    effort: Effort,
-    on_round: Callable[[], None] | None = None,
+    case: Case, device: torch.device, effort: Effort, on_round: Callable[[], None] | None = None
 ) -> dict[str, Values]:
     """Values by candidate: error, seconds by clock, peak memory; or why there is nothing. `speed` tells the fields."""
     torch._dynamo.reset()
     with precision(case.dtype):
         values, able = check(case, device)
         on_gpu = device.type == "cuda"
-        sets = gpu_clocks.input_sets(case.set_bytes) if on_gpu else 1
+        sets = timing.input_sets(case.set_bytes) if on_gpu else 1
         given = [case.inputs(device, seed) for seed in range(sets)]
         runs: dict[str, list[Callable[[], object]]] = {}
         for candidate in able:
@@ -106,19 +100,18 @@ def measure(
             runs[candidate.name] = [call.run for call in calls]
             if memory is not None:
                 values[candidate.name]["peak_memory"] = memory
+        limits = {"rounds": effort.rounds, "seconds": effort.seconds, "on_round": on_round}
         if on_gpu:
             # The launches of a whole network may take longer than its kernels.
             captured = 0.05 if case.op == "training_step" else 0.005
-            _time_on_gpu(runs, values, effort, captured, on_round)
+            for name, result in timing.gpu_interleave(runs, captured=captured, **limits).items():
+                values[name]["seconds"] = {clock: t._asdict() for clock, t in result.times.items()}
+                if result.missing:
+                    values[name]["no_clock"] = result.missing
         elif runs:
-            times = interleave(
-                {name: calls[0] for name, calls in runs.items()},
-                rounds=effort.rounds,
-                seconds_per_block=min(0.1, effort.seconds / effort.rounds / len(runs)),
-                seconds=effort.seconds,
-                on_round=on_round,
-            )
-            for name, time in times.items():
+            block = min(0.1, effort.seconds / effort.rounds / len(runs))
+            first = {name: calls[0] for name, calls in runs.items()}
+            for name, time in timing.interleave(first, seconds_per_block=block, **limits).items():
                 values[name]["seconds"] = {"wall": time._asdict()}
     del given, runs
     _free(device)
@@ -136,38 +129,9 @@ def _ready(candidate: Candidate, given: list[Any], on_gpu: bool) -> tuple[list[C
         calls.append(candidate.make(given[0]))
         calls[0].run()
 
-    memory = None
-    if on_gpu:
-        memory = gpu_clocks.peak_memory(first)
-    else:
-        first()
+    memory = timing.peak_memory(first) if on_gpu else first()
     calls += [candidate.make(one) for one in given[1:]]
     return calls, memory
-
-
-def _time_on_gpu(
-    runs: dict[str, list[Callable[[], object]]],
-    values: dict[str, Values],
-    effort: Effort,
-    captured: float,
-    on_round: Callable[[], None] | None,
-) -> None:
-    measured = gpu_clocks.measure(
-        runs, rounds=effort.rounds, seconds=effort.seconds, captured=captured, on_round=on_round
-    )
-    for name, result in measured.items():
-        values[name]["seconds"] = {clock: t._asdict() for clock, t in result.times.items()}
-        if result.missing:
-            values[name]["no_clock"] = result.missing
-
-
-def device_seconds(values: Values) -> Timing | None:
-    """The time on the device: of a graph's replay, else between events, else (on a CPU) the wall clock's."""
-    seconds = values.get("seconds", {})
-    for clock in ("graph", "gpu", "wall"):
-        if clock in seconds:
-            return Timing(**seconds[clock])
-    return None
 
 
 # Peak memory on a CPU: resident memory of a process of its own, because what was freed there may not be given back.

@@ -1,14 +1,11 @@
 """Cases of the ops feature_sgd and feature_adam: one optimizer step over all parameters of a network."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from networks import VGG19, GoogLeNet, LSTMBackbone, MobileNetV2, TransformerLM
 from torch import Tensor, nn
 
 import alrao_fast as alrao
@@ -16,8 +13,10 @@ from alrao_fast import backends
 from alrao_fast.functional import feature_adam_, feature_sgd_
 from alrao_fast.optim.layouts import memory_rates
 from alrao_fast.reference.feature_sgd import entry_rates, memory_order
-from speed import authors
-from speed.case import DTYPES, Call, Candidate, Case, Missing, Target, compiled, generator_on
+from benchmarks.networks import VGG19, GoogLeNet, LSTMBackbone, MobileNetV2, TransformerLM
+from benchmarks.speed import authors
+from benchmarks.speed import case as cases
+from benchmarks.speed.case import DTYPES, Call, Candidate, Case, Missing, Target
 
 LR_RANGE, LR = (1e-5, 1e-2), 1e-3
 # Entries of a parameter that the outputs are compared by.
@@ -30,10 +29,21 @@ class Update(NamedTuple):
     model: nn.Module
     momentum: float
 
+    def params(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    def device(self) -> torch.device:
+        return self.params()[0].device
+
 
 def _with_clones(backbone: nn.Module, classes: int = 10, clones: int = 10) -> nn.Module:
     head = alrao.ClassifierClones(backbone.out_features, classes, clones)
     return alrao.AlraoModel(backbone, head)
+
+
+def _gpt(shape: tuple[int, ...], tiny_features: int, tiny: bool) -> nn.Module:
+    sizes = (50, tiny_features, 2, 2, 16) if tiny else (50304, *shape)
+    return TransformerLM(*sizes)
 
 
 # Networks by name, at their own size or `tiny`.
@@ -45,12 +55,8 @@ NETWORKS: dict[str, Callable[[bool], nn.Module]] = {
     "256 vectors of 64": lambda tiny: nn.ModuleList(
         nn.LayerNorm(64, bias=False) for _ in range(3 if tiny else 256)
     ),
-    "GPT 124M": lambda tiny: (
-        TransformerLM(50, 8, 2, 2, 16) if tiny else TransformerLM(50304, 768, 12, 12)
-    ),
-    "GPT 1.3B": lambda tiny: (
-        TransformerLM(50, 16, 2, 2, 16) if tiny else TransformerLM(50304, 2048, 24, 16, 2048)
-    ),
+    "GPT 124M": partial(_gpt, (768, 12, 12, 1024), 8),
+    "GPT 1.3B": partial(_gpt, (2048, 24, 16, 2048), 16),
 }
 
 
@@ -66,27 +72,18 @@ def linear_network(entries: int) -> Callable[[bool], nn.Module]:
 
 
 def inputs(
-    make_network: Callable[[bool], nn.Module],
-    tiny: bool,
-    dtype: torch.dtype,
-    momentum: float,
-    device: torch.device,
-    seed: int,
+    make_network: Callable[[], nn.Module], momentum: float, device: torch.device, seed: int
 ) -> Update:
     """The network with normal parameters and small normal gradients, drawn on the device."""
     with torch.device("meta"):
-        model = make_network(tiny).to(dtype)
+        model = make_network()
     model.to_empty(device=device)
-    generator = generator_on(device, seed)
+    generator = cases.generator_on(device, seed)
     for param in model.parameters():
         # Not from a wider dtype: the networks may fill half of the memory.
         param.data.normal_(generator=generator)
         param.grad = torch.empty_like(param).normal_(generator=generator).mul_(1e-2)
     return Update(model, momentum)
-
-
-def _params(update: Update) -> list[nn.Parameter]:
-    return list(update.model.parameters())
 
 
 def _positions(param: Tensor) -> Tensor:
@@ -96,16 +93,14 @@ def _positions(param: Tensor) -> Tensor:
 
 def _read(update: Update) -> Tensor:
     """The compared entries of all parameters, one after the other."""
-    return torch.cat([memory_order(p.detach())[_positions(p)].double() for p in _params(update)])
+    return torch.cat([memory_order(p.detach())[_positions(p)].double() for p in update.params()])
 
 
 def _rates(update: Update) -> list[tuple[Tensor, int]]:
     """(rates, inner) of each parameter, as every Alrao optimizer of this benchmark draws them."""
     optimizer = _alrao(alrao.AlraoSGD, update)
-    return [
-        memory_rates(optimizer.state[p]["rate"], p, optimizer.layout_of(p).dims)
-        for p in _params(update)
-    ]
+    state, layout = optimizer.state, optimizer.layout_of
+    return [memory_rates(state[p]["rate"], p, layout(p).dims) for p in update.params()]
 
 
 def _alrao(kind: type, update: Update, **options: Any) -> Any:
@@ -120,36 +115,27 @@ def truth(op: str, runs: int, update: Update) -> Mapping[str, Tensor]:
 
     "params" has Alrao's rates, "plain" the one rate of torch's optimizers; "authors" the authors' momentum rule.
     """
-    places = [_positions(p) for p in _params(update)]
+    places = [_positions(p) for p in update.params()]
     rates = [
         entry_rates(rate, inner, p.numel(), torch.float64)[place]
-        for (rate, inner), p, place in zip(_rates(update), _params(update), places)
+        for (rate, inner), p, place in zip(_rates(update), update.params(), places)
     ]
     results = {}
-    for name, vectors in (
-        ("params", rates),
-        ("plain", [torch.full_like(rate, LR) for rate in rates]),
-        ("authors", rates),
-    ):
-        params = [memory_order(p.detach())[at].double() for p, at in zip(_params(update), places)]
-        grads = [memory_order(p.grad)[at].double() for p, at in zip(_params(update), places)]
+    plain = [torch.full_like(rate, LR) for rate in rates]
+    for name, vectors in (("params", rates), ("plain", plain), ("authors", rates)):
+        rule = "authors" if name == "authors" else "torch"
+        params = [memory_order(p.detach())[at].double() for p, at in zip(update.params(), places)]
+        grads = [memory_order(p.grad)[at].double() for p, at in zip(update.params(), places)]
         states = [[torch.zeros_like(p) for p in params] for _ in range(2)]
         steps = torch.zeros(len(params), dtype=torch.int64, device=params[0].device)
         common: dict[str, Any] = {"steps": steps, "inners": [1] * len(params), "impl": "reference"}
         for _ in range(runs):
             if op == "feature_adam":
-                rule = {"eps_rule": "authors" if name == "authors" else "torch"}
-                feature_adam_(params, grads, states[0], states[1], vectors, **common, **rule)
+                feature_adam_(params, grads, *states, vectors, eps_rule=rule, **common)
             else:
-                feature_sgd_(
-                    params,
-                    grads,
-                    vectors,
-                    momentum=update.momentum,
-                    momentum_buffers=states[0] if update.momentum else None,
-                    momentum_rule="authors" if name == "authors" else "torch",
-                    **common,
-                )
+                buffers = states[0] if update.momentum else None
+                options = {"momentum": update.momentum, "momentum_rule": rule}
+                feature_sgd_(params, grads, vectors, momentum_buffers=buffers, **options, **common)
         results[name] = torch.cat(params)
     return results
 
@@ -160,27 +146,21 @@ def _call(step: Callable[[], object], update: Update, name: str) -> Call:
 
 def _ours(kind: type, backend: str, update: Update) -> Call:
     step = _alrao(kind, update).step
-    if backend == "auto":
-        return _call(step, update, "params")
-    op = "feature_sgd" if kind is alrao.AlraoSGD else "feature_adam"
-    state = backends.status(op, backend)
-    if not state.available:
-        raise Missing(state.reason)
 
     def run() -> None:
         with backends.use_backend(backend):
             step()
 
-    return _call(run, update, "params")
+    return _call(step if backend == "auto" else run, update, "params")
 
 
 def _torch(kind: type, options: dict[str, Any], update: Update) -> Call:
     if kind is torch.optim.SGD:
         options = {**options, "momentum": update.momentum}
-    elif _params(update)[0].is_cuda:
+    elif update.device().type == "cuda":
         # Without it Adam counts its steps on the CPU and cannot be captured.
         options = {**options, "capturable": True}
-    return _call(kind(_params(update), lr=LR, **options).step, update, "plain")
+    return _call(kind(update.params(), lr=LR, **options).step, update, "plain")
 
 
 def _apex(update: Update) -> Call:
@@ -188,49 +168,35 @@ def _apex(update: Update) -> Call:
         raise Missing("apex with its CUDA extensions is not installed")
     from apex.optimizers import FusedSGD
 
-    return _call(FusedSGD(_params(update), lr=LR, momentum=update.momentum).step, update, "plain")
+    return _call(FusedSGD(update.params(), lr=LR, momentum=update.momentum).step, update, "plain")
 
 
 def _full_rates(update: Update) -> list[Tensor]:
     """A tensor of rates of each parameter's shape, as the authors' code keeps them."""
     return [
         entry_rates(rate, inner, p.numel(), p.dtype).view_as(p)
-        for (rate, inner), p in zip(_rates(update), _params(update))
+        for (rate, inner), p in zip(_rates(update), update.params())
     ]
 
 
-def _without_momentum(update: Update) -> None:
+def _row_rates(update: Update) -> list[Tensor]:
+    """Where each row of a parameter has a rate, that as a column; else a rate for each entry."""
+    found = []
+    for full, (rate, inner) in zip(_full_rates(update), _rates(update)):
+        rows = full.numel() == rate.numel() * inner and full.size(0) == rate.numel()
+        shape = (-1, *[1] * (full.dim() - 1))
+        found.append(rate.to(full.dtype).view(shape) if rows else full)
+    return found
+
+
+Lists = Callable[[list[Tensor], list[Tensor], list[Tensor]], None]
+
+
+def _composed(update_all: Lists, rates: list[Tensor], update: Update) -> Call:
+    """An update made of torch's operations: `update_all(params, grads, rates)`."""
     if update.momentum:
         raise Missing("this composition is written without momentum")
-
-
-def _foreach(update: Update) -> Call:
-    _without_momentum(update)
-    params, rates = _params(update), _full_rates(update)
-    grads = [p.grad for p in params]
-
-    @torch.no_grad()
-    def run() -> None:
-        torch._foreach_add_(params, torch._foreach_mul(grads, rates), alpha=-1)
-
-    return _call(run, update, "params")
-
-
-def _addcmul(params: list[Tensor], grads: list[Tensor], rates: list[Tensor]) -> None:
-    for param, grad, rate in zip(params, grads, rates):
-        param.addcmul_(grad, rate, value=-1)
-
-
-def _compiled(update: Update) -> Call:
-    _without_momentum(update)
-    params, grads = _params(update), [p.grad for p in _params(update)]
-    rates = []
-    for param, (rate, inner) in zip(params, _rates(update)):
-        rows = param.numel() == rate.numel() * inner and param.size(0) == rate.numel()
-        shape = (-1, *[1] * (param.dim() - 1))
-        full = entry_rates(rate, inner, param.numel(), param.dtype)
-        rates.append(rate.to(param.dtype).view(shape) if rows else full.view_as(param))
-    update_all = compiled(_addcmul)
+    params, grads = update.params(), [p.grad for p in update.params()]
 
     @torch.no_grad()
     def run() -> None:
@@ -239,11 +205,28 @@ def _compiled(update: Update) -> Call:
     return _call(run, update, "params")
 
 
+def _foreach_add(params: list[Tensor], grads: list[Tensor], rates: list[Tensor]) -> None:
+    torch._foreach_add_(params, torch._foreach_mul(grads, rates), alpha=-1)
+
+
+def _addcmul(params: list[Tensor], grads: list[Tensor], rates: list[Tensor]) -> None:
+    for param, grad, rate in zip(params, grads, rates):
+        param.addcmul_(grad, rate, value=-1)
+
+
+def _foreach(update: Update) -> Call:
+    return _composed(_foreach_add, _full_rates(update), update)
+
+
+def _compiled(update: Update) -> Call:
+    return _composed(cases.compiled(_addcmul), _row_rates(update), update)
+
+
 def _authors(name: str, update: Update) -> Call:
     spec = authors.load().optim_spec
     # Detached: their step edits the parameters' own gradients where there is weight decay; here there is none.
     options = {"momentum": update.momentum} if name == "SGDSpec" else {}
-    optimizer = getattr(spec, name)(_params(update), _full_rates(update), **options)
+    optimizer = getattr(spec, name)(update.params(), _full_rates(update), **options)
     return _call(optimizer.step, update, "authors")
 
 
@@ -251,8 +234,8 @@ def _scaled(make: Callable[[Update], Call], update: Update) -> Call:
     """`make`'s optimizer stepped by a GradScaler, which looks for infinities and hands over the scale."""
     call = make(update)
     optimizer = call.run.__self__
-    scaler = torch.amp.GradScaler(_params(update)[0].device.type, init_scale=1.0)
-    scaler.scale(torch.ones((), device=_params(update)[0].device))
+    scaler = torch.amp.GradScaler(update.device().type, init_scale=1.0)
+    scaler.scale(torch.ones((), device=update.device()))
 
     def run() -> None:
         scaler.step(optimizer)
@@ -265,33 +248,28 @@ def candidates(op: str, scaler: bool) -> tuple[Candidate, ...]:
     """Ours by backend, torch's three ways, apex, and per-feature updates made of torch's own operations."""
     kind = alrao.AlraoSGD if op == "feature_sgd" else alrao.AlraoAdam
     plain = torch.optim.SGD if op == "feature_sgd" else torch.optim.Adam
-    ours = partial(_ours, kind, "auto")
     fused = partial(_torch, plain, {"fused": True})
     if scaler:
         return (
-            Candidate("alrao", partial(_scaled, ours), ("params",)),
+            Candidate("alrao", partial(_scaled, partial(_ours, kind, "auto")), ("params",)),
             Candidate("torch fused", partial(_scaled, fused), ("plain",)),
         )
-    found = [
-        Candidate("alrao", ours, ("params",)),
-        *(
-            Candidate(f"alrao {name}", partial(_ours, kind, name), ("params",), name == "reference")
-            for name in backends.BACKENDS
+    name = "SGDSpec" if op == "feature_sgd" else "AdamSpec"
+    only_sgd = (
+        Candidate("apex FusedSGD", _apex, ("plain",)),
+        Candidate("foreach, rates per weight", _foreach, ("params",)),
+        Candidate("torch.compile", _compiled, ("params",), slow=True),
+    )
+    return (
+        *cases.ours(
+            op, partial(_ours, kind), ("params",), slow=("reference",), device_of=Update.device
         ),
         Candidate("torch fused", fused, ("plain",)),
         Candidate("torch foreach", partial(_torch, plain, {"foreach": True}), ("plain",)),
         Candidate("torch single", partial(_torch, plain, {"foreach": False}), ("plain",)),
-    ]
-    if op == "feature_sgd":
-        found += [
-            Candidate("apex FusedSGD", _apex, ("plain",)),
-            Candidate("foreach, rates per weight", _foreach, ("params",)),
-            Candidate("torch.compile", _compiled, ("params",), slow=True),
-            Candidate("authors", partial(_authors, "SGDSpec"), ("authors",)),
-        ]
-    else:
-        found.append(Candidate("authors", partial(_authors, "AdamSpec"), ("authors",)))
-    return tuple(found)
+        *(only_sgd if op == "feature_sgd" else ()),
+        Candidate("authors", partial(_authors, name), ("authors",)),
+    )
 
 
 def optimizer_case(
@@ -308,9 +286,13 @@ def optimizer_case(
 ) -> Case:
     """One step over all parameters of `network`; `keep` names the candidates, all of them where it is None."""
     make_network = make_network or NETWORKS[network]
+
+    def make() -> nn.Module:
+        return make_network(tiny).to(DTYPES[dtype])
+
     with torch.device("meta"):
-        entries = sum(p.numel() for p in make_network(tiny).parameters())
-        tensors = sum(1 for _ in make_network(tiny).parameters())
+        numels = [param.numel() for param in make().parameters()]
+    entries, tensors = sum(numels), len(numels)
     # The parameter and each state are read and written, the gradient is read.
     states = 2 if op == "feature_adam" else int(momentum > 0)
     width = DTYPES[dtype].itemsize
@@ -321,7 +303,7 @@ def optimizer_case(
         op=op,
         sizes={"entries": entries, "tensors": tensors, "momentum": momentum},
         dtype=dtype,
-        inputs=partial(inputs, make_network, tiny, DTYPES[dtype], momentum),
+        inputs=partial(inputs, make, momentum),
         truth=partial(truth, op, 2),
         candidates=tuple(chosen),
         bytes=entries * width * (3 + 2 * states),

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from networks import (
-    MLP,
-    VGG19,
-    ClonesOneByOne,
-    GoogLeNet,
-    LSTMBackbone,
-    MobileNetV2,
-    PlainModel,
-    SENet18,
-    TransformerLM,
-)
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 from torch.utils.flop_counter import FlopCounterMode
 
 import alrao_fast as alrao
-from speed import authors, libraries
-from speed.case import DTYPES, Call, Candidate, Case, Missing, Target
+from benchmarks import networks
+from benchmarks.networks import ClonesOneByOne, PlainModel, first
+from benchmarks.speed import authors, libraries
+from benchmarks.speed.case import DTYPES, Call, Candidate, Case, Target
 
 # Images that the losses are compared on: batch normalisation at a float64 forward of 128 would take minutes.
 CHECKED_BATCH = 4
@@ -71,11 +63,14 @@ def inputs(training: Training, dtype: torch.dtype, device: torch.device, seed: i
     generator = torch.Generator().manual_seed(seed)
     if training.tokens:
         x = torch.randint(training.tokens, training.shape, generator=generator)
-        y = torch.randint(training.classes, training.shape, generator=generator)
-        return Batch(training, dtype, x.to(device), y.to(device), seed)
-    x = torch.randn(training.shape, generator=generator)
-    y = torch.randint(training.classes, training.shape[:1], generator=generator)
-    return Batch(training, dtype, x.to(device, dtype), y.to(device), seed)
+    else:
+        x = torch.randn(training.shape, generator=generator).to(dtype)
+    y = torch.randint(training.classes, targets_shape(training), generator=generator)
+    return Batch(training, dtype, x.to(device), y.to(device), seed)
+
+
+def targets_shape(training: Training) -> tuple[int, ...]:
+    return training.shape if training.tokens else training.shape[:1]
 
 
 def checked_inputs(
@@ -102,12 +97,11 @@ def _layers(batch: Batch, features: int) -> list[nn.Linear]:
 
 
 def _alrao_net(batch: Batch) -> alrao.AlraoModel:
-    backbone = _backbone(batch)
-    features, training = backbone.out_features, batch.training
+    backbone, training = _backbone(batch), batch.training
+    features = backbone.out_features
+    shape = (features, training.classes, training.clones)
     with torch.device(batch.x.device):
-        head = alrao.ClassifierClones(
-            features, training.classes, training.clones, dtype=batch.dtype
-        )
+        head = alrao.ClassifierClones(*shape, dtype=batch.dtype)
     layers = _layers(batch, features)
     with torch.no_grad():
         head.weight.copy_(torch.stack([layer.weight for layer in layers]))
@@ -124,81 +118,71 @@ def _plain_net(batch: Batch) -> PlainModel:
 
 def truth(batch: Batch) -> Mapping[str, Tensor]:
     """The mixture's loss under the uniform posterior of the first step, and the plain loss, in float64."""
-    wide = batch._replace(
-        dtype=torch.float64,
-        x=batch.x if batch.training.tokens else batch.x.double(),
-    )
+    x = batch.x if batch.training.tokens else batch.x.double()
+    wide = batch._replace(dtype=torch.float64, x=x)
     with alrao.backends.use_backend("reference"), torch.no_grad():
         out = _alrao_net(wide)(wide.x, targets=wide.y)
         plain = _plain_net(wide)(wide.x, targets=wide.y)
-    return {"loss": out[0] if isinstance(out, tuple) else out, "plain": plain}
+    return {"loss": first(out), "plain": plain}
 
 
 def _step(
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    backward: Callable[[], Tensor],
+    optimizer: Any,
+    compute: Callable[[], Tensor],
     name: str = "loss",
+    update: Callable[[], object] | None = None,
 ) -> Call:
-    """A training step whose `backward` returns the loss, the first of them kept for comparison."""
+    """A training step whose `compute` returns the loss with its gradients done; the first is kept for comparison.
+
+    `update` stands in place of the optimizer's step.
+    """
     results: dict[str, Tensor] = {}
+    update = update or optimizer.step
 
     def run() -> None:
         optimizer.zero_grad()
-        loss = backward()
-        optimizer.step()
+        loss = compute()
+        update()
         if not results:
             results[name] = loss.detach().clone()
 
     return Call(run, lambda: results, optimizer.zero_grad)
 
 
+def _backward(loss: Tensor) -> Tensor:
+    loss.backward()
+    return loss
+
+
+def _sgd(params: Iterable[Tensor]) -> torch.optim.SGD:
+    return torch.optim.SGD(params, lr=1e-3, fused=True)
+
+
 def _alrao(batch: Batch) -> Call:
     net = _alrao_net(batch)
     generator = torch.Generator().manual_seed(0)
     optimizer = alrao.AlraoSGD(net, lr_range=batch.training.lr_range, generator=generator)
-
-    def backward() -> Tensor:
-        out = net(batch.x, targets=batch.y)
-        loss = out[0] if isinstance(out, tuple) else out
-        loss.backward()
-        return loss
-
-    return _step(net, optimizer, backward)
+    return _step(optimizer, lambda: _backward(first(net(batch.x, targets=batch.y))))
 
 
 def _plain(batch: Batch) -> Call:
     net = _plain_net(batch)
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, fused=True)
-
-    def backward() -> Tensor:
-        loss = net(batch.x, targets=batch.y)
-        loss.backward()
-        return loss
-
-    return _step(net, optimizer, backward, "plain")
+    optimizer = _sgd(net.parameters())
+    return _step(optimizer, lambda: _backward(net(batch.x, targets=batch.y)), "plain")
 
 
 def _plain_with(library: str, batch: Batch) -> Call:
     """Plain SGD with a library's fused loss in place of the last layer and cross-entropy."""
-    load, gpu_only = libraries.LIBRARIES[library]
-    if gpu_only and batch.x.device.type != "cuda":
-        raise Missing("runs on a GPU only")
-    loss_of = load()
+    loss_of = libraries.loss_of(library, batch.x.device)
     backbone = _backbone(batch)
     layer = _layers(batch, backbone.out_features)[0]
-    params = [*backbone.parameters(), layer.weight]
-    optimizer = torch.optim.SGD(params, lr=1e-3, fused=True)
 
-    def backward() -> Tensor:
-        out = backbone(batch.x)
-        features = (out[0] if isinstance(out, tuple) else out).flatten(0, -2)
+    def compute() -> Tensor:
+        features = first(backbone(batch.x)).flatten(0, -2)
         # Without the bias, which not all of them take: less work than the peer of the others does.
-        loss = loss_of(features, layer.weight, None, batch.y.flatten(), "mean")
-        loss.backward()
-        return loss
+        return _backward(loss_of(features, layer.weight, None, batch.y.flatten(), "mean"))
 
-    return _step(backbone, optimizer, backward, "unbiased")
+    return _step(_sgd([*backbone.parameters(), layer.weight]), compute, "unbiased")
 
 
 def _one_by_one(batch: Batch) -> Call:
@@ -207,68 +191,50 @@ def _one_by_one(batch: Batch) -> Call:
     net = ClonesOneByOne(backbone, backbone.out_features, training.classes, training.clones)
     net.clones = nn.ModuleList(_layers(batch, backbone.out_features))
     net.log_posterior = net.log_posterior.to(batch.x.device)
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, fused=True)
 
-    def backward() -> Tensor:
+    def compute() -> Tensor:
         mixture, own = net.losses(batch.x, targets=batch.y)
         net.backward(mixture, own)
         return mixture
 
-    return _step(net, optimizer, backward)
+    return _step(_sgd(net.parameters()), compute)
 
 
 def _authors(batch: Batch) -> Call:
     """Their model, optimizer and `alrao_step`, with their last layer for images or for tokens."""
     package = authors.load()
     training, backbone = batch.training, _backbone(batch)
-    custom = package.custom_layers
-    kind, attribute = (
-        (custom.LinearClassifierRNN, "decoder")
-        if training.tokens
-        else (custom.LinearClassifier, "fc")
-    )
-    net = package.alrao_model.AlraoModel(
-        "classification",
-        nn.NLLLoss(),
-        backbone,
-        training.clones,
-        kind,
-        backbone.out_features,
-        training.classes,
-    ).to(batch.x.device, batch.dtype)
+    kind, attribute = ("LinearClassifier", "fc")
+    if training.tokens:
+        kind, attribute = ("LinearClassifierRNN", "decoder")
+    shape = (training.clones, backbone.out_features, training.classes)
+    net = authors.model(package, backbone, *shape, kind).to(batch.x.device, batch.dtype)
     layers = [getattr(layer, attribute) for layer in net.last_layers()]
     with torch.no_grad():
         for layer, initial in zip(layers, _layers(batch, backbone.out_features)):
             layer.load_state_dict(initial.state_dict())
+    spec = package.optim_spec
     # It prints the clones' rates.
     with contextlib.redirect_stdout(io.StringIO()):
-        optimizer = package.optim_spec.init_alrao_optimizer(
-            net, training.clones, *training.lr_range
-        )
+        optimizer = spec.init_alrao_optimizer(net, training.clones, *training.lr_range)
     targets = batch.y.flatten()
-    results: dict[str, Tensor] = {}
 
-    def run() -> None:
-        optimizer.zero_grad()
-        out = net(batch.x)
-        loss = nll_loss(out[0] if isinstance(out, tuple) else out, targets)
-        loss.backward()
-        package.optim_spec.alrao_step(net, optimizer, nll_loss, targets)
-        if not results:
-            results["loss"] = loss.detach().clone()
+    def update() -> None:
+        spec.alrao_step(net, optimizer, nll_loss, targets)
 
-    return Call(run, lambda: results, optimizer.zero_grad)
+    return _step(
+        optimizer, lambda: _backward(nll_loss(first(net(batch.x)), targets)), update=update
+    )
 
 
 def _images(backbone: Callable[[float], nn.Module], batch: int, tiny: bool) -> Training:
-    width = 0.1 if tiny else 1.0
-    size = 2 if tiny else batch
-    return Training(partial(backbone, width), 10, 10, (1e-5, 10.0), (size, 3, 32, 32))
+    shape = (2 if tiny else batch, 3, 32, 32)
+    return Training(partial(backbone, 0.1 if tiny else 1.0), 10, 10, (1e-5, 10.0), shape)
 
 
 def _lstm(tokens: int, length: int, tiny: bool) -> Training:
     tokens, length, batch = (20, 3, 2) if tiny else (tokens, length, 20)
-    make = partial(LSTMBackbone, tokens)
+    make = partial(networks.LSTMBackbone, tokens)
     shape = (length, batch)
     return Training(make, tokens, 6, (1e-3, 100.0), shape, tokens=tokens, batch_dim=1)
 
@@ -279,17 +245,19 @@ def _transformer(
     tokens, vocabulary = 50304, 50000
     if tiny:
         tokens, vocabulary, features, layers, heads, batch, context = 50, 40, 8, 2, 2, 2, 6
-    make = partial(TransformerLM, tokens, features, layers, heads, context)
+    make = partial(networks.TransformerLM, tokens, features, layers, heads, context)
     return Training(make, vocabulary, 6, (1e-5, 1.0), (batch, context), tokens=vocabulary)
 
 
 # Networks by name: batch -> what is trained; the batch counts streams of text where there is one.
 TRAININGS: dict[str, Callable[[int, bool], Training]] = {
-    "MLP": lambda batch, tiny: Training(MLP, 10, 10, (1e-5, 10.0), (2 if tiny else batch, 64)),
-    "GoogLeNet": partial(_images, GoogLeNet),
-    "VGG19": partial(_images, VGG19),
-    "MobileNetV2": partial(_images, MobileNetV2),
-    "SENet18": partial(_images, SENet18),
+    "MLP": lambda batch, tiny: Training(
+        networks.MLP, 10, 10, (1e-5, 10.0), (2 if tiny else batch, 64)
+    ),
+    "GoogLeNet": partial(_images, networks.GoogLeNet),
+    "VGG19": partial(_images, networks.VGG19),
+    "MobileNetV2": partial(_images, networks.MobileNetV2),
+    "SENet18": partial(_images, networks.SENet18),
     "LSTM, 50 characters": lambda batch, tiny: _lstm(50, 70, tiny),
     "LSTM, 10,000 words": lambda batch, tiny: _lstm(10_000, 35, tiny),
     "transformer, 50,000 tokens": lambda batch, tiny: _transformer(128, 2, 4, batch, 64, tiny),
@@ -307,11 +275,8 @@ def _plain_flops(training: Training) -> float | None:
     with torch.device("meta"):
         backbone = training.backbone()
         net = PlainModel(backbone, backbone.out_features, training.classes)
-        if training.tokens:
-            x = torch.zeros(training.shape, dtype=torch.int64)
-            y = x
-        else:
-            x, y = torch.zeros(training.shape), torch.zeros(training.shape[:1], dtype=torch.int64)
+        x = torch.zeros(training.shape, dtype=torch.int64 if training.tokens else None)
+        y = torch.zeros(targets_shape(training), dtype=torch.int64)
         try:
             with FlopCounterMode(display=False) as counter:
                 net(x, targets=y)
@@ -321,10 +286,7 @@ def _plain_flops(training: Training) -> float | None:
 
 
 def _samples(training: Training) -> int:
-    samples = 1
-    for size in training.shape if training.tokens else training.shape[:1]:
-        samples *= size
-    return samples
+    return math.prod(targets_shape(training))
 
 
 def clones_flops(training: Training) -> float:
@@ -353,12 +315,8 @@ def step_case(
     total = None if flops is None else flops + clones_flops(training)
     if flops is not None and total is not None:
         targets += tuple(replace(t, limit=t.limit * total / flops) for t in floor_targets)
-    sizes = {
-        "batch": training.shape[training.batch_dim],
-        "samples": _samples(training),
-        "classes": training.classes,
-        "clones": training.clones,
-    }
+    sizes = {"batch": training.shape[training.batch_dim], "samples": _samples(training)}
+    sizes |= {"classes": training.classes, "clones": training.clones}
     return Case(
         name=f"training step, {network}",
         op="training_step",

@@ -1,7 +1,5 @@
 """Cases of the op switch_update: one observation of the posterior over the clones."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
@@ -9,11 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alrao_fast import backends
 from alrao_fast.functional import switch_update_
 from alrao_fast.reference import switch_update as reference
-from speed import authors
-from speed.case import Call, Candidate, Case, Missing, compiled, generator_on
+from benchmarks.speed import authors
+from benchmarks.speed.case import Call, Candidate, Case, compiled, generator_on, ours
 
 # The authors' value, so that their switch can be compared.
 THETA = 0.9999
@@ -45,12 +42,6 @@ def truth(given: Observation) -> Mapping[str, Tensor]:
 
 
 def _ours(backend: str, given: Observation) -> Call:
-    if backend != "auto":
-        state = backends.status("switch_update", backend)
-        if not state.available:
-            raise Missing(state.reason)
-        if backend not in backends.available("switch_update", given.logw.device):
-            raise Missing(f"it does not run on {given.logw.device.type} tensors")
     return Call(
         lambda: switch_update_(*given, theta=THETA, impl=backend),
         lambda: {"log_posterior": given.log_posterior},
@@ -86,11 +77,7 @@ def switch_case(clones: int = 10) -> Case:
         inputs=partial(inputs, clones),
         truth=truth,
         candidates=(
-            Candidate("alrao", partial(_ours, "auto"), names),
-            *(
-                Candidate(f"alrao {name}", partial(_ours, name), names)
-                for name in backends.BACKENDS
-            ),
+            *ours("switch_update", _ours, names),
             Candidate("torch.compile", _compiled, names, slow=True),
             Candidate("authors", _authors, names),
         ),

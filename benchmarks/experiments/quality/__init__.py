@@ -1,0 +1,1 @@
+"""`python benchmarks quality`: Alrao without tuning against tuned and tuning-free rivals."""
