@@ -9,42 +9,26 @@ and the training loop that every PyTorch user has, with `loss = net(x, targets=y
 
 __version__ = "0.1.0"
 
-from alrao_fast import backends, functional
+from alrao_fast import backends, functional, optim
 from alrao_fast.backends import use_backend
 from alrao_fast.graphed_step import GraphedStep
 from alrao_fast.nn import AlraoModel, ClassifierClones, RegressorClones, Switch
-from alrao_fast.optim import (
-    AlraoAdam,
-    AlraoSGD,
-    Constant,
-    Feature,
-    Fraction,
-    LogUniform,
-    PerWeight,
-    describe_rates,
-    register_feature_layout,
-)
+
+# The optimizers, samplers and layouts, as listed there.
+from alrao_fast.optim import *  # noqa: F403
 from alrao_fast.ranking import Ranked, Ranking, rank
 
 __all__ = [
-    "AlraoAdam",
     "AlraoModel",
-    "AlraoSGD",
     "ClassifierClones",
-    "Constant",
-    "Feature",
-    "Fraction",
     "GraphedStep",
-    "LogUniform",
-    "PerWeight",
     "Ranked",
     "Ranking",
     "RegressorClones",
     "Switch",
     "backends",
-    "describe_rates",
     "functional",
     "rank",
-    "register_feature_layout",
     "use_backend",
 ]
+__all__ += optim.__all__
