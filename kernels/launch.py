@@ -30,15 +30,13 @@ def launch(
     num_warps: int,
     num_stages: int = 1,
     fuse: bool = True,
-    **constants: Any,
+    **named: Any,
 ) -> None:
-    """Start `kernel`; `fuse` lets the compiler contract a * b + c, `constants` are its constexpr arguments.
+    """Start `kernel`; `fuse` lets the compiler contract a * b + c, `named` are its constexpr arguments and any others.
 
     Nothing is tuned at run time: an in-place kernel must not be tried out on the tensors it updates.
     """
-    kernel[grid](
-        *args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fuse, **constants
-    )
+    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fuse, **named)
 
 
 @triton.jit

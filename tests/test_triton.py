@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")
 DEVICE = backends.device_of("triton")
 NAN, INF = math.nan, math.inf
 
-# What of alrao_fast.kernels.mixture.loss is changed, and the memory budget.
+# What of alrao_fast.kernels.mixture.problem is changed, and the memory budget.
 REGIMES = {
     "direct": ({}, None),
     "library": ({"DIRECT": 0}, None),
@@ -41,7 +41,7 @@ REGIMES = {
 @pytest.fixture(params=REGIMES)
 def budget(request, monkeypatch):
     """The memory budget, with the regime forced."""
-    from alrao_fast.kernels.mixture import loss as switch_mixture
+    from alrao_fast.kernels.mixture import problem as switch_mixture
 
     changes, memory_budget = REGIMES[request.param]
     for name, value in changes.items():
@@ -150,7 +150,7 @@ def test_every_regime_of_regression(budget, dtype):
 @pytest.mark.parametrize("sizes", [(1, 1, 3, 1), (65, 17, 70, 2), (70, 128, 200, 3)], ids=str)
 def test_fused_in_parts(monkeypatch, sizes, programs):
     from alrao_fast.kernels.mixture import fused as switch_mixture_fused
-    from alrao_fast.kernels.mixture import loss as switch_mixture
+    from alrao_fast.kernels.mixture import problem as switch_mixture
 
     monkeypatch.setattr(switch_mixture, "TILE", 0)
     monkeypatch.setattr(switch_mixture, "is_fused", lambda dtype, features: True)
@@ -164,7 +164,7 @@ def test_fused_in_parts(monkeypatch, sizes, programs):
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=str)
 def test_fused_makes_what_is_needed(monkeypatch, needs):
-    from alrao_fast.kernels.mixture import loss as switch_mixture
+    from alrao_fast.kernels.mixture import problem as switch_mixture
 
     monkeypatch.setattr(switch_mixture, "TILE", 0)
     monkeypatch.setattr(switch_mixture, "is_fused", lambda dtype, features: True)
@@ -178,31 +178,31 @@ def test_fused_makes_what_is_needed(monkeypatch, needs):
 
 
 def test_which_regime_runs():
-    from alrao_fast.kernels.mixture import loss as kernels
+    from alrao_fast.kernels.mixture import problem
 
     def regime(dtype, features, classes, gaussian=False):
-        inputs = kernels.Inputs(
+        inputs = problem.Inputs(
             torch.empty(2, features, dtype=dtype), torch.empty(6, classes, features), None, None
         )
-        return kernels._regime(inputs, kernels._Likelihood(None, gaussian, -100, 0.0, 0.0))
+        return problem.regime(inputs, gaussian)
 
     low, single = torch.bfloat16, torch.float32
-    assert regime(low, 100, 512) is kernels._tile
-    assert regime(low, 100, 10000) is kernels._fused
-    assert regime(low, 100, 10000, gaussian=True) is kernels._stream
-    assert regime(low, 129, 10000) is kernels._stream
-    assert regime(single, 64, 10000) is kernels._stream
+    assert regime(low, 100, 512) == "tile"
+    assert regime(low, 100, 10000) == "fused"
+    assert regime(low, 100, 10000, gaussian=True) == "stream"
+    assert regime(low, 129, 10000) == "stream"
+    assert regime(single, 64, 10000) == "stream"
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = True
-        assert regime(single, 64, 10000) is kernels._fused
-        assert regime(torch.float64, 64, 10000) is kernels._stream
+        assert regime(single, 64, 10000) == "fused"
+        assert regime(torch.float64, 64, 10000) == "stream"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def test_rows_longer_than_a_block(monkeypatch):
-    from alrao_fast.kernels.mixture import loss as switch_mixture
+    from alrao_fast.kernels.mixture import problem as switch_mixture
 
     monkeypatch.setattr(switch_mixture, "TILE", 0)
     compare(testing.mixture_inputs(3, 4, 4500, 2, device=DEVICE), None)

@@ -93,7 +93,13 @@ class FusedPass(LinearPass):
         prior = torch.zeros(self._weight.size(0), dtype=torch.float64, device=targets.device)
         with _BelowAutograd():
             _, stats, _, *slots = self._ops.nll(
-                *self._inputs(prior), targets, ignored, True, False, True, CPU_MEMORY_BUDGET
+                *self._inputs(prior),
+                targets,
+                ignore_index=ignored,
+                mean=True,
+                need_dx=False,
+                need_dw=True,
+                memory_budget=CPU_MEMORY_BUDGET,
             )
         return Own(stats[0] / stats[2], self._typed(slots), stats[1])
 

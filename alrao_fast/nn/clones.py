@@ -37,6 +37,8 @@ class LinearClones(FixedDtypeBuffers):
     running: Tensor
     # Name of the second row of the statistics, divided by the number of samples.
     _score: str
+    # The mixture's loss and statistics, by its likelihood.
+    _stats: Callable[..., tuple[Tensor, Tensor]]
 
     def __init__(
         self,
@@ -163,14 +165,16 @@ class LinearClones(FixedDtypeBuffers):
             theta=observer.theta,
         )
 
-    def _loss(
-        self, stats_of: Callable[..., tuple[Tensor, Tensor]], *args: Any, **options: Any
-    ) -> Tensor:
-        """The loss by an op of the mixture; in training mode its statistics are observed."""
+    def _loss(self, features: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        """The mixture's loss; in training mode its statistics are observed."""
         # With other processes the statistics must be summed first.
         alone = self.training and self.switch.is_alone()
-        loss, stats = stats_of(
-            *args,
+        loss, stats = self._stats(
+            features,
+            self.weight,
+            self.bias,
+            self.switch.log_posterior,
+            targets,
             reduction=self.reduction,
             memory_budget=self.memory_budget,
             observer=self._observer() if alone else None,
@@ -229,6 +233,7 @@ class ClassifierClones(LinearClones):
     """
 
     _score = "accuracy"
+    _stats = staticmethod(switch_mixture_stats)
 
     def __init__(
         self,
@@ -278,15 +283,7 @@ class ClassifierClones(LinearClones):
             return switch_mixture_log_prob(
                 features, self.weight, self.bias, posterior, memory_budget=self.memory_budget
             )
-        return self._loss(
-            switch_mixture_stats,
-            features,
-            self.weight,
-            self.bias,
-            self.switch.log_posterior,
-            targets,
-            ignore_index=self.ignore_index,
-        )
+        return self._loss(features, targets, ignore_index=self.ignore_index)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_classes={self.num_classes}, {super().extra_repr()}"
@@ -299,6 +296,7 @@ class RegressorClones(LinearClones):
     """
 
     _score = "squared_error"
+    _stats = staticmethod(switch_mixture_gaussian_stats)
 
     def __init__(
         self,
@@ -344,15 +342,7 @@ class RegressorClones(LinearClones):
         if targets is None:
             posterior = self.switch.log_posterior.clone()
             return switch_mixture_mean(features, self.weight, self.bias, posterior)
-        return self._loss(
-            switch_mixture_gaussian_stats,
-            features,
-            self.weight,
-            self.bias,
-            self.switch.log_posterior,
-            targets,
-            sigma2=self.sigma2,
-        )
+        return self._loss(features, targets, sigma2=self.sigma2)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"

@@ -1,4 +1,8 @@
-"""Checks of single tensors for implementations in Python; csrc/common/checks.cpp words them for compiled ones."""
+"""Checks of single tensors; csrc/common/checks.cpp words them alike.
+
+An op's checks stand twice. Those in Python serve the Triton kernels. A compiled implementation checks by itself: a
+caller that was compiled reaches it through the dispatcher, with no Python in between.
+"""
 
 from __future__ import annotations
 

@@ -8,8 +8,9 @@ extension may hold the CUDA key of the first; their modules are imported, and tr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -53,7 +54,13 @@ def define_triton(
     return define_twin(schema, fake, run)
 
 
-def overload(name: str, backend: str) -> Any:
+def finder(schema: str, *names: str) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that finds the arguments of these names among all of an op's, in the order of its schema."""
+    order = [argument.name for argument in torch._C.parse_schema(schema).arguments]
+    return itemgetter(*map(order.index, names))
+
+
+def overload(name: str, backend: str | None = None) -> Any:
     """The op that runs `name` on `backend`, triton or a compiled one."""
     return getattr(torch.ops.alrao_fast, f"{name}__triton" if backend == "triton" else name).default
 

@@ -11,8 +11,8 @@ namespace alrao {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-MixtureSizes check_mixture(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                           const Tensor& log_posterior, int64_t memory_budget) {
+MixtureSizes check_mixture(const MixtureInputs& inputs, int64_t memory_budget) {
+  const auto& [x, weight, bias, log_posterior] = inputs;
   STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) > 0 && weight.size(1) > 0,
                   "weight: got shape ", shape_of(weight),
                   ", expected [N, C, D] with N >= 1 and C >= 1");
@@ -38,27 +38,35 @@ MixtureSizes check_mixture(const Tensor& x, const Tensor& weight, const std::opt
   return sizes;
 }
 
-void check_class_target(const Tensor& target, const Tensor& x) {
-  check_shape("target", target, {x.size(0)});
-  check_dtype("target", target, {ScalarType::Long});
+MixtureSizes check_loss(const LossArguments& arguments) {
+  const MixtureSizes sizes = check_mixture(arguments.inputs, arguments.options.memory_budget);
+  const Tensor &x = arguments.inputs.x, &target = arguments.target;
+  if (arguments.likelihood.gaussian) {
+    check_shape("target", target, {sizes.samples, sizes.classes});
+    check_same_dtype("target", target, "x", x);
+  } else {
+    check_shape("target", target, {sizes.samples});
+    check_dtype("target", target, {ScalarType::Long});
+  }
   check_same_device("target", target, "x", x);
+  if (arguments.likelihood.gaussian) {
+    const double sigma2 = arguments.likelihood.values.sigma2;
+    STD_TORCH_CHECK(sigma2 > 0, "sigma2: got ", sigma2, ", expected a positive variance");
+  }
+  return sizes;
 }
 
-void check_gaussian_target(const Tensor& target, const Tensor& x, int64_t outputs, double sigma2) {
-  check_shape("target", target, {x.size(0), outputs});
-  check_same_dtype("target", target, "x", x);
-  check_same_device("target", target, "x", x);
-  STD_TORCH_CHECK(sigma2 > 0, "sigma2: got ", sigma2, ", expected a positive variance");
-}
-
-void check_log_prob_gradient(const Tensor& grad, const Tensor& log_prob, const Tensor& x,
-                             int64_t classes) {
+MixtureSizes check_log_prob_gradient(const LogProbGradient& arguments) {
+  const MixtureSizes sizes = check_mixture(arguments.inputs, arguments.memory_budget);
+  const Tensor& x = arguments.inputs.x;
   const bool is_double = x.scalar_type() == ScalarType::Double;
-  for (const auto& [name, tensor] : {std::pair{"grad", &grad}, std::pair{"log_prob", &log_prob}}) {
-    check_shape(name, *tensor, {x.size(0), classes});
+  for (const auto& [name, tensor] :
+       {std::pair{"grad", &arguments.grad}, std::pair{"log_prob", &arguments.log_prob}}) {
+    check_shape(name, *tensor, {sizes.samples, sizes.classes});
     check_dtype(name, *tensor, {is_double ? ScalarType::Double : ScalarType::Float});
     check_same_device(name, *tensor, "x", x);
   }
+  return sizes;
 }
 
 }  // namespace alrao

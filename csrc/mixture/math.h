@@ -12,24 +12,6 @@ struct MixtureSizes {
   int64_t samples, features, clones, classes;
 };
 
-// Half of K log(2 pi sigma^2).
-static inline double gaussian_log_normaliser(int64_t outputs, double sigma2) {
-  return 0.5 * static_cast<double>(outputs) * std::log(2 * 3.14159265358979323846 * sigma2);
-}
-
-template <class T>
-ALRAO_HOST_DEVICE static inline T gaussian_log_likelihood(T squared_error, T inverse_variance,
-                                                          T log_normaliser) {
-  return T(-0.5) * squared_error * inverse_variance - log_normaliser;
-}
-
-// `sum` is the sum of exp(logit - max). NaN in `sum`, or anything not finite, says that the clone
-// is dead for the sample.
-template <class T>
-ALRAO_HOST_DEVICE static inline T class_log_likelihood(T target_logit, T max, T sum) {
-  return (target_logit - max) - std::log(sum);
-}
-
 // Finite: the clone is alive for the sample.
 template <class T>
 ALRAO_HOST_DEVICE static inline bool is_alive(T log_likelihood) {

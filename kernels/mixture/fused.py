@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..launch import INTERPRETED_BF16, launch, round_to, widen
 from .gemm import tf32
+from .problem import Loss
 
 # Programs of a launch that are worth splitting classes for.
 PROGRAMS = 512
@@ -320,43 +320,22 @@ def features_gradient_kernel(
     )
 
 
-def is_fused(dtype: torch.dtype, num_features: int) -> bool:
-    """Whether recomputing the logits of a large output layer costs less than their traffic (the floors above)."""
-    if dtype in (torch.bfloat16, torch.float16):
-        return num_features <= 128
-    return tf32(dtype) and num_features <= 64
-
-
 def splits_of(tiles: int, programs: int) -> tuple[int, int]:
     """(splits, tiles per split) where `programs` others run beside each split."""
     per_split = max(triton.cdiv(tiles * programs, PROGRAMS), 1)
     return triton.cdiv(tiles, per_split), min(per_split, tiles)
 
 
-def mixture_fused(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    log_posterior: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    norm: Tensor,
-    dead: Tensor,
-    nll: Tensor,
-    score: Tensor,
-    mix: Tensor,
-    dx: Tensor | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-) -> None:
-    """Fill nll, score [N, B], mix [B], dead [N] and the gradients that are wanted, float32; B > 0, D <= 128."""
-    (num_samples, width), (num_clones, num_classes, _) = x.shape, weight.shape
+def mixture_fused(loss: Loss) -> None:
+    """B > 0, D <= 128; all in float32."""
+    x, weight, bias, log_posterior = loss.inputs
+    num_samples, width, num_clones, num_classes = loss.inputs.sizes
     # Rows on 16-byte addresses, or every load would be narrow.
     if width % 16:
         x, weight = (F.pad(tensor, (0, -width % 16)) for tensor in (x, weight))
     num_features = x.size(1)
     padded = max(triton.next_power_of_2(num_features), 16)
-    common = (x, weight, x if bias is None else bias, target)
+    common = (x, weight, x if bias is None else bias, loss.target)
     constants = {"TF32": tf32(x.dtype), "HAS_BIAS": bias is not None, "D_P": padded}
     blocks = triton.cdiv(num_samples, OWNED)
 
@@ -388,31 +367,28 @@ def mixture_fused(
         part,
         place,
         log_posterior,
-        target,
-        nll,
-        score,
-        mix,
-        dead,
+        loss.target,
+        *loss.statistics,
         lse,
         joint,
         num_samples,
         num_clones,
         num_classes,
         splits,
-        ignore_index,
+        loss.likelihood["ignore_index"],
         num_warps=2,
         BLOCK=128,
     )
-    if dweight is not None:
+    if loss.need_dw:
         launch(
             clone_gradient_kernel,
             (triton.cdiv(num_classes, OWNED), num_clones),
             *common,
-            norm,
+            loss.norm,
             lse,
-            dead,
-            dweight,
-            dbias,
+            loss.dead,
+            loss.dweight,
+            loss.dbias,
             num_samples,
             num_classes,
             num_features,
@@ -423,15 +399,15 @@ def mixture_fused(
             BLOCK_C=OWNED,
             **constants,
         )
-    if dx is not None:
+    if loss.need_dx:
         tiles = triton.cdiv(num_classes, STREAMED) * num_clones
         splits, per_split = splits_of(tiles, blocks)
-        parts = dx if splits == 1 else dx.new_empty((splits, *dx.shape))
+        parts = loss.dx if splits == 1 else loss.dx.new_empty((splits, *loss.dx.shape))
         launch(
             features_gradient_kernel,
             (blocks, splits),
             *common,
-            norm,
+            loss.norm,
             lse,
             joint,
             parts,
@@ -448,4 +424,4 @@ def mixture_fused(
             **constants,
         )
         if splits > 1:
-            torch.sum(parts, 0, out=dx)
+            torch.sum(parts, 0, out=loss.dx)

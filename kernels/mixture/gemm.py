@@ -210,3 +210,11 @@ def zero_dead(tensor: Tensor, dead: Tensor) -> None:
             PARTS=parts,
             BLOCK=1024,
         )
+
+
+def settle(dweight: Tensor, dbias: Tensor, dead: Tensor, norm: Tensor | None) -> None:
+    """What the library's products leave to do: the scale, and nothing for dead clones."""
+    for tensor in (dweight, dbias):
+        if norm is not None:
+            tensor.mul_(norm)
+        zero_dead(tensor, dead)

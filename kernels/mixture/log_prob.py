@@ -7,10 +7,10 @@ The backward multiplies in float32 at least: its sums over classes cancel.
 import torch
 from torch import Tensor
 
-from ..launch import accumulator, launch
-from .gemm import finite, input_gradient, matmul
-from .loss import Inputs, chunk_of, combine, lowest, row_block, tile_of
-from .stream import log_prob_backward_row_kernel, log_prob_row_kernel
+from ..launch import launch
+from .gemm import finite, input_gradient
+from .problem import Inputs, lowest, row_block, tile_of
+from .stream import combine, log_prob_backward_row_kernel, log_prob_row_kernel
 from .tile import log_prob_backward_tile_kernel, log_prob_tile_kernel
 
 
@@ -19,25 +19,18 @@ def switch_mixture_log_prob(
 ) -> Tensor:
     """The op, on checked arguments."""
     inputs = Inputs.of(x, weight, bias, log_posterior)
-    x, weight, bias, log_posterior = inputs
-    num_samples, num_features, num_clones, num_classes = inputs.sizes
-    acc = accumulator(x.dtype)
-    out = x.new_empty((num_samples, num_classes), dtype=acc)
+    num_samples, _, num_clones, num_classes = inputs.sizes
+    out = x.new_empty((num_samples, num_classes), dtype=inputs.dtype)
     tile = tile_of(num_clones, num_classes)
     rows = num_classes if tile is None else num_clones * num_classes
-    chunk = chunk_of(num_samples, rows * acc.itemsize, memory_budget)
     block, warps = row_block(num_classes, x.dtype)
-    for start in range(0, num_samples, chunk):
-        part = slice(start, min(start + chunk, num_samples))
+    for part in inputs.chunks(rows * inputs.dtype.itemsize, memory_budget):
         if tile is not None:
-            z = x.new_empty((part.stop - start, rows), dtype=acc)
-            matmul(x[part], weight.view(rows, num_features).t(), z)
+            logits = inputs.logits(part)
             launch(
                 log_prob_tile_kernel,
-                (z.size(0),),
-                z,
-                z if bias is None else bias,
-                log_posterior,
+                (part.stop - part.start,),
+                *logits,
                 out[part],
                 num_clones,
                 num_classes,
@@ -48,14 +41,11 @@ def switch_mixture_log_prob(
             )
             continue
         for clone in range(num_clones):
-            z = x.new_empty((part.stop - start, num_classes), dtype=acc)
-            matmul(x[part], weight[clone].t(), z)
+            logits = inputs.logits(part, clone)
             launch(
                 log_prob_row_kernel,
-                (z.size(0),),
-                z,
-                z if bias is None else bias,
-                log_posterior,
+                (part.stop - part.start,),
+                *logits,
                 out[part],
                 clone,
                 num_classes,
@@ -81,96 +71,79 @@ def switch_mixture_log_prob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op, on checked arguments."""
     inputs = Inputs.of(x, weight, bias, log_posterior)
-    x, weight, bias, _ = inputs
     num_samples, _, num_clones, num_classes = inputs.sizes
-    acc = accumulator(x.dtype)
+    acc = inputs.dtype
     dx = x.new_empty(x.shape if need_dx else (0,), dtype=acc)
     dweight = x.new_zeros(weight.shape if need_dw else (0,), dtype=acc)
     dbias = x.new_zeros((num_clones, num_classes) if need_dw else (0,), dtype=acc)
     if num_samples and (need_dx or need_dw):
-        run = _backward_stream if tile_of(num_clones, num_classes) is None else _backward_tile
-        run(
-            inputs, grad.contiguous(), log_prob, dx, dweight, dbias, need_dx, need_dw, memory_budget
-        )
+        tile = tile_of(num_clones, num_classes)
+        rows = num_classes if tile is None else num_clones * num_classes
+        chunks = inputs.chunks(rows * acc.itemsize, memory_budget)
+        samples = finite(inputs.x.to(acc)) if need_dw else x
+        run = _backward_stream if tile is None else _backward_tile
+        gradients = dx if need_dx else None, dweight if need_dw else None, dbias
+        run(inputs, samples, chunks, grad.contiguous(), log_prob, *gradients)
     return dx, dweight, dbias
 
 
-def _backward_tile(
-    inputs, grad, log_prob, dx, dweight, dbias, need_dx, need_dw, memory_budget
-) -> None:
-    x, weight, bias, log_posterior = inputs
-    num_samples, num_features, num_clones, num_classes = inputs.sizes
-    acc, rows = accumulator(x.dtype), num_clones * num_classes
+def _backward_tile(inputs, samples, chunks, grad, log_prob, dx, dweight, dbias) -> None:
+    _, num_features, num_clones, num_classes = inputs.sizes
     n, c, warps = tile_of(num_clones, num_classes)
-    matrix = weight.view(rows, num_features)
-    wide = matrix.to(acc)
-    samples = finite(x.to(acc)) if need_dw else x
-    flag = torch.zeros(1, dtype=torch.int32, device=x.device)
-    chunk = chunk_of(num_samples, rows * acc.itemsize, memory_budget)
-    for start in range(0, num_samples, chunk):
-        part = slice(start, min(start + chunk, num_samples))
-        z = x.new_empty((part.stop - start, rows), dtype=acc)
-        matmul(x[part], matrix.t(), z)
+    wide = inputs.matrix.to(inputs.dtype)
+    flag = torch.zeros(1, dtype=torch.int32, device=samples.device)
+    for part in chunks:
+        z, *others = inputs.logits(part)
         launch(
             log_prob_backward_tile_kernel,
             (z.size(0),),
             z,
-            z if bias is None else bias,
-            log_posterior,
+            *others,
             log_prob[part],
             grad[part],
             flag,
             num_clones,
             num_classes,
             num_warps=warps,
-            HAS_BIAS=bias is not None,
+            HAS_BIAS=inputs.bias is not None,
             N_P=n,
             C_P=c,
         )
-        if need_dx:
+        if dx is not None:
             input_gradient(z, wide, flag, dx[part])
-        if need_dw:
-            dweight.view(rows, -1).addmm_(z.t(), samples[part])
+        if dweight is not None:
+            dweight.view(-1, num_features).addmm_(z.t(), samples[part])
             dbias.view(-1).add_(z.sum(0))
 
 
-def _backward_stream(
-    inputs, grad, log_prob, dx, dweight, dbias, need_dx, need_dw, memory_budget
-) -> None:
-    x, weight, bias, log_posterior = inputs
-    num_samples, num_features, num_clones, num_classes = inputs.sizes
-    acc = accumulator(x.dtype)
-    block, warps = row_block(num_classes, x.dtype)
-    samples = finite(x.to(acc)) if need_dw else x
-    state = x.new_empty((4, num_samples), dtype=acc)
-    total = x.new_empty((num_samples, num_features) if need_dx else (0,), dtype=acc)
-    chunk = chunk_of(num_samples, num_classes * acc.itemsize, memory_budget)
+def _backward_stream(inputs, samples, chunks, grad, log_prob, dx, dweight, dbias) -> None:
+    num_samples, _, num_clones, num_classes = inputs.sizes
+    block, warps = row_block(num_classes, inputs.x.dtype)
+    state = grad.new_empty((4, num_samples))
+    total = None if dx is None else torch.empty_like(dx)
     for clone in range(num_clones):
-        wide = weight[clone].to(acc)
-        for start in range(0, num_samples, chunk):
-            part = slice(start, min(start + chunk, num_samples))
-            z = x.new_empty((part.stop - start, num_classes), dtype=acc)
-            matmul(x[part], weight[clone].t(), z)
+        wide = inputs.weight[clone].to(inputs.dtype)
+        for part in chunks:
+            z, *others = inputs.logits(part, clone)
             launch(
                 log_prob_backward_row_kernel,
                 (z.size(0),),
                 z,
-                z if bias is None else bias,
-                log_posterior,
+                *others,
                 log_prob,
                 grad,
                 state,
                 clone,
-                start,
+                part.start,
                 num_samples,
                 num_classes,
                 num_warps=warps,
-                HAS_BIAS=bias is not None,
-                LOWEST=lowest(x.dtype),
+                HAS_BIAS=inputs.bias is not None,
+                LOWEST=lowest(inputs.x.dtype),
                 BLOCK=block,
             )
-            if need_dw:
+            if dweight is not None:
                 dweight[clone].addmm_(z.t(), samples[part])
                 dbias[clone].add_(z.sum(0))
-            if need_dx:
-                combine(torch.mm(z, wide), total, dx, state, None, start, clone, num_clones)
+            if dx is not None:
+                combine(torch.mm(z, wide), total, dx, state, None, part.start, clone, num_clones)

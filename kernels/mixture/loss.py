@@ -15,69 +15,18 @@ None holds more logits than the memory budget. Logits, their softmax and every s
 TF32 is used where torch.backends.cuda.matmul allows it. Sums have a fixed order; nothing waits for the device.
 """
 
-import math
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import accumulator, launch
-from .fused import is_fused, mixture_fused
-from .gemm import finite, input_gradient, matmul, safe_matmul, sum_rows, zero_dead
-from .stream import combine_kernel, mixture_row_kernel
-from .tile import mixture_tile_kernel
+from alrao_fast.ops.mixture.likelihood import Classes, Values
 
-# The largest tile of [N, C], both padded to powers of two, that stays in registers.
-TILE = 4096
-# Multiplications of a product below which launches cost more than our own kernel's lower speed.
-DIRECT = 1 << 26
-
-
-class Inputs(NamedTuple):
-    """Contiguous and checked; `x [B, D]`, `weight [N, C, D]`, `bias [N, C]` or None, `log_posterior [N]`."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    log_posterior: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor) -> "Inputs":
-        bias = None if bias is None else bias.contiguous()
-        return cls(x.contiguous(), weight.contiguous(), bias, log_posterior.contiguous())
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """(B, D, N, C)."""
-        return (*self.x.shape, self.weight.size(0), self.weight.size(1))
-
-
-def tile_of(num_clones: int, num_classes: int) -> tuple[int, int, int] | None:
-    """(N_P, C_P, warps) of the tile kernels, or None where the clones are streamed."""
-    n, c = triton.next_power_of_2(num_clones), max(triton.next_power_of_2(num_classes), 16)
-    if n * c > TILE:
-        return None
-    return n, c, 1 if n * c <= 256 else 4 if n * c <= 2048 else 8
-
-
-def row_block(num_classes: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(BLOCK, warps) of the row kernels."""
-    # Entries of a thread: as many as stay in its registers.
-    largest, share = (1024, 256) if dtype == torch.float64 else (4096, 512)
-    block = min(max(triton.next_power_of_2(num_classes), 128), largest)
-    return block, max(block // share, 1)
-
-
-def lowest(dtype: torch.dtype) -> float:
-    return torch.finfo(accumulator(dtype)).min
-
-
-def chunk_of(num_samples: int, bytes_per_sample: int, memory_budget: int) -> int:
-    """Samples whose logits are held at a time."""
-    return max(min(num_samples, memory_budget // max(bytes_per_sample, 1)), 1)
+from ..launch import launch
+from .fused import mixture_fused
+from .problem import Loss, regime
+from .stream import mixture_stream
+from .tile import mixture_tile
 
 
 @triton.jit(do_not_specialize=["num_samples", "ignore_index"])
@@ -154,333 +103,56 @@ def finish_kernel(
         tl.store(stats_ptr + 2 * num_clones + clone, count)
 
 
-class _Likelihood(NamedTuple):
-    """What is mixed: categorical, or Gaussian with the given variance."""
-
-    target: Tensor
-    gaussian: bool
-    ignore_index: int
-    inv_sigma2: float
-    log_normaliser: float
-
-
-class _Work(NamedTuple):
-    """Device memory of one call, `[B]` in the last dimension unless said otherwise."""
-
-    norm: Tensor  # one element
-    count: Tensor  # one element
-    dead: Tensor  # [N + 1]: the clones, and whether anything was not finite
-    nll: Tensor
-    score: Tensor
-    mix: Tensor
-
-
-def _mixture(
-    inputs: Inputs,
-    kind: _Likelihood,
-    mean: bool,
-    need_dx: bool,
-    need_dw: bool,
-    memory_budget: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, weight, _, _ = inputs
-    num_samples, _, num_clones, num_classes = inputs.sizes
-    acc = accumulator(x.dtype)
-    work = _Work(
-        x.new_empty(1, dtype=acc),
-        x.new_empty(1, dtype=torch.float64),
-        x.new_empty(num_clones + 1, dtype=torch.int32),
-        x.new_empty((num_clones, num_samples), dtype=acc),
-        x.new_empty((num_clones, num_samples), dtype=acc),
-        x.new_empty(num_samples, dtype=acc),
-    )
+def _mixture(loss: Loss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_samples, _, num_clones, _ = loss.inputs.sizes
     launch(
         prepare_kernel,
         (1,),
-        kind.target,
-        work.norm,
-        work.count,
-        work.dead,
+        loss.target,
+        loss.norm,
+        loss.count,
+        loss.dead,
         num_samples,
         num_clones,
-        kind.ignore_index,
+        loss.likelihood["ignore_index"],
         num_warps=4,
-        MEAN=mean,
-        GAUSSIAN=kind.gaussian,
+        MEAN=loss.mean,
+        GAUSSIAN=loss.gaussian,
         N_P=triton.next_power_of_2(num_clones + 1),
         BLOCK=1024,
     )
-    dx = x.new_empty(x.shape if need_dx else (0,), dtype=acc)
-    dweight = x.new_empty(weight.shape if need_dw else (0,), dtype=acc)
-    dbias = x.new_empty((num_clones, num_classes) if need_dw else (0,), dtype=acc)
     if num_samples == 0:
-        dweight.zero_()
-        dbias.zero_()
+        loss.dweight.zero_()
+        loss.dbias.zero_()
     else:
-        run = _regime(inputs, kind)
-        run(inputs, kind, work, dx, dweight, dbias, need_dx, need_dw, memory_budget)
+        runs = {"tile": mixture_tile, "fused": mixture_fused, "stream": mixture_stream}
+        runs[regime(loss.inputs, loss.gaussian)](loss)
 
-    loss = x.new_empty((), dtype=acc)
-    stats = x.new_empty((3, num_clones), dtype=torch.float64)
+    value = loss.norm.new_empty(())
+    stats = value.new_empty((3, num_clones), dtype=torch.float64)
     launch(
         finish_kernel,
         (num_clones + 1,),
-        work.nll,
-        work.score,
-        work.mix,
-        work.count,
-        loss,
+        loss.nll,
+        loss.score,
+        loss.mix,
+        loss.count,
+        value,
         stats,
         num_samples,
         num_clones,
         num_warps=4,
-        MEAN=mean,
+        MEAN=loss.mean,
         BLOCK=1024,
     )
-    return loss, stats, dx, dweight, dbias
+    return value, stats, loss.dx, loss.dweight, loss.dbias
 
 
-def _regime(inputs: Inputs, kind: _Likelihood) -> Callable[..., None]:
-    _, num_features, num_clones, num_classes = inputs.sizes
-    if tile_of(num_clones, num_classes) is not None:
-        return _tile
-    if not kind.gaussian and is_fused(inputs.x.dtype, num_features):
-        return _fused
-    return _stream
-
-
-def _fused(inputs, kind, work, dx, dweight, dbias, need_dx, need_dw, memory_budget) -> None:
-    mixture_fused(
-        *inputs,
-        kind.target,
-        kind.ignore_index,
-        work.norm,
-        work.dead,
-        work.nll,
-        work.score,
-        work.mix,
-        dx if need_dx else None,
-        dweight if need_dw else None,
-        dbias if need_dw else None,
-    )
-
-
-def _folds(dtype: torch.dtype) -> bool:
-    """Whether the logits' gradient carries the 1 / B; among the subnormals of float16 it would lose its digits."""
-    return dtype != torch.float16
-
-
-def _tile(inputs, kind, work, dx, dweight, dbias, need_dx, need_dw, memory_budget) -> None:
-    x, weight, bias, log_posterior = inputs
-    num_samples, num_features, num_clones, num_classes = inputs.sizes
-    acc, rows = accumulator(x.dtype), num_clones * num_classes
-    n, c, warps = tile_of(num_clones, num_classes)
-    matrix = weight.view(rows, num_features)
-    fold = _folds(x.dtype)
-    norm = None if fold else work.norm
-    held = rows * (acc.itemsize + x.element_size() * (need_dx + need_dw))
-    chunk = chunk_of(num_samples, held, memory_budget)
-    direct = (
-        chunk >= num_samples
-        and num_samples * rows * num_features <= DIRECT
-        and acc == torch.float32
-    )
-    samples = x if direct or not need_dw else finite(x)
-    flag = work.dead[num_clones:]
-    for start in range(0, num_samples, chunk):
-        part = slice(start, min(start + chunk, num_samples))
-        z = x.new_empty((part.stop - start, rows), dtype=acc)
-        matmul(x[part], matrix.t(), z)
-        g = torch.empty_like(z, dtype=x.dtype) if need_dw else z
-        rg = torch.empty_like(z, dtype=x.dtype) if need_dx else z
-        launch(
-            mixture_tile_kernel,
-            (z.size(0),),
-            z,
-            z if bias is None else bias,
-            log_posterior,
-            kind.target,
-            work.norm,
-            g,
-            rg,
-            work.nll,
-            work.score,
-            work.mix,
-            work.dead,
-            start,
-            num_samples,
-            num_clones,
-            num_classes,
-            kind.ignore_index,
-            kind.inv_sigma2,
-            kind.log_normaliser,
-            num_warps=warps,
-            GAUSSIAN=kind.gaussian,
-            HAS_BIAS=bias is not None,
-            NEED_G=need_dw,
-            NEED_RG=need_dx,
-            FOLD=fold,
-            N_P=n,
-            C_P=c,
-        )
-        if direct:
-            if need_dx:
-                safe_matmul(rg, matrix, dx, norm=norm)
-            if need_dw:
-                safe_matmul(
-                    g.t(),
-                    x,
-                    dweight.view(rows, num_features),
-                    norm=norm,
-                    dead=work.dead,
-                    rows_per_clone=num_classes,
-                    row_sum=dbias,
-                )
-            continue
-        if need_dx:
-            input_gradient(rg, matrix, flag, dx[part])
-        if need_dw:
-            matmul(g.t(), samples[part], dweight.view(rows, num_features), add=start > 0)
-            sum_rows(g, dbias.view(-1), add=start > 0)
-    if not direct:
-        if norm is not None:
-            dx.mul_(norm)
-        _settle(work, (dweight, dbias), norm)
-
-
-def _settle(work: _Work, own: tuple[Tensor, Tensor], norm: Tensor | None) -> None:
-    """What the library's products leave to do for dweight and dbias: the scale, and nothing for dead clones."""
-    for tensor in own:
-        if norm is not None:
-            tensor.mul_(norm)
-        zero_dead(tensor, work.dead)
-
-
-def _stream(inputs, kind, work, dx, dweight, dbias, need_dx, need_dw, memory_budget) -> None:
-    x, weight, bias, log_posterior = inputs
-    num_samples, num_features, num_clones, num_classes = inputs.sizes
-    acc = accumulator(x.dtype)
-    need_g = need_dx or need_dw
-    in_place = x.dtype == acc
-    held = num_classes * (acc.itemsize + (0 if in_place or not need_g else x.element_size()))
-    chunk = chunk_of(num_samples, held, memory_budget)
-    block, warps = row_block(num_classes, x.dtype)
-    fold = _folds(x.dtype)
-    samples = finite(x) if need_dw else x
-    state = x.new_empty((4, num_samples), dtype=acc)
-    total = x.new_empty((num_samples, num_features) if need_dx else (0,), dtype=acc)
-    for clone in range(num_clones):
-        for start in range(0, num_samples, chunk):
-            part = slice(start, min(start + chunk, num_samples))
-            z = x.new_empty((part.stop - start, num_classes), dtype=acc)
-            matmul(x[part], weight[clone].t(), z)
-            g = z if in_place or not need_g else torch.empty_like(z, dtype=x.dtype)
-            launch(
-                mixture_row_kernel,
-                (z.size(0),),
-                z,
-                z if bias is None else bias,
-                log_posterior,
-                kind.target,
-                work.norm,
-                g,
-                work.nll,
-                work.score,
-                work.mix,
-                work.dead,
-                state,
-                clone,
-                start,
-                num_samples,
-                num_classes,
-                kind.ignore_index,
-                kind.inv_sigma2,
-                kind.log_normaliser,
-                num_warps=warps,
-                FIRST=clone == 0,
-                GAUSSIAN=kind.gaussian,
-                HAS_BIAS=bias is not None,
-                NEED_G=need_g,
-                FOLD=fold,
-                LOWEST=lowest(x.dtype),
-                BLOCK=block,
-            )
-            if need_dw:
-                matmul(g.t(), samples[part], dweight[clone], add=start > 0)
-                sum_rows(g, dbias[clone], add=start > 0)
-            if need_dx:
-                term = x.new_empty((part.stop - start, num_features), dtype=acc)
-                matmul(g, weight[clone], term)
-                combine(
-                    term, total, dx, state, None if fold else work.norm, start, clone, num_clones
-                )
-    # The features' gradient was scaled when it was completed.
-    _settle(work, (dweight, dbias), None if fold else work.norm)
-
-
-def combine(
-    term: Tensor,
-    total: Tensor,
-    out: Tensor,
-    state: Tensor,
-    norm: Tensor | None,
-    start: int,
-    clone: int,
-    num_clones: int,
-) -> None:
-    """Take one clone's term [chunk, D] into the running sum [B, D]; the last clone completes `out [B, D]`."""
-    num_samples, num_features = total.shape
-    launch(
-        combine_kernel,
-        (term.size(0), max(triton.cdiv(num_features, 1024), 1)),
-        term,
-        total,
-        out,
-        state,
-        state if norm is None else norm,
-        start,
-        num_samples,
-        num_features,
-        num_warps=4,
-        FIRST=clone == 0,
-        LAST=clone == num_clones - 1,
-        SCALE=norm is not None,
-        BLOCK=1024,
-    )
-
-
-def switch_mixture_nll(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    log_posterior: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    mean: bool,
-    need_dx: bool,
-    need_dw: bool,
-    memory_budget: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def switch_mixture_nll(*arguments):
     """The op, on checked arguments."""
-    kind = _Likelihood(target.contiguous(), False, ignore_index, 0.0, 0.0)
-    inputs = Inputs.of(x, weight, bias, log_posterior)
-    return _mixture(inputs, kind, mean, need_dx, need_dw, memory_budget)
+    return _mixture(Loss(Classes, *arguments))
 
 
-def switch_mixture_gaussian_nll(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    log_posterior: Tensor,
-    target: Tensor,
-    sigma2: float,
-    mean: bool,
-    need_dx: bool,
-    need_dw: bool,
-    memory_budget: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def switch_mixture_gaussian_nll(*arguments):
     """The op, on checked arguments."""
-    log_normaliser = 0.5 * weight.size(1) * math.log(2 * math.pi * sigma2)
-    kind = _Likelihood(target.contiguous(), True, 0, 1 / sigma2, log_normaliser)
-    inputs = Inputs.of(x, weight, bias, log_posterior)
-    return _mixture(inputs, kind, mean, need_dx, need_dw, memory_budget)
+    return _mixture(Loss(Values, *arguments))

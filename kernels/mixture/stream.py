@@ -5,10 +5,14 @@ running maximum m of a_n + logp_n, the sum s of its exponentials and the sum of 
 A row kernel reads the logits twice and writes their gradient once (three times for the backward of log_prob).
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..launch import round_to, widen
+from ..launch import launch, round_to, widen
+from .gemm import finite, matmul, settle, sum_rows
+from .problem import Loss, lowest, row_block
 
 
 @triton.jit
@@ -198,6 +202,88 @@ def combine_kernel(
         tl.store(out_ptr + sample * num_features + offs, value, mask=mask)
     else:
         tl.store(sum_ptr + sample * num_features + offs, value, mask=mask)
+
+
+def combine(
+    term: Tensor,
+    total: Tensor,
+    out: Tensor,
+    state: Tensor,
+    norm: Tensor | None,
+    start: int,
+    clone: int,
+    num_clones: int,
+) -> None:
+    """Take one clone's term [chunk, D] into the running sum [B, D]; the last clone completes `out [B, D]`."""
+    num_samples, num_features = total.shape
+    launch(
+        combine_kernel,
+        (term.size(0), max(triton.cdiv(num_features, 1024), 1)),
+        term,
+        total,
+        out,
+        state,
+        state if norm is None else norm,
+        start,
+        num_samples,
+        num_features,
+        num_warps=4,
+        FIRST=clone == 0,
+        LAST=clone == num_clones - 1,
+        SCALE=norm is not None,
+        BLOCK=1024,
+    )
+
+
+def mixture_stream(loss: Loss) -> None:
+    inputs, need_dx, need_dw = loss.inputs, loss.need_dx, loss.need_dw
+    x, weight = inputs.x, inputs.weight
+    num_samples, num_features, num_clones, num_classes = inputs.sizes
+    need_g, in_place = need_dx or need_dw, x.dtype == inputs.dtype
+    narrow = 0 if in_place or not need_g else x.element_size()
+    block, warps = row_block(num_classes, x.dtype)
+    norm = None if loss.folds else loss.norm
+    samples = finite(x) if need_dw else x
+    state = loss.norm.new_empty((4, num_samples))
+    total = torch.empty_like(loss.dx)
+    for clone in range(num_clones):
+        for part in inputs.chunks(
+            num_classes * (inputs.dtype.itemsize + narrow), loss.memory_budget
+        ):
+            z, *others = inputs.logits(part, clone)
+            g = torch.empty_like(z, dtype=x.dtype) if narrow else z
+            launch(
+                mixture_row_kernel,
+                (z.size(0),),
+                z,
+                *others,
+                loss.target,
+                loss.norm,
+                g,
+                *loss.statistics,
+                state,
+                clone,
+                part.start,
+                num_samples,
+                num_classes,
+                num_warps=warps,
+                FIRST=clone == 0,
+                HAS_BIAS=inputs.bias is not None,
+                NEED_G=need_g,
+                FOLD=loss.folds,
+                LOWEST=lowest(x.dtype),
+                BLOCK=block,
+                **loss.likelihood,
+            )
+            if need_dw:
+                matmul(g.t(), samples[part], loss.dweight[clone], add=part.start > 0)
+                sum_rows(g, loss.dbias[clone], add=part.start > 0)
+            if need_dx:
+                term = z.new_empty((z.size(0), num_features))
+                matmul(g, weight[clone], term)
+                combine(term, total, loss.dx, state, norm, part.start, clone, num_clones)
+    # The features' gradient was scaled when it was completed.
+    settle(loss.dweight, loss.dbias, loss.dead, norm)
 
 
 @triton.jit(do_not_specialize=["clone"])

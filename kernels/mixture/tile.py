@@ -4,10 +4,13 @@ A program has the tile [N, C] of one sample in registers: softmax, likelihoods, 
 logits, alone (G, for the clones) and weighted by the responsibility (r G, for the features).
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from ..launch import round_to, widen
+from ..launch import launch, round_to, widen
+from . import problem
+from .gemm import finite, input_gradient, matmul, safe_matmul, settle, sum_rows
 
 
 @triton.jit
@@ -130,6 +133,74 @@ def mixture_tile_kernel(
     if NEED_RG:
         r = share / tl.where(possible, mass, 1.0)
         tl.store(rg_ptr + offs, round_to(g * r[:, None], rg_ptr.dtype.element_ty), mask=mask)
+
+
+def mixture_tile(loss: problem.Loss) -> None:
+    inputs, need_dx, need_dw = loss.inputs, loss.need_dx, loss.need_dw
+    x, matrix = inputs.x, inputs.matrix
+    num_samples, num_features, num_clones, num_classes = inputs.sizes
+    n, c, warps = problem.tile_of(num_clones, num_classes)
+    rows = num_clones * num_classes
+    norm = None if loss.folds else loss.norm
+    held = rows * (inputs.dtype.itemsize + x.element_size() * (need_dx + need_dw))
+    chunks = inputs.chunks(held, loss.memory_budget)
+    direct = (
+        len(chunks) == 1
+        and num_samples * rows * num_features <= problem.DIRECT
+        and inputs.dtype == torch.float32
+    )
+    samples = x if direct or not need_dw else finite(x)
+    dweight = loss.dweight.view(-1, num_features)
+    for part in chunks:
+        z, *others = inputs.logits(part)
+        g = torch.empty_like(z, dtype=x.dtype) if need_dw else z
+        rg = torch.empty_like(z, dtype=x.dtype) if need_dx else z
+        launch(
+            mixture_tile_kernel,
+            (z.size(0),),
+            z,
+            *others,
+            loss.target,
+            loss.norm,
+            g,
+            rg,
+            *loss.statistics,
+            part.start,
+            num_samples,
+            num_clones,
+            num_classes,
+            num_warps=warps,
+            HAS_BIAS=inputs.bias is not None,
+            NEED_G=need_dw,
+            NEED_RG=need_dx,
+            FOLD=loss.folds,
+            N_P=n,
+            C_P=c,
+            **loss.likelihood,
+        )
+        if direct:
+            if need_dx:
+                safe_matmul(rg, matrix, loss.dx, norm=norm)
+            if need_dw:
+                safe_matmul(
+                    g.t(),
+                    x,
+                    dweight,
+                    norm=norm,
+                    dead=loss.dead,
+                    rows_per_clone=num_classes,
+                    row_sum=loss.dbias,
+                )
+            continue
+        if need_dx:
+            input_gradient(rg, matrix, loss.dead[num_clones:], loss.dx[part])
+        if need_dw:
+            matmul(g.t(), samples[part], dweight, add=part.start > 0)
+            sum_rows(g, loss.dbias.view(-1), add=part.start > 0)
+    if not direct:
+        if norm is not None:
+            loss.dx.mul_(norm)
+        settle(loss.dweight, loss.dbias, loss.dead, norm)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""switch_mixture: the N clones of the last layer, evaluated together and mixed by the posterior.
+"""switch_mixture's loss: the N clones of the last layer, evaluated together and mixed by the posterior.
 
 Mathematics: reference/switch_mixture.py. The op computes the gradients along with the loss, since
 one pass over the logits serves all of them; the backward only scales them. They are not the
@@ -7,7 +7,8 @@ gradients of one function: x gets the mixture's, each clone its own, so there is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,23 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from alrao_fast import backends
 from alrao_fast.ops import dispatch
-from alrao_fast.ops.checks import FLOATS, check, check_tensor
 from alrao_fast.ops.dispatch import LIB, define
+from alrao_fast.ops.mixture import checks
+from alrao_fast.ops.mixture.likelihood import Classes, Likelihood, Values
 from alrao_fast.ops.switch_update import switch_observe_
 from alrao_fast.reference import switch_mixture as reference
 
-OP = "switch_mixture"
-backends.OPS[OP] = "switch_mixture_nll"
-# Bytes that the logits of a chunk of samples may take: on a CPU about its caches, on a GPU enough rows for a product of
-# matrices to run at full speed with 128,000 classes.
-CPU_MEMORY_BUDGET = 64 << 20
-GPU_MEMORY_BUDGET = 1 << 30
-
-_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor log_posterior"
-_MUTABLE_INPUTS = _INPUTS.replace("Tensor log_posterior", "Tensor(a!) log_posterior")
-_NEEDS = "bool mean, bool need_dx, bool need_dw, int memory_budget"
-_RESULT = "(Tensor loss, Tensor stats, Tensor dx, Tensor dweight, Tensor dbias)"
-_OBSERVER = "Tensor(b!) logw, Tensor(c!) t, Tensor(d!) running, bool mean_evidence, float theta"
+# Finds x, weight, bias, need_dx and need_dw among the inputs of an op.
+_Finder = Callable[[Sequence[Any]], tuple[Any, ...]]
+_finders: dict[Any, _Finder] = {}
 
 
 class Observer(NamedTuple):
@@ -50,51 +43,19 @@ class Observer(NamedTuple):
     theta: float
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _fake_result(x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool) -> tuple[Tensor, ...]:
-    wide = _accumulator(x.dtype)
-    clones, classes, _ = weight.shape
-    return (
-        x.new_empty((), dtype=wide),
-        x.new_empty((3, clones), dtype=torch.float64),
-        x.new_empty(x.shape if need_dx else (0,), dtype=wide),
-        x.new_empty(weight.shape if need_dw else (0,), dtype=wide),
-        x.new_empty((clones, classes) if need_dw else (0,), dtype=wide),
-    )
-
-
-def _fake_nll(
-    x, weight, bias, log_posterior, target, ignore_index, mean, need_dx, need_dw, memory_budget
-):
-    return _fake_result(x, weight, need_dx, need_dw)
-
-
-def _fake_gaussian_nll(
-    x, weight, bias, log_posterior, target, sigma2, mean, need_dx, need_dw, memory_budget
-):
-    return _fake_result(x, weight, need_dx, need_dw)
-
-
-def _fake_observe(x, weight, *rest):
-    need_dx, need_dw = rest[5:7]
-    return _fake_result(x, weight, need_dx, need_dw)
-
-
-def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias = inputs[:3]
+def _save_gradients(
+    ctx: Any, find: _Finder, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> None:
+    _loss, _stats, *gradients = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[2:])
-    ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-    ctx.needs = inputs[7:9]
+    ctx.save_for_backward(*gradients)
+    ctx.dtypes = checks.gradient_dtypes(*find(inputs))
     ctx.num_inputs = len(inputs)
 
 
-def _save_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_op(find: _Finder, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    _save_gradients(ctx, inputs, output)
+    _save_gradients(ctx, find, inputs, output)
 
 
 @once_differentiable
@@ -103,19 +64,17 @@ def _scale_gradients(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tens
 
 
 def _gradients(ctx: Any, scaled: Callable[[Tensor], Tensor] | None) -> tuple[Tensor | None, ...]:
-    """The gradients to the op's inputs from the saved ones; None: nothing arrived."""
+    """The gradients to the op's inputs, of which x, weight and bias come first; None: nothing arrived."""
     gradients: list[Tensor | None] = [None] * ctx.num_inputs
     if scaled is not None:
-        need_dx, need_dw = ctx.needs
-        needed = need_dx, need_dw, need_dw and ctx.dtypes[2] is not None
-        for i, saved in enumerate(ctx.saved_tensors):
-            if needed[i]:
-                gradients[i] = scaled(saved).to(ctx.dtypes[i])
+        for i, (saved, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+            if dtype is not None:
+                gradients[i] = scaled(saved).to(dtype)
     return tuple(gradients)
 
 
 class _EagerGradients(torch.autograd.Function):
-    """The op with the same gradients as registered above, at half of the dispatcher's overhead.
+    """The op with the same gradients as registered below, at half of the dispatcher's overhead.
 
     That overhead, about 50 us, is a sixth of the training step of a small network. torch.compile
     goes through the registration.
@@ -124,9 +83,10 @@ class _EagerGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         output = op(*inputs)
-        ctx.mark_non_differentiable(output[1])
-        _save_gradients(ctx, inputs, output)
-        return output[:2]
+        loss, stats, *_ = output
+        ctx.mark_non_differentiable(stats)
+        _save_gradients(ctx, _finders[op], inputs, output)
+        return loss, stats
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
@@ -137,161 +97,33 @@ class _EagerGradients(torch.autograd.Function):
         return None, *_scale_gradients(ctx, grad)
 
 
-def _with_gradients(
-    name: str, backend: str, observer: Observer | None, *inputs: Any
-) -> tuple[Tensor, Tensor]:
-    """Loss and statistics by the op `name`, which the observer takes."""
-    if observer is not None and backend == "cuda" and not torch.compiler.is_compiling():
-        # The update is the tail of the op's last kernel.
-        logw, _, t, running, mean, theta = observer
-        op = getattr(torch.ops.alrao_fast, f"{name}_observe_").default
-        return _EagerGradients.apply(op, *inputs, logw, t, running, mean, theta)
-    op = dispatch.overload(name, backend)
-    if torch.compiler.is_compiling():
-        loss, stats, *_ = op(*inputs)
-    else:
-        loss, stats = _EagerGradients.apply(op, *inputs)
-    _observe(observer, stats, backend)
-    return loss, stats
+def _define(likelihood: type[Likelihood]) -> None:
+    """Define the likelihood's op, its Triton twin, and for compiled GPU kernels the op that observes, too."""
+    for observed in (False, True):
+        schema = likelihood.schema(observed=observed)
+        find = dispatch.finder(schema, "x", "weight", "bias", "need_dx", "need_dw")
 
-
-def _observe(observer: Observer | None, stats: Tensor, backend: str) -> None:
-    if observer is not None:
-        switch_observe_(
-            *observer[:4], stats, mean=observer.mean, theta=observer.theta, impl=backend
-        )
-
-
-def _fake_log_prob(x, weight, bias, log_posterior, memory_budget):
-    return x.new_empty((x.size(0), weight.size(1)), dtype=_accumulator(x.dtype))
-
-
-def _fake_log_prob_backward(
-    grad, x, weight, bias, log_posterior, log_prob, need_dx, need_dw, memory_budget
-):
-    return _fake_result(x, weight, need_dx, need_dw)[2:]
-
-
-def _save_log_prob(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.has_bias = inputs[2] is not None
-    ctx.memory_budget = inputs[4]
-    ctx.save_for_backward(*(t for t in inputs[:4] if t is not None), output)
-
-
-def _differentiate_log_prob(backward: str) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The backward of log_prob by the op of this name."""
-
-    @once_differentiable
-    def run(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 5
-        x, weight, *bias, log_posterior, log_prob = ctx.saved_tensors
-        need_dx, need_dw = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
-        dx, dweight, dbias = getattr(torch.ops.alrao_fast, backward)(
-            grad.contiguous(),
-            x,
-            weight,
-            bias[0] if ctx.has_bias else None,
-            log_posterior,
-            log_prob,
-            need_dx,
-            need_dw,
-            ctx.memory_budget,
-        )
-        return (
-            dx.to(x.dtype) if need_dx else None,
-            dweight.to(weight.dtype) if need_dw else None,
-            dbias.to(weight.dtype) if need_dw and ctx.has_bias else None,
-            None,
-            None,
-        )
-
-    return run
-
-
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor, memory_budget: int
-) -> None:
-    """For Triton; the compiled implementations check by themselves (csrc/mixture/checks.cpp)."""
-    check(
-        weight.dim() == 3 and weight.size(0) > 0 and weight.size(1) > 0,
-        f"weight: got shape {list(weight.shape)}, expected [N, C, D] with N >= 1 and C >= 1",
-    )
-    clones, classes, features = weight.shape
-    check_tensor("weight", weight, weight.shape, FLOATS, weight.device)
-    check(
-        x.dim() == 2 and x.size(1) == features,
-        f"x: got shape {list(x.shape)}, expected [B, {features}], D being that of weight "
-        f"{list(weight.shape)}",
-    )
-    same = (weight.dtype,)
-    check_tensor("x", x, x.shape, same, weight.device)
-    if bias is not None:
-        check_tensor("bias", bias, (clones, classes), same, weight.device)
-    posterior_dtypes = (torch.float32, torch.float64)
-    check_tensor("log_posterior", log_posterior, (clones,), posterior_dtypes, weight.device)
-    check(
-        memory_budget > 0,
-        f"memory_budget: got {memory_budget}, expected a positive number of bytes",
-    )
-
-
-def _check_nll(
-    x, weight, bias, log_posterior, target, ignore_index, mean, need_dx, need_dw, memory_budget
-):
-    _check(x, weight, bias, log_posterior, memory_budget)
-    check_tensor("target", target, x.shape[:1], (torch.int64,), x.device)
-    # Reading classes on a GPU would wait for it: there the loss is inf.
-    if x.device.type == "cpu":
-        classes = weight.size(1)
-        outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
-        if outside.any():
-            position = int(outside.nonzero()[0])
-            check(
-                False,
-                f"target: got {int(target[position])} at position {position}, expected a class "
-                f"from 0 to {classes - 1} or ignore_index {ignore_index}",
+        def fake(*inputs: Any, find: _Finder = find) -> tuple[Tensor, ...]:
+            x, weight, _bias, need_dx, need_dw = find(inputs)
+            return (
+                x.new_empty((), dtype=checks.accumulator(x.dtype)),
+                x.new_empty((3, weight.size(0)), dtype=torch.float64),
+                *checks.empty_gradients(x, weight, need_dx, need_dw),
             )
 
-
-def _check_gaussian_nll(
-    x, weight, bias, log_posterior, target, sigma2, mean, need_dx, need_dw, memory_budget
-):
-    _check(x, weight, bias, log_posterior, memory_budget)
-    check_tensor("target", target, (x.size(0), weight.size(1)), (x.dtype,), x.device)
-    check(sigma2 > 0, f"sigma2: got {sigma2:g}, expected a positive variance")
-
-
-def _check_log_prob_backward(
-    grad, x, weight, bias, log_posterior, log_prob, need_dx, need_dw, memory_budget
-):
-    _check(x, weight, bias, log_posterior, memory_budget)
-    for name, tensor in (("grad", grad), ("log_prob", log_prob)):
-        shape, dtypes = (x.size(0), weight.size(1)), (_accumulator(x.dtype),)
-        check_tensor(name, tensor, shape, dtypes, x.device)
+        names = [define(schema, fake)]
+        if not observed:
+            names.append(dispatch.define_triton(schema, fake, "mixture.loss", likelihood.check))
+            for name in names:
+                torch.library.register_autograd(
+                    name, _scale_gradients, setup_context=partial(_save_op, find), lib=LIB
+                )
+        for name in names:
+            _finders[dispatch.overload(name.removeprefix("alrao_fast::"))] = find
 
 
-for _op, _arguments, _fake, _check_inputs in (
-    ("switch_mixture_nll", "Tensor target, int ignore_index", _fake_nll, _check_nll),
-    (
-        "switch_mixture_gaussian_nll",
-        "Tensor target, float sigma2",
-        _fake_gaussian_nll,
-        _check_gaussian_nll,
-    ),
-):
-    # The same with the observation of the switch as its tail, for the compiled GPU kernels.
-    define(
-        f"{_op}_observe_({_MUTABLE_INPUTS}, {_arguments}, {_NEEDS}, {_OBSERVER}) -> {_RESULT}",
-        _fake_observe,
-    )
-    _schema = f"{_op}({_INPUTS}, {_arguments}, {_NEEDS}) -> {_RESULT}"
-    for _name in (
-        define(_schema, _fake),
-        dispatch.define_triton(_schema, _fake, "mixture.loss", _check_inputs),
-    ):
-        torch.library.register_autograd(_name, _scale_gradients, setup_context=_save_op, lib=LIB)
+for _likelihood in (Classes, Values):
+    _define(_likelihood)
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -309,61 +141,60 @@ LIB.impl(
     _add_product,
     "CompositeExplicitAutograd",
 )
-_LOG_PROB = f"switch_mixture_log_prob({_INPUTS}, int memory_budget) -> Tensor"
-_LOG_PROB_BACKWARD = (
-    f"switch_mixture_log_prob_backward(Tensor grad, {_INPUTS}, Tensor log_prob, bool need_dx, "
-    "bool need_dw, int memory_budget) -> (Tensor, Tensor, Tensor)"
-)
-_MODULE = "mixture.log_prob"
-for _name, _backward in (
-    (
-        define(_LOG_PROB, _fake_log_prob),
-        define(_LOG_PROB_BACKWARD, _fake_log_prob_backward),
-    ),
-    (
-        dispatch.define_triton(_LOG_PROB, _fake_log_prob, _MODULE, _check),
-        dispatch.define_triton(
-            _LOG_PROB_BACKWARD, _fake_log_prob_backward, _MODULE, _check_log_prob_backward
-        ),
-    ),
-):
-    torch.library.register_autograd(
-        _name,
-        _differentiate_log_prob(_backward.removeprefix("alrao_fast::")),
-        setup_context=_save_log_prob,
-        lib=LIB,
-    )
 
 
-def _flat(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The samples in rows, and all in the widest of the floating dtypes, as under autocast."""
-    if x.dim() == 0:
-        raise ValueError("x: got a scalar, expected [..., D]")
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    if x.dtype != weight.dtype:
-        x, weight = x.to(dtype), weight.to(dtype)
-    if bias is not None and bias.dtype != dtype:
-        bias = bias.to(dtype)
-    return (x if x.dim() == 2 else x.reshape(-1, x.size(-1))), weight, bias
-
-
-def _budget(x: Tensor, memory_budget: int | None) -> int:
-    if memory_budget is not None:
-        return memory_budget
-    return CPU_MEMORY_BUDGET if x.device.type == "cpu" else GPU_MEMORY_BUDGET
-
-
-def _is_mean(reduction: str) -> bool:
+def _stats(
+    likelihood: Likelihood,
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    target: Tensor,
+    reduction: str,
+    memory_budget: int | None,
+    impl: str,
+    observer: Observer | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Loss and statistics, which the observer takes."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'mean' or 'sum'")
-    return reduction == "mean"
+    x, weight, bias, log_posterior = inputs
+    target = likelihood.rows(target, x, weight)
+    backend = backends.select(checks.OP, x.device, impl)
+    x, weight, bias = checks.flat(x, weight, bias)
+    if backend == "reference":
+        function = getattr(reference, likelihood.OP)
+        loss, stats = function(
+            x, weight, bias, log_posterior, target, **vars(likelihood), reduction=reduction
+        )
+        _observe(observer, stats, backend)
+        return loss, stats
+
+    # Whether the gradient to x, and those to weight and bias, are wanted.
+    need_dx = need_dw = False
+    if torch.is_grad_enabled():
+        need_dx = x.requires_grad
+        need_dw = weight.requires_grad or (bias is not None and bias.requires_grad)
+    data = x, weight, bias, log_posterior, target
+    needs = reduction == "mean", need_dx, need_dw, checks.budget(x, memory_budget)
+    if observer is not None and backend == "cuda" and not torch.compiler.is_compiling():
+        # The update is the tail of the op's last kernel.
+        logw, _, t, running, mean, theta = observer
+        observation = logw, t, running, mean, theta
+        op = dispatch.overload(f"{likelihood.OP}_observe_")
+        return _EagerGradients.apply(op, *likelihood.arguments(data, needs, observation))
+    op = dispatch.overload(likelihood.OP, backend)
+    arguments = likelihood.arguments(data, needs)
+    if torch.compiler.is_compiling():
+        loss, stats, *_ = op(*arguments)
+    else:
+        loss, stats = _EagerGradients.apply(op, *arguments)
+    _observe(observer, stats, backend)
+    return loss, stats
 
 
-def _needs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool]:
-    """Whether the gradient to x, and those to weight and bias, are wanted."""
-    if not torch.is_grad_enabled():
-        return False, False
-    return x.requires_grad, weight.requires_grad or (bias is not None and bias.requires_grad)
+def _observe(observer: Observer | None, stats: Tensor, backend: str) -> None:
+    if observer is not None:
+        switch_observe_(
+            *observer[:4], stats, mean=observer.mean, theta=observer.theta, impl=backend
+        )
 
 
 def switch_mixture_stats(
@@ -386,35 +217,8 @@ def switch_mixture_stats(
     counted samples. An `observer`, whose log-posterior must be the one given, takes them as
     `switch_observe_` does after the mixture was computed; in C++/CUDA without a launch of its own.
     """
-    mean = _is_mean(reduction)
-    if target.shape != x.shape[:-1]:
-        raise ValueError(
-            f"target: got shape {list(target.shape)}, expected {list(x.shape[:-1])}, that of x "
-            "without the features"
-        )
-    backend = backends.select(OP, x.device, impl)
-    x, weight, bias = _flat(x, weight, bias)
-    target = target.reshape(-1)
-    if backend == "reference":
-        loss, stats = reference.switch_mixture_nll(
-            x, weight, bias, log_posterior, target, ignore_index=ignore_index, reduction=reduction
-        )
-        _observe(observer, stats, backend)
-        return loss, stats
-    return _with_gradients(
-        "switch_mixture_nll",
-        backend,
-        observer,
-        x,
-        weight,
-        bias,
-        log_posterior,
-        target,
-        ignore_index,
-        mean,
-        *_needs(x, weight, bias),
-        _budget(x, memory_budget),
-    )
+    inputs = x, weight, bias, log_posterior
+    return _stats(Classes(ignore_index), inputs, target, reduction, memory_budget, impl, observer)
 
 
 def switch_mixture_nll(
@@ -453,17 +257,8 @@ def switch_mixture_nll(
     for a sample is dead there: it takes no part in the mixture, and gets no gradient from the
     batch. Where all are dead the loss is +inf and the sample has no gradient.
     """
-    loss, stats = switch_mixture_stats(
-        x,
-        weight,
-        bias,
-        log_posterior,
-        target,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        memory_budget=memory_budget,
-        impl=impl,
-    )
+    inputs = x, weight, bias, log_posterior
+    loss, stats = _stats(Classes(ignore_index), inputs, target, reduction, memory_budget, impl)
     return loss, stats[0] / stats[2]
 
 
@@ -484,36 +279,8 @@ def switch_mixture_gaussian_stats(
 
     As `switch_mixture_stats`; row 1 is the sum of squared errors.
     """
-    mean = _is_mean(reduction)
-    expected = (*x.shape[:-1], weight.size(1))
-    if target.shape != expected:
-        raise ValueError(
-            f"target: got shape {list(target.shape)}, expected {list(expected)}: that of x with "
-            "the clones' outputs in place of the features"
-        )
-    backend = backends.select(OP, x.device, impl)
-    x, weight, bias = _flat(x, weight, bias)
-    target = target.detach().reshape(-1, weight.size(1)).to(x.dtype)
-    if backend == "reference":
-        loss, stats = reference.switch_mixture_gaussian_nll(
-            x, weight, bias, log_posterior, target, sigma2=sigma2, reduction=reduction
-        )
-        _observe(observer, stats, backend)
-        return loss, stats
-    return _with_gradients(
-        "switch_mixture_gaussian_nll",
-        backend,
-        observer,
-        x,
-        weight,
-        bias,
-        log_posterior,
-        target,
-        float(sigma2),
-        mean,
-        *_needs(x, weight, bias),
-        _budget(x, memory_budget),
-    )
+    inputs = x, weight, bias, log_posterior
+    return _stats(Values(float(sigma2)), inputs, target, reduction, memory_budget, impl, observer)
 
 
 def switch_mixture_gaussian_nll(
@@ -534,59 +301,6 @@ def switch_mixture_gaussian_nll(
     goes to it. `sigma2 > 0` is the variance of the noise. All else as in `switch_mixture_nll`, with
         logp[b,n] = -|y_b - f_n(x_b)|^2 / (2 sigma2) - K/2 log(2 pi sigma2)
     """
-    loss, stats = switch_mixture_gaussian_stats(
-        x,
-        weight,
-        bias,
-        log_posterior,
-        target,
-        sigma2=sigma2,
-        reduction=reduction,
-        memory_budget=memory_budget,
-        impl=impl,
-    )
+    inputs = x, weight, bias, log_posterior
+    loss, stats = _stats(Values(float(sigma2)), inputs, target, reduction, memory_budget, impl)
     return loss, stats[0] / stats[2]
-
-
-def switch_mixture_log_prob(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    log_posterior: Tensor,
-    *,
-    memory_budget: int | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """Log-probabilities `[..., C]` of the mixture: `log sum_n exp(a_n + logp[b,n,c])`.
-
-    Arguments as in `switch_mixture_nll`. float32, or float64 for float64 inputs; differentiable in
-    x, weight and bias in the ordinary sense. Dead clones take no part; -inf where all are dead.
-    """
-    backend = backends.select(OP, x.device, impl)
-    rows, weight, bias = _flat(x, weight, bias)
-    if backend == "reference":
-        result = reference.switch_mixture_log_prob(rows, weight, bias, log_posterior)
-    else:
-        op = dispatch.overload("switch_mixture_log_prob", backend)
-        result = op(rows, weight, bias, log_posterior, _budget(x, memory_budget))
-    return result if x.dim() == 2 else result.reshape(*x.shape[:-1], weight.size(1))
-
-
-def switch_mixture_mean(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    log_posterior: Tensor,
-    *,
-    impl: str = "auto",
-) -> Tensor:
-    """Posterior mean `[..., K]` of N linear regressors: `sum_n p_n f_n(x)`, p the posterior.
-
-    A clone with an output that is not finite for a sample is left out there and p renormalised; NaN
-    where every clone with posterior mass is. The plain PyTorch of the reference on every backend:
-    there is nothing to fuse.
-    """
-    backends.select(OP, x.device, impl)
-    rows, weight, bias = _flat(x, weight, bias)
-    result = reference.switch_mixture_mean(rows, weight, bias, log_posterior)
-    return result if x.dim() == 2 else result.reshape(*x.shape[:-1], weight.size(1))

@@ -27,7 +27,7 @@ class Joint {
         rows_(p.size.clones * p.size.classes),
         chunks_(p, samples_per_chunk(p)),
         ld_(chunks_.ld()),
-        z_(rows_ * ld_ * (p.need_dx ? 2 : 1)),
+        z_(rows_ * ld_ * (p.options.need_dx ? 2 : 1)),
         log_likelihood_(p.size.clones * ld_ + 2 * ld_),
         lane_(p.size.clones * ld_ * 5),
         is_argmax_(p.size.clones * ld_),
@@ -45,7 +45,7 @@ class Joint {
       gradients(chunk, first);
       first = false;
     }
-    if (!p_.need_dw) return;
+    if (!p_.options.need_dw) return;
     for (int64_t n = 0; n < p_.size.clones; ++n) {
       if (!health_[n].dead) continue;
       std::fill_n(out_.dweight + n * p_.size.classes * p_.size.features,
@@ -61,9 +61,9 @@ class Joint {
     const int64_t rows = p.size.clones * p.size.classes;
     const int64_t weights = rows * p.size.features * static_cast<int64_t>(sizeof(T));
     // The weights are read once per chunk: no use for a buffer that is much smaller than they are.
-    const int64_t bytes = std::min(p.memory_budget, std::max(kCacheBytes, weights));
-    return bytes / (rows * static_cast<int64_t>(sizeof(T)) * (p.need_dx ? 2 : 1)) / kLaneTile *
-           kLaneTile;
+    const int64_t bytes = std::min(p.options.memory_budget, std::max(kCacheBytes, weights));
+    return bytes / (rows * static_cast<int64_t>(sizeof(T)) * (p.options.need_dx ? 2 : 1)) /
+           kLaneTile * kLaneTile;
   }
 
   Matrix<const T> samples(const Chunk& chunk) const {
@@ -100,17 +100,17 @@ class Joint {
     }
     finish_clone<T>(p_, chunk, n, ld_, sums, log_likelihood_.data() + n * ld_, factor, out_.stats,
                     &health_[n]);
-    if (!p_.need_dx && !p_.need_dw) return;
+    if (!p_.options.need_dx && !p_.options.need_dw) return;
     gradient_rows(GradientRows<T>{z, classes, ld_, ld_, factor,
                                   p_.expected ? nullptr : chunk.target, 0, static_cast<T>(p_.norm),
-                                  p_.need_dw ? out_.dbias + n * classes : nullptr, !first});
+                                  p_.options.need_dw ? out_.dbias + n * classes : nullptr, !first});
   }
 
   // The mixture and dx by ranges of samples, dweight by ranges of clones, side by side.
   void gradients(const Chunk& chunk, bool first) {
     const int64_t by_lanes = ceil_div(ld_, lanes_per_task_);
-    const int64_t by_clones = p_.need_dw ? ceil_div(p_.size.clones, clones_per_task_) : 0;
-    const T* weight = p_.need_dx ? finite_weight_.get(health_) : nullptr;
+    const int64_t by_clones = p_.options.need_dw ? ceil_div(p_.size.clones, clones_per_task_) : 0;
+    const T* weight = p_.options.need_dx ? finite_weight_.get(health_) : nullptr;
     run_tasks(by_lanes + by_clones, [&](int64_t i) {
       if (i < by_lanes) {
         mix(chunk, i * lanes_per_task_, weight);
@@ -133,7 +133,7 @@ class Joint {
     mixture_rows(MixtureRows<T>{log_likelihood_.data() + lane, p_.log_posterior.data(), clones, ld_,
                                 lanes, responsibility + lane, max + lane, max + ld_ + lane});
     const int64_t count = std::min(lanes, chunk.size - lane);
-    if (!p_.need_dx || count <= 0) return;
+    if (!p_.options.need_dx || count <= 0) return;
     const T* z = z_.data() + lane;
     T* weighted = z_.data() + rows_ * ld_ + lane;
     weight_rows(

@@ -1,11 +1,9 @@
 // Log-probabilities of the mixture and their gradient, on the CPU: all clones of a chunk of samples
 // at a time. The backward computes the logits again rather than keep [B, N, C].
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <tuple>
-
 #include "common/cpu/gemm.h"
+#include "mixture/boxed.h"
 #include "mixture/cpu/problem.h"
 
 namespace alrao::cpu {
@@ -21,12 +19,11 @@ constexpr int64_t kTaskLanes = 64;
 template <class T>
 class LogProb {
  public:
-  LogProb(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-          const Tensor& log_posterior, const MixtureSizes& size, int64_t memory_budget,
+  LogProb(const MixtureInputs& inputs, const MixtureSizes& size, int64_t memory_budget,
           bool backward)
       : size_(size),
-        x_(in_type<T>(x)),
-        weight_(in_type<T>(weight)),
+        x_(in_type<T>(inputs.x)),
+        weight_(in_type<T>(inputs.weight)),
         blocks_(ceil_div(size.classes, kBlockRows)),
         ld_(lanes(memory_budget, backward)),
         z_(size.clones * size.classes * ld_),
@@ -35,8 +32,8 @@ class LogProb {
         health_(size.clones),
         finite_weight_(static_cast<const T*>(weight_.const_data_ptr()), size.clones,
                        size.classes * size.features) {
-    if (bias) bias_ = in_type<T>(*bias);
-    log_posterior_ = as_doubles(log_posterior);
+    if (inputs.bias) bias_ = in_type<T>(*inputs.bias);
+    log_posterior_ = as_doubles(inputs.log_posterior);
   }
 
   void forward(T* out) {
@@ -195,46 +192,33 @@ class LogProb {
 };
 
 template <class T>
-Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-               const Tensor& log_posterior, const MixtureSizes& size, int64_t memory_budget) {
+Tensor forward(const MixtureInputs& inputs, const MixtureSizes& size, int64_t memory_budget) {
   const Tensor out = empty_tensor<T>({size.samples, size.classes});
   if (size.samples > 0) {
-    LogProb<T>(x, weight, bias, log_posterior, size, memory_budget, false)
-        .forward(static_cast<T*>(out.mutable_data_ptr()));
+    LogProb<T>(inputs, size, memory_budget, false).forward(static_cast<T*>(out.mutable_data_ptr()));
   }
   return out;
 }
 
-Tensor switch_mixture_log_prob(const Tensor& x, const Tensor& weight,
-                               const std::optional<Tensor>& bias, const Tensor& log_posterior,
-                               int64_t memory_budget) {
-  const MixtureSizes size = check_mixture(x, weight, bias, log_posterior, memory_budget);
-  const auto function = x.scalar_type() == ScalarType::Double ? &forward<double> : &forward<float>;
-  return function(x, weight, bias, log_posterior, size, memory_budget);
-}
-
-using Gradients = std::tuple<Tensor, Tensor, Tensor>;
-
-template <class T>
-T* data_or_null(const Tensor& tensor, bool needed) {
-  return needed ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+Tensor log_prob(const MixtureInputs& inputs, int64_t memory_budget) {
+  const MixtureSizes size = check_mixture(inputs, memory_budget);
+  const bool is_double = inputs.x.scalar_type() == ScalarType::Double;
+  return is_double ? forward<double>(inputs, size, memory_budget)
+                   : forward<float>(inputs, size, memory_budget);
 }
 
 template <class T>
-Gradients backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                   const std::optional<Tensor>& bias, const Tensor& log_posterior,
-                   const Tensor& log_prob, bool need_dx, bool need_dw, int64_t memory_budget,
-                   const MixtureSizes& size) {
-  const auto [samples, features, clones, classes] = size;
-  Tensor dx = need_dx ? empty_tensor<T>({samples, features}) : empty_tensor<T>({0});
-  Tensor dweight = need_dw ? empty_tensor<T>({clones, classes, features}) : empty_tensor<T>({0});
-  Tensor dbias = need_dw ? empty_tensor<T>({clones, classes}) : empty_tensor<T>({0});
-  if (samples > 0) {
-    const Tensor upstream = contents(grad), value = contents(log_prob);
-    LogProb<T>(x, weight, bias, log_posterior, size, memory_budget, true)
+MixtureGradients backward(const LogProbGradient& a, const MixtureSizes& size) {
+  auto [dx, dweight, dbias] = empty_gradients<T>(size, a.need_dx, a.need_dw);
+  const auto data_or_null = [](const Tensor& tensor, bool needed) {
+    return needed ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+  };
+  if (size.samples > 0) {
+    const Tensor upstream = contents(a.grad), value = contents(a.log_prob);
+    LogProb<T>(a.inputs, size, a.memory_budget, true)
         .backward(static_cast<const T*>(upstream.const_data_ptr()),
-                  static_cast<const T*>(value.const_data_ptr()), data_or_null<T>(dx, need_dx),
-                  data_or_null<T>(dweight, need_dw), data_or_null<T>(dbias, need_dw));
+                  static_cast<const T*>(value.const_data_ptr()), data_or_null(dx, a.need_dx),
+                  data_or_null(dweight, a.need_dw), data_or_null(dbias, a.need_dw));
   } else {
     torch::stable::zero_(dweight);
     torch::stable::zero_(dbias);
@@ -242,23 +226,17 @@ Gradients backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
   return {dx, dweight, dbias};
 }
 
-Gradients switch_mixture_log_prob_backward(const Tensor& grad, const Tensor& x,
-                                           const Tensor& weight, const std::optional<Tensor>& bias,
-                                           const Tensor& log_posterior, const Tensor& log_prob,
-                                           bool need_dx, bool need_dw, int64_t memory_budget) {
-  const MixtureSizes size = check_mixture(x, weight, bias, log_posterior, memory_budget);
-  check_log_prob_gradient(grad, log_prob, x, size.classes);
-  const auto function =
-      x.scalar_type() == ScalarType::Double ? &backward<double> : &backward<float>;
-  return function(grad, x, weight, bias, log_posterior, log_prob, need_dx, need_dw, memory_budget,
-                  size);
+MixtureGradients log_prob_backward(const LogProbGradient& arguments) {
+  const MixtureSizes size = check_log_prob_gradient(arguments);
+  const bool is_double = arguments.inputs.x.scalar_type() == ScalarType::Double;
+  return is_double ? backward<double>(arguments, size) : backward<float>(arguments, size);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CPU, m) {
-  m.impl("switch_mixture_log_prob", TORCH_BOX(&switch_mixture_log_prob));
-  m.impl("switch_mixture_log_prob_backward", TORCH_BOX(&switch_mixture_log_prob_backward));
+  m.impl("switch_mixture_log_prob", &boxed_log_prob<&log_prob>);
+  m.impl("switch_mixture_log_prob_backward", &boxed_log_prob_backward<&log_prob_backward>);
 }
 
 }  // namespace alrao::cpu

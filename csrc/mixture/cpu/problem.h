@@ -48,6 +48,14 @@ torch::stable::Tensor empty_tensor(std::initializer_list<int64_t> sizes) {
   return torch::stable::Tensor(handle);
 }
 
+template <class T>
+MixtureGradients empty_gradients(const MixtureSizes& size, bool need_dx, bool need_dw) {
+  const auto& [samples, features, clones, classes] = size;
+  return {need_dx ? empty_tensor<T>({samples, features}) : empty_tensor<T>({0}),
+          need_dw ? empty_tensor<T>({clones, classes, features}) : empty_tensor<T>({0}),
+          need_dw ? empty_tensor<T>({clones, classes}) : empty_tensor<T>({0})};
+}
+
 // Uninitialised memory, aligned, poisoned where torch poisons its own.
 template <class T>
 class Buffer {
@@ -68,14 +76,12 @@ struct MixtureProblem {
   const T* weight;
   const T* bias;  // or null
   std::vector<double> log_posterior;
-  // Classification has `target`, regression `expected` and `sigma2`.
+  Likelihood likelihood;
+  LossOptions options;
+  // Classification has `target`, regression `expected`.
   const int64_t* target;
-  int64_t ignore_index;
   const T* expected;
-  double sigma2;
   double norm;  // what each counted sample weighs in the loss
-  bool need_dx, need_dw;
-  int64_t memory_budget;
 
   const T* clone_weight(int64_t n) const { return weight + n * size.classes * size.features; }
   const T* clone_bias(int64_t n) const { return bias ? bias + n * size.classes : nullptr; }
@@ -106,7 +112,7 @@ class Chunks {
     ld_ = round_up(ceil_div(samples, count), kLaneTile);
     targets_.assign(ceil_div(samples, ld_) * ld_, -1);
     for (int64_t b = 0; b < samples; ++b) {
-      const bool counted = p.expected || p.target[b] != p.ignore_index;
+      const bool counted = p.expected || p.likelihood.classes.counts(p.target[b]);
       if (counted) targets_[b] = p.expected ? 0 : p.target[b];
     }
     if (p.expected) {
@@ -156,7 +162,10 @@ template <class T>
 void finish_clone(const MixtureProblem<T>& p, const typename Chunks<T>::Chunk& chunk, int64_t n,
                   int64_t ld, const LaneSums<T>& sums, double* log_likelihood, T* factor,
                   double* stats, CloneHealth* health) {
-  const double log_normaliser = p.expected ? gaussian_log_normaliser(p.size.classes, p.sigma2) : 0;
+  const bool gaussian = p.likelihood.gaussian;
+  const ClassesOptions& classes = p.likelihood.classes;
+  const ValuesOptions& values = p.likelihood.values;
+  const auto density = gaussian ? values.density(p.size.classes) : GaussianDensity{};
   double own = 0, score = 0;
   for (int64_t lane = 0; lane < ld; ++lane) {
     log_likelihood[lane] = -INFINITY;
@@ -165,19 +174,20 @@ void finish_clone(const MixtureProblem<T>& p, const typename Chunks<T>::Chunk& c
     const double sum = sums.sum[lane];
     if (!(sum < INFINITY)) health->suspect = true;
     if (chunk.target[lane] < 0) continue;
-    const double value =
-        p.expected ? gaussian_log_likelihood(sum, 1 / p.sigma2, log_normaliser)
-                   : class_log_likelihood<double>(sums.target_logit[lane], sums.max[lane], sum);
+    const LogitSums<double> logits{gaussian ? 0.0 : sums.max[lane], sum};
+    const double value = gaussian ? density.log_likelihood(sum)
+                                  : classes.log_likelihood(double(sums.target_logit[lane]), logits);
     if (!is_alive(value)) {
       health->dead = health->suspect = true;
       own = INFINITY;
-      if (p.expected) score = INFINITY;
+      if (gaussian) score = INFINITY;
       continue;
     }
     log_likelihood[lane] = value;
-    factor[lane] = static_cast<T>(p.expected ? p.norm / p.sigma2 : p.norm / sum);
+    factor[lane] =
+        static_cast<T>(gaussian ? p.norm / values.sigma2 : classes.gradient_factor(p.norm, logits));
     own -= value;
-    score += p.expected ? sum : sums.is_argmax[lane];
+    score += gaussian ? sum : sums.is_argmax[lane];
   }
   stats[n] += own;
   stats[p.size.clones + n] += score;

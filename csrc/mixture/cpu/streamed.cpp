@@ -33,7 +33,7 @@ class Streamed {
         chunks_(p, samples_per_chunk()),
         ld_(chunks_.ld()),
         z_(classes_ * ld_),
-        part_(p.need_dx ? groups_ * ld_ * features_ : 0),
+        part_(p.options.need_dx ? groups_ * ld_ * features_ : 0),
         block_(blocks_ * ld_ * 4),
         lane_(ld_ * 5),
         is_argmax_((blocks_ + 1) * ld_),
@@ -46,13 +46,13 @@ class Streamed {
       bool first = true;
       for (const auto& chunk : chunks_) {
         const bool alive = logits(chunk, n, &health);
-        if (alive && (p_.need_dx || p_.need_dw)) {
+        if (alive && (p_.options.need_dx || p_.options.need_dw)) {
           gradients(chunk, n, first);
           first = false;
         }
         mix(chunk, n);
       }
-      if (p_.need_dw && (first || health.dead)) {
+      if (p_.options.need_dw && (first || health.dead)) {
         std::fill_n(out_.dweight + n * classes_ * features_, classes_ * features_, T(0));
         std::fill_n(out_.dbias + n * classes_, classes_, T(0));
       }
@@ -72,8 +72,8 @@ class Streamed {
     const int64_t bytes = sizeof(T);
     // The weights are read twice per chunk: no use for a buffer that is much smaller than they are.
     const int64_t budget =
-        std::min(p_.memory_budget, std::max(kCacheBytes, classes_ * features_ * bytes));
-    const int64_t per_sample = (classes_ + (p_.need_dx ? groups_ * features_ : 0)) * bytes;
+        std::min(p_.options.memory_budget, std::max(kCacheBytes, classes_ * features_ * bytes));
+    const int64_t per_sample = (classes_ + (p_.options.need_dx ? groups_ * features_ : 0)) * bytes;
     return budget / per_sample / kLaneTile * kLaneTile;
   }
 
@@ -181,16 +181,17 @@ class Streamed {
     for_each_group([&](int64_t group, int64_t block) {
       const int64_t row = block * kBlockRows;
       T* z = z_.data() + row * ld_;
-      gradient_rows(GradientRows<T>{
-          z, rows(block), ld_, ld_, factor(block), p_.expected ? nullptr : chunk.target, row,
-          static_cast<T>(p_.norm), p_.need_dw ? out_.dbias + n * classes_ + row : nullptr, !first});
+      gradient_rows(
+          GradientRows<T>{z, rows(block), ld_, ld_, factor(block),
+                          p_.expected ? nullptr : chunk.target, row, static_cast<T>(p_.norm),
+                          p_.options.need_dw ? out_.dbias + n * classes_ + row : nullptr, !first});
       const auto g = row_major<const T>(z, rows(block), chunk.size, ld_);
-      if (p_.need_dw) {
+      if (p_.options.need_dw) {
         gemm<T>(row_major(out_.dweight + (n * classes_ + row) * features_, rows(block), features_,
                           features_),
                 g, samples(chunk), !first);
       }
-      if (p_.need_dx) {
+      if (p_.options.need_dx) {
         gemm<T>(row_major(part_.data() + group * ld_ * features_, chunk.size, features_, features_),
                 g.transposed(),
                 row_major(p_.clone_weight(n) + row * features_, rows(block), features_, features_),
@@ -214,7 +215,7 @@ class Streamed {
       alpha[lane] = static_cast<T>(keep);
       beta[lane] = static_cast<T>(take);
     }
-    if (!p_.need_dx) return;
+    if (!p_.options.need_dx) return;
     run_tasks(ceil_div(chunk.size, kLaneTile), [&](int64_t i) {
       const int64_t lane = i * kLaneTile, count = std::min(kLaneTile, chunk.size - lane);
       blend_rows(BlendRows<T>{out_.dx + (chunk.begin + lane) * features_,

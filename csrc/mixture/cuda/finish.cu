@@ -18,11 +18,9 @@ constexpr int kThreads = kColumnThreads;
 constexpr int kWarps = kThreads / kWarp;
 
 template <class compute_type>
-__global__ void mixture_norm_kernel(const int64_t* target, int64_t samples, int64_t ignore_index,
-                                    compute_type* norm) {
+__global__ void mixture_norm_kernel(ClassTargets target, int64_t samples, compute_type* norm) {
   __shared__ double scratch[kNormThreads / kWarp];
-  const double count = target == nullptr ? static_cast<double>(samples)
-                                         : count_targets(target, samples, ignore_index, scratch);
+  const double count = count_targets(target, samples, scratch);
   if (threadIdx.x == 0) *norm = static_cast<compute_type>(1 / fmax(count, 1.0));
 }
 
@@ -54,9 +52,7 @@ __device__ bool was_dead(const MixtureParts& parts, int64_t clone) {
 template <class scalar_t>
 __device__ void finish_statistics(const FinishArguments<scalar_t>& a, double* scratch) {
   const int64_t clones = a.size.clones;
-  const double count = a.target == nullptr
-                           ? static_cast<double>(a.size.samples)
-                           : count_targets(a.target, a.size.samples, a.ignore_index, scratch);
+  const double count = count_targets(a.target, a.size.samples, scratch);
   for (int64_t row = threadIdx.x / kWarp; row <= 2 * clones; row += kWarps) {
     const double sum = sum_parts(a.parts, row);
     if (threadIdx.x % kWarp != 0) continue;
@@ -110,14 +106,7 @@ __device__ void scale_or_clear(compute_type* values, int64_t size, compute_type 
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
       pack.values[j] = factor == 0 ? compute_type(0) : value[j] * factor;
-    if (aligned && i + kCount <= size) {
-      store_pack(values + i, pack);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        if (i + j < size) values[i + j] = pack.values[j];
-      }
-    }
+    store_some(values, i, size, aligned, pack);
   }
 }
 
@@ -173,10 +162,10 @@ int64_t between(int64_t low, int64_t value, int64_t high) {
 }  // namespace
 
 template <class compute_type>
-cudaError_t launch_mixture_norm(const int64_t* target, int64_t samples, int64_t ignore_index,
-                                compute_type* norm, cudaStream_t stream) {
+cudaError_t launch_mixture_norm(const ClassTargets& target, int64_t samples, compute_type* norm,
+                                cudaStream_t stream) {
   return launch(mixture_norm_kernel<compute_type>, 1, kNormThreads, 0, stream, target, samples,
-                ignore_index, norm);
+                norm);
 }
 
 template <class from_t, class to_t>
@@ -216,9 +205,8 @@ template cudaError_t launch_finite_copy<BFloat16, BFloat16>(const FiniteCopy<BFl
                                                             cudaStream_t);
 template cudaError_t launch_finite_copy<Float16, Float16>(const FiniteCopy<Float16, Float16>&,
                                                           cudaStream_t);
-template cudaError_t launch_mixture_norm<float>(const int64_t*, int64_t, int64_t, float*,
-                                                cudaStream_t);
-template cudaError_t launch_mixture_norm<double>(const int64_t*, int64_t, int64_t, double*,
+template cudaError_t launch_mixture_norm<float>(const ClassTargets&, int64_t, float*, cudaStream_t);
+template cudaError_t launch_mixture_norm<double>(const ClassTargets&, int64_t, double*,
                                                  cudaStream_t);
 
 }  // namespace alrao::cuda

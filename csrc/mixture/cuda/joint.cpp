@@ -32,15 +32,10 @@ Unfinished<T> run_joint(const NllProblem<T>& p) {
   int64_t first_part = 0;
   for (int64_t first = 0; first < samples; first += chunk) {
     const int64_t count = std::min(chunk, samples - first);
-    p.logits(data_of<Compute>(z), first, count, 0, true);
-    JointArguments<T> a{};
-    a.size = p.size;
+    auto a = p.template chunk_arguments<JointArguments<T>>(z, true);
     a.first = first;
     a.chunk = count;
-    a.ld = ld;
-    a.z = data_of<const Compute>(z);
-    a.bias = p.bias_data();
-    a.posterior = p.posterior();
+    p.logits(a.z, first, count, 0, true);
     a.target = p.target;
     a.norm = p.folded_norm();
     a.g = need_dw ? data_of<T>(g) : nullptr;

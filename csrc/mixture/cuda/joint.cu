@@ -73,7 +73,7 @@ struct JointSample {
     int target = -1;
     if constexpr (!kGaussian) {
       const int64_t y = a.target.classes[sample];
-      counted = y != a.target.ignore_index;
+      counted = a.target.options.counts(y);
       // What is no class is impossible for every clone: the loss shows it.
       target = y >= 0 && y < classes ? static_cast<int>(y) : -1;
     }
@@ -108,7 +108,7 @@ struct JointSample {
         int c = i % classes;
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
-          pack.values[j] -= widen(a.target.outputs[sample * classes + c]);
+          pack.values[j] -= widen(a.target.values[sample * classes + c]);
           c = c + 1 == classes ? 0 : c + 1;
         }
       }
@@ -151,11 +151,9 @@ struct JointSample {
       compute_type squared = 0;
       for (int c = lane; c < end; c += lanes) squared += row[c] * row[c];
       squared = lanes_reduce(squared, lanes, Sum());
-      const auto inverse = static_cast<compute_type>(a.target.inverse_variance);
-      log_likelihood = gaussian_log_likelihood(squared, inverse,
-                                               static_cast<compute_type>(a.target.log_normaliser));
+      log_likelihood = a.target.density.log_likelihood(squared);
       score = is_alive(log_likelihood) ? squared : compute_type(INFINITY);
-      scale = inverse * norm;
+      scale = static_cast<compute_type>(a.target.density.inverse_variance) * norm;
     } else {
       auto peak = Peak<compute_type>::none();
       for (int c = lane; c < end; c += lanes) peak.take(row[c], c);
@@ -169,9 +167,10 @@ struct JointSample {
         row[c] = e;
       }
       sum = lanes_reduce(sum, lanes, Sum());
-      log_likelihood = class_log_likelihood(at_target, peak.value, sum);
+      const LogitSums<compute_type> sums{peak.value, sum};
+      log_likelihood = a.target.options.log_likelihood(at_target, sums);
       score = is_alive(log_likelihood) && peak.place == target;
-      scale = norm / sum;
+      scale = a.target.options.gradient_factor(norm, sums);
     }
     if (lane != 0 || clone >= clones) return;
     const bool alive = is_alive(log_likelihood);
@@ -249,8 +248,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2)
   if (a.norm.on_device != nullptr) {
     norm = *a.norm.on_device;
   } else if (a.norm.count) {
-    const double count =
-        count_targets(a.target.classes, a.size.samples, a.target.ignore_index, scratch);
+    const double count = count_targets(a.target, a.size.samples, scratch);
     norm = static_cast<compute_type>(1 / fmax(count, 1.0));
   }
 

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "common/element.h"
+#include "mixture/likelihood.h"
 #include "mixture/math.h"
 #include "switch/cuda/update.h"
 
@@ -24,13 +25,16 @@ struct MixturePosterior {
   bool is_double;
 };
 
-// Classes, or outputs with Gaussian noise.
+// Classes [B]; where the targets are values it is null, and every sample counts.
+struct ClassTargets {
+  const int64_t* classes;
+  ClassesOptions options;
+};
+
 template <class scalar_t>
-struct MixtureTarget {
-  const int64_t* classes;  // [B], or null
-  int64_t ignore_index;
-  const scalar_t* outputs;  // [B, K], or null
-  double inverse_variance, log_normaliser;
+struct MixtureTarget : ClassTargets {
+  const scalar_t* values;  // [B, K], or null
+  GaussianDensity density;
 };
 
 // What a counted sample weighs in the gradients: `value`, or what `on_device` holds, or one over
@@ -57,6 +61,16 @@ struct MixtureParts {
   int64_t parts;
 };
 
+// A chunk of `chunk` samples from number `first` on, with their logits.
+template <class scalar_t>
+struct Chunk {
+  MixtureSizes size;
+  int64_t first, chunk, ld;
+  compute_t<scalar_t>* z;  // [chunk, N C], or [chunk, C] of one clone
+  const scalar_t* bias;    // [N, C] or null
+  MixturePosterior posterior;
+};
+
 // ---- all clones of a sample at once (joint.cu) ----
 
 // Where the logits of a sample, all clones, stay in shared memory.
@@ -67,15 +81,10 @@ bool fits_joint(int64_t clones, int64_t classes);
 template <class scalar_t>
 int64_t joint_parts(int64_t chunk, int64_t clones, int64_t classes);
 
-// A chunk of `chunk` samples from number `first` on. Reads the logits z, writes G, the gradients of
-// the clones' own losses to the logits, and r G, those of the mixture's loss; either may be null.
+// Reads the logits, writes G, the gradients of the clones' own losses to them, and r G, those of
+// the mixture's loss; either may be null.
 template <class scalar_t>
-struct JointArguments {
-  MixtureSizes size;
-  int64_t first, chunk, ld;
-  const compute_t<scalar_t>* z;  // [chunk, N C]
-  const scalar_t* bias;          // [N, C] or null
-  MixturePosterior posterior;
+struct JointArguments : Chunk<scalar_t> {
   MixtureTarget<scalar_t> target;
   MixtureNorm<scalar_t> norm;
   scalar_t* g;   // [chunk, N C] or null
@@ -102,12 +111,8 @@ struct MixtureState {
 // A chunk of one clone's logits, overwritten by the gradient of the clone's own loss to them: in
 // scalar_t, each row at the place of the logits' row.
 template <class scalar_t>
-struct RowArguments {
-  MixtureSizes size;
-  int64_t clone, first, chunk, ld;
-  compute_t<scalar_t>* z;  // [chunk, C]
-  const scalar_t* bias;    // [N, C] or null
-  MixturePosterior posterior;
+struct RowArguments : Chunk<scalar_t> {
+  int64_t clone;
   MixtureTarget<scalar_t> target;
   MixtureNorm<scalar_t> norm;  // by value or on the device
   bool need_gradient;
@@ -147,10 +152,10 @@ cudaError_t launch_mixture_combine(const CombineArguments<scalar_t>& arguments,
 
 // ---- before and after (finish.cu) ----
 
-// One over the number of counted samples; without targets all count.
+// One over the number of counted samples.
 template <class compute_type>
-cudaError_t launch_mixture_norm(const int64_t* target, int64_t samples, int64_t ignore_index,
-                                compute_type* norm, cudaStream_t stream);
+cudaError_t launch_mixture_norm(const ClassTargets& target, int64_t samples, compute_type* norm,
+                                cudaStream_t stream);
 
 template <class from_t, class to_t>
 cudaError_t launch_finite_copy(const FiniteCopy<from_t, to_t>& copy, cudaStream_t stream);
@@ -162,8 +167,7 @@ template <class scalar_t>
 struct FinishArguments {
   MixtureSizes size;
   MixtureParts parts;
-  const int64_t* target;  // classes, or null: every sample counts
-  int64_t ignore_index;
+  ClassTargets target;
   bool mean;
   compute_t<scalar_t>* loss;
   double* stats;  // [3, N]
@@ -184,12 +188,8 @@ cudaError_t launch_mixture_finish(const FinishArguments<scalar_t>& arguments, cu
 // log-probabilities, or takes one clone into them. Backward, where `grad` is given: out holds them,
 // and z is overwritten by the gradients to the logits.
 template <class scalar_t>
-struct LogProbArguments {
-  MixtureSizes size;
-  int64_t clone, first, chunk, ld;
-  compute_t<scalar_t>* z;
-  const scalar_t* bias;
-  MixturePosterior posterior;
+struct LogProbArguments : Chunk<scalar_t> {
+  int64_t clone;
   compute_t<scalar_t>* out;                 // [B, C]
   const compute_t<scalar_t>* grad;          // [B, C] or null
   MixtureState<compute_t<scalar_t>> state;  // one clone's backward: keep all, take the living

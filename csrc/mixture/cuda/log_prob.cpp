@@ -1,28 +1,12 @@
 // Log-probabilities of the mixture, and their gradient: the logits are made again rather than kept,
 // and multiplied in float32 at least, since the sums over classes cancel.
-#include "common/checks.h"
 #include "mixture/checks.h"
 #include "mixture/cuda/problem.h"
 
 namespace alrao::cuda {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Gradients = std::tuple<Tensor, Tensor, Tensor>;
-
-template <class T>
-LogProbArguments<T> arguments(const MixtureProblem<T>& p, const Tensor& z, const Tensor& out,
-                              bool joint) {
-  LogProbArguments<T> a{};
-  a.size = p.size;
-  a.ld = p.row_distance(joint);
-  a.z = data_of<compute_t<T>>(z);
-  a.bias = p.bias_data();
-  a.posterior = p.posterior();
-  a.out = data_of<compute_t<T>>(out);
-  return a;
-}
 
 template <class T>
 Tensor forward(const MixtureInputs& inputs, const MixtureSizes& size, int64_t memory_budget,
@@ -33,7 +17,8 @@ Tensor forward(const MixtureInputs& inputs, const MixtureSizes& size, int64_t me
   const bool joint = p.is_joint();
   const int64_t chunk = p.chunk(p.row_distance(joint) * sizeof(Compute));
   const auto z = p.gemm.template empty<Compute>({chunk, p.row_distance(joint)});
-  LogProbArguments<T> a = arguments(p, z, out, joint);
+  auto a = p.template chunk_arguments<LogProbArguments<T>>(z, joint);
+  a.out = data_of<Compute>(out);
   for (a.first = 0; a.first < size.samples; a.first += chunk) {
     a.chunk = std::min(chunk, size.samples - a.first);
     for (int64_t clone = 0; clone < (joint ? 1 : size.clones); ++clone) {
@@ -57,33 +42,29 @@ Tensor finite_copy(const MixtureProblem<T>& p, const T* from, int64_t rows, int6
 }
 
 template <class T>
-Gradients backward(const Tensor& grad, const MixtureInputs& inputs, const MixtureSizes& size,
-                   const Tensor& log_prob, bool need_dx, bool need_dw, int64_t memory_budget,
-                   cudaStream_t stream) {
+MixtureGradients backward(const LogProbGradient& arguments, const MixtureSizes& size,
+                          cudaStream_t stream) {
   using Compute = compute_t<T>;
   const auto& [samples, features, clones, classes] = size;
-  const MixtureProblem<T> p(inputs, size, memory_budget, stream);
-  const auto matrix = [&](bool needed, std::initializer_list<int64_t> sizes) {
-    return needed ? p.gemm.template empty<Compute>(sizes) : p.gemm.template empty<Compute>({0});
-  };
-  auto dx = matrix(need_dx, {samples, features});
-  auto dweight = matrix(need_dw, {clones, classes, features});
-  auto dbias = matrix(need_dw, {clones, classes});
+  const bool need_dx = arguments.need_dx, need_dw = arguments.need_dw;
+  const MixtureProblem<T> p(arguments.inputs, size, arguments.memory_budget, stream);
+  auto [dx, dweight, dbias] = p.gradients(need_dx, need_dw);
   if (samples == 0) {
     torch::stable::zero_(dweight);
     torch::stable::zero_(dbias);
     return {dx, dweight, dbias};
   }
-  const Tensor upstream = dense(grad), value = dense(log_prob);
+  const Tensor upstream = dense(arguments.grad), value = dense(arguments.log_prob);
   const bool joint = p.is_joint();
   const int64_t columns = p.columns(joint), ld = p.row_distance(joint);
   const bool needs_term = need_dx && !joint;
   const int64_t chunk = p.chunk((ld + (needs_term ? features : 0)) * sizeof(Compute));
   const auto z = p.gemm.template empty<Compute>({chunk, ld});
-  const auto term = matrix(needs_term, {chunk, features});
+  const auto term = p.result(needs_term, {chunk, features});
   const auto x = finite_copy(p, p.x_data(), need_dw ? samples : 0, features);
   const StateMemory<Compute> state(p.gemm, joint ? 0 : samples);
-  LogProbArguments<T> a = arguments(p, z, value, joint);
+  auto a = p.template chunk_arguments<LogProbArguments<T>>(z, joint);
+  a.out = data_of<Compute>(value);
   a.grad = data_of<const Compute>(upstream);
   a.state = state.get();
   for (int64_t clone = 0; clone < (joint ? 1 : clones); ++clone) {
@@ -126,33 +107,19 @@ Gradients backward(const Tensor& grad, const MixtureInputs& inputs, const Mixtur
   return {dx, dweight, dbias};
 }
 
-MixtureSizes check(const MixtureInputs& inputs, int64_t memory_budget) {
-  return check_mixture(inputs.x, inputs.weight, inputs.bias, inputs.log_posterior, memory_budget);
-}
-
 }  // namespace
 
 Tensor mixture_log_prob(const MixtureInputs& inputs, int64_t memory_budget, cudaStream_t stream) {
-  const MixtureSizes size = check(inputs, memory_budget);
-  const ScalarType type = inputs.x.scalar_type();
-  const auto function = type == ScalarType::Double     ? &forward<double>
-                        : type == ScalarType::Float    ? &forward<float>
-                        : type == ScalarType::BFloat16 ? &forward<BFloat16>
-                                                       : &forward<Float16>;
-  return function(inputs, size, memory_budget, stream);
+  const MixtureSizes size = check_mixture(inputs, memory_budget);
+  return in_type_of(inputs, [&](auto zero) {
+    return forward<decltype(zero)>(inputs, size, memory_budget, stream);
+  });
 }
 
-Gradients mixture_log_prob_backward(const Tensor& grad, const MixtureInputs& inputs,
-                                    const Tensor& log_prob, bool need_dx, bool need_dw,
-                                    int64_t memory_budget, cudaStream_t stream) {
-  const MixtureSizes size = check(inputs, memory_budget);
-  check_log_prob_gradient(grad, log_prob, inputs.x, size.classes);
-  const ScalarType type = inputs.x.scalar_type();
-  const auto function = type == ScalarType::Double     ? &backward<double>
-                        : type == ScalarType::Float    ? &backward<float>
-                        : type == ScalarType::BFloat16 ? &backward<BFloat16>
-                                                       : &backward<Float16>;
-  return function(grad, inputs, size, log_prob, need_dx, need_dw, memory_budget, stream);
+MixtureGradients mixture_log_prob_backward(const LogProbGradient& arguments, cudaStream_t stream) {
+  const MixtureSizes size = check_log_prob_gradient(arguments);
+  return in_type_of(arguments.inputs,
+                    [&](auto zero) { return backward<decltype(zero)>(arguments, size, stream); });
 }
 
 }  // namespace alrao::cuda

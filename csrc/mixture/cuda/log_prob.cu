@@ -152,17 +152,7 @@ __global__ void __launch_bounds__(kRowThreads)
   for (int64_t i = threadIdx.x * kCount; i < classes; i += step) {
     compute_type value[kCount];
     load(i, value);
-    Peak<compute_type> peak = softmax.peak;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if (i + j < classes) peak.take(value[j], static_cast<int32_t>(i + j));
-    }
-    softmax.sum *= std::exp(softmax.peak.value - peak.value);
-    softmax.peak = peak;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if (i + j < classes) softmax.sum += std::exp(value[j] - peak.value) + poison(value[j]);
-    }
+    take_in<kCount>(softmax, value, i, classes);
   }
   softmax = block_reduce(softmax, Merge(), Softmax<compute_type>::none(), softmaxes);
   const compute_type largest = softmax.peak.value, log_sum = std::log(softmax.sum);
@@ -186,14 +176,7 @@ __global__ void __launch_bounds__(kRowThreads)
         pack.values[j] =
             high > none ? high + std::log(std::exp(before - high) + std::exp(added - high)) : none;
       }
-      if (out_is_aligned && i + kCount <= classes) {
-        store_pack(out + i, pack);
-      } else {
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          if (i + j < classes) out[i + j] = pack.values[j];
-        }
-      }
+      store_some(out, i, classes, out_is_aligned, pack);
     }
     return;
   }

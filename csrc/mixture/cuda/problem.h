@@ -21,7 +21,7 @@ template <class T>
 struct MixtureProblem {
   using Compute = compute_t<T>;
 
-  MixtureProblem(const MixtureInputs& inputs, MixtureSizes sizes, int64_t budget,
+  MixtureProblem(const MixtureInputs& inputs, const MixtureSizes& sizes, int64_t budget,
                  cudaStream_t on_stream)
       : size(sizes),
         memory_budget(budget),
@@ -35,10 +35,17 @@ struct MixtureProblem {
 
   const T* x_data() const { return data_of<const T>(x); }
   const T* weight_data() const { return data_of<const T>(weight); }
-  const T* bias_data() const { return bias ? data_of<const T>(*bias) : nullptr; }
-  MixturePosterior posterior() const {
-    return {log_posterior.const_data_ptr(),
-            log_posterior.scalar_type() == torch::headeronly::ScalarType::Double};
+  // A kernel's arguments as far as they are the same for every chunk of samples.
+  template <class Arguments>
+  Arguments chunk_arguments(const torch::stable::Tensor& z, bool joint) const {
+    Arguments a{};
+    a.size = size;
+    a.ld = row_distance(joint);
+    a.z = data_of<Compute>(z);
+    a.bias = bias ? data_of<const T>(*bias) : nullptr;
+    a.posterior = {log_posterior.const_data_ptr(),
+                   log_posterior.scalar_type() == torch::headeronly::ScalarType::Double};
+    return a;
   }
 
   // Few enough classes for all clones of a sample at once; else clone after clone.
@@ -54,6 +61,16 @@ struct MixtureProblem {
   // Samples whose logits are held at a time.
   int64_t chunk(int64_t bytes_per_sample) const {
     return std::max<int64_t>(std::min(size.samples, memory_budget / bytes_per_sample), 1);
+  }
+
+  // Memory for a result, without elements unless it is needed.
+  torch::stable::Tensor result(bool needed, std::initializer_list<int64_t> sizes) const {
+    return gemm.template empty<Compute>(needed ? sizes : std::initializer_list<int64_t>{0});
+  }
+  MixtureGradients gradients(bool need_dx, bool need_dw) const {
+    const auto& [samples, features, clones, classes] = size;
+    return {result(need_dx, {samples, features}), result(need_dw, {clones, classes, features}),
+            result(need_dw, {clones, classes})};
   }
 
   // Logits [rows, columns] of samples from `first` on, of clones from `clone` on.
@@ -75,6 +92,22 @@ struct MixtureProblem {
   std::optional<torch::stable::Tensor> bias;
   torch::stable::Tensor log_posterior;
 };
+
+// body(T()), T being the type of the inputs.
+template <class Body>
+auto in_type_of(const MixtureInputs& inputs, const Body& body) {
+  using torch::headeronly::ScalarType;
+  switch (inputs.x.scalar_type()) {
+    case ScalarType::Double:
+      return body(double());
+    case ScalarType::Float:
+      return body(float());
+    case ScalarType::BFloat16:
+      return body(BFloat16());
+    default:
+      return body(Float16());
+  }
+}
 
 // Memory for MixtureState.
 template <class Compute>
@@ -102,7 +135,7 @@ struct NllProblem : MixtureProblem<T> {
   // lose their digits.
   static constexpr bool kFoldsNorm = !std::is_same_v<T, Float16>;
 
-  MixtureOptions options;
+  LossOptions options;
   MixtureTarget<T> target;
   double norm_value;              // what a sample weighs, if that does not depend on targets
   bool norm_counts;               // else: one over the number of counted samples

@@ -55,6 +55,19 @@ __device__ void load_some(const T* p, int64_t i, int64_t n, bool aligned, comput
   }
 }
 
+// The same places written.
+template <int kCount, class T>
+__device__ void store_some(T* p, int64_t i, int64_t n, bool aligned, const Pack<T, kCount>& pack) {
+  if (aligned && i + kCount <= n) {
+    store_pack(p + i, pack);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if (i + j < n) p[i + j] = pack.values[j];
+    }
+  }
+}
+
 template <class T>
 __device__ T lowest();
 template <>
@@ -69,6 +82,12 @@ __device__ inline double lowest<double>() {
 template <class T>
 __device__ bool is_finite(T value) {
   return value > T(-INFINITY) && value < T(INFINITY);
+}
+
+// 0, or NaN for what is not finite.
+template <class T>
+__device__ T poison(T value) {
+  return value * T(0);
 }
 
 template <class compute_type>
@@ -109,6 +128,22 @@ struct Softmax {
   static __device__ Softmax none() { return {Peak<T>::none(), T(0)}; }
 };
 
+// Takes entries of a row in as they are read, those before `end`.
+template <int kCount, class T>
+__device__ void take_in(Softmax<T>& softmax, const T* value, int64_t i, int64_t end) {
+  Peak<T> peak = softmax.peak;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    if (i + j < end) peak.take(value[j], static_cast<int32_t>(i + j));
+  }
+  softmax.sum *= std::exp(softmax.peak.value - peak.value);
+  softmax.peak = peak;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    if (i + j < end) softmax.sum += std::exp(value[j] - peak.value) + poison(value[j]);
+  }
+}
+
 struct Merge {
   template <class T>
   __device__ Softmax<T> operator()(const Softmax<T>& a, const Softmax<T>& b) const {
@@ -118,12 +153,6 @@ struct Merge {
     return both;
   }
 };
-
-// 0, or NaN for what is not finite.
-template <class T>
-__device__ T poison(T value) {
-  return value * T(0);
-}
 
 // The reduction over `lanes` neighbouring lanes, a power of two; the whole warp takes part.
 template <typename T, typename Op>
@@ -150,10 +179,13 @@ inline int lanes_for(int64_t classes) {
 }
 
 // The number of samples that count; the same for every thread of the block.
-inline __device__ double count_targets(const int64_t* target, int64_t samples, int64_t ignore_index,
+inline __device__ double count_targets(const ClassTargets& target, int64_t samples,
                                        double* scratch) {
+  if (target.classes == nullptr) return static_cast<double>(samples);
   double counted = 0;
-  for (int64_t b = threadIdx.x; b < samples; b += blockDim.x) counted += target[b] != ignore_index;
+  for (int64_t b = threadIdx.x; b < samples; b += blockDim.x) {
+    counted += target.options.counts(target.classes[b]);
+  }
   return block_reduce(counted, Sum(), 0.0, scratch);
 }
 

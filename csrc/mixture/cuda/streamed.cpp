@@ -33,16 +33,11 @@ Unfinished<T> run_streamed(const NllProblem<T>& p) {
   for (int64_t clone = 0; clone < clones; ++clone) {
     for (int64_t first = 0; first < samples; first += chunk) {
       const int64_t count = std::min(chunk, samples - first);
-      p.logits(data_of<Compute>(z), first, count, clone, false);
-      RowArguments<T> a{};
-      a.size = p.size;
+      auto a = p.template chunk_arguments<RowArguments<T>>(z, false);
       a.clone = clone;
       a.first = first;
       a.chunk = count;
-      a.ld = ld;
-      a.z = data_of<Compute>(z);
-      a.bias = p.bias_data();
-      a.posterior = p.posterior();
+      p.logits(a.z, first, count, clone, false);
       a.target = p.target;
       a.norm = p.folded_norm();
       a.need_gradient = need_dx || need_dw;

@@ -39,7 +39,7 @@ struct Row {
     target = -1;
     if constexpr (!kGaussian) {
       const int64_t y = a.target.classes[sample()];
-      counted = y != a.target.ignore_index;
+      counted = a.target.options.counts(y);
       // What is no class is impossible for every clone: the loss shows it.
       target = y >= 0 && y < a.size.classes ? static_cast<int32_t>(y) : -1;
       target_logit = -INFINITY;
@@ -76,7 +76,7 @@ struct Row {
       }
     }
     if constexpr (kGaussian) {
-      const scalar_t* outputs = a.target.outputs + sample() * a.size.classes;
+      const scalar_t* outputs = a.target.values + sample() * a.size.classes;
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
         if (i + j < a.size.classes) value[j] -= widen(outputs[i + j]);
@@ -130,16 +130,16 @@ struct Row {
   }
 
   __device__ compute_type finish_classes(Peak<compute_type> peak, compute_type sum) const {
-    const compute_type log_likelihood = class_log_likelihood(target_logit, peak.value, sum);
+    const LogitSums<compute_type> logits{peak.value, sum};
+    const compute_type log_likelihood = a.target.options.log_likelihood(target_logit, logits);
     const bool correct = is_alive(log_likelihood) && peak.place == target;
-    return finish(log_likelihood, correct, norm() / sum);
+    return finish(log_likelihood, correct, a.target.options.gradient_factor(norm(), logits));
   }
 
   __device__ compute_type finish_outputs(compute_type squared) const {
-    const auto inverse = static_cast<compute_type>(a.target.inverse_variance);
-    const compute_type log_likelihood = gaussian_log_likelihood(
-        squared, inverse, static_cast<compute_type>(a.target.log_normaliser));
+    const compute_type log_likelihood = a.target.density.log_likelihood(squared);
     const compute_type score = is_alive(log_likelihood) ? squared : compute_type(INFINITY);
+    const auto inverse = static_cast<compute_type>(a.target.density.inverse_variance);
     return finish(log_likelihood, score, norm() * inverse);
   }
 };
@@ -213,17 +213,7 @@ __global__ void __launch_bounds__(kMaxThreads<scalar_t>, 1)
         if (i + j < classes) squared += value[j] * value[j];
       }
     } else {
-      Peak<compute_type> peak = softmax.peak;
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        if (i + j < classes) peak.take(value[j], static_cast<int32_t>(i + j));
-      }
-      softmax.sum *= std::exp(softmax.peak.value - peak.value);
-      softmax.peak = peak;
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        if (i + j < classes) softmax.sum += std::exp(value[j] - peak.value) + poison(value[j]);
-      }
+      take_in<kCount>(softmax, value, i, classes);
     }
   }
   compute_type scale;
@@ -292,14 +282,7 @@ __global__ void __launch_bounds__(kColumnThreads)
     for (int j = 0; j < kCount; ++j) {
       pack.values[j] = (keep * value[j] + take * added[j]) * factor;
     }
-    if (aligned && i + kCount <= end) {
-      store_pack(total + i, pack);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        if (i + j < end) total[i + j] = pack.values[j];
-      }
-    }
+    store_some(total, i, end, aligned, pack);
   }
 }
 

@@ -1,0 +1,89 @@
+"""The inputs that all ops of the mixture have: brought into one form, and checked (alrao_fast/ops/checks.py)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alrao_fast import backends
+from alrao_fast.ops.checks import FLOATS, check, check_tensor
+
+OP = "switch_mixture"
+backends.OPS[OP] = "switch_mixture_nll"
+INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor log_posterior"
+# Bytes that the logits of a chunk of samples may take: on a CPU about its caches, on a GPU enough rows for a product of
+# matrices to run at full speed with 128,000 classes.
+CPU_MEMORY_BUDGET = 64 << 20
+GPU_MEMORY_BUDGET = 1 << 30
+
+
+def flat(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The samples in rows, and all in the widest of the floating dtypes, as under autocast."""
+    if x.dim() == 0:
+        raise ValueError("x: got a scalar, expected [..., D]")
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    if x.dtype != weight.dtype:
+        x, weight = x.to(dtype), weight.to(dtype)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    return (x if x.dim() == 2 else x.reshape(-1, x.size(-1))), weight, bias
+
+
+def budget(x: Tensor, memory_budget: int | None) -> int:
+    if memory_budget is not None:
+        return memory_budget
+    return CPU_MEMORY_BUDGET if x.device.type == "cpu" else GPU_MEMORY_BUDGET
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic on tensors of `dtype`, and of the results."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_gradients(
+    x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias as the ops return them, those that are not needed without elements."""
+    wide = accumulator(x.dtype)
+    return (
+        x.new_empty(x.shape if need_dx else (0,), dtype=wide),
+        x.new_empty(weight.shape if need_dw else (0,), dtype=wide),
+        x.new_empty(weight.shape[:2] if need_dw else (0,), dtype=wide),
+    )
+
+
+def gradient_dtypes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, need_dx: bool, need_dw: bool
+) -> tuple[torch.dtype | None, ...]:
+    """The dtypes that autograd expects of dx, dweight and dbias, None for what is not needed."""
+    return (
+        x.dtype if need_dx else None,
+        weight.dtype if need_dw else None,
+        bias.dtype if need_dw and bias is not None else None,
+    )
+
+
+def check_inputs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor, memory_budget: int
+) -> None:
+    check(
+        weight.dim() == 3 and weight.size(0) > 0 and weight.size(1) > 0,
+        f"weight: got shape {list(weight.shape)}, expected [N, C, D] with N >= 1 and C >= 1",
+    )
+    clones, classes, features = weight.shape
+    check_tensor("weight", weight, weight.shape, FLOATS, weight.device)
+    check(
+        x.dim() == 2 and x.size(1) == features,
+        f"x: got shape {list(x.shape)}, expected [B, {features}], D being that of weight "
+        f"{list(weight.shape)}",
+    )
+    same = (weight.dtype,)
+    check_tensor("x", x, x.shape, same, weight.device)
+    if bias is not None:
+        check_tensor("bias", bias, (clones, classes), same, weight.device)
+    posterior_dtypes = (torch.float32, torch.float64)
+    check_tensor("log_posterior", log_posterior, (clones,), posterior_dtypes, weight.device)
+    check(
+        memory_budget > 0,
+        f"memory_budget: got {memory_budget}, expected a positive number of bytes",
+    )

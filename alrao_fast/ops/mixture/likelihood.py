@@ -1,0 +1,124 @@
+"""The likelihoods of the mixture: classes by softmax, and values with Gaussian noise.
+
+Each declares its op, its options and its target here. The ops' schemas, fakes, checks and lists of arguments follow
+from that; csrc/mixture/likelihood.h declares the same options for the compiled implementations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from alrao_fast.ops.checks import check, check_tensor
+from alrao_fast.ops.mixture import checks
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The fields of a subclass are the options of its op.
+
+    In the schema the first follows the target. The others have defaults and stand at the end, where an option that is
+    added leaves every call of the op, and every exported graph, as good as it was.
+    """
+
+    OP: ClassVar[str]
+
+    def rows(self, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The target of the samples in rows; ValueError unless it fits the samples."""
+        raise NotImplementedError
+
+    def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:
+        """Raise RuntimeError unless the options and the target are what the op takes."""
+        raise NotImplementedError
+
+    @classmethod
+    def schema(cls, *, observed: bool = False) -> str:
+        """The op's schema; `observed`: with the observation of the switch as its tail."""
+        own, *added = fields(cls)
+        name, inputs, observer = cls.OP, checks.INPUTS, []
+        if observed:
+            name += "_observe_"
+            inputs = inputs.replace("Tensor log_posterior", "Tensor(a!) log_posterior")
+            observer = ["Tensor(b!) logw", "Tensor(c!) t", "Tensor(d!) running"]
+            observer += ["bool mean_evidence", "float theta"]
+        needs = "bool mean, bool need_dx, bool need_dw, int memory_budget"
+        options = [f"{option.type} {option.name}={option.default}" for option in added]
+        arguments = [inputs, f"Tensor target, {own.type} {own.name}", needs, *observer, *options]
+        result = "(Tensor loss, Tensor stats, Tensor dx, Tensor dweight, Tensor dbias)"
+        return f"{name}({', '.join(arguments)}) -> {result}"
+
+    def arguments(
+        self, inputs: tuple[Any, ...], needs: tuple[Any, ...], observer: tuple[Any, ...] = ()
+    ) -> tuple[Any, ...]:
+        """The arguments of the op in the order of its schema; the target is the last of the inputs."""
+        own, *added = vars(self).values()
+        return *inputs, own, *needs, *observer, *added
+
+    @classmethod
+    def check(cls, *arguments: Any) -> None:
+        """Raise RuntimeError unless the op takes these arguments, in the order of its schema."""
+        x, weight, bias, log_posterior, target, own, *needs = arguments
+        _mean, _need_dx, _need_dw, memory_budget, *added = needs
+        checks.check_inputs(x, weight, bias, log_posterior, memory_budget)
+        make: Callable[..., Likelihood] = cls
+        make(own, *added).check_target(target, x, weight)
+
+
+@dataclass(frozen=True)
+class Classes(Likelihood):
+    """A class `target [...]` int64 by softmax; a target `ignore_index` does not count."""
+
+    OP: ClassVar[str] = "switch_mixture_nll"
+
+    ignore_index: int
+
+    def rows(self, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        _check_shape(target, x.shape[:-1], ", that of x without the features")
+        return target if target.dim() == 1 else target.reshape(-1)
+
+    def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:
+        check_tensor("target", target, x.shape[:1], (torch.int64,), x.device)
+        # Reading classes on a GPU would wait for it: there the loss is inf.
+        if x.device.type == "cpu":
+            classes = weight.size(1)
+            outside = ((target < 0) | (target >= classes)) & (target != self.ignore_index)
+            if outside.any():
+                position = int(outside.nonzero()[0])
+                check(
+                    False,
+                    f"target: got {int(target[position])} at position {position}, expected a class "
+                    f"from 0 to {classes - 1} or ignore_index {self.ignore_index}",
+                )
+
+
+@dataclass(frozen=True)
+class Values(Likelihood):
+    """Values `target [..., K]` with Gaussian noise of variance `sigma2`."""
+
+    OP: ClassVar[str] = "switch_mixture_gaussian_nll"
+
+    sigma2: float
+
+    def rows(self, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        where = ": that of x with the clones' outputs in place of the features"
+        _check_shape(target, (*x.shape[:-1], weight.size(1)), where)
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        return target.detach().reshape(-1, weight.size(1)).to(dtype)
+
+    def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:
+        check_tensor("target", target, (x.size(0), weight.size(1)), (x.dtype,), x.device)
+        check(self.sigma2 > 0, f"sigma2: got {self.sigma2:g}, expected a positive variance")
+
+    def density(self, outputs: int) -> tuple[float, float]:
+        """1 / sigma2 and minus the log of the density at its peak."""
+        return 1 / self.sigma2, 0.5 * outputs * math.log(2 * math.pi * self.sigma2)
+
+
+def _check_shape(target: Tensor, expected: tuple[int, ...], why: str) -> None:
+    if target.shape != expected:
+        raise ValueError(f"target: got shape {list(target.shape)}, expected {list(expected)}{why}")

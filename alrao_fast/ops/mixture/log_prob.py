@@ -1,0 +1,125 @@
+"""switch_mixture's predictions: log-probabilities of N classifiers, the mean of N regressors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from alrao_fast import backends
+from alrao_fast.ops import dispatch
+from alrao_fast.ops.checks import check_tensor
+from alrao_fast.ops.dispatch import LIB, define
+from alrao_fast.ops.mixture import checks
+from alrao_fast.reference import switch_mixture as reference
+
+
+def _fake(x, weight, bias, log_posterior, memory_budget):
+    return x.new_empty((x.size(0), weight.size(1)), dtype=checks.accumulator(x.dtype))
+
+
+def _fake_backward(grad, x, weight, bias, log_posterior, log_prob, need_dx, need_dw, memory_budget):
+    return checks.empty_gradients(x, weight, need_dx, need_dw)
+
+
+def _check_backward(
+    grad, x, weight, bias, log_posterior, log_prob, need_dx, need_dw, memory_budget
+):
+    checks.check_inputs(x, weight, bias, log_posterior, memory_budget)
+    for name, tensor in (("grad", grad), ("log_prob", log_prob)):
+        shape, dtypes = (x.size(0), weight.size(1)), (checks.accumulator(x.dtype),)
+        check_tensor(name, tensor, shape, dtypes, x.device)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.memory_budget = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output)
+
+
+def _differentiate(backward: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward of log_prob by the op of this name."""
+
+    @once_differentiable
+    def run(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 5
+        x, weight, bias, log_posterior, log_prob = ctx.saved_tensors
+        need_dx, *need_own = ctx.needs_input_grad[:3]
+        needs = need_dx, any(need_own)
+        gradients = getattr(torch.ops.alrao_fast, backward)(
+            grad.contiguous(), x, weight, bias, log_posterior, log_prob, *needs, ctx.memory_budget
+        )
+        dtypes = checks.gradient_dtypes(x, weight, bias, *needs)
+        typed = zip(gradients, dtypes, strict=True)
+        return *(None if dtype is None else g.to(dtype) for g, dtype in typed), None, None
+
+    return run
+
+
+_SCHEMA = f"switch_mixture_log_prob({checks.INPUTS}, int memory_budget) -> Tensor"
+_BACKWARD_SCHEMA = (
+    f"switch_mixture_log_prob_backward(Tensor grad, {checks.INPUTS}, Tensor log_prob, bool need_dx, "
+    "bool need_dw, int memory_budget) -> (Tensor, Tensor, Tensor)"
+)
+_MODULE = "mixture.log_prob"
+for _name, _backward in (
+    (define(_SCHEMA, _fake), define(_BACKWARD_SCHEMA, _fake_backward)),
+    (
+        dispatch.define_triton(_SCHEMA, _fake, _MODULE, checks.check_inputs),
+        dispatch.define_triton(_BACKWARD_SCHEMA, _fake_backward, _MODULE, _check_backward),
+    ),
+):
+    torch.library.register_autograd(
+        _name,
+        _differentiate(_backward.removeprefix("alrao_fast::")),
+        setup_context=_save,
+        lib=LIB,
+    )
+
+
+def switch_mixture_log_prob(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_posterior: Tensor,
+    *,
+    memory_budget: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Log-probabilities `[..., C]` of the mixture: `log sum_n exp(a_n + logp[b,n,c])`.
+
+    Arguments as in `switch_mixture_nll`. float32, or float64 for float64 inputs; differentiable in
+    x, weight and bias in the ordinary sense. Dead clones take no part; -inf where all are dead.
+    """
+    backend = backends.select(checks.OP, x.device, impl)
+    rows, weight, bias = checks.flat(x, weight, bias)
+    if backend == "reference":
+        result = reference.switch_mixture_log_prob(rows, weight, bias, log_posterior)
+    else:
+        op = dispatch.overload("switch_mixture_log_prob", backend)
+        result = op(rows, weight, bias, log_posterior, checks.budget(x, memory_budget))
+    return result if x.dim() == 2 else result.reshape(*x.shape[:-1], weight.size(1))
+
+
+def switch_mixture_mean(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_posterior: Tensor,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """Posterior mean `[..., K]` of N linear regressors: `sum_n p_n f_n(x)`, p the posterior.
+
+    A clone with an output that is not finite for a sample is left out there and p renormalised; NaN
+    where every clone with posterior mass is. The plain PyTorch of the reference on every backend:
+    there is nothing to fuse.
+    """
+    backends.select(checks.OP, x.device, impl)
+    rows, weight, bias = checks.flat(x, weight, bias)
+    result = reference.switch_mixture_mean(rows, weight, bias, log_posterior)
+    return result if x.dim() == 2 else result.reshape(*x.shape[:-1], weight.size(1))

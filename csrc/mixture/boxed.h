@@ -1,0 +1,88 @@
+// Boxed kernels of the mixture's ops: the one place that knows the order of the schemas
+// (alrao_fast/ops/mixture).
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <tuple>
+#include <utility>
+
+#include "mixture/arguments.h"
+
+namespace alrao {
+
+// An op's arguments, to be taken one after the other; then the place of its results.
+class Stack {
+ public:
+  Stack(StableIValue* values, uint64_t given, uint64_t expected) : values_(values), next_(values) {
+    STD_TORCH_CHECK(given == expected, "the schema has ", given, " arguments, the kernel ",
+                    expected);
+  }
+
+  template <class T>
+  T take() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+
+  MixtureInputs take_inputs() {
+    using torch::stable::Tensor;
+    return {take<Tensor>(), take<Tensor>(), take<std::optional<Tensor>>(), take<Tensor>()};
+  }
+
+  template <class... Results>
+  void put(const std::tuple<Results...>& results) {
+    next_ = values_;
+    std::apply(
+        [&](const auto&... result) { ((*next_++ = torch::stable::detail::from(result)), ...); },
+        results);
+  }
+
+ private:
+  StableIValue* values_;
+  StableIValue* next_;
+};
+
+// The loss by the likelihood with these options; kObserved: of the op that ends with the
+// observation. The first of the options follows the target, those added later stand at the end.
+template <class Options, bool kObserved, MixtureOutputs (*kRun)(const LossArguments&)>
+void boxed_loss(StableIValue* values, uint64_t num_arguments, uint64_t) {
+  using torch::stable::Tensor;
+  Options likelihood;
+  const auto fields = likelihood.fields();
+  constexpr uint64_t kOptions = std::tuple_size_v<decltype(likelihood.fields())>;
+  Stack stack(values, num_arguments, 9 + kOptions + (kObserved ? 5 : 0));
+  const auto take_into = [&](auto& option) {
+    option = stack.take<std::decay_t<decltype(option)>>();
+  };
+
+  MixtureInputs inputs = stack.take_inputs();
+  Tensor target = stack.take<Tensor>();
+  take_into(std::get<0>(fields));
+  const LossOptions options{stack.take<bool>(), stack.take<bool>(), stack.take<bool>(),
+                            stack.take<int64_t>()};
+  std::optional<SwitchObserver> observer;
+  if constexpr (kObserved) {
+    observer = SwitchObserver{stack.take<Tensor>(), stack.take<Tensor>(), stack.take<Tensor>(),
+                              stack.take<bool>(), stack.take<double>()};
+  }
+  std::apply([&](auto&, auto&... added) { (take_into(added), ...); }, fields);
+  stack.put(kRun({std::move(inputs), std::move(target), likelihood, options, std::move(observer)}));
+}
+
+template <torch::stable::Tensor (*kRun)(const MixtureInputs&, int64_t memory_budget)>
+void boxed_log_prob(StableIValue* values, uint64_t num_arguments, uint64_t) {
+  Stack stack(values, num_arguments, 5);
+  const MixtureInputs inputs = stack.take_inputs();
+  stack.put(std::tuple(kRun(inputs, stack.take<int64_t>())));
+}
+
+template <MixtureGradients (*kRun)(const LogProbGradient&)>
+void boxed_log_prob_backward(StableIValue* values, uint64_t num_arguments, uint64_t) {
+  using torch::stable::Tensor;
+  Stack stack(values, num_arguments, 9);
+  stack.put(kRun({stack.take<Tensor>(), stack.take_inputs(), stack.take<Tensor>(),
+                  stack.take<bool>(), stack.take<bool>(), stack.take<int64_t>()}));
+}
+
+}  // namespace alrao

@@ -1,0 +1,138 @@
+"""What the kernels of the mixture compute on: inputs, likelihood and memory of a call, and how a size is run."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from alrao_fast.ops.mixture.likelihood import Classes, Likelihood, Values
+
+from ..launch import accumulator
+from .gemm import matmul, tf32
+
+# The largest tile of [N, C], both padded to powers of two, that stays in registers.
+TILE = 4096
+# Multiplications of a product below which launches cost more than our own kernel's lower speed.
+DIRECT = 1 << 26
+
+
+class Inputs(NamedTuple):
+    """Contiguous and checked; `x [B, D]`, `weight [N, C, D]`, `bias [N, C]` or None, `log_posterior [N]`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    log_posterior: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor) -> "Inputs":
+        bias = None if bias is None else bias.contiguous()
+        return cls(x.contiguous(), weight.contiguous(), bias, log_posterior.contiguous())
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(B, D, N, C)."""
+        return (*self.x.shape, self.weight.size(0), self.weight.size(1))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of logits, sums and results."""
+        return accumulator(self.x.dtype)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weights of all clones, [N C, D]."""
+        return self.weight.view(-1, self.weight.size(2))
+
+    def logits(self, part: slice, clone: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of some samples, of all clones or of one, yet without the bias; bias and posterior beside them."""
+        x = self.x[part]
+        weight = self.matrix if clone is None else self.weight[clone]
+        z = x.new_empty((x.size(0), weight.size(0)), dtype=self.dtype)
+        matmul(x, weight.t(), z)
+        return z, z if self.bias is None else self.bias, self.log_posterior
+
+    def chunks(self, bytes_per_sample: int, memory_budget: int) -> list[slice]:
+        """The samples whose logits are held at a time."""
+        samples = self.x.size(0)
+        size = max(min(samples, memory_budget // max(bytes_per_sample, 1)), 1)
+        return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
+
+
+class Loss:
+    """One call of the loss, from the arguments of the op in the order of its schema."""
+
+    def __init__(self, kind: type[Likelihood], *arguments: Any) -> None:
+        x, weight, bias, log_posterior, target, option, *needs = arguments
+        self.mean, self.need_dx, self.need_dw, self.memory_budget, *more_options = needs
+        self.inputs = Inputs.of(x, weight, bias, log_posterior)
+        self.target = target.contiguous()
+        num_samples, _, num_clones, num_classes = self.inputs.sizes
+        options = kind(option, *more_options)
+        self.gaussian = isinstance(options, Values)
+        inv_sigma2, log_normaliser = options.density(num_classes) if self.gaussian else (0.0, 0.0)
+        # What kernels take of the likelihood and its options, by their names there.
+        self.likelihood = {
+            **vars(Classes(0) if self.gaussian else options),
+            "inv_sigma2": inv_sigma2,
+            "log_normaliser": log_normaliser,
+            "GAUSSIAN": self.gaussian,
+        }
+
+        def empty(*shape: int, dtype: torch.dtype = self.inputs.dtype) -> Tensor:
+            return x.new_empty(shape, dtype=dtype)
+
+        self.norm, self.count = empty(1), empty(1, dtype=torch.float64)
+        # The clones, and whether anything was not finite.
+        self.dead = empty(num_clones + 1, dtype=torch.int32)
+        self.nll, self.score = empty(num_clones, num_samples), empty(num_clones, num_samples)
+        self.mix = empty(num_samples)
+        self.dx = empty(*(x.shape if self.need_dx else (0,)))
+        self.dweight = empty(*(weight.shape if self.need_dw else (0,)))
+        self.dbias = empty(*(weight.shape[:2] if self.need_dw else (0,)))
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What every regime leaves for the finishing kernel."""
+        return self.nll, self.score, self.mix, self.dead
+
+    @property
+    def folds(self) -> bool:
+        """Whether the logits' gradient carries the norm; among the subnormals of float16 it would lose its digits."""
+        return self.inputs.x.dtype != torch.float16
+
+
+def regime(inputs: Inputs, gaussian: bool) -> str:
+    """How the clones are gone through: "tile", "fused" or "stream"."""
+    _, num_features, num_clones, num_classes = inputs.sizes
+    if tile_of(num_clones, num_classes) is not None:
+        return "tile"
+    return "fused" if not gaussian and is_fused(inputs.x.dtype, num_features) else "stream"
+
+
+def tile_of(num_clones: int, num_classes: int) -> tuple[int, int, int] | None:
+    """(N_P, C_P, warps) of the tile kernels, or None where the clones are streamed."""
+    n, c = triton.next_power_of_2(num_clones), max(triton.next_power_of_2(num_classes), 16)
+    if n * c > TILE:
+        return None
+    return n, c, 1 if n * c <= 256 else 4 if n * c <= 2048 else 8
+
+
+def is_fused(dtype: torch.dtype, num_features: int) -> bool:
+    """Whether recomputing the logits of a large output layer costs less than their traffic (the floors in fused.py)."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return num_features <= 128
+    return tf32(dtype) and num_features <= 64
+
+
+def row_block(num_classes: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(BLOCK, warps) of the row kernels."""
+    # Entries of a thread: as many as stay in its registers.
+    largest, share = (1024, 256) if dtype == torch.float64 else (4096, 512)
+    block = min(max(triton.next_power_of_2(num_classes), 128), largest)
+    return block, max(block // share, 1)
+
+
+def lowest(dtype: torch.dtype) -> float:
+    return torch.finfo(accumulator(dtype)).min
