@@ -113,7 +113,7 @@ def _check(op: str, backend: str) -> Row:
     if not status.available:
         return Row(op, backend, "unavailable", None, status.reason)
     device = backends.device_of(backend)
-    run = _SELF_TESTS[op]
+    run = partial(_feature, FEATURE_OPS[op]) if op in FEATURE_OPS else _SELF_TESTS[op]
     try:
         truth = run("reference", torch.float64, torch.device("cpu"))
         reference = run("reference", torch.float32, torch.device("cpu"))
@@ -195,7 +195,6 @@ def _named(**lists: list[Tensor]) -> Outputs:
 
 
 _SELF_TESTS: dict[str, Callable[[str, torch.dtype, torch.device], Outputs]] = {
-    **{stem: partial(_feature, op) for stem, op in FEATURE_OPS.items()},
     "switch_mixture": _switch_mixture,
     "switch_update": _switch_update,
 }
