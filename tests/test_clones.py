@@ -18,6 +18,7 @@ from alrao_fast import backends
 from alrao_fast.nn import ClassifierClones, RegressorClones
 
 OP = "switch_mixture"
+pytestmark = pytest.mark.emulated
 D, C, N = 6, 4, 3
 
 

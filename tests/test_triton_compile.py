@@ -26,7 +26,9 @@ if backends.INTERPRETED:
 
 import triton.language as tl
 from alrao_fast.kernels import switch_update
+from alrao_fast.kernels.feature import adam as feature_adam
 from alrao_fast.kernels.feature import multi_tensor
+from alrao_fast.kernels.feature import sgd as feature_sgd
 from alrao_fast.kernels.mixture import log_prob as mixture_log_prob
 from alrao_fast.kernels.mixture import loss as mixture_loss
 from triton_aot import TARGETS, Start, compile_for, record
@@ -60,12 +62,14 @@ def feature_step(dtype, *, numel=LARGE, adam=False, master=False, seeds=(), stat
         adams |= {"amsgrad": False, "decoupled": False} | options
         moments = [state], [state], [state] if adams["amsgrad"] else []
         return record(
-            lambda: adam.feature_adam_([param], [param], *moments, *lists, steps, **common, **adams)
+            lambda: feature_adam.feature_adam_(
+                [param], [param], *moments, *lists, steps, **common, **adams
+            )
         )
     sgd = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "authors_momentum": False}
     sgd |= options
     return record(
-        lambda: sgd.feature_sgd_([param], [param], [state], *lists, steps, **common, **sgd)
+        lambda: feature_sgd.feature_sgd_([param], [param], [state], *lists, steps, **common, **sgd)
     )
 
 
