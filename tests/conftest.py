@@ -155,3 +155,23 @@ def compiled(request):
 def dispatched(request):
     """A backend of torch's dispatcher, skipped as `backend` skips."""
     return available(request)
+
+
+@pytest.fixture
+def used_backend(request):
+    """Tests that take `backend` run on it when nothing is said, the others on the best one."""
+    if "backend" not in request.fixturenames:
+        yield
+        return
+    with backends.use_backend(request.getfixturevalue("backend")):
+        yield
+
+
+@pytest.fixture
+def used_device(request):
+    """New tensors of tests that take `backend` are on its device."""
+    if "backend" not in request.fixturenames:
+        yield
+        return
+    with request.getfixturevalue("device"):
+        yield

@@ -2,59 +2,36 @@
 
 - SGD and Adam within a few roundings of the terms' sizes, for every rule and option; a NaN in AMSGrad's maximum stays;
   powers to the nearest.
-- bf16 and fp16: from and to, for every pattern and around every boundary; stochastic rounding gives one of the two
-  neighbours, up as often as the remainder says, by the reference's bits.
 - The mixture's running maximum and sum: any order, exact where a clone is dead; the CUDA kernels' merge of parts.
 - The switch's step: normalised, and the reference's.
 
 As the CPU's kernels are compiled, without and with fused multiply-adds, and as the CUDA kernels run on the CPU.
+Rounding: test_element_rounding.py.
 """
 
 import math
-import os
 from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
 import torch
 from element_math import build
-from hypothesis import HealthCheck, given, settings
+from element_math.loaded import any_numbers, load
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from alrao_fast.reference.rounding import random_bits16, stochastic_round
 from alrao_fast.reference.switch_update import initial_state, switch_update_
 
 pytestmark = [pytest.mark.xdist_group("element_math"), pytest.mark.long(20)]
 INF, NAN = math.inf, math.nan
 # The type of the arithmetic, and a wider one for the truth.
 TYPES = {"float32": (np.float32, np.float64), "float64": (np.float64, np.longdouble)}
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-any_numbers = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
-
-def skip(reason):
-    if reason is None:
-        return
-    if "cpu" in os.environ.get("ALRAO_REQUIRE", "").split(","):
-        raise AssertionError(f"ALRAO_REQUIRE names cpu: {reason}")
-    pytest.skip(reason)
-
-
-@pytest.fixture(scope="module")
-def built():
-    skip(build.obstacle())
-    return build.build()
 
 
 @pytest.fixture(scope="module", params=build.BUILDS)
-def module(request, built):
-    if request.param not in built:
-        pytest.skip(build.cannot_run(request.param))
-    return build.load(built[request.param])
+def module(request):
+    return load(request.param)
 
 
 @pytest.fixture(scope="module", params=TYPES)
@@ -94,7 +71,7 @@ def test_sgd(
     module, number, rule, nesterov, signed, rates, momentum, dampening, weight_decay, grad_factor
 ):
     own, wide = TYPES[number]
-    new_p, new_buf = getattr(module, number).sgd(
+    new_p, new_buf = getattr(module, f"sgd_{number}")(
         *(x.astype(own) for x in (*signed, *rates)),
         rule,
         nesterov,
@@ -152,7 +129,7 @@ def test_adam(
     own, wide = TYPES[number]
     weight_decay = 0.0 if decay == "none" else 0.125
     (p, g, m), (v, largest, rate) = signed, positive
-    actual = getattr(module, number).adam(
+    actual = getattr(module, f"adam_{number}")(
         *(x.astype(own) for x in (p, g, m, v, largest, rate)),
         amsgrad,
         decay,
@@ -194,7 +171,7 @@ def test_a_nan_in_the_largest_second_moment_stays(module, number):
     one = np.ones(3, own)
     largest = np.array([NAN, 5, 0], own)
     scalars = (0.5, 0.5, 1.0, 1.0, 1e-8, 0.0, 1.0)
-    p, _, _, new = getattr(module, number).adam(
+    p, _, _, new = getattr(module, f"adam_{number}")(
         one, one, 0 * one, 0 * one, largest, one, True, "none", *scalars
     )
     assert np.isnan(new[0]) and new[1:].tolist() == [5, 0.5]
@@ -211,117 +188,6 @@ def test_integer_power(module, base, exponent):
         assert abs(Decimal(power) - truth) <= Decimal(math.ulp(power)) * Decimal("0.5001")
 
 
-def patterns(values):
-    """The bits of a NumPy float32 array's numbers in one of torch's halves."""
-    return values.view(torch.int16).numpy().view(np.uint16)
-
-
-def rounded(values, half):
-    return patterns(torch.from_numpy(values).to(HALVES[half]))
-
-
-@pytest.mark.parametrize("half", HALVES)
-def test_every_half_is_widened_exactly(module, half):
-    bits = np.arange(2**16, dtype=np.uint16)
-    actual = getattr(module, f"{half}_to_float")(bits)
-    expected = torch.from_numpy(bits.view(np.int16)).view(HALVES[half]).float().numpy()
-    np.testing.assert_array_equal(actual, expected)
-    signs = np.signbit(actual) == np.signbit(expected)
-    assert signs[~np.isnan(expected)].all()
-
-
-def assert_rounds_as_torch(module, half, bits):
-    values = bits.view(np.float32)
-    actual, expected = getattr(module, f"float_to_{half}")(values), rounded(values, half)
-    nan = np.isnan(values)
-    assert np.array_equal(actual[~nan], expected[~nan])
-    widened = getattr(module, f"{half}_to_float")(actual[nan])
-    assert np.isnan(widened).all()
-
-
-@pytest.mark.parametrize("half", HALVES)
-def test_to_nearest_around_every_boundary(module, half):
-    dropped = {"bf16": 16, "fp16": 13}[half]
-    kept = np.arange(2 ** (32 - dropped), dtype=np.uint32) << dropped
-    middle = 1 << (dropped - 1)
-    for low in (0, 1, middle - 1, middle, middle + 1, 2 * middle - 1):
-        assert_rounds_as_torch(module, half, kept | np.uint32(low))
-
-
-@any_numbers
-@given(hnp.arrays(np.uint32, 64))
-def test_to_nearest(module, bits):
-    for half in HALVES:
-        assert_rounds_as_torch(module, half, bits)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("half", HALVES)
-def test_every_float_is_rounded_to_nearest(module, half):
-    for high in range(256):
-        bits = np.arange(high << 24, (high + 1) << 24, dtype=np.uint32)
-        assert_rounds_as_torch(module, half, bits)
-
-
-def toward_zero(values, half):
-    """The pattern of the neighbour that is not larger in magnitude."""
-    if half == "bf16":
-        return (values.view(np.uint32) >> 16).astype(np.uint16)
-    with np.errstate(over="ignore"):
-        nearest = np.abs(values).astype(np.float16)
-    larger = nearest.astype(np.float32) > np.abs(values)
-    return (nearest.view(np.uint16) - larger) | (np.signbit(values).astype(np.uint16) << 15)
-
-
-@pytest.mark.parametrize("half", HALVES)
-@any_numbers
-@given(
-    values=hnp.arrays(np.float32, 64, elements=st.floats(-65535, 65535, width=32)),
-    random=hnp.arrays(np.uint16, 64),
-)
-def test_stochastic_rounding(module, half, values, random):
-    actual = getattr(module, f"float_to_{half}_stochastic")(values, random.astype(np.uint32))
-    below = toward_zero(values, half)
-    assert np.isin(actual - below, (0, 1)).all()
-    exact = getattr(module, f"{half}_to_float")(below) == values
-    assert np.array_equal(actual[exact], below[exact])
-    bits = torch.from_numpy(random.astype(np.int64))
-    expected = patterns(stochastic_round(torch.from_numpy(values), HALVES[half], bits))
-    assert np.array_equal(actual, expected)
-
-
-@pytest.mark.parametrize("half", HALVES)
-@pytest.mark.parametrize("value", [INF, -INF, NAN])
-def test_stochastic_rounding_passes_what_is_not_finite(module, half, value):
-    random = np.arange(0, 2**16, 255, dtype=np.uint32)
-    bits = getattr(module, f"float_to_{half}_stochastic")(np.float32(value), random)
-    np.testing.assert_array_equal(getattr(module, f"{half}_to_float")(bits), np.float32(value))
-
-
-@pytest.mark.parametrize("half", HALVES)
-@any_numbers
-@given(value=st.floats(2**-13, 65503, width=32))
-def test_stochastic_rounding_goes_up_as_often_as_the_remainder_says(module, half, value):
-    value = np.float32(value)
-    random = np.arange(2**16, dtype=np.uint32)
-    actual = getattr(module, f"float_to_{half}_stochastic")(value, random)
-    below = toward_zero(value[None], half)[0]
-    dropped = {"bf16": 16, "fp16": 13}[half]
-    remainder = int(value.view(np.uint32)) % 2**dropped
-    assert int((actual == below + 1).sum()) == remainder << (16 - dropped)
-
-
-@any_numbers
-@given(
-    block=st.integers(0, 63),
-    step=st.integers(0, 2**62),
-    seed=st.integers(-(2**63), 2**63 - 1),
-)
-def test_random_bits_are_the_references(module, block, step, seed):
-    expected = random_bits16(8 * (block + 1), seed, step, torch.device("cpu"))[8 * block :]
-    assert module.random_bits(block, step, seed % 2**64).tolist() == expected.tolist()
-
-
 def log_likelihoods(**options):
     number = st.floats(-80, 80, width=32) | st.just(-INF)
     return st.lists(number, **options)
@@ -331,7 +197,7 @@ def log_likelihoods(**options):
 @given(joints=log_likelihoods(max_size=12), data=st.data())
 def test_the_mixture_in_any_order(module, number, joints, data):
     own, wide = TYPES[number]
-    take_in = getattr(module, number).mixture
+    take_in = getattr(module, f"mixture_{number}")
     largest, total, nll = take_in(np.array(joints, own))
     alive = np.array([x for x in joints if x > -INF], wide)
     if not len(alive):
@@ -354,7 +220,7 @@ def test_the_mixture_in_any_order(module, number, joints, data):
 @given(values=hnp.arrays(np.float32, 32))
 def test_who_is_alive(module, number, values):
     own, _ = TYPES[number]
-    alive = getattr(module, number).is_alive(values.astype(own))
+    alive = getattr(module, f"is_alive_{number}")(values.astype(own))
     assert np.array_equal(alive, np.isfinite(values))
 
 
@@ -363,7 +229,7 @@ def test_who_is_alive(module, number, values):
 def test_log_likelihood_of_a_class(module, number, logits, sums):
     own, wide = TYPES[number]
     (logit, largest), (total,) = logits, sums
-    actual = getattr(module, number).class_log_likelihood(
+    actual = getattr(module, f"class_log_likelihood_{number}")(
         *(x.astype(own) for x in (logit, largest, total))
     )
     truth = logit.astype(wide) - largest.astype(wide) - np.log(total.astype(wide))
@@ -373,10 +239,10 @@ def test_log_likelihood_of_a_class(module, number, logits, sums):
 
 def test_a_sum_that_is_nan_is_a_dead_clone(module, number):
     own, _ = TYPES[number]
-    functions = getattr(module, number)
+    log_likelihood = getattr(module, f"class_log_likelihood_{number}")
     for total in (NAN, INF):
-        value = functions.class_log_likelihood(own(1), own(2), own(total))
-        assert not functions.is_alive(own(value))
+        value = log_likelihood(own(1), own(2), own(total))
+        assert not getattr(module, f"is_alive_{number}")(own(value))
 
 
 @any_numbers
@@ -393,9 +259,9 @@ def test_a_sum_that_is_nan_is_a_dead_clone(module, number):
 )
 def test_merging_parts_of_the_classes(module, number, parts, data):
     own, wide = TYPES[number]
-    if not hasattr(getattr(module, number), "merge"):
+    merge = getattr(module, f"merge_{number}", None)
+    if merge is None:
         pytest.skip("only the CUDA kernels merge parts of a sample")
-    merge = getattr(module, number).merge
     placed = [(*part, place) for place, part in enumerate(parts)]
 
     def merged(placed):

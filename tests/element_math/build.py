@@ -61,10 +61,15 @@ def build() -> dict[str, Path]:
 
 
 def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("element_math", path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _module(name: str) -> str:
+    # Not one name for all: Python would take the first for the others.
+    return f"element_math_{name}"
 
 
 def _build(name: str) -> Path:
@@ -73,6 +78,7 @@ def _build(name: str) -> Path:
     flags = [
         *"-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Werror".split(),
         *BUILDS[name].split(),
+        f"-DELEMENT_MATH={_module(name)}",
         f"-I{CSRC}",
         *("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")),
     ]
@@ -81,7 +87,7 @@ def _build(name: str) -> Path:
     headers = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *cuda_on_cpu.HERE.glob("*.h")]
     for path in sorted([HERE / "module.cpp", *headers]):
         made_of.update(path.read_bytes())
-    target = WORK / made_of.hexdigest()[:16] / name / "element_math.so"
+    target = WORK / made_of.hexdigest()[:16] / f"{_module(name)}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_suffix(f".{os.getpid()}")

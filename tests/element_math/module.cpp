@@ -1,5 +1,6 @@
 // Binds csrc's arithmetic of one element for the tests: arrays in, arrays out, one call an element.
-// Built several times (build.py); with ALRAO_CUDA_ON_CPU as the CUDA kernels see it.
+// Built several times, each with a name of its own in ELEMENT_MATH (build.py); with
+// ALRAO_CUDA_ON_CPU as the CUDA kernels see it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -121,33 +122,34 @@ py::tuple mixture(const Array<T>& joints) {
   return py::make_tuple(running.max, running.sum, mixture_nll(running));
 }
 
+// Under names that end in the type's.
 template <class T>
-void bind(py::module_& m) {
-  m.def("sgd", &sgd<T>);
-  m.def("adam", &adam<T>);
-  m.def("mixture", &mixture<T>);
-  m.def("class_log_likelihood",
+void bind(py::module_& m, const std::string& type) {
+  m.def(("sgd_" + type).c_str(), &sgd<T>);
+  m.def(("adam_" + type).c_str(), &adam<T>);
+  m.def(("mixture_" + type).c_str(), &mixture<T>);
+  m.def(("class_log_likelihood_" + type).c_str(),
         py::vectorize([](T logit, T max, T sum) { return class_log_likelihood(logit, max, sum); }));
-  m.def("is_alive", py::vectorize([](T value) { return is_alive(value); }));
+  m.def(("is_alive_" + type).c_str(), py::vectorize([](T value) { return is_alive(value); }));
 #ifdef ALRAO_CUDA_ON_CPU
   // Of parts, each a largest logit, its class, and the sum of exp(logit - largest).
-  m.def("merge", [](const Array<T>& largest, const Array<int32_t>& places, const Array<T>& sums) {
-    auto all = cuda::Softmax<T>::none();
-    for (py::ssize_t i = 0; i < largest.size(); ++i) {
-      all = cuda::Merge()(
-          all, cuda::Softmax<T>{{largest.data()[i], places.data()[i], 0}, sums.data()[i]});
-    }
-    return py::make_tuple(all.peak.value, all.peak.place, all.sum);
-  });
+  m.def(("merge_" + type).c_str(),
+        [](const Array<T>& largest, const Array<int32_t>& places, const Array<T>& sums) {
+          auto all = cuda::Softmax<T>::none();
+          for (py::ssize_t i = 0; i < largest.size(); ++i) {
+            all = cuda::Merge()(
+                all, cuda::Softmax<T>{{largest.data()[i], places.data()[i], 0}, sums.data()[i]});
+          }
+          return py::make_tuple(all.peak.value, all.peak.place, all.sum);
+        });
 #endif
 }
 
 }  // namespace
 
-PYBIND11_MODULE(element_math, m) {
-  auto single = m.def_submodule("float32"), wide = m.def_submodule("float64");
-  bind<float>(single);
-  bind<double>(wide);
+PYBIND11_MODULE(ELEMENT_MATH, m) {
+  bind<float>(m, "float32");
+  bind<double>(m, "float64");
 
   m.def("integer_power",
         py::vectorize([](double base, int64_t exponent) { return integer_power(base, exponent); }));
