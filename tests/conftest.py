@@ -12,7 +12,7 @@ import torch
 
 from alrao_fast import backends, testing
 
-SELECTIVE_MARKS = ("device", "emulated", "sanitized", "interpreted", "slow")
+SELECTIVE_MARKS = ("device", "emulated", "sanitized", "interpreted", "many_launches", "slow")
 # The parameters that say on which backend a test runs.
 BACKEND_PARAMS = ("backend", "compiled", "dispatched", "gpu_backend")
 WORKER = "PYTEST_XDIST_WORKER" in os.environ

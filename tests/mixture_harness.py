@@ -25,6 +25,9 @@ SHAPES = {
 }
 # Without the one of hundreds of launches.
 SHORT_SHAPES = [name for name in SHAPES if name != "streamed, many chunks"]
+# One of each way through the kernels.
+TILED_SHAPES = ["joint, several tasks", "streamed, ragged last block"]
+OTHER_DTYPES = [dtype for dtype in testing.DTYPES if dtype != torch.float32]
 
 
 def device_of(backend):

@@ -16,8 +16,10 @@ import torch
 from mixture_harness import (
     INF,
     NAMES,
+    OTHER_DTYPES,
     SHAPES,
     SHORT_SHAPES,
+    TILED_SHAPES,
     assert_budget,
     definition,
     device_of,
@@ -72,7 +74,9 @@ def test_dx_is_the_mixtures_and_dweight_each_clones_own(backend, device, reducti
 
 
 @pytest.mark.interpreted(shape=["streamed for its many clones"], dtype=[torch.float32])
-@pytest.mark.sanitized(shape=SHORT_SHAPES, dtype=[torch.float32, torch.bfloat16])
+@pytest.mark.sanitized(shape=SHORT_SHAPES, dtype=[torch.float32])
+@pytest.mark.sanitized(shape=TILED_SHAPES, dtype=[torch.bfloat16])
+@pytest.mark.many_launches(shape=["streamed, many chunks"], dtype=OTHER_DTYPES)
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_error_budget(compiled, shape, dtype):

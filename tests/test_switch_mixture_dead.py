@@ -11,7 +11,7 @@ pytestmark = pytest.mark.emulated
 
 
 @pytest.mark.sanitized(classes=[5])
-@pytest.mark.sanitized(classes=[2200], kind=["-inf bias"])
+@pytest.mark.many_launches(classes=[2200], kind=["inf weight", "all weights nan", "nan bias"])
 @pytest.mark.parametrize(
     "kind", ["nan weight", "inf weight", "all weights nan", "nan bias", "-inf bias"]
 )
@@ -41,7 +41,7 @@ def test_a_dead_clone_is_as_if_it_were_not_there(backend, device, kind, classes)
         torch.testing.assert_close(actual[3][keep], weightless[3][keep])
 
 
-@pytest.mark.sanitized
+@pytest.mark.sanitized(classes=[5])
 @pytest.mark.parametrize("classes", [5, 2200], ids=["joint", "streamed"])
 def test_a_clone_that_overflows_for_one_sample(backend, device, classes):
     inputs = testing.mixture_inputs(21, 4, classes, 3, device=device)
@@ -65,7 +65,7 @@ def test_a_clone_that_overflows_for_one_sample(backend, device, classes):
     assert stats[0].isinf().tolist() == [False, True, False]
 
 
-@pytest.mark.sanitized(value=[INF])
+@pytest.mark.sanitized(value=[INF], classes=[5])
 @pytest.mark.parametrize("classes", [5, 2200], ids=["joint", "streamed"])
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_a_sample_that_is_not_finite(backend, device, classes, value):

@@ -10,8 +10,10 @@ from mixture_harness import (
     INF,
     NAMES,
     NAN,
+    OTHER_DTYPES,
     SHAPES,
     SHORT_SHAPES,
+    TILED_SHAPES,
     device_of,
     log_prob_gradients,
     poisoned,
@@ -29,7 +31,9 @@ SHORT = [name for name in SEVERAL_CLASSES if name in SHORT_SHAPES]
 
 
 @pytest.mark.interpreted(shape=["streamed for its many clones"], dtype=[torch.float32])
-@pytest.mark.sanitized(shape=SHORT, dtype=[torch.float32, torch.bfloat16])
+@pytest.mark.sanitized(shape=SHORT, dtype=[torch.float32])
+@pytest.mark.sanitized(shape=TILED_SHAPES, dtype=[torch.bfloat16])
+@pytest.mark.many_launches(shape=["streamed, many chunks"], dtype=OTHER_DTYPES)
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SEVERAL_CLASSES)
 def test_log_prob_error_budget(compiled, shape, dtype):

@@ -95,7 +95,7 @@ def test_equals_the_enumeration_of_switching_sequences(backend, device, num_clon
         )
 
 
-@pytest.mark.sanitized(num_clones=[40], dtype=[torch.float32])
+@pytest.mark.many_launches(num_clones=[1, 2, 7])
 @pytest.mark.parametrize("num_clones", [1, 2, 7, 40])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_500_steps_follow_the_reference(compiled, num_clones, dtype):

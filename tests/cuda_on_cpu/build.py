@@ -11,7 +11,6 @@ import fcntl
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -160,10 +159,18 @@ def _ninja() -> str:
 
 def _arrange_package(build: str) -> None:
     package = WORK / build / "site" / "alrao_fast"
-    shutil.rmtree(package, ignore_errors=True)
-    package.mkdir(parents=True)
-    for path in (ROOT / "alrao_fast").iterdir():
-        if not path.name.startswith(("_C", "__pycache__")):
-            (package / path.name).symlink_to(path)
-    (package / "kernels").symlink_to(ROOT / "kernels")
-    (package / "_C.abi3.so").symlink_to(WORK / build / "_C.abi3.so")
+    package.mkdir(parents=True, exist_ok=True)
+    links = {
+        path.name: path
+        for path in (ROOT / "alrao_fast").iterdir()
+        if not path.name.startswith(("_C", "__pycache__"))
+    }
+    links |= {"kernels": ROOT / "kernels", "_C.abi3.so": WORK / build / "_C.abi3.so"}
+    # What is right stays: a test in another process may be reading it.
+    for path in package.iterdir():
+        if path.is_symlink() and links.get(path.name) == path.readlink():
+            del links[path.name]
+        elif path.is_symlink():
+            path.unlink()
+    for name, target in links.items():
+        (package / name).symlink_to(target)
