@@ -15,7 +15,6 @@ from alrao_fast import backends, testing
 SELECTIVE_MARKS = ("device", "emulated", "sanitized", "interpreted", "many_launches", "slow")
 # The parameters that say on which backend a test runs.
 BACKEND_PARAMS = ("backend", "compiled", "dispatched", "gpu_backend")
-WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 
 def pytest_addoption(parser):
@@ -30,8 +29,13 @@ def pytest_addoption(parser):
     )
 
 
+def is_worker(config):
+    """Of pytest-xdist; its variables in the environment reach processes that are none."""
+    return hasattr(config, "workerinput")
+
+
 def pytest_configure(config):
-    if WORKER:
+    if is_worker(config):
         # One thread for each worker, here and in the processes that its tests start.
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
@@ -67,6 +71,7 @@ def take_mark_where_it_does_not_hold(collector, items, mark):
             item.own_markers.remove(mark)
 
 
+@pytest.hookimpl(tryfirst=True)  # marks count from then on
 def pytest_collection_modifyitems(config, items):
     chosen = config.getoption("--backends")
     chosen = chosen.split(",") if chosen else list(backends.BACKENDS)
@@ -82,7 +87,7 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
     if others:
         config.hook.pytest_deselected(items=others)
-    if WORKER:
+    if is_worker(config):
         # Whoever starts last shall not be the longest.
         items.sort(key=lambda item: -seconds(item))
 
@@ -94,7 +99,7 @@ def seconds(item):
 
 def pytest_sessionfinish(session):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None or WORKER:
+    if reporter is None or is_worker(session.config):
         return
     passed, floor = len(reporter.stats.get("passed", ())), session.config.getoption("--at-least")
     if passed < floor:

@@ -4,7 +4,6 @@ A mark whose parameter or value is gone is an error, and so is a run of fewer te
 out in silence.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,11 +37,9 @@ def run(tmp_path):
 
     def run(*arguments, value=3):
         (tmp_path / "test_it.py").write_text(TESTS.format(value=value))
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", *arguments],
             cwd=tmp_path,
-            env=environment,
             capture_output=True,
             text=True,
         )
