@@ -17,8 +17,8 @@ import pytest
 OP = "feature_sgd"
 
 
-@pytest.mark.interpreted(size=[2], name=["a"])
-@pytest.mark.interpreted(size=[{value}])
+@pytest.mark.sanitized(size=[2], name=["a"])
+@pytest.mark.sanitized(size=[{value}])
 @pytest.mark.parametrize("name", ["a", "b"])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_sizes(size, name):
@@ -49,7 +49,7 @@ def run(tmp_path):
 
 
 def test_a_mark_holds_for_the_values_it_names_and_too_few_tests_fail(run):
-    code, said = run("-m", "interpreted", "--at-least", "4")
+    code, said = run("-m", "sanitized", "--at-least", "4")
     passed = {line.split()[0] for line in said.splitlines() if "PASSED" in line}
     assert passed == {f"test_it.py::test_sizes[{name}]" for name in ("2-a", "3-a", "3-b")}, said
     assert code == 1 and "3 tests have passed, expected at least 4" in said
@@ -58,7 +58,7 @@ def test_a_mark_holds_for_the_values_it_names_and_too_few_tests_fail(run):
 def test_a_value_that_is_gone_is_an_error(run):
     code, said = run(value=4)
     assert code != 0
-    assert "test_sizes is marked interpreted(size=[4]), and has no such parameter or value" in said
+    assert "test_sizes is marked sanitized(size=[4]), and has no such parameter or value" in said
 
 
 def test_only_some_backends(run):

@@ -64,7 +64,9 @@ def missing_runtime(build: str) -> str | None:
 def build() -> None:
     """Bring every build up to date."""
     WORK.mkdir(parents=True, exist_ok=True)
-    with open(WORK / "lock", "w") as lock:
+    # Of the ordinary build, whose objects go in, and of this one.
+    with open(EXTENSION / "lock", "w") as ordinary, open(WORK / "lock", "w") as lock:
+        fcntl.flock(ordinary, fcntl.LOCK_EX)
         fcntl.flock(lock, fcntl.LOCK_EX)
         (WORK / "build.ninja").write_text(_ninja())
         jobs = toolchain.choose_jobs(
