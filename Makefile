@@ -44,9 +44,16 @@ bench: $(STAMPS)/bench kernels ## the quick benchmarks and their report, 6 minut
 	$(BIN)/python benchmarks paper figure4 --quick --models lstm-chars
 	$(BIN)/python benchmarks report
 
+# As many workers as CPUs; tests in the order of tests/conftest.py, those of one xdist_group on one worker.
+PYTEST = $(BIN)/pytest -n auto --dist loadgroup --no-loadscope-reorder
+
 .PHONY: test
-test: $(STAMPS)/test kernels ## the whole test suite; ARGS="-k switch" for a part
-	$(BIN)/pytest $(ARGS)
+test: $(STAMPS)/test kernels ## the test suite without what is marked slow; ARGS="-k switch" for a part
+	$(PYTEST) $(ARGS)
+
+.PHONY: test-all
+test-all: $(STAMPS)/test kernels ## every test: all kernels in every emulated, sanitized and interpreted run; 2 hours
+	$(PYTEST) -m "" $(ARGS)
 
 # Of an environment that is used as it is, found without a network: nothing is installed.
 ANY_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(or $(PYTHON),python3))

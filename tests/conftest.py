@@ -1,15 +1,110 @@
-"""Fixtures of the suite: poisoned memory, and the backends that a test of an op runs on."""
+"""Which tests run where, and fixtures: poisoned memory, the backends that a test of an op runs on.
 
+Marks (pyproject.toml says what for) may name parameters and the values for which they hold:
+`interpreted(dtype=[torch.float32])`. A name or value that the test does not have is an error.
+"""
+
+import os
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import pytest
 import torch
 
 from alrao_fast import backends, testing
-from alrao_fast.ops import feature_adam, feature_sgd
-from alrao_fast.ops.feature import FeatureOp, Lists
-from alrao_fast.ops.plan import CompiledPlan
+
+SELECTIVE_MARKS = ("device", "emulated", "sanitized", "interpreted", "many_launches", "slow")
+# The parameters that say on which backend a test runs.
+BACKEND_PARAMS = ("backend", "compiled", "dispatched", "gpu_backend")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("alrao_fast")
+    group.addoption(
+        "--backends",
+        metavar="NAMES",
+        help="of the tests that are made for several backends, those of these: cuda,triton",
+    )
+    group.addoption(
+        "--at-least", metavar="N", type=int, default=0, help="fail unless N tests have passed"
+    )
+
+
+def is_worker(config):
+    """Of pytest-xdist; its variables in the environment reach processes that are none."""
+    return hasattr(config, "workerinput")
+
+
+def pytest_configure(config):
+    if is_worker(config):
+        # One thread for each worker, here and in the processes that its tests start.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(collector):
+    made = yield
+    # All tests made from one function: here every value of its parameters can be seen.
+    if isinstance(made, list) and made:
+        for mark in {id(mark): mark for item in made for mark in item.own_markers}.values():
+            if mark.name in SELECTIVE_MARKS and mark.kwargs:
+                take_mark_where_it_does_not_hold(collector, made, mark)
+    return made
+
+
+def take_mark_where_it_does_not_hold(collector, items, mark):
+    params = [(getattr(item, "callspec", None) and item.callspec.params) or {} for item in items]
+    for name, values in mark.kwargs.items():
+        for value in values:
+            if not any(name in own and own[name] == value for own in params):
+                raise collector.CollectError(
+                    f"{items[0].originalname} is marked {mark.name}({name}=[{value!r}]),"
+                    " and has no such parameter or value"
+                )
+    for item, own in zip(items, params):
+        if mark in item.own_markers and any(own[k] not in v for k, v in mark.kwargs.items()):
+            item.own_markers.remove(mark)
+
+
+@pytest.hookimpl(tryfirst=True)  # marks count from then on
+def pytest_collection_modifyitems(config, items):
+    chosen = config.getoption("--backends")
+    chosen = chosen.split(",") if chosen else list(backends.BACKENDS)
+    if unknown := set(chosen) - set(backends.BACKENDS):
+        raise pytest.UsageError(f"--backends: there is no {', '.join(sorted(unknown))}")
+    kept, others = [], []
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        name = next((params[p] for p in BACKEND_PARAMS if p in params), None)
+        if name in ("cuda", "triton"):
+            item.add_marker("device")
+        (others if name in backends.BACKENDS and name not in chosen else kept).append(item)
+    items[:] = kept
+    if others:
+        config.hook.pytest_deselected(items=others)
+    if is_worker(config):
+        # Whoever starts last shall not be the longest.
+        items.sort(key=lambda item: -seconds(item))
+
+
+def seconds(item):
+    mark = item.get_closest_marker("long")
+    return mark.args[0] if mark else 0
+
+
+def pytest_sessionfinish(session):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or is_worker(session.config):
+        return
+    passed, floor = len(reporter.stats.get("passed", ())), session.config.getoption("--at-least")
+    if passed < floor:
+        reporter.write_line(f"\n{passed} tests have passed, expected at least {floor}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +133,10 @@ def opcheck_where_it_runs(monkeypatch):
 @pytest.fixture(params=backends.BACKENDS)
 def backend(request):
     """Every backend by name, skipped with its reason where the test's op (module constant OP) cannot run."""
+    return available(request)
+
+
+def available(request):
     reason = testing.require(request.module.OP, request.param)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
@@ -45,30 +144,39 @@ def backend(request):
 
 
 @pytest.fixture
-def device(backend):
-    """The device whose tensors the backend takes."""
-    return backends.device_of(backend)
+def device(request):
+    """The device whose tensors the test's backend takes."""
+    names = [name for name in BACKEND_PARAMS if name in request.fixturenames]
+    return backends.device_of(request.getfixturevalue(names[0]))
 
 
-class Compiled(NamedTuple):
-    """A compiled backend of a feature op: the device whose tensors it takes, and its plans, made of the op's lists."""
-
-    device: torch.device
-    op: FeatureOp
-
-    def plan(self, *lists):
-        return CompiledPlan(self.op, Lists(*lists))
-
-    def to_device(self, *tensors):
-        return [tensor.to(self.device) for tensor in tensors]
+@pytest.fixture(params=[name for name in backends.BACKENDS if name != "reference"])
+def compiled(request):
+    """A backend that is to be held against the reference, skipped as `backend` skips."""
+    return available(request)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
-def compiled(request):
-    """The compiled backends, skipped as `backend` skips."""
-    name = request.module.OP
-    reason = testing.require(name, request.param)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    op = {"feature_sgd": feature_sgd.OP, "feature_adam": feature_adam.OP}[name]
-    return Compiled(backends.device_of(request.param), op)
+def dispatched(request):
+    """A backend of torch's dispatcher, skipped as `backend` skips."""
+    return available(request)
+
+
+@pytest.fixture
+def used_backend(request):
+    """Tests that take `backend` run on it when nothing is said, the others on the best one."""
+    if "backend" not in request.fixturenames:
+        yield
+        return
+    with backends.use_backend(request.getfixturevalue("backend")):
+        yield
+
+
+@pytest.fixture
+def used_device(request):
+    """New tensors of tests that take `backend` are on its device."""
+    if "backend" not in request.fixturenames:
+        yield
+        return
+    with request.getfixturevalue("device"):
+        yield

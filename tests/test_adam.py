@@ -16,22 +16,12 @@ import pytest
 import torch
 from torch import nn
 
-from alrao_fast import backends
 from alrao_fast.nn import AlraoModel, ClassifierClones
 from alrao_fast.optim import AlraoAdam, Constant
 
 OP = "feature_adam"
+pytestmark = pytest.mark.usefixtures("used_backend")
 RATE = float(torch.tensor(0.01))
-
-
-@pytest.fixture(autouse=True)
-def _backend(request):
-    """Tests that take `backend` run on it, the others on the best one."""
-    if "backend" not in request.fixturenames:
-        yield
-        return
-    with backends.use_backend(request.getfixturevalue("backend")):
-        yield
 
 
 def generator(seed: int = 0) -> torch.Generator:

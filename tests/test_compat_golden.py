@@ -150,6 +150,7 @@ def follow(run, layer_class=alrao.LinearClassifier, steps=20, tolerance=1e-10):
     return net
 
 
+@pytest.mark.interpreted(name=[name for name in RUNS if name.startswith("mlp")])
 @pytest.mark.parametrize("name", RUNS)
 def test_trajectory(name, backend):
     if backend == "cuda" or (backend == "triton" and not backends.INTERPRETED):

@@ -13,6 +13,8 @@ import cuda_machine_code as code
 import pytest
 from cuda_on_cpu.build import toolchain
 
+# Beside test_packaging, which compiles the same objects.
+pytestmark = [pytest.mark.xdist_group("nvcc"), pytest.mark.long(100)]
 ARCHS = {"sm_80", "sm_90", "sm_100", "sm_120"}
 SPILLS = """
 __global__ void __launch_bounds__(1024, 2) spilling_kernel(float* x) {

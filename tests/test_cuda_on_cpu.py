@@ -11,7 +11,6 @@ The header itself: every operation in both orders and under each sanitizer; a mi
 import os
 import re
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,18 +18,17 @@ from cuda_on_cpu import build
 
 HERE = Path(__file__).resolve().parent
 ORDERS = ("forward", "reverse")
-FILES = (
-    *("test_switch_update.py", "test_switch_mixture.py", "test_clones.py"),
-    *("test_feature_sgd.py", "test_feature_adam.py"),
-)
-# Hundreds of launches of the same kernels.
-LONG = "(streamed and (chunks or (a_dead_clone and (weight or nan))))"
-# What runs in which build and order. The order changes numbers, not what a sanitizer sees.
+# What runs in which build and order, and how many tests must pass. The sanitizers see every path of a kernel, in both
+# orders between them, but not every dtype.
 RUNS = {
-    ("plain", "forward"): "cuda",
-    ("plain", "reverse"): f"cuda and not {LONG}",
-    ("address", "forward"): f"cuda and not 2_25 and not {LONG}",
-    ("thread", "forward"): f"cuda and not 2_25 and not 500_steps and not {LONG}",
+    ("plain", "forward"): ("emulated and not many_launches", 440),
+    ("address", "reverse"): ("sanitized", 160),
+    ("thread", "forward"): ("sanitized", 160),
+}
+SLOW_RUNS = {
+    ("plain", "reverse"): ("emulated", 460),
+    ("address", "forward"): ("emulated", 460),
+    ("thread", "reverse"): ("emulated", 460),
 }
 PRIMITIVES = (
     *("indices", "shuffles", "reductions_float", "reductions_double", "votes", "last_block"),
@@ -110,41 +108,29 @@ def test_planted_mistakes_are_caught(built, mistake):
     assert re.search(words, said, re.DOTALL), said
 
 
-def run_ops(name, order):
-    return run(
+def marked_files():
+    files = (path for path in HERE.glob("test_*.py") if path != Path(__file__))
+    return sorted(path for path in files if "mark.emulated" in path.read_text())
+
+
+@pytest.mark.long(150)
+@pytest.mark.parametrize(
+    "name, order",
+    [*reversed(RUNS), *(pytest.param(*run, marks=pytest.mark.slow) for run in SLOW_RUNS)],
+)
+def test_ops(built, name, order):
+    skip(build.missing_runtime(name))
+    marks, floor = (RUNS | SLOW_RUNS)[name, order]
+    code, said = run(
         build.command(
             name,
             *("-m", "pytest", "-q", "-p", "cuda_on_cpu.plugin", "-p", "no:cacheprovider"),
             # A sanitizer ends the process, and what pytest holds back is lost.
-            *("--capture=no", "--durations=5", "-k", RUNS[name, order]),
-            *(str(HERE / file) for file in FILES),
+            *("--capture=no", "--durations=5", "-m", marks, "--backends", "cuda"),
+            *("--at-least", str(floor), *map(str, marked_files())),
         ),
         ALRAO_CUDA_ON_CPU_ORDER=order,
         ALRAO_REQUIRE="cuda",
     )
-
-
-@pytest.fixture(scope="module")
-def started(request, built):
-    """The results to come of the runs that are asked for, the longest first; as many at a time as there are CPUs."""
-    # pytest-xdist's workers hold all tests and run some: there each test starts its own.
-    items = [] if "PYTEST_XDIST_WORKER" in os.environ else request.session.items
-    asked = [getattr(item, "callspec", None) for item in items]
-    asked = [spec.params for spec in asked if spec and set(spec.params) == {"name", "order"}]
-    asked = {(params["name"], params["order"]) for params in asked}
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        yield {
-            key: pool.submit(run_ops, *key)
-            for key in reversed(RUNS)
-            if key in asked and build.missing_runtime(key[0]) is None
-        }
-
-
-@pytest.mark.parametrize("name, order", list(reversed(RUNS)))
-def test_ops(started, name, order):
-    skip(build.missing_runtime(name))
-    future = started.get((name, order))
-    code, said = future.result() if future else run_ops(name, order)
     print(said)
     assert code == 0, said
-    assert " passed" in said

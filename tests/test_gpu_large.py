@@ -88,21 +88,21 @@ CHECKS = {"sgd": check_sgd, "adam": check_adam, "mixture": check_mixture}
 GIBIBYTES = {"sgd": 28, "adam": 37, "mixture": 32}
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("check", CHECKS)
-def test_more_than_2_31_elements(name, check):
+def test_more_than_2_31_elements(backend, check):
     if backends.INTERPRETED:
         pytest.skip("Triton's kernels are interpreted in this process")
     op = {"sgd": "feature_sgd", "adam": "feature_adam", "mixture": "switch_mixture"}[check]
-    reason = testing.require(op, name)
+    reason = testing.require(op, backend)
     if reason is not None:
-        pytest.skip(f"{name}: {reason}")
+        pytest.skip(f"{backend}: {reason}")
     # Filling fresh memory with NaN would double the time.
     torch.use_deterministic_algorithms(False)
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
     if free < GIBIBYTES[check] << 30:
         pytest.skip(f"needs {GIBIBYTES[check]} GiB of free GPU memory, {free >> 30} are left")
-    with backends.use_backend(name):
+    with backends.use_backend(backend):
         CHECKS[check](torch.device("cuda"))
     torch.cuda.empty_cache()

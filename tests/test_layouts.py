@@ -3,7 +3,6 @@
 - every row of the design's table, entry by entry, for every dense order of the dimensions in memory (contiguous,
   channels_last, transposed): the features that the kernels would read against those written out by hand;
 - which parameters of a module share one vector: weight and bias, an LSTM's matrices and biases, tied parameters;
-- weight_norm, spectral_norm, orthogonal and pruned modules, old style and torch.nn.utils.parametrizations;
 - modules registered by the user, found through the base class, and the messages when a rule does not fit;
 - no parameter without a rate or with one of the wrong shape, for random module trees (hypothesis);
 - lazy modules and non-dense parameters are refused with the cure.
@@ -17,26 +16,11 @@ import warnings
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from layout_harness import features, table, trees
 from torch import nn
-from torch.nn.utils import parametrizations, prune
 
 from alrao_fast.optim import Feature, register_feature_layout
-from alrao_fast.optim.layouts import Layout, memory_rates, resolve_all
-
-
-def table(module: nn.Module) -> dict[str, Layout]:
-    """Layouts by parameter name."""
-    return {layout.name: layout for layout in resolve_all([module]).values()}
-
-
-def features(param: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The feature of each entry, in the parameter's shape, as the kernels read it from memory."""
-    vector = layout.rates(torch.arange(layout.vector.length, dtype=torch.float64))
-    rates, inner = memory_rates(vector, param, layout.dims)
-    i = torch.arange(param.numel())
-    in_memory = rates[(i // inner) % rates.numel()]
-    return in_memory.as_strided(param.shape, param.stride()).long()
+from alrao_fast.optim.layouts import memory_rates, resolve_all
 
 
 def memory_orders(param: torch.Tensor):
@@ -250,100 +234,6 @@ def test_tied_parameters():
         assert features(weight, reverse[weight]).equal(along((5, 3), int(encoder_first)))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize(
-    ("module", "lengths"),
-    [
-        (nn.utils.weight_norm(nn.Linear(3, 4)), {"weight_v": 4, "weight_g": 4, "bias": 4}),
-        (
-            nn.utils.weight_norm(nn.Linear(3, 4), dim=1),
-            {"weight_v": 4, "weight_g": 3, "bias": 4},
-        ),
-        (
-            nn.utils.weight_norm(nn.Linear(3, 4), dim=None),
-            {"weight_v": 4, "weight_g": 1, "bias": 4},
-        ),
-        (
-            nn.utils.weight_norm(nn.ConvTranspose1d(2, 3, 2), dim=1),
-            {"weight_v": 3, "weight_g": 3, "bias": 3},
-        ),
-        (
-            nn.utils.weight_norm(nn.ConvTranspose1d(4, 6, 2, groups=2), dim=0),
-            {"weight_v": 6, "weight_g": 4, "bias": 6},
-        ),
-        (
-            nn.utils.weight_norm(nn.LSTM(2, 3), "weight_hh_l0"),
-            {
-                "weight_ih_l0": 3,
-                "weight_hh_l0_v": 3,
-                "weight_hh_l0_g": 3,
-                "bias_ih_l0": 3,
-                "bias_hh_l0": 3,
-            },
-        ),
-        (nn.utils.spectral_norm(nn.Linear(3, 4)), {"weight_orig": 4, "bias": 4}),
-        (prune.random_unstructured(nn.Linear(3, 4), "weight", 0.5), {"weight_orig": 4, "bias": 4}),
-        (
-            parametrizations.weight_norm(nn.Conv2d(2, 3, 2)),
-            {
-                "parametrizations.weight.original0": 3,
-                "parametrizations.weight.original1": 3,
-                "bias": 3,
-            },
-        ),
-        (
-            parametrizations.weight_norm(nn.Linear(3, 4), dim=1),
-            {
-                "parametrizations.weight.original0": 3,
-                "parametrizations.weight.original1": 4,
-                "bias": 4,
-            },
-        ),
-        (
-            parametrizations.weight_norm(nn.GRU(2, 3, bias=False), "weight_hh_l0"),
-            {
-                "weight_ih_l0": 3,
-                "parametrizations.weight_hh_l0.original0": 3,
-                "parametrizations.weight_hh_l0.original1": 3,
-            },
-        ),
-        (
-            parametrizations.spectral_norm(nn.Linear(3, 4)),
-            {"parametrizations.weight.original": 4, "bias": 4},
-        ),
-        (
-            parametrizations.orthogonal(nn.Embedding(5, 3)),
-            {"parametrizations.weight.original": 3},
-        ),
-    ],
-)
-def test_reparametrized(module, lengths):
-    layouts = table(module)
-    assert set(layouts) == {name for name, _ in module.named_parameters()}
-    assert {name: layout.vector.length for name, layout in layouts.items()} == lengths
-    main = [n for n in lengths if n.endswith(("_v", "_orig", "original", "original1"))]
-    if "bias" in layouts:
-        assert layouts[main[0]].vector is layouts["bias"].vector
-    for name, param in module.named_parameters():
-        features(param, layouts[name])
-
-
-def test_parametrization_with_its_own_parameters():
-    class Scale(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.log_scale = nn.Parameter(torch.zeros(2))
-
-        def forward(self, x):
-            return x * self.log_scale.exp().sum()
-
-    module = nn.Linear(3, 4)
-    nn.utils.parametrize.register_parametrization(module, "weight", Scale())
-    layouts = table(module)
-    assert layouts["parametrizations.weight.original"].vector is layouts["bias"].vector
-    assert layouts["parametrizations.weight.0.log_scale"].rule == "default"
-
-
 class Dense(nn.Module):
     def __init__(self, *, bias=True):
         super().__init__()
@@ -438,90 +328,6 @@ def test_draw_order():
     model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.LSTM(3, 4), nn.Linear(4, 5)))
     names = [layout.name for layout in resolve_all([model]).values()]
     assert names == [name for name, _ in model.named_parameters()]
-
-
-class Raw(nn.Module):
-    """Parameters of every rank on an unknown module."""
-
-    def __init__(self, shapes):
-        super().__init__()
-        self.raw = nn.ParameterList([nn.Parameter(torch.zeros(s)) for s in shapes])
-
-
-sizes = st.integers(1, 5)
-
-
-@st.composite
-def leaves(draw):
-    a, b, g = draw(sizes), draw(sizes), draw(st.integers(1, 3))
-    makers = [
-        lambda: nn.Linear(a, b, bias=draw(st.booleans())),
-        lambda: nn.Bilinear(a, b, g),
-        lambda: nn.Conv2d(a * g, b * g, (a, 2), groups=g),
-        lambda: nn.ConvTranspose2d(a * g, b * g, (2, b), groups=g, bias=draw(st.booleans())),
-        lambda: nn.ConvTranspose3d(a * g, b * g, 2, groups=g),
-        lambda: nn.Embedding(a, b),
-        lambda: nn.EmbeddingBag(a, b),
-        lambda: nn.LSTM(
-            a,
-            b + 1,
-            num_layers=draw(st.integers(1, 2)),
-            bidirectional=draw(st.booleans()),
-            proj_size=draw(st.integers(0, b)),
-            bias=draw(st.booleans()),
-        ),
-        lambda: nn.GRUCell(a, b),
-        lambda: nn.MultiheadAttention(
-            2 * a,
-            2,
-            kdim=draw(st.sampled_from([None, 3])),
-            add_bias_kv=draw(st.booleans()),
-            bias=draw(st.booleans()),
-        ),
-        lambda: nn.BatchNorm2d(a, affine=draw(st.booleans())),
-        lambda: nn.GroupNorm(1, a),
-        lambda: nn.LayerNorm([a, b][: draw(st.integers(1, 2))]),
-        lambda: nn.PReLU(a),
-        lambda: Raw(draw(st.lists(st.lists(sizes, max_size=4), max_size=3))),
-        lambda: nn.TransformerEncoderLayer(2 * a, 2, b),
-    ]
-    module = draw(st.sampled_from(makers))()
-    if isinstance(module, nn.Linear | nn.Conv2d) and draw(st.booleans()):
-        wrap = draw(
-            st.sampled_from(
-                [
-                    nn.utils.weight_norm,
-                    parametrizations.weight_norm,
-                    parametrizations.spectral_norm,
-                    nn.utils.spectral_norm,
-                ]
-            )
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module = wrap(module)
-    return module
-
-
-@st.composite
-def trees(draw):
-    modules = draw(st.lists(leaves(), min_size=1, max_size=4))
-    # A module met twice, a nested one, tied weights, a frozen half, parameters moved to channels_last.
-    modules += draw(st.lists(st.sampled_from(modules), max_size=2))
-    model = nn.ModuleList([modules[0], nn.ModuleDict({"rest": nn.ModuleList(modules[1:])})])
-    linears = [m for m in model.modules() if type(m) in (nn.Linear, nn.Embedding)]
-    # Of one under nn.utils.weight_norm the weight is computed, and cannot be tied.
-    linears = [m for m in linears if isinstance(m.weight, nn.Parameter)]
-    for first, second in itertools.combinations(linears, 2):
-        if first.weight.shape == second.weight.shape and draw(st.booleans()):
-            second.weight = first.weight
-    for param in model.parameters():
-        if param.dim() == 4 and draw(st.booleans()):
-            param.data = param.data.contiguous(memory_format=torch.channels_last)
-        elif param.dim() == 2 and draw(st.booleans()):
-            param.data = param.data.t().contiguous().t()
-        param.requires_grad_(draw(st.booleans()))
-    return model
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

@@ -12,22 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from alrao_fast import backends
 from alrao_fast.nn import AlraoModel, ClassifierClones, RegressorClones
 from alrao_fast.optim import AlraoAdam, AlraoSGD
 
 OP = "switch_mixture"
-
-
-@pytest.fixture(autouse=True)
-def use(request):
-    """Tests that name a backend run on it and on its device."""
-    if "backend" not in request.fixturenames:
-        yield
-        return
-    backend, device = (request.getfixturevalue(name) for name in ("backend", "device"))
-    with backends.use_backend(backend), device:
-        yield
+pytestmark = pytest.mark.usefixtures("used_backend", "used_device")
 
 
 class Recurrent(nn.Module):

@@ -370,7 +370,7 @@ def test_only_the_stable_abi_of_torch_is_used():
 
 def test_no_wide_instructions_leak_out_of_a_kernel():
     # The linker keeps one copy of a weak function: perhaps the one compiled for a newer processor.
-    objects = sorted((ROOT / "build" / "ext" / "cpu").glob("*_kernel.cpp.v*.o"))
+    objects = sorted((ROOT / "build" / "ext").glob("*/cpu/*_kernel.cpp.v*.o"))
     if not objects:
         pytest.skip("no kernel objects: nothing was compiled in this folder")
     for path in objects:
@@ -378,6 +378,8 @@ def test_no_wide_instructions_leak_out_of_a_kernel():
         assert not weak, path.name
 
 
+@pytest.mark.xdist_group("nvcc")
+@pytest.mark.long(110)
 @pytest.mark.skipif(
     toolchain.find_toolkit() is None, reason="no CUDA toolkit (nvcc) on this machine"
 )

@@ -12,22 +12,14 @@ import math
 import pytest
 import torch
 
-from alrao_fast import backends, testing
+from alrao_fast import backends
 from alrao_fast.functional import switch_update_
 from alrao_fast.ops.switch_update import switch_observe_
 from alrao_fast.reference.switch_update import initial_state
 
 OP = "switch_update"
+pytestmark = [pytest.mark.emulated, pytest.mark.interpreted]
 INF, NAN = math.inf, math.nan
-
-
-@pytest.fixture(params=[name for name in backends.BACKENDS if name != "reference"])
-def compiled(request):
-    """A backend that is to be held against the reference."""
-    reason = testing.require(OP, request.param)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
 
 
 def device_of(backend):
@@ -73,6 +65,7 @@ def enumerate_posterior(likelihoods, theta):
     return [mass[n] / total for n in range(num_clones)]
 
 
+@pytest.mark.sanitized
 def test_hand_computed(backend, device):
     # Two clones, theta = 1/2: every hypothesis starts at 1/4. Clone 0 is three times as likely, so
     # the masses become 3/8, 1/8 in both rows. Half of the unstable 1/2 is pooled: 1/8 for each
@@ -102,6 +95,7 @@ def test_equals_the_enumeration_of_switching_sequences(backend, device, num_clon
         )
 
 
+@pytest.mark.many_launches(num_clones=[1, 2, 7])
 @pytest.mark.parametrize("num_clones", [1, 2, 7, 40])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_500_steps_follow_the_reference(compiled, num_clones, dtype):
@@ -132,6 +126,7 @@ def test_one_clone_keeps_all_the_mass(backend, device):
     assert current[2].item() == 4
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("values", [(-INF,) * 3, (NAN,) * 3, (INF, NAN, -INF)])
 def test_no_clone_alive_leaves_the_state(backend, device, values):
     current = state(3, device=device)
@@ -145,6 +140,7 @@ def test_no_clone_alive_leaves_the_state(backend, device, values):
     assert current[2].item() == 3
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_nan_and_inf_count_as_dead_and_a_clone_can_come_back(backend, device, value):
     ours, other = state(3, device=device), state(3, device=device)
@@ -175,6 +171,7 @@ def test_gaps_of_hundreds_of_nats_and_a_common_offset(backend, device, offset):
     assert current[0].isfinite().all()
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("mean", [True, False])
 def test_observing_a_batch_is_its_parts(backend, device, mean):
     ours, other = state(3, device=device), state(3, device=device)
@@ -194,6 +191,7 @@ def test_observing_a_batch_is_its_parts(backend, device, mean):
     assert ours[2].item() == 5
 
 
+@pytest.mark.sanitized
 def test_strided_likelihood(compiled):
     device = device_of(compiled)
     table = evidence(4, 3).to(device)

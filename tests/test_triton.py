@@ -23,7 +23,10 @@ from alrao_fast.ops.mixture import (
 )
 
 REASON = testing.require("switch_mixture", "triton")
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}")
+pytestmark = [
+    pytest.mark.device,
+    pytest.mark.skipif(REASON is not None, reason=f"triton: {REASON}"),
+]
 DEVICE = backends.device_of("triton")
 NAN, INF = math.nan, math.inf
 
@@ -36,6 +39,7 @@ REGIMES = {
     "streamed, chunks": ({"TILE": 0}, 100),
     "fused": ({"TILE": 0, "is_fused": lambda dtype, features: dtype != torch.float64}, None),
 }
+WHOLE = [name for name in REGIMES if "chunks" not in name]
 
 
 @pytest.fixture(params=REGIMES)
@@ -104,6 +108,7 @@ def compare(inputs, budget, function=switch_mixture_stats, target=None):
         testing.assert_within_budget(got, own, exact, name, slack=slack)
 
 
+@pytest.mark.interpreted(budget=WHOLE)
 @pytest.mark.parametrize(
     "change",
     [
@@ -122,11 +127,13 @@ def test_every_regime_on_special_values(budget, change):
     compare(inputs, budget)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_every_regime_in_every_dtype(budget, dtype):
     compare(testing.mixture_inputs(20, 16, 9, 3, dtype=dtype, device=DEVICE), budget)
 
 
+@pytest.mark.interpreted(budget=WHOLE)
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (5, 3, 1, 3), (5, 3, 70, 1), (33, 70, 40, 2)])
 def test_every_regime_in_every_size(budget, sizes):
     inputs = testing.mixture_inputs(*sizes, device=DEVICE, scale=30.0)
@@ -136,6 +143,7 @@ def test_every_regime_in_every_size(budget, sizes):
     compare(inputs, budget)
 
 
+@pytest.mark.interpreted(budget=WHOLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_regime_of_regression(budget, dtype):
     inputs = testing.mixture_inputs(9, 6, 3, 4, dtype=dtype, device=DEVICE)
@@ -146,6 +154,7 @@ def test_every_regime_of_regression(budget, dtype):
 
 
 # Samples and classes within one block, in several; parts of the classes, and of all clones' classes.
+@pytest.mark.interpreted
 @pytest.mark.parametrize("programs", [1, 8, 512])
 @pytest.mark.parametrize("sizes", [(1, 1, 3, 1), (65, 17, 70, 2), (70, 128, 200, 3)], ids=str)
 def test_fused_in_parts(monkeypatch, sizes, programs):
@@ -162,6 +171,7 @@ def test_fused_in_parts(monkeypatch, sizes, programs):
     compare(inputs, None)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=str)
 def test_fused_makes_what_is_needed(monkeypatch, needs):
     from alrao_fast.kernels.mixture import problem as switch_mixture
@@ -177,6 +187,7 @@ def test_fused_makes_what_is_needed(monkeypatch, needs):
         assert torch.equal(got, full) if made else not got.numel()
 
 
+@pytest.mark.interpreted
 def test_which_regime_runs():
     from alrao_fast.kernels.mixture import problem
 
@@ -201,6 +212,7 @@ def test_which_regime_runs():
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+@pytest.mark.interpreted
 def test_rows_longer_than_a_block(monkeypatch):
     from alrao_fast.kernels.mixture import problem as switch_mixture
 
@@ -221,6 +233,7 @@ def tensors(generator, sizes, offset):
     return made
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("offset", [0, 1], ids=["wide", "narrow"])
 def test_many_programs_per_tensor(offset):
     # (inner, period) of: rows within and across chunks, a rate per entry longer than a chunk, and short rows.
@@ -243,6 +256,7 @@ def test_many_programs_per_tensor(offset):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.interpreted
 def test_gradients_may_move_and_plans_are_told_apart():
     from alrao_fast.kernels.feature import plan
 
@@ -260,6 +274,7 @@ def test_gradients_may_move_and_plans_are_told_apart():
     assert len(plan._plans) == min(known + 1, plan._MAX_PLANS)
 
 
+@pytest.mark.interpreted
 def test_reciprocals_divide_exactly():
     from alrao_fast.kernels.feature.plan import reciprocal
 
@@ -274,6 +289,7 @@ def test_reciprocals_divide_exactly():
 # ---- the dispatcher and the compiler ----
 
 
+@pytest.mark.interpreted
 def test_opcheck():
     x, weight, bias, log_posterior, target = testing.mixture_inputs(5, 3, 4, 2, device=DEVICE)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
@@ -317,6 +333,7 @@ def train(net, optimizer, forward, steps=3):
     return [p.detach().clone() for p in net.parameters()] + [net.head.switch.logw.clone()]
 
 
+@pytest.mark.interpreted
 def test_training_follows_the_reference():
     results = []
     for name in ("triton", "reference"):
@@ -327,6 +344,7 @@ def test_training_follows_the_reference():
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.interpreted
 def test_compiles_as_one_graph():
     torch._dynamo.reset()
     results = []

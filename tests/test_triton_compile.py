@@ -33,6 +33,7 @@ from alrao_fast.kernels.mixture import log_prob as mixture_log_prob
 from alrao_fast.kernels.mixture import loss as mixture_loss
 from triton_aot import TARGETS, Start, compile_for, record
 
+pytestmark = [pytest.mark.xdist_group("triton_compile"), pytest.mark.long(90)]
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 TYPES = {tl.float64: 8, tl.float32: 4, tl.bfloat16: 2, tl.float16: 2}
 LARGE = SMALL

@@ -1,7 +1,7 @@
-"""Runs the tests of the ops on the Triton kernels without a GPU, interpreted, each file in a process of its own.
+"""Runs the tests of the ops on the Triton kernels without a GPU, interpreted, in processes of their own.
 
 The interpreter is chosen at the import of triton and cannot be left again. It is slow, so of the shared tests those run
-that reach another path of a kernel; ALRAO_INTERPRET=all runs every one (half an hour).
+that reach another path of a kernel, marked `interpreted`; `make test-all` runs every one (half an hour).
 """
 
 import os
@@ -28,35 +28,48 @@ if find_spec("triton"):
     ):
         pytest.skip("Triton 3.6's interpreter needs numpy < 2.5", allow_module_level=True)
 
-CHOSEN = {
-    "test_triton.py": "not (chunks and (special or size or regression))",
-    "test_switch_update.py": "triton",
-    "test_compat_golden.py": "triton and mlp",
-    "test_switch_mixture.py": (
-        "triton and (hand or clones_own or compile or first_of_equal or invalid or leading "
-        "or only_the_gradients or all_clones_dead and joint or streamed and its and float32)"
+HERE = Path(__file__).resolve().parent
+# The files of one process, and how many of their marked tests must pass.
+PARTS = {
+    "triton": (["test_triton.py"], 90),
+    "feature": (["test_feature_sgd.py", "test_feature_rounding.py", "test_feature_adam.py"], 60),
+    "mixture": (
+        [
+            "test_switch_mixture.py",
+            "test_switch_mixture_dead.py",
+            "test_switch_mixture_log_prob.py",
+            "test_switch_mixture_autograd.py",
+        ],
+        20,
     ),
-    "test_feature_sgd.py": (
-        "triton and (hand or several_dtypes or master or found_inf or invalid or one_graph "
-        "or equals and float32 and (authors or loss) or equals and float64 and loss "
-        "or bits and bfloat16 and 5 or every_bit and stochastic)"
-    ),
-    "test_feature_adam.py": (
-        "triton and (hand or masters or found_inf or invalid or keeps_a_nan or one_graph "
-        "or equals and float32 and (amsgrad or authors))"
-    ),
+    "switch": (["test_switch_update.py", "test_compat_golden.py"], 30),
 }
 
 
-@pytest.mark.parametrize("name", CHOSEN)
-def test_interpreted(name):
-    chosen = "triton" if os.environ.get("ALRAO_INTERPRET") == "all" else CHOSEN[name]
+def test_every_marked_file_runs():
+    files = (path for path in HERE.glob("test_*.py") if path != Path(__file__))
+    marked = {path.name for path in files if "mark.interpreted" in path.read_text()}
+    assert marked == {name for names, _ in PARTS.values() for name in names}
+
+
+@pytest.mark.long(50)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "marks",
+    [
+        "interpreted and not many_launches",
+        pytest.param("interpreted or device", marks=pytest.mark.slow),
+    ],
+    ids=["paths", "all"],
+)
+def test_interpreted(part, marks):
+    names, floor = PARTS[part]
     done = subprocess.run(
         [
             sys.executable,
             *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"),
-            *(("-k", chosen) if chosen else ()),
-            str(Path(__file__).with_name(name)),
+            *("-m", marks, "--backends", "triton", "--at-least", str(floor)),
+            *(str(HERE / name) for name in names),
         ],
         env={**os.environ, "TRITON_INTERPRET": "1", "ALRAO_REQUIRE": "triton"},
         capture_output=True,
@@ -65,4 +78,3 @@ def test_interpreted(name):
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout

@@ -11,7 +11,6 @@ import fcntl
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -65,7 +64,9 @@ def missing_runtime(build: str) -> str | None:
 def build() -> None:
     """Bring every build up to date."""
     WORK.mkdir(parents=True, exist_ok=True)
-    with open(WORK / "lock", "w") as lock:
+    # Of the ordinary build, whose objects go in, and of this one.
+    with open(EXTENSION / "lock", "w") as ordinary, open(WORK / "lock", "w") as lock:
+        fcntl.flock(ordinary, fcntl.LOCK_EX)
         fcntl.flock(lock, fcntl.LOCK_EX)
         (WORK / "build.ninja").write_text(_ninja())
         jobs = toolchain.choose_jobs(
@@ -160,10 +161,18 @@ def _ninja() -> str:
 
 def _arrange_package(build: str) -> None:
     package = WORK / build / "site" / "alrao_fast"
-    shutil.rmtree(package, ignore_errors=True)
-    package.mkdir(parents=True)
-    for path in (ROOT / "alrao_fast").iterdir():
-        if not path.name.startswith(("_C", "__pycache__")):
-            (package / path.name).symlink_to(path)
-    (package / "kernels").symlink_to(ROOT / "kernels")
-    (package / "_C.abi3.so").symlink_to(WORK / build / "_C.abi3.so")
+    package.mkdir(parents=True, exist_ok=True)
+    links = {
+        path.name: path
+        for path in (ROOT / "alrao_fast").iterdir()
+        if not path.name.startswith(("_C", "__pycache__"))
+    }
+    links |= {"kernels": ROOT / "kernels", "_C.abi3.so": WORK / build / "_C.abi3.so"}
+    # What is right stays: a test in another process may be reading it.
+    for path in package.iterdir():
+        if path.is_symlink() and links.get(path.name) == path.readlink():
+            del links[path.name]
+        elif path.is_symlink():
+            path.unlink()
+    for name, target in links.items():
+        (package / name).symlink_to(target)

@@ -1,0 +1,124 @@
+"""Protects bf16 and fp16 parameters of the feature optimizers, on every backend, through feature_sgd_:
+
+- conversions exact for every bit pattern and around every boundary; masters take the update;
+- stochastic rounding to the reference's very bits, different at each step, and without bias.
+
+Every other optimizer stores through the same code; its own file has its masters and its stochastic steps.
+"""
+
+import pytest
+import torch
+
+from alrao_fast.ops.feature_sgd import feature_sgd_
+
+OP = "feature_sgd"
+pytestmark = [pytest.mark.emulated, pytest.mark.sanitized]
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.interpreted(stochastic=[True])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+def test_every_bit_pattern_survives_a_step_with_rate_zero(backend, device, dtype, stochastic):
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device).view(dtype)
+    param = patterns.clone()
+    zero = torch.zeros(1, device=device)
+    steps = torch.zeros(1, dtype=torch.int64, device=device)
+    seeds = [7] if stochastic else None
+    feature_sgd_([param], [torch.zeros_like(param)], [zero], steps=steps, seeds=seeds, impl=backend)
+    nan = patterns.isnan()
+    assert torch.equal(param[~nan].view(torch.int16), patterns[~nan].view(torch.int16))
+    assert param[nan].isnan().all()
+
+
+def awkward_floats(dtype):
+    """float32 values around every kind of boundary of `dtype`: all its values, its midpoints, and their neighbours."""
+    values = torch.arange(2**15, dtype=torch.int16).view(dtype).float()
+    values = values[values.isfinite()].sort().values
+    middle = (values[1:] + values[:-1]) / 2
+    values = torch.cat([values, middle, torch.tensor([3e38, 65519.0, 65520.0, 65536.0, 1e-45])])
+    away = torch.full_like(values, torch.inf)
+    values = torch.cat([values, values.nextafter(away), values.nextafter(-away)])
+    values = torch.cat([values, -values])
+    # Midpoints of the smallest bf16 numbers are themselves subnormal floats: whether they are flushed is up to a mode.
+    return values[(values.abs() > 1e-37) | (values == 0)]
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_master_takes_the_update_and_is_rounded_to_nearest(backend, device, dtype):
+    values = awkward_floats(dtype).to(device)
+    master = values.clone()
+    param, grad = torch.zeros_like(values, dtype=dtype), torch.ones_like(values, dtype=dtype)
+    feature_sgd_([param], [grad], [torch.zeros(1, device=device)], masters=[master], impl=backend)
+    assert torch.equal(master, values)
+    assert torch.equal(param.float(), values.to(dtype).float())
+
+    start = torch.linspace(-3, 3, 1000, device=device)
+    master, param = start.clone(), start.to(dtype)
+    rates = torch.full((10,), 2.0**-12, device=device)
+    empty = torch.empty(0, device=device)
+    alone = torch.ones(4, dtype=dtype, device=device)  # without a master, in the same call
+    feature_sgd_(
+        [param, alone],
+        [torch.full_like(param, 0.5), alone.clone()],
+        [rates, torch.full((1,), 0.25, device=device)],
+        inners=[100, 1],
+        masters=[master, empty],
+        impl=backend,
+    )
+    torch.testing.assert_close(master, start - 2.0**-13, rtol=1e-7, atol=1e-7)
+    assert torch.equal(param, master.to(dtype))
+    assert alone.tolist() == [0.75] * 4
+
+
+def exact_problem(dtype, device, numel):
+    """Rates that are powers of two: rate * gradient is exact in float32, so there is one rounding before the last."""
+    generator = torch.Generator().manual_seed(3)
+    param = torch.randn(numel, generator=generator)
+    param[: numel // 2] *= 2.0 ** torch.randint(-30, 1, (numel // 2,), generator=generator)
+    grad = torch.randn(numel, generator=generator)
+    rates = 2.0 ** torch.randint(-30, -4, (37,), generator=generator)
+    return param.to(device, dtype), grad.to(device, dtype), rates.to(device)
+
+
+@pytest.mark.interpreted(dtype=[torch.bfloat16], seed=[5, 2**40 + 11])
+@pytest.mark.parametrize("seed", [0, 5, -1, 2**40 + 11])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_stochastic_rounding_gives_the_references_bits(backend, device, dtype, seed):
+    numel = 37 * 1001  # more than two pieces, and a tail that is no multiple of eight
+    param, grad, rates = exact_problem(dtype, device, numel)
+    expected = param.clone()
+    for step in (0, 1, 2**33 + 5):
+        for values, impl in ((param, backend), (expected, "reference")):
+            feature_sgd_(
+                [values],
+                [grad],
+                [rates],
+                inners=[1001],
+                seeds=[seed],
+                steps=torch.tensor([step], device=device),
+                impl=impl,
+            )
+        assert torch.equal(param, expected)
+
+
+def test_stochastic_rounding_depends_on_the_step_and_keeps_the_mean(backend, device):
+    # bf16 has a spacing of 2^-8 below 1: rounding to nearest never moves
+    numel, rate = 40000, 2.0**-12
+    rates = torch.full((1,), rate, device=device)
+    grad = torch.ones(numel, dtype=torch.bfloat16, device=device)
+    steps = torch.zeros(1, dtype=torch.int64, device=device)
+    param = grad.clone()
+    moved = []
+    for _ in range(16):
+        before = param.clone()
+        feature_sgd_([param], [grad], [rates], seeds=[1], steps=steps, impl=backend)
+        moved.append(before != param)
+    assert 0 < int((moved[0] & moved[1]).sum()) < int(moved[0].sum())
+    # 16 steps of 2^-12; each element's total has a standard deviation below 2^-8 * sqrt(16 / 16).
+    assert abs(float(param.float().mean()) - (1 - 16 * rate)) < 6 * 2.0**-8 / numel**0.5
+
+    frozen = grad.clone()
+    feature_sgd_([frozen], [grad], [rates], impl=backend)
+    assert torch.equal(frozen, grad)
