@@ -28,6 +28,11 @@ class Likelihood:
 
     OP: ClassVar[str]
 
+    def options(self) -> dict[str, Any]:
+        """The options by name."""
+        # Not vars(self), which torch.compile of torch 2.11 cannot trace.
+        return {name: getattr(self, name) for name in type(self).__match_args__}
+
     def rows(self, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The target of the samples in rows; ValueError unless it fits the samples."""
         raise NotImplementedError
@@ -56,7 +61,7 @@ class Likelihood:
         self, inputs: tuple[Any, ...], needs: tuple[Any, ...], observer: tuple[Any, ...] = ()
     ) -> tuple[Any, ...]:
         """The arguments of the op in the order of its schema; the target is the last of the inputs."""
-        own, *added = vars(self).values()
+        own, *added = self.options().values()
         return *inputs, own, *needs, *observer, *added
 
     @classmethod

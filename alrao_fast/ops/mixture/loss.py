@@ -162,7 +162,7 @@ def _stats(
     if backend == "reference":
         function = getattr(reference, likelihood.OP)
         loss, stats = function(
-            x, weight, bias, log_posterior, target, **vars(likelihood), reduction=reduction
+            x, weight, bias, log_posterior, target, **likelihood.options(), reduction=reduction
         )
         _observe(observer, stats, backend)
         return loss, stats
