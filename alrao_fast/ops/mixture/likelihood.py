@@ -30,8 +30,9 @@ class Likelihood:
 
     def options(self) -> dict[str, Any]:
         """The options by name."""
-        # Not vars(self), which torch.compile of torch 2.11 cannot trace.
-        return {name: getattr(self, name) for name in type(self).__match_args__}
+        # Not vars(self), which torch.compile of torch 2.11 cannot trace. These are a dataclass's fields.
+        names: tuple[str, ...] = self.__match_args__  # type: ignore[attr-defined]
+        return {name: getattr(self, name) for name in names}
 
     def rows(self, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The target of the samples in rows; ValueError unless it fits the samples."""
