@@ -402,6 +402,7 @@ def steps_of_both_kinds(task, device, **options):
         yield losses, [p.detach().clone() for p in net.parameters()]
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("kind, amp", [("text", None), ("images", None), ("text", "bf16")])
 def test_captured_step_is_the_eager_one(kind, amp, text_file, monkeypatch):
     """Without a GPU the step is run again in place of a replay: what is tested is what goes in and comes out."""
@@ -429,6 +430,7 @@ def test_captured_step_is_the_eager_one(kind, amp, text_file, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(params, captured_params))
 
 
+@pytest.mark.device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 @pytest.mark.parametrize("amp", [None, "bf16", "fp16"])
 def test_cuda_graph(amp, text_file):

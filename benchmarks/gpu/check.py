@@ -208,7 +208,7 @@ def steps(check: Check) -> None:
     no_pytest = "pytest is not installed" if "pytest" in missing else None
     tests = {"skip": no_pytest, "after": _pytest_line}
     every = ["tests", f"--ignore={LARGE}"]
-    device = [*every, "-m", "device", "--backends", "cuda,triton"]
+    device = [*every, "-m", "device and not slow", "--backends", "cuda,triton"]
     if not check.on_gpu:
         device = ["tests/test_gpu.py", "tests/test_graphed_step.py"]
     run("tests on the device", [*pytest, *parallel, *device], 180, env=env, **tests)
@@ -231,7 +231,7 @@ def steps(check: Check) -> None:
     records = read(speed / "speed.jsonl")
     check.result["speed"] = [{k: v for k, v in r.items() if k != "machine"} for r in records]
 
-    rest = [*pytest, *parallel, *every, "-m", "not device"]
+    rest = [*pytest, *parallel, *every, "-m", "not device and not slow"]
     tests["skip"] = no_pytest or no_gpu
     run("rest of the tests", rest, 600, env={"OMP_NUM_THREADS": "1"}, **tests)
 

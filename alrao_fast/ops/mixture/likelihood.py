@@ -31,7 +31,7 @@ class Likelihood:
     def options(self) -> dict[str, Any]:
         """The options by name."""
         # Not vars(self), which torch.compile of torch 2.11 cannot trace. These are a dataclass's fields.
-        names: tuple[str, ...] = self.__match_args__  # type: ignore[attr-defined]
+        names: tuple[str, ...] = self.__match_args__
         return {name: getattr(self, name) for name in names}
 
     def rows(self, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
