@@ -53,12 +53,7 @@ class Update(NamedTuple):
 
 @triton.jit
 def chunk_update(
-    table,
-    row,
-    grad_address,
-    start,
-    numel,
-    step,
+    chunk,
     lr,
     factor,
     ready,
@@ -79,6 +74,7 @@ def chunk_update(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    table, row, grad_address, start, numel, step = chunk
     # Made pointers here: Triton 3.6 loses a hint on an argument, or on what a function returns.
     param_ptr = cell(table, row, PARAM).to(tl.pointer_type(P_DTYPE))
     s1_ptr = cell(table, row, STATE).to(tl.pointer_type(S1_DTYPE))
@@ -194,12 +190,7 @@ def feature_kernel(
         ready = PREPARE(step, n0, n1, n2, n3, n4, n5, n6, n7, ACC)
         if chunk_is_wide(table, row, grad_address, start, numel, CHUNK):
             chunk_update(
-                table,
-                row,
-                grad_address,
-                start,
-                numel,
-                step,
+                (table, row, grad_address, start, numel, step),
                 lr,
                 factor,
                 ready,
@@ -222,12 +213,7 @@ def feature_kernel(
             )
         else:
             chunk_update(
-                table,
-                row,
-                grad_address,
-                start,
-                numel,
-                step,
+                (table, row, grad_address, start, numel, step),
                 lr,
                 factor,
                 ready,

@@ -336,7 +336,9 @@ def mixture_fused(loss: Loss) -> None:
     num_features = x.size(1)
     padded = max(triton.next_power_of_2(num_features), 16)
     common = (x, weight, x if bias is None else bias, loss.target)
+    sizes = (num_samples, num_clones, num_classes, num_features)
     constants = {"TF32": tf32(x.dtype), "HAS_BIAS": bias is not None, "D_P": padded}
+    constants["num_stages"] = 2
     blocks = triton.cdiv(num_samples, OWNED)
 
     splits, per_split = splits_of(triton.cdiv(num_classes, OWNED), blocks * num_clones)
@@ -348,13 +350,9 @@ def mixture_fused(loss: Loss) -> None:
         *common,
         part,
         place,
-        num_samples,
-        num_clones,
-        num_classes,
-        num_features,
+        *sizes,
         per_split,
         num_warps=4,
-        num_stages=2,
         BLOCK_M=OWNED,
         BLOCK_C=OWNED,
         **constants,
@@ -394,7 +392,6 @@ def mixture_fused(loss: Loss) -> None:
             num_features,
             width,
             num_warps=8 if padded == 128 or x.dtype == torch.float32 else 4,
-            num_stages=2,
             BLOCK_M=STREAMED,
             BLOCK_C=OWNED,
             **constants,
@@ -411,14 +408,10 @@ def mixture_fused(loss: Loss) -> None:
             lse,
             joint,
             parts,
-            num_samples,
-            num_clones,
-            num_classes,
-            num_features,
+            *sizes,
             width,
             per_split,
             num_warps=4,
-            num_stages=2,
             BLOCK_M=OWNED,
             BLOCK_C=STREAMED,
             **constants,
