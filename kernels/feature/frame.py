@@ -54,9 +54,7 @@ class Update(NamedTuple):
 @triton.jit
 def chunk_update(
     chunk,
-    lr,
-    factor,
-    ready,
+    numbers,
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
     A: tl.constexpr,
@@ -75,6 +73,7 @@ def chunk_update(
     BLOCK: tl.constexpr,
 ):
     table, row, grad_address, start, numel, step = chunk
+    lr, factor, ready = numbers
     # Made pointers here: Triton 3.6 loses a hint on an argument, or on what a function returns.
     param_ptr = cell(table, row, PARAM).to(tl.pointer_type(P_DTYPE))
     s1_ptr = cell(table, row, STATE).to(tl.pointer_type(S1_DTYPE))
@@ -191,9 +190,7 @@ def feature_kernel(
         if chunk_is_wide(table, row, grad_address, start, numel, CHUNK):
             chunk_update(
                 (table, row, grad_address, start, numel, step),
-                lr,
-                factor,
-                ready,
+                (lr, factor, ready),
                 UPDATE,
                 STATES,
                 A,
@@ -214,9 +211,7 @@ def feature_kernel(
         else:
             chunk_update(
                 (table, row, grad_address, start, numel, step),
-                lr,
-                factor,
-                ready,
+                (lr, factor, ready),
                 UPDATE,
                 STATES,
                 A,

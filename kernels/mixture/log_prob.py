@@ -10,7 +10,7 @@ from torch import Tensor
 from ..launch import launch
 from .gemm import finite, input_gradient
 from .problem import Inputs, lowest, row_block, tile_of
-from .stream import combine, log_prob_row_kernel
+from .stream import combine, log_prob_backward_row_kernel, log_prob_row_kernel
 from .tile import log_prob_tile_kernel
 
 
@@ -46,40 +46,6 @@ def _tile(
     return z
 
 
-def _rows(
-    inputs: Inputs,
-    part: slice,
-    clone: int,
-    out: Tensor,
-    grad: Tensor | None = None,
-    state: Tensor | None = None,
-) -> Tensor:
-    """One clone of some samples; returns its logits, or with `grad` the gradient to them."""
-    num_samples, _, _, num_classes = inputs.sizes
-    block, warps = row_block(num_classes, inputs.x.dtype)
-    z, *others = inputs.logits(part, clone)
-    launch(
-        log_prob_row_kernel,
-        (z.size(0),),
-        z,
-        *others,
-        out,
-        out if grad is None else grad,
-        z if state is None else state,
-        clone,
-        part.start,
-        num_samples,
-        num_classes,
-        num_warps=warps,
-        FIRST=clone == 0 and grad is None,
-        BACKWARD=grad is not None,
-        HAS_BIAS=inputs.bias is not None,
-        LOWEST=lowest(inputs.x.dtype),
-        BLOCK=block,
-    )
-    return z
-
-
 def switch_mixture_log_prob(
     x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor, memory_budget: int
 ) -> Tensor:
@@ -87,12 +53,25 @@ def switch_mixture_log_prob(
     inputs = Inputs.of(x, weight, bias, log_posterior)
     num_samples, _, num_clones, num_classes = inputs.sizes
     out = x.new_empty((num_samples, num_classes), dtype=inputs.dtype)
+    block, warps = row_block(num_classes, x.dtype)
     for part in _chunks(inputs, memory_budget):
         if tile_of(num_clones, num_classes) is not None:
             _tile(inputs, part, out)
         else:
             for clone in range(num_clones):
-                _rows(inputs, part, clone, out)
+                launch(
+                    log_prob_row_kernel,
+                    (part.stop - part.start,),
+                    *inputs.logits(part, clone),
+                    out[part],
+                    clone,
+                    num_classes,
+                    num_warps=warps,
+                    FIRST=clone == 0,
+                    HAS_BIAS=bias is not None,
+                    LOWEST=lowest(x.dtype),
+                    BLOCK=block,
+                )
     return out
 
 
@@ -136,13 +115,31 @@ def _backward_tile(inputs, samples, chunks, grad, log_prob, dx, dweight, dbias) 
 
 
 def _backward_stream(inputs, samples, chunks, grad, log_prob, dx, dweight, dbias) -> None:
-    num_samples, _, num_clones, _ = inputs.sizes
+    num_samples, _, num_clones, num_classes = inputs.sizes
+    block, warps = row_block(num_classes, inputs.x.dtype)
     state = grad.new_empty((4, num_samples))
     total = None if dx is None else torch.empty_like(dx)
     for clone in range(num_clones):
         wide = inputs.weight[clone].to(inputs.dtype)
         for part in chunks:
-            z = _rows(inputs, part, clone, log_prob, grad, state)
+            z, *others = inputs.logits(part, clone)
+            launch(
+                log_prob_backward_row_kernel,
+                (z.size(0),),
+                z,
+                *others,
+                log_prob,
+                grad,
+                state,
+                clone,
+                part.start,
+                num_samples,
+                num_classes,
+                num_warps=warps,
+                HAS_BIAS=inputs.bias is not None,
+                LOWEST=lowest(inputs.x.dtype),
+                BLOCK=block,
+            )
             if dweight is not None:
                 dweight[clone].addmm_(z.t(), samples[part])
                 dbias[clone].add_(z.sum(0))

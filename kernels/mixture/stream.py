@@ -291,18 +291,45 @@ def mixture_stream(loss: Loss) -> None:
     settle(loss.dweight, loss.dbias, loss.dead, norm)
 
 
-@triton.jit
-def load_weighted(joint, out_ptr, grad_ptr, offs, mask):
-    """The gradient weighted by the clone's share, exp(joint - out); cut where a class has no probability."""
+@triton.jit(do_not_specialize=["clone"])
+def log_prob_row_kernel(
+    z_ptr,
+    bias_ptr,
+    log_posterior_ptr,
+    out_ptr,
+    clone,
+    num_classes,
+    FIRST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    LOWEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = log(exp(out) + exp(a_n + logp_n)) for one sample; out holds the chunk."""
+    ACC: tl.constexpr = z_ptr.dtype.element_ty
     infinity = float("inf")
-    out = tl.load(out_ptr + offs, mask=mask, other=-infinity)
-    grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
-    share = tl.exp(joint - tl.where(out > -infinity, out, 0.0))
-    return tl.where(out > -infinity, share * grad, 0.0)
+    sample = tl.program_id(0).to(tl.int64)
+    z_ptr += sample * num_classes
+    out_ptr += sample * num_classes
+    bias_ptr += clone.to(tl.int64) * num_classes
+    largest, _best, total, alive = row_statistics(
+        z_ptr, bias_ptr, num_classes, HAS_BIAS, LOWEST, ACC, BLOCK
+    )
+    a = tl.load(log_posterior_ptr + clone).to(ACC) - tl.log(total)
+    a = tl.where(alive, a, -infinity)
+    for base in range(0, num_classes, BLOCK):
+        z, _, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
+        # The largest is taken off before anything small is added: logits may be huge.
+        value = a + (z - largest)
+        if not FIRST:
+            old = tl.load(out_ptr + offs, mask=mask, other=0.0)
+            high = tl.maximum(old, value)
+            shift = tl.where(high > -infinity, high, 0.0)
+            value = shift + tl.log(tl.exp(old - shift) + tl.exp(value - shift))
+        tl.store(out_ptr + offs, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["clone", "first_sample", "num_samples"])
-def log_prob_row_kernel(
+def log_prob_backward_row_kernel(
     z_ptr,
     bias_ptr,
     log_posterior_ptr,
@@ -313,16 +340,11 @@ def log_prob_row_kernel(
     first_sample,
     num_samples,
     num_classes,
-    FIRST: tl.constexpr,
-    BACKWARD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     LOWEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One sample of one clone: out = log(exp(out) + exp(a_n + logp_n)).
-
-    BACKWARD overwrites the logits by the gradient to them; state as `combine_kernel` reads it.
-    """
+    """Overwrites the logits of one sample of one clone by the gradient to them; state as `combine_kernel` reads it."""
     ACC: tl.constexpr = z_ptr.dtype.element_ty
     infinity = float("inf")
     local = tl.program_id(0).to(tl.int64)
@@ -335,31 +357,23 @@ def log_prob_row_kernel(
         z_ptr, bias_ptr, num_classes, HAS_BIAS, LOWEST, ACC, BLOCK
     )
     a = tl.load(log_posterior_ptr + clone).to(ACC) - tl.log(total)
-    if BACKWARD:
-        weighted_sum = tl.zeros([BLOCK], ACC)
-        for base in range(0, num_classes, BLOCK):
-            z, _, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
-            weighted_sum += load_weighted(a + (z - largest), out_ptr, grad_ptr, offs, mask)
-        row_sum = tl.sum(weighted_sum, 0)
-        for base in range(0, num_classes, BLOCK):
-            z, _, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
-            dz = load_weighted(a + (z - largest), out_ptr, grad_ptr, offs, mask)
-            dz -= tl.exp(z - largest) / total * row_sum
-            # Nothing goes the way to a dead clone.
-            tl.store(z_ptr + offs, tl.where(alive, dz, 0.0), mask=mask)
-        one = tl.full([], 1.0, ACC)
-        tl.store(state_ptr + num_samples + sample, one)
-        tl.store(state_ptr + 2 * num_samples + sample, one)
-        tl.store(state_ptr + 3 * num_samples + sample, tl.where(alive, one, 0.0))
-    else:
-        a = tl.where(alive, a, -infinity)
-        for base in range(0, num_classes, BLOCK):
-            z, _, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
-            # The largest is taken off before anything small is added: logits may be huge.
-            value = a + (z - largest)
-            if not FIRST:
-                old = tl.load(out_ptr + offs, mask=mask, other=0.0)
-                high = tl.maximum(old, value)
-                shift = tl.where(high > -infinity, high, 0.0)
-                value = shift + tl.log(tl.exp(old - shift) + tl.exp(value - shift))
-            tl.store(out_ptr + offs, value, mask=mask)
+    weighted_sum = tl.zeros([BLOCK], ACC)
+    for base in range(0, num_classes, BLOCK):
+        z, _, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
+        out = tl.load(out_ptr + offs, mask=mask, other=-infinity)
+        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
+        share = tl.exp(a + (z - largest) - tl.where(out > -infinity, out, 0.0))
+        weighted_sum += tl.where(out > -infinity, share * grad, 0.0)
+    row_sum = tl.sum(weighted_sum, 0)
+    for base in range(0, num_classes, BLOCK):
+        z, _, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
+        out = tl.load(out_ptr + offs, mask=mask, other=-infinity)
+        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
+        # Where a class has no probability the gradient is cut, as is the way to a dead clone.
+        share = tl.exp(a + (z - largest) - tl.where(out > -infinity, out, 0.0))
+        dz = tl.where(out > -infinity, share * grad, 0.0) - tl.exp(z - largest) / total * row_sum
+        tl.store(z_ptr + offs, tl.where(alive, dz, 0.0), mask=mask)
+    one = tl.full([], 1.0, ACC)
+    tl.store(state_ptr + num_samples + sample, one)
+    tl.store(state_ptr + 2 * num_samples + sample, one)
+    tl.store(state_ptr + 3 * num_samples + sample, tl.where(alive, one, 0.0))

@@ -231,32 +231,34 @@ def log_prob_tile_kernel(
     z, alive, offs, mask = load_tile(
         z_ptr, bias_ptr, num_clones, num_classes, HAS_BIAS, N_P, C_P, ACC
     )
+    if BACKWARD:
+        if tl.min(tl.where(n < num_clones, alive, 1), 0) == 0:
+            tl.store(flag_ptr, 1)
     z = tl.where(mask, z, -infinity)
     largest = tl.where(n < num_clones, tl.max(z, 1), 0.0)
     # The largest is taken off before anything small is added: logits may be huge.
     z -= largest[:, None]
-    e = tl.exp(z)
-    total = tl.where(n < num_clones, tl.sum(e, 1), 1.0)
-    a = tl.load(log_posterior_ptr + n, mask=n < num_clones, other=-infinity).to(ACC)
-    log_share = (a - tl.log(total))[:, None] + z
-    out_ptr += sample * num_classes
     if BACKWARD:
-        if tl.min(tl.where(n < num_clones, alive, 1), 0) == 0:
-            tl.store(flag_ptr, 1)
-        out = tl.load(out_ptr + c, mask=c < num_classes, other=-infinity)
+        e = tl.exp(z)
+        total = tl.where(n < num_clones, tl.sum(e, 1), 1.0)
+        a = tl.load(log_posterior_ptr + n, mask=n < num_clones, other=-infinity).to(ACC)
+        out = tl.load(out_ptr + sample * num_classes + c, mask=c < num_classes, other=-infinity)
         grad = tl.load(grad_ptr + sample * num_classes + c, mask=c < num_classes, other=0.0)
         possible = out > -infinity
-        log_share -= tl.where(possible, out, 0.0)[None, :]
+        log_share = (a - tl.log(total))[:, None] + z - tl.where(possible, out, 0.0)[None, :]
         # Where a class has no probability the gradient is cut, as is the way to a dead clone.
         flows = mask & possible[None, :] & (alive != 0)[:, None]
         weighted = tl.where(flows, tl.exp(log_share) * grad[None, :], 0.0)
         dz = weighted - e / total[:, None] * tl.sum(weighted, 1)[:, None]
         tl.store(z_ptr + offs, dz, mask=mask)
     else:
+        a = tl.load(log_posterior_ptr + n, mask=n < num_clones, other=0.0).to(ACC)
+        a -= tl.log(tl.sum(tl.exp(z), 1))
         living = (alive != 0) & (n < num_clones)
-        joint = tl.where(living[:, None], log_share, -infinity)
+        joint = tl.where(living[:, None], a[:, None] + z, -infinity)
         peak = tl.max(joint, 0)
         possible = peak > -infinity
         shift = tl.where(possible, peak, 0.0)
         out = shift + tl.log(tl.sum(tl.exp(joint - shift[None, :]), 0))
-        tl.store(out_ptr + c, tl.where(possible, out, -infinity), mask=c < num_classes)
+        out = tl.where(possible, out, -infinity)
+        tl.store(out_ptr + sample * num_classes + c, out, mask=c < num_classes)

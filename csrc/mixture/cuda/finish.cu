@@ -26,7 +26,8 @@ __global__ void mixture_norm_kernel(ClassTargets target, int64_t samples, comput
 
 template <class from_t, class to_t>
 __global__ void finite_copy_kernel(FiniteCopy<from_t, to_t> copy) {
-  copy_finite(copy, blockIdx.x, gridDim.x);
+  copy_finite(copy, int64_t(blockIdx.x) * blockDim.x + threadIdx.x,
+              int64_t(gridDim.x) * blockDim.x);
 }
 
 // The sum of one row of the parts, by a warp.
@@ -196,10 +197,7 @@ cudaError_t launch_mixture_finish(const FinishArguments<scalar_t>& a, cudaStream
   template cudaError_t launch_mixture_finish<scalar_t>(const FinishArguments<scalar_t>&, \
                                                        cudaStream_t)
 
-ALRAO_INSTANTIATE(float);
-ALRAO_INSTANTIATE(double);
-ALRAO_INSTANTIATE(BFloat16);
-ALRAO_INSTANTIATE(Float16);
+ALRAO_FOR_EVERY_TYPE(ALRAO_INSTANTIATE);
 
 template cudaError_t launch_finite_copy<BFloat16, BFloat16>(const FiniteCopy<BFloat16, BFloat16>&,
                                                             cudaStream_t);
