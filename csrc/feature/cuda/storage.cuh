@@ -49,10 +49,7 @@ __device__ T* global(void* pointer) {
 }
 template <typename T>
 __device__ const T* global(const void* pointer) {
-#ifdef __CUDA_ARCH__
-  __builtin_assume(__isGlobal(pointer));
-#endif
-  return static_cast<const T*>(pointer);
+  return global<T>(const_cast<void*>(pointer));
 }
 
 // n entries from `from`, all N of them from one aligned address if WIDE.
