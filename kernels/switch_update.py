@@ -40,105 +40,75 @@ def update_state(logw_ptr, log_posterior_ptr, t_ptr, evidence, clones, num_clone
 
 
 @triton.jit
-def observe(
-    logw_ptr,
-    log_posterior_ptr,
-    t_ptr,
-    running_ptr,
-    stats_ptr,
-    num_clones,
-    theta,
-    rest,
-    MEAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Adds stats [3, N] to running [3, N]; the update by the mean of the log-likelihoods, or by their sum."""
-    clones = tl.arange(0, BLOCK)
-    mask = clones < num_clones
-    nll = tl.load(stats_ptr + clones, mask=mask, other=float("inf"))
-    # 0 beyond the last clone.
-    count = tl.load(stats_ptr + 2 * num_clones + clones, mask=mask, other=0.0)
-    for row in tl.static_range(3):
-        here = running_ptr + row * num_clones + clones
-        value = tl.load(stats_ptr + row * num_clones + clones, mask=mask, other=0.0)
-        tl.store(here, tl.load(here, mask=mask, other=0.0) + value, mask=mask)
-    # Without a sample every clone counts as dead, and the state stays.
-    evidence = -nll
-    if MEAN:
-        evidence = evidence / tl.where(count > 0, count, 1.0)
-    evidence = tl.where(count > 0, evidence, -float("inf"))
-    update_state(logw_ptr, log_posterior_ptr, t_ptr, evidence, clones, num_clones, theta, rest)
-
-
-@triton.jit
 def switch_update_kernel(
     logw_ptr,
     log_posterior_ptr,
     t_ptr,
-    log_likelihood_ptr,
-    num_clones,
-    theta: tl.float64,
-    rest: tl.float64,
-    BLOCK: tl.constexpr,
-):
-    clones = tl.arange(0, BLOCK)
-    mask = clones < num_clones
-    evidence = tl.load(log_likelihood_ptr + clones, mask=mask, other=-float("inf")).to(tl.float64)
-    update_state(logw_ptr, log_posterior_ptr, t_ptr, evidence, clones, num_clones, theta, rest)
-
-
-@triton.jit
-def switch_observe_kernel(
-    logw_ptr,
-    log_posterior_ptr,
-    t_ptr,
+    observed_ptr,
     running_ptr,
-    stats_ptr,
     num_clones,
     theta: tl.float64,
     rest: tl.float64,
+    HAS_STATS: tl.constexpr,
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    observe(
-        logw_ptr,
-        log_posterior_ptr,
-        t_ptr,
-        running_ptr,
-        stats_ptr,
-        num_clones,
-        theta,
-        rest,
-        MEAN,
-        BLOCK,
-    )
+    """The update by log-likelihoods [N]. With HAS_STATS by statistics [3, N], which are added to running [3, N]: by the
+    mean of the log-likelihoods, or by their sum."""
+    clones = tl.arange(0, BLOCK)
+    mask = clones < num_clones
+    if HAS_STATS:
+        nll = tl.load(observed_ptr + clones, mask=mask, other=float("inf"))
+        # 0 beyond the last clone.
+        count = tl.load(observed_ptr + 2 * num_clones + clones, mask=mask, other=0.0)
+        for row in tl.static_range(3):
+            here = running_ptr + row * num_clones + clones
+            value = tl.load(observed_ptr + row * num_clones + clones, mask=mask, other=0.0)
+            tl.store(here, tl.load(here, mask=mask, other=0.0) + value, mask=mask)
+        # Without a sample every clone counts as dead, and the state stays.
+        evidence = -nll
+        if MEAN:
+            evidence = evidence / tl.where(count > 0, count, 1.0)
+        evidence = tl.where(count > 0, evidence, -float("inf"))
+    else:
+        evidence = tl.load(observed_ptr + clones, mask=mask, other=-float("inf")).to(tl.float64)
+    update_state(logw_ptr, log_posterior_ptr, t_ptr, evidence, clones, num_clones, theta, rest)
 
 
-def block_of(num_clones: int) -> tuple[int, int]:
-    """(BLOCK, warps)."""
-    block = max(triton.next_power_of_2(num_clones), 16)
-    return block, 1 if block <= 128 else min(max(block // 256, 4), 32)
-
-
-def switch_update_(
-    logw: Tensor, log_posterior: Tensor, t: Tensor, log_likelihood: Tensor, theta: float
+def _update(
+    logw: Tensor,
+    log_posterior: Tensor,
+    t: Tensor,
+    observed: Tensor,
+    running: Tensor | None,
+    mean: bool,
+    theta: float,
 ) -> None:
-    """The op, on checked arguments."""
     num_clones = logw.size(1)
-    block, warps = block_of(num_clones)
+    block = max(triton.next_power_of_2(num_clones), 16)
     launch(
         switch_update_kernel,
         (1,),
         logw,
         log_posterior,
         t,
-        log_likelihood.contiguous(),
+        observed.contiguous(),
+        logw if running is None else running,
         num_clones,
         float(theta),
         1.0 - theta,
-        num_warps=warps,
+        num_warps=1 if block <= 128 else min(max(block // 256, 4), 32),
+        HAS_STATS=running is not None,
+        MEAN=mean,
         BLOCK=block,
     )
+
+
+def switch_update_(
+    logw: Tensor, log_posterior: Tensor, t: Tensor, log_likelihood: Tensor, theta: float
+) -> None:
+    """The op, on checked arguments."""
+    _update(logw, log_posterior, t, log_likelihood, None, False, theta)
 
 
 def switch_observe_(
@@ -151,20 +121,4 @@ def switch_observe_(
     theta: float,
 ) -> None:
     """The op, on checked arguments."""
-    num_clones = logw.size(1)
-    block, warps = block_of(num_clones)
-    launch(
-        switch_observe_kernel,
-        (1,),
-        logw,
-        log_posterior,
-        t,
-        running,
-        stats.contiguous(),
-        num_clones,
-        float(theta),
-        1.0 - theta,
-        num_warps=warps,
-        MEAN=mean,
-        BLOCK=block,
-    )
+    _update(logw, log_posterior, t, stats, running, mean, theta)

@@ -6,6 +6,8 @@
 
 #include <math.h>
 
+#include <cstdint>
+
 #ifdef __CUDACC__
 #define ALRAO_HOST_DEVICE __host__ __device__
 #else
@@ -16,5 +18,7 @@ namespace alrao {
 
 ALRAO_HOST_DEVICE static inline float square_root(float x) { return ::sqrtf(x); }
 ALRAO_HOST_DEVICE static inline double square_root(double x) { return ::sqrt(x); }
+
+ALRAO_HOST_DEVICE static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace alrao

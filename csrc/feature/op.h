@@ -1,5 +1,5 @@
 // The ops of a feature optimizer on one backend: the list op, which brings all tensors, and the
-// step of a plan. A backend has a function <stem>_step for every optimizer (optimizers.h).
+// step of a plan.
 #pragma once
 
 #include <utility>
@@ -74,7 +74,13 @@ void plan_step(MultiTensor& plan, const Gradients& grads, const ScalarTensors& s
   checked_step<Options, STEP>(plan, grads, options, scalars);
 }
 
-// Within the namespace of a backend: its ops for every optimizer, as `register_feature_ops`.
+// Within the namespace of a backend: its ops for every optimizer, as `register_feature_ops`. The
+// backend has ALRAO_UPDATE(stem), what its step(tensors, grads, options, scalars, update) takes.
+#define ALRAO_STEP(stem, Options)                                                        \
+  void stem##_step(MultiTensor& tensors, const Gradients& grads, const Options& options, \
+                   const ScalarTensors& scalars) {                                       \
+    step(tensors, grads, options, scalars, ALRAO_UPDATE(stem));                          \
+  }
 #define ALRAO_LIST_OP(stem, Options)                      \
   void stem##_(StableIValue* stack, uint64_t, uint64_t) { \
     list_op<Options, stem##_step>(#stem "_", stack);      \
@@ -84,6 +90,7 @@ void plan_step(MultiTensor& plan, const Gradients& grads, const ScalarTensors& s
 #define ALRAO_REGISTER_LIST_OP(stem, Options) m.impl(#stem "_", stem##_);
 
 #define ALRAO_DEFINE_FEATURE_OPS                                                                  \
+  ALRAO_OPTIMIZERS(ALRAO_STEP)                                                                    \
   ALRAO_OPTIMIZERS(ALRAO_LIST_OP)                                                                 \
   void feature_plan_step_(StableIValue* stack, uint64_t, uint64_t) {                              \
     run_plan(stack, [](MultiTensor& plan, const Gradients& grads, const ScalarTensors& scalars) { \

@@ -1,6 +1,7 @@
 // The arguments of the mixture's ops by name, on every backend.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
@@ -10,6 +11,10 @@
 #include "mixture/likelihood.h"
 
 namespace alrao {
+
+inline torch::stable::Tensor dense(const torch::stable::Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
 // x [B, D], weight [N, C, D], bias [N, C], log_posterior [N].
 struct MixtureInputs {

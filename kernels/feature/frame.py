@@ -24,9 +24,9 @@ from .multi_tensor import (
     cell,
     chunk_is_wide,
     chunk_rates,
+    random_bits16,
     read,
-    scalar,
-    store_parameter,
+    stochastic_round,
     write,
 )
 from .plan import Lists, Plan, count_steps, find_plan, in_memory_order
@@ -53,15 +53,8 @@ class Update(NamedTuple):
 
 @triton.jit
 def chunk_update(
-    table,
-    row,
-    grad_address,
-    start,
-    numel,
-    step,
-    lr,
-    factor,
-    ready,
+    chunk,
+    numbers,
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
     A: tl.constexpr,
@@ -79,6 +72,8 @@ def chunk_update(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    table, row, grad_address, start, numel, step = chunk
+    lr, factor, ready = numbers
     # Made pointers here: Triton 3.6 loses a hint on an argument, or on what a function returns.
     param_ptr = cell(table, row, PARAM).to(tl.pointer_type(P_DTYPE))
     s1_ptr = cell(table, row, STATE).to(tl.pointer_type(S1_DTYPE))
@@ -120,21 +115,13 @@ def chunk_update(
             write(s2_ptr, offs, mask, s2, S2_DTYPE, MASKED)
         if STATES > 2:
             write(s3_ptr, offs, mask, s3, S3_DTYPE, MASKED)
-        store_parameter(
-            param_ptr,
-            master_ptr,
-            offs,
-            mask,
-            p,
-            seed,
-            step,
-            start + base,
-            P_DTYPE,
-            HAS_MASTER,
-            STOCHASTIC,
-            MASKED,
-            BLOCK,
-        )
+        stored = p
+        if STOCHASTIC:
+            # A value of P_DTYPE already: the conversion on the way to memory is exact.
+            stored = stochastic_round(p, random_bits16(seed, step, start + base, BLOCK), P_DTYPE)
+        write(param_ptr, offs, mask, stored, P_DTYPE, MASKED)
+        if HAS_MASTER:
+            write(master_ptr, offs, mask, p, tl.float32, MASKED)
 
 
 @triton.jit
@@ -176,7 +163,10 @@ def feature_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    lr = scalar(lr, lr_ptr, ACC, HAS_LR)
+    if HAS_LR:
+        lr = tl.load(lr_ptr).to(ACC)
+    else:
+        lr = tl.full([], lr, ACC)
     skip = tl.full([], 0.0, tl.float32)
     if HAS_FOUND:
         skip = tl.load(found_inf_ptr).to(tl.float32)
@@ -194,15 +184,8 @@ def feature_kernel(
         ready = PREPARE(step, n0, n1, n2, n3, n4, n5, n6, n7, ACC)
         if chunk_is_wide(table, row, grad_address, start, numel, CHUNK):
             chunk_update(
-                table,
-                row,
-                grad_address,
-                start,
-                numel,
-                step,
-                lr,
-                factor,
-                ready,
+                (table, row, grad_address, start, numel, step),
+                (lr, factor, ready),
                 UPDATE,
                 STATES,
                 A,
@@ -222,15 +205,8 @@ def feature_kernel(
             )
         else:
             chunk_update(
-                table,
-                row,
-                grad_address,
-                start,
-                numel,
-                step,
-                lr,
-                factor,
-                ready,
+                (table, row, grad_address, start, numel, step),
+                (lr, factor, ready),
                 UPDATE,
                 STATES,
                 A,

@@ -139,43 +139,6 @@ def write(ptr, offs, mask, value, DTYPE: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def store_parameter(
-    param_ptr,
-    master_ptr,
-    offs,
-    mask,
-    value,
-    seed,
-    step,
-    start,
-    DTYPE: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write the new parameter: through its master, stochastically, or rounded to nearest."""
-    if STOCHASTIC:
-        bits = random_bits16(seed, step, start, BLOCK)
-        # A value of DTYPE already: the conversion on the way to memory is exact.
-        stored = stochastic_round(value, bits, DTYPE)
-    else:
-        stored = value
-    write(param_ptr, offs, mask, stored, DTYPE, MASKED)
-    if HAS_MASTER:
-        write(master_ptr, offs, mask, value, tl.float32, MASKED)
-
-
-@triton.jit
-def scalar(given, tensor_ptr, DTYPE: tl.constexpr, HAS_TENSOR: tl.constexpr):
-    """A hyper-parameter in DTYPE: from its one-element tensor if it has one."""
-    if HAS_TENSOR:
-        return tl.load(tensor_ptr).to(DTYPE)
-    else:
-        return tl.full([], given, DTYPE)
-
-
-@triton.jit
 def root(value):
     """The square root, rounded to nearest."""
     if value.dtype == tl.float64:

@@ -114,7 +114,7 @@ class Plan:
     """
 
     def __init__(self, lists: Lists) -> None:
-        if _capturing(lists.steps):
+        if _capturing(lists.steps.device):
             raise RuntimeError(
                 "an optimizer step with new tensors during CUDA graph capture: take one step before capturing"
             )
@@ -194,14 +194,14 @@ class Plan:
                 staged = staged.pin_memory()
             # A vector that a captured graph reads is never written again.
             frozen = any(entry[0] is self._grads for entry in self._captured)
-            if self._grads is None or frozen or _capturing_on(device):
+            if self._grads is None or frozen or _capturing(device):
                 self._grads = torch.empty(len(pointers), dtype=torch.int64, device=device)
             self._grads.copy_(staged, non_blocking=True)
             self._pointers = pointers
-            if _capturing_on(device):
+            if _capturing(device):
                 # Replays copy from the staging memory again.
                 self._captured.append((self._grads, staged))
-        if _capturing_on(device):
+        if _capturing(device):
             self.captured = True
             if not any(entry[0] is self._grads for entry in self._captured):
                 self._captured.append((self._grads,))
@@ -235,12 +235,8 @@ def _row(lists: Lists, t: int, chunk: int) -> list[int]:
     ]
 
 
-def _capturing_on(device: torch.device) -> bool:
+def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _capturing(tensor: Tensor) -> bool:
-    return _capturing_on(tensor.device)
 
 
 # Plans by everything their tables hold, so that memory that was freed and taken again cannot mislead.

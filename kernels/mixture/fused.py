@@ -19,8 +19,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ..launch import INTERPRETED_BF16, launch, round_to, widen
-from .gemm import tf32
+from ..launch import launch, round_to, widen
+from .gemm import multiply, only_finite, tf32
 from .problem import Loss
 
 # Programs of a launch that are worth splitting classes for.
@@ -37,24 +37,6 @@ def load_rows(base_ptr, rows, num_rows, num_features, D_P: tl.constexpr):
     return tl.load(
         base_ptr + rows.to(tl.int64)[:, None] * num_features + d[None, :], mask=mask, other=0.0
     )
-
-
-@triton.jit
-def multiply(a, b, TF32: tl.constexpr):
-    """a @ b in float32."""
-    if INTERPRETED_BF16:
-        a = widen(a, tl.float32)
-        b = widen(b, tl.float32)
-    if TF32:
-        return tl.dot(a, b, input_precision="tf32", out_dtype=tl.float32)
-    else:
-        return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float32)
-
-
-@triton.jit
-def only_finite(value):
-    """`value` with 0 for what is not finite."""
-    return tl.where(tl.abs(widen(value, tl.float32)) < float("inf"), value, tl.zeros_like(value))
 
 
 @triton.jit(do_not_specialize=["num_samples", "tiles_per_split"])
@@ -336,7 +318,9 @@ def mixture_fused(loss: Loss) -> None:
     num_features = x.size(1)
     padded = max(triton.next_power_of_2(num_features), 16)
     common = (x, weight, x if bias is None else bias, loss.target)
+    sizes = (num_samples, num_clones, num_classes, num_features)
     constants = {"TF32": tf32(x.dtype), "HAS_BIAS": bias is not None, "D_P": padded}
+    constants["num_stages"] = 2
     blocks = triton.cdiv(num_samples, OWNED)
 
     splits, per_split = splits_of(triton.cdiv(num_classes, OWNED), blocks * num_clones)
@@ -348,13 +332,9 @@ def mixture_fused(loss: Loss) -> None:
         *common,
         part,
         place,
-        num_samples,
-        num_clones,
-        num_classes,
-        num_features,
+        *sizes,
         per_split,
         num_warps=4,
-        num_stages=2,
         BLOCK_M=OWNED,
         BLOCK_C=OWNED,
         **constants,
@@ -394,7 +374,6 @@ def mixture_fused(loss: Loss) -> None:
             num_features,
             width,
             num_warps=8 if padded == 128 or x.dtype == torch.float32 else 4,
-            num_stages=2,
             BLOCK_M=STREAMED,
             BLOCK_C=OWNED,
             **constants,
@@ -411,14 +390,10 @@ def mixture_fused(loss: Loss) -> None:
             lse,
             joint,
             parts,
-            num_samples,
-            num_clones,
-            num_classes,
-            num_features,
+            *sizes,
             width,
             per_split,
             num_warps=4,
-            num_stages=2,
             BLOCK_M=OWNED,
             BLOCK_C=STREAMED,
             **constants,

@@ -15,6 +15,24 @@ from ..launch import INTERPRETED_BF16, accumulator, launch, round_to, widen
 
 
 @triton.jit
+def multiply(a, b, TF32: tl.constexpr):
+    """a @ b in float32."""
+    if INTERPRETED_BF16:
+        a = widen(a, tl.float32)
+        b = widen(b, tl.float32)
+    if TF32:
+        return tl.dot(a, b, input_precision="tf32", out_dtype=tl.float32)
+    else:
+        return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float32)
+
+
+@triton.jit
+def only_finite(value):
+    """`value` with 0 for what is not finite."""
+    return tl.where(tl.abs(widen(value, tl.float32)) < float("inf"), value, tl.zeros_like(value))
+
+
+@triton.jit
 def safe_matmul_kernel(
     a_ptr,
     b_ptr,
@@ -66,16 +84,10 @@ def safe_matmul_kernel(
                 mask=mask_k[:, None] & mask_n[None, :],
                 other=0.0,
             )
-            b = tl.where(tl.abs(widen(b, tl.float32)) < float("inf"), b, tl.zeros_like(b))
+            b = only_finite(b)
             if SUM_A:
                 row_sum += tl.sum(widen(a, tl.float32), 1)
-            if INTERPRETED_BF16:
-                a = widen(a, tl.float32)
-                b = widen(b, tl.float32)
-            if TF32:
-                total = tl.dot(a, b, acc=total, input_precision="tf32")
-            else:
-                total = tl.dot(a, b, acc=total, input_precision="ieee")
+            total += multiply(a, b, TF32)
         if SCALE:
             norm = tl.load(norm_ptr)
             total *= norm

@@ -11,7 +11,39 @@ from ..launch import launch
 from .gemm import finite, input_gradient
 from .problem import Inputs, lowest, row_block, tile_of
 from .stream import combine, log_prob_backward_row_kernel, log_prob_row_kernel
-from .tile import log_prob_backward_tile_kernel, log_prob_tile_kernel
+from .tile import log_prob_tile_kernel
+
+
+def _chunks(inputs: Inputs, memory_budget: int) -> list[slice]:
+    _, _, num_clones, num_classes = inputs.sizes
+    rows = num_classes if tile_of(num_clones, num_classes) is None else num_clones * num_classes
+    return inputs.chunks(rows * inputs.dtype.itemsize, memory_budget)
+
+
+def _tile(
+    inputs: Inputs, part: slice, out: Tensor, grad: Tensor | None = None, flag: Tensor | None = None
+) -> Tensor:
+    """All clones of some samples; returns their logits, or with `grad` the gradient to them."""
+    _, _, num_clones, num_classes = inputs.sizes
+    n, c, warps = tile_of(num_clones, num_classes)
+    z, *others = inputs.logits(part)
+    launch(
+        log_prob_tile_kernel,
+        (z.size(0),),
+        z,
+        *others,
+        out[part],
+        out if grad is None else grad[part],
+        z if flag is None else flag,
+        num_clones,
+        num_classes,
+        num_warps=warps,
+        BACKWARD=grad is not None,
+        HAS_BIAS=inputs.bias is not None,
+        N_P=n,
+        C_P=c,
+    )
+    return z
 
 
 def switch_mixture_log_prob(
@@ -21,40 +53,25 @@ def switch_mixture_log_prob(
     inputs = Inputs.of(x, weight, bias, log_posterior)
     num_samples, _, num_clones, num_classes = inputs.sizes
     out = x.new_empty((num_samples, num_classes), dtype=inputs.dtype)
-    tile = tile_of(num_clones, num_classes)
-    rows = num_classes if tile is None else num_clones * num_classes
     block, warps = row_block(num_classes, x.dtype)
-    for part in inputs.chunks(rows * inputs.dtype.itemsize, memory_budget):
-        if tile is not None:
-            logits = inputs.logits(part)
-            launch(
-                log_prob_tile_kernel,
-                (part.stop - part.start,),
-                *logits,
-                out[part],
-                num_clones,
-                num_classes,
-                num_warps=tile[2],
-                HAS_BIAS=bias is not None,
-                N_P=tile[0],
-                C_P=tile[1],
-            )
-            continue
-        for clone in range(num_clones):
-            logits = inputs.logits(part, clone)
-            launch(
-                log_prob_row_kernel,
-                (part.stop - part.start,),
-                *logits,
-                out[part],
-                clone,
-                num_classes,
-                num_warps=warps,
-                FIRST=clone == 0,
-                HAS_BIAS=bias is not None,
-                LOWEST=lowest(x.dtype),
-                BLOCK=block,
-            )
+    for part in _chunks(inputs, memory_budget):
+        if tile_of(num_clones, num_classes) is not None:
+            _tile(inputs, part, out)
+        else:
+            for clone in range(num_clones):
+                launch(
+                    log_prob_row_kernel,
+                    (part.stop - part.start,),
+                    *inputs.logits(part, clone),
+                    out[part],
+                    clone,
+                    num_classes,
+                    num_warps=warps,
+                    FIRST=clone == 0,
+                    HAS_BIAS=bias is not None,
+                    LOWEST=lowest(x.dtype),
+                    BLOCK=block,
+                )
     return out
 
 
@@ -77,42 +94,23 @@ def switch_mixture_log_prob_backward(
     dweight = x.new_zeros(weight.shape if need_dw else (0,), dtype=acc)
     dbias = x.new_zeros((num_clones, num_classes) if need_dw else (0,), dtype=acc)
     if num_samples and (need_dx or need_dw):
-        tile = tile_of(num_clones, num_classes)
-        rows = num_classes if tile is None else num_clones * num_classes
-        chunks = inputs.chunks(rows * acc.itemsize, memory_budget)
         samples = finite(inputs.x.to(acc)) if need_dw else x
-        run = _backward_stream if tile is None else _backward_tile
+        run = _backward_stream if tile_of(num_clones, num_classes) is None else _backward_tile
         gradients = dx if need_dx else None, dweight if need_dw else None, dbias
+        chunks = _chunks(inputs, memory_budget)
         run(inputs, samples, chunks, grad.contiguous(), log_prob, *gradients)
     return dx, dweight, dbias
 
 
 def _backward_tile(inputs, samples, chunks, grad, log_prob, dx, dweight, dbias) -> None:
-    _, num_features, num_clones, num_classes = inputs.sizes
-    n, c, warps = tile_of(num_clones, num_classes)
     wide = inputs.matrix.to(inputs.dtype)
     flag = torch.zeros(1, dtype=torch.int32, device=samples.device)
     for part in chunks:
-        z, *others = inputs.logits(part)
-        launch(
-            log_prob_backward_tile_kernel,
-            (z.size(0),),
-            z,
-            *others,
-            log_prob[part],
-            grad[part],
-            flag,
-            num_clones,
-            num_classes,
-            num_warps=warps,
-            HAS_BIAS=inputs.bias is not None,
-            N_P=n,
-            C_P=c,
-        )
+        z = _tile(inputs, part, log_prob, grad, flag)
         if dx is not None:
             input_gradient(z, wide, flag, dx[part])
         if dweight is not None:
-            dweight.view(-1, num_features).addmm_(z.t(), samples[part])
+            dweight.view(-1, dweight.size(2)).addmm_(z.t(), samples[part])
             dbias.view(-1).add_(z.sum(0))
 
 

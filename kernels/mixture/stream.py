@@ -26,6 +26,15 @@ def load_logits(z_ptr, bias_ptr, offs, mask, HAS_BIAS, ACC):
 
 
 @triton.jit
+def load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK):
+    """The logits of BLOCK classes from `base` on, as `load_logits` has them; those classes, and which of them exist."""
+    offs = base + tl.arange(0, BLOCK)
+    mask = offs < num_classes
+    z, broken = load_logits(z_ptr, bias_ptr, offs, mask, HAS_BIAS, ACC)
+    return z, broken, offs, mask
+
+
+@triton.jit
 def row_statistics(z_ptr, bias_ptr, num_classes, HAS_BIAS, LOWEST, ACC, BLOCK):
     """Largest logit, its place, the sum of exp(z - largest), and whether all are finite."""
     peak = tl.full([BLOCK], LOWEST, ACC)
@@ -33,9 +42,7 @@ def row_statistics(z_ptr, bias_ptr, num_classes, HAS_BIAS, LOWEST, ACC, BLOCK):
     place = tl.zeros([BLOCK], tl.int32)
     bad = tl.zeros([BLOCK], tl.int32)
     for base in range(0, num_classes, BLOCK):
-        offs = base + tl.arange(0, BLOCK)
-        mask = offs < num_classes
-        z, broken = load_logits(z_ptr, bias_ptr, offs, mask, HAS_BIAS, ACC)
+        z, broken, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
         bad += broken
         z = tl.where(mask, z, LOWEST)
         place = tl.where(z > peak, offs, place)
@@ -92,9 +99,9 @@ def mixture_row_kernel(
         squared = tl.zeros([BLOCK], ACC)
         bad = tl.zeros([BLOCK], tl.int32)
         for base in range(0, num_classes, BLOCK):
-            offs = base + tl.arange(0, BLOCK)
-            mask = offs < num_classes
-            z, broken = load_logits(z_ptr, bias_ptr, offs, mask, HAS_BIAS, ACC)
+            z, broken, offs, mask = load_block(
+                z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK
+            )
             bad += broken
             error = z - widen(tl.load(target_ptr + offs, mask=mask, other=0.0), ACC)
             squared += tl.where(mask, error * error, 0.0)
@@ -153,9 +160,7 @@ def mixture_row_kernel(
             norm = tl.load(norm_ptr)
         flows = alive & counted
         for base in range(0, num_classes, BLOCK):
-            offs = base + tl.arange(0, BLOCK)
-            mask = offs < num_classes
-            z, _broken = load_logits(z_ptr, bias_ptr, offs, mask, HAS_BIAS, ACC)
+            z, _, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
             if GAUSSIAN:
                 g = (z - widen(tl.load(target_ptr + offs, mask=mask, other=0.0), ACC)) * inverse
             else:
@@ -312,9 +317,7 @@ def log_prob_row_kernel(
     a = tl.load(log_posterior_ptr + clone).to(ACC) - tl.log(total)
     a = tl.where(alive, a, -infinity)
     for base in range(0, num_classes, BLOCK):
-        offs = base + tl.arange(0, BLOCK)
-        mask = offs < num_classes
-        z, _broken = load_logits(z_ptr, bias_ptr, offs, mask, HAS_BIAS, ACC)
+        z, _, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
         # The largest is taken off before anything small is added: logits may be huge.
         value = a + (z - largest)
         if not FIRST:
@@ -356,18 +359,14 @@ def log_prob_backward_row_kernel(
     a = tl.load(log_posterior_ptr + clone).to(ACC) - tl.log(total)
     weighted_sum = tl.zeros([BLOCK], ACC)
     for base in range(0, num_classes, BLOCK):
-        offs = base + tl.arange(0, BLOCK)
-        mask = offs < num_classes
-        z, _broken = load_logits(z_ptr, bias_ptr, offs, mask, HAS_BIAS, ACC)
+        z, _, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
         out = tl.load(out_ptr + offs, mask=mask, other=-infinity)
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
         share = tl.exp(a + (z - largest) - tl.where(out > -infinity, out, 0.0))
         weighted_sum += tl.where(out > -infinity, share * grad, 0.0)
     row_sum = tl.sum(weighted_sum, 0)
     for base in range(0, num_classes, BLOCK):
-        offs = base + tl.arange(0, BLOCK)
-        mask = offs < num_classes
-        z, _broken = load_logits(z_ptr, bias_ptr, offs, mask, HAS_BIAS, ACC)
+        z, _, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
         out = tl.load(out_ptr + offs, mask=mask, other=-infinity)
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
         # Where a class has no probability the gradient is cut, as is the way to a dead clone.

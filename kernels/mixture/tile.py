@@ -209,51 +209,19 @@ def log_prob_tile_kernel(
     bias_ptr,
     log_posterior_ptr,
     out_ptr,
-    num_clones,
-    num_classes,
-    HAS_BIAS: tl.constexpr,
-    N_P: tl.constexpr,
-    C_P: tl.constexpr,
-):
-    """Mixture log-probabilities of one sample; out holds the chunk."""
-    ACC: tl.constexpr = z_ptr.dtype.element_ty
-    infinity = float("inf")
-    sample = tl.program_id(0).to(tl.int64)
-    z_ptr += sample * num_clones * num_classes
-    n = tl.arange(0, N_P)
-    c = tl.arange(0, C_P)
-    z, alive, _, mask = load_tile(z_ptr, bias_ptr, num_clones, num_classes, HAS_BIAS, N_P, C_P, ACC)
-    z = tl.where(mask, z, -infinity)
-    largest = tl.where(n < num_clones, tl.max(z, 1), 0.0)
-    # The largest is taken off before anything small is added: logits may be huge.
-    z -= largest[:, None]
-    a = tl.load(log_posterior_ptr + n, mask=n < num_clones, other=0.0).to(ACC)
-    a -= tl.log(tl.sum(tl.exp(z), 1))
-    living = (alive != 0) & (n < num_clones)
-    joint = tl.where(living[:, None], a[:, None] + z, -infinity)
-    peak = tl.max(joint, 0)
-    possible = peak > -infinity
-    shift = tl.where(possible, peak, 0.0)
-    out = shift + tl.log(tl.sum(tl.exp(joint - shift[None, :]), 0))
-    out = tl.where(possible, out, -infinity)
-    tl.store(out_ptr + sample * num_classes + c, out, mask=c < num_classes)
-
-
-@triton.jit
-def log_prob_backward_tile_kernel(
-    z_ptr,
-    bias_ptr,
-    log_posterior_ptr,
-    out_ptr,
     grad_ptr,
     flag_ptr,
     num_clones,
     num_classes,
+    BACKWARD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     N_P: tl.constexpr,
     C_P: tl.constexpr,
 ):
-    """Overwrites the logits of one sample by the gradient to them."""
+    """Mixture log-probabilities of one sample; z, out and grad hold the chunk.
+
+    BACKWARD overwrites the logits by the gradient to them.
+    """
     ACC: tl.constexpr = z_ptr.dtype.element_ty
     infinity = float("inf")
     sample = tl.program_id(0).to(tl.int64)
@@ -263,20 +231,34 @@ def log_prob_backward_tile_kernel(
     z, alive, offs, mask = load_tile(
         z_ptr, bias_ptr, num_clones, num_classes, HAS_BIAS, N_P, C_P, ACC
     )
-    if tl.min(tl.where(n < num_clones, alive, 1), 0) == 0:
-        tl.store(flag_ptr, 1)
+    if BACKWARD:
+        if tl.min(tl.where(n < num_clones, alive, 1), 0) == 0:
+            tl.store(flag_ptr, 1)
     z = tl.where(mask, z, -infinity)
     largest = tl.where(n < num_clones, tl.max(z, 1), 0.0)
+    # The largest is taken off before anything small is added: logits may be huge.
     z -= largest[:, None]
-    e = tl.exp(z)
-    total = tl.where(n < num_clones, tl.sum(e, 1), 1.0)
-    a = tl.load(log_posterior_ptr + n, mask=n < num_clones, other=-infinity).to(ACC)
-    out = tl.load(out_ptr + sample * num_classes + c, mask=c < num_classes, other=-infinity)
-    grad = tl.load(grad_ptr + sample * num_classes + c, mask=c < num_classes, other=0.0)
-    possible = out > -infinity
-    log_share = (a - tl.log(total))[:, None] + z - tl.where(possible, out, 0.0)[None, :]
-    # Where a class has no probability the gradient is cut, as is the way to a dead clone.
-    flows = mask & possible[None, :] & (alive != 0)[:, None]
-    weighted = tl.where(flows, tl.exp(log_share) * grad[None, :], 0.0)
-    dz = weighted - e / total[:, None] * tl.sum(weighted, 1)[:, None]
-    tl.store(z_ptr + offs, dz, mask=mask)
+    if BACKWARD:
+        e = tl.exp(z)
+        total = tl.where(n < num_clones, tl.sum(e, 1), 1.0)
+        a = tl.load(log_posterior_ptr + n, mask=n < num_clones, other=-infinity).to(ACC)
+        out = tl.load(out_ptr + sample * num_classes + c, mask=c < num_classes, other=-infinity)
+        grad = tl.load(grad_ptr + sample * num_classes + c, mask=c < num_classes, other=0.0)
+        possible = out > -infinity
+        log_share = (a - tl.log(total))[:, None] + z - tl.where(possible, out, 0.0)[None, :]
+        # Where a class has no probability the gradient is cut, as is the way to a dead clone.
+        flows = mask & possible[None, :] & (alive != 0)[:, None]
+        weighted = tl.where(flows, tl.exp(log_share) * grad[None, :], 0.0)
+        dz = weighted - e / total[:, None] * tl.sum(weighted, 1)[:, None]
+        tl.store(z_ptr + offs, dz, mask=mask)
+    else:
+        a = tl.load(log_posterior_ptr + n, mask=n < num_clones, other=0.0).to(ACC)
+        a -= tl.log(tl.sum(tl.exp(z), 1))
+        living = (alive != 0) & (n < num_clones)
+        joint = tl.where(living[:, None], a[:, None] + z, -infinity)
+        peak = tl.max(joint, 0)
+        possible = peak > -infinity
+        shift = tl.where(possible, peak, 0.0)
+        out = shift + tl.log(tl.sum(tl.exp(joint - shift[None, :]), 0))
+        out = tl.where(possible, out, -infinity)
+        tl.store(out_ptr + sample * num_classes + c, out, mask=c < num_classes)

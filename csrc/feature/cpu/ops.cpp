@@ -23,13 +23,7 @@ void step(MultiTensor& tensors, const Gradients& grads, Options options,
   tensors.release();
 }
 
-#define ALRAO_STEP(stem, Options)                                                        \
-  void stem##_step(MultiTensor& tensors, const Gradients& grads, const Options& options, \
-                   const ScalarTensors& scalars) {                                       \
-    step(tensors, grads, options, scalars, ALRAO_KERNEL(stem##_piece));                  \
-  }
-ALRAO_OPTIMIZERS(ALRAO_STEP)
-
+#define ALRAO_UPDATE(stem) ALRAO_KERNEL(stem##_piece)
 ALRAO_DEFINE_FEATURE_OPS
 
 }  // namespace

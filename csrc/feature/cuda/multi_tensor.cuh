@@ -140,7 +140,7 @@ struct Packet {
           Vector<Param, N> rounded;
 #pragma unroll
           for (int j = 0; j < N; ++j)
-            narrow_stochastic(rounded.entries[j], p[j], words[j / 2] >> (j % 2 * 16) & 0xffffu);
+            round_stochastic(p[j], words[j / 2] >> (j % 2 * 16) & 0xffffu, rounded.entries[j]);
           alrao::cuda::write<WIDE>(param, rounded, n);
           return;
         }

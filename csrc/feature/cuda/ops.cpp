@@ -113,13 +113,7 @@ void step(MultiTensor& tensors, const Gradients& grads, Options options,
   tensors.release();
 }
 
-#define ALRAO_STEP(stem, Options)                                                        \
-  void stem##_step(MultiTensor& tensors, const Gradients& grads, const Options& options, \
-                   const ScalarTensors& scalars) {                                       \
-    step(tensors, grads, options, scalars, launch_##stem);                               \
-  }
-ALRAO_OPTIMIZERS(ALRAO_STEP)
-
+#define ALRAO_UPDATE(stem) launch_##stem
 ALRAO_DEFINE_FEATURE_OPS
 
 }  // namespace

@@ -5,24 +5,17 @@
 #include <type_traits>
 
 #include "common/cuda/runtime.cuh"
-#include "common/rounding.h"
+#include "common/element.h"
 #include "feature/cuda/table.h"
 
 namespace alrao::cuda {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 // How the arrays of a launch are stored.
 template <typename ParamType, Storage STORAGE>
 struct Layout {
   using Param = ParamType;
   // The type of the arithmetic.
-  using Acc = std::conditional_t<std::is_same_v<Param, double>, double, float>;
+  using Acc = compute_t<Param>;
   static constexpr Storage kStorage = STORAGE;
   static constexpr bool kMixed = STORAGE == Storage::kMixed;
   static constexpr bool kLowPrecision = sizeof(Param) == 2;
@@ -38,22 +31,11 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
   T entries[N];
 };
 
-__device__ inline float widen(float x) { return x; }
-__device__ inline double widen(double x) { return x; }
-__device__ inline float widen(BFloat16 x) { return bf16_to_float(x.bits); }
-__device__ inline float widen(Float16 x) { return fp16_to_float(x.bits); }
-
-__device__ inline void narrow(float& to, float x) { to = x; }
-__device__ inline void narrow(float& to, double x) { to = static_cast<float>(x); }
-__device__ inline void narrow(double& to, double x) { to = x; }
-__device__ inline void narrow(BFloat16& to, float x) { to.bits = float_to_bf16(x); }
-__device__ inline void narrow(Float16& to, float x) { to.bits = float_to_fp16(x); }
-
-__device__ inline void narrow_stochastic(BFloat16& to, float x, uint32_t random16) {
-  to.bits = float_to_bf16_stochastic(x, random16);
+__device__ inline void round_stochastic(float value, uint32_t random16, BFloat16& out) {
+  out.bits = float_to_bf16_stochastic(value, random16);
 }
-__device__ inline void narrow_stochastic(Float16& to, float x, uint32_t random16) {
-  to.bits = float_to_fp16_stochastic(x, random16);
+__device__ inline void round_stochastic(float value, uint32_t random16, Float16& out) {
+  out.bits = float_to_fp16_stochastic(value, random16);
 }
 
 // Pointers that come from memory could point anywhere for the compiler, which then emits no 16-byte
@@ -67,10 +49,7 @@ __device__ T* global(void* pointer) {
 }
 template <typename T>
 __device__ const T* global(const void* pointer) {
-#ifdef __CUDA_ARCH__
-  __builtin_assume(__isGlobal(pointer));
-#endif
-  return static_cast<const T*>(pointer);
+  return global<T>(const_cast<void*>(pointer));
 }
 
 // n entries from `from`, all N of them from one aligned address if WIDE.
@@ -108,7 +87,7 @@ template <bool WIDE, typename Stored, typename T, int N>
 __device__ void write_narrowed(Stored* to, const T (&from)[N], int n) {
   Vector<Stored, N> stored;
 #pragma unroll
-  for (int j = 0; j < N; ++j) narrow(stored.entries[j], from[j]);
+  for (int j = 0; j < N; ++j) round_to(from[j], stored.entries[j]);
   write<WIDE>(to, stored, n);
 }
 

@@ -214,7 +214,7 @@ MixtureGradients backward(const LogProbGradient& a, const MixtureSizes& size) {
     return needed ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
   };
   if (size.samples > 0) {
-    const Tensor upstream = contents(a.grad), value = contents(a.log_prob);
+    const Tensor upstream = dense(a.grad), value = dense(a.log_prob);
     LogProb<T>(a.inputs, size, a.memory_budget, true)
         .backward(static_cast<const T*>(upstream.const_data_ptr()),
                   static_cast<const T*>(value.const_data_ptr()), data_or_null(dx, a.need_dx),

@@ -34,7 +34,7 @@ MixtureOutputs run(const LossArguments& a, const MixtureSizes& size) {
   const auto [samples, features, clones, classes] = size;
   const auto [mean, need_dx, need_dw, _] = a.options;
   const bool gaussian = a.likelihood.gaussian;
-  const Tensor target = gaussian ? in_type<T>(a.target) : contents(a.target);
+  const Tensor target = gaussian ? in_type<T>(a.target) : dense(a.target);
   const int64_t counted = gaussian ? samples : count_targets(target, a.likelihood.classes, classes);
 
   Tensor loss = empty_tensor<T>({}), stats = empty_tensor<double>({3, clones});

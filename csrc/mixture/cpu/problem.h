@@ -23,8 +23,6 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
-
 template <class T>
 constexpr torch::headeronly::ScalarType kScalarType = torch::headeronly::ScalarType::Float;
 template <>
@@ -193,27 +191,18 @@ void finish_clone(const MixtureProblem<T>& p, const typename Chunks<T>::Chunk& c
   stats[p.size.clones + n] += score;
 }
 
-inline bool all_finite(const float* values, int64_t count) {
-  float wrong = 0;
+template <class T>
+bool all_finite(const T* values, int64_t count) {
+  T wrong = 0;
   for (int64_t i = 0; i < count; ++i) wrong += values[i] * 0;
   return wrong == 0;
-}
-
-inline bool all_finite(const double* values, int64_t count) {
-  double wrong = 0;
-  for (int64_t i = 0; i < count; ++i) wrong += values[i] * 0;
-  return wrong == 0;
-}
-
-inline torch::stable::Tensor contents(const torch::stable::Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 // The contents of a tensor in one type, dense.
 template <class T>
 torch::stable::Tensor in_type(const torch::stable::Tensor& tensor) {
-  const auto dense = contents(tensor);
-  return dense.scalar_type() == kScalarType<T> ? dense : torch::stable::to(dense, kScalarType<T>);
+  const auto own = dense(tensor);
+  return own.scalar_type() == kScalarType<T> ? own : torch::stable::to(own, kScalarType<T>);
 }
 
 inline std::vector<double> as_doubles(const torch::stable::Tensor& tensor) {

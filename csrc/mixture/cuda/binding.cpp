@@ -1,7 +1,7 @@
 // The mixture's ops under the CUDA key: device and stream, nothing else.
 #include "common/cuda/on_device.h"
 #include "mixture/boxed.h"
-#include "mixture/cuda/host.h"
+#include "mixture/cuda/problem.h"
 #include "switch/checks.h"
 #include "switch/cuda/observation.h"
 

@@ -26,27 +26,23 @@ __global__ void mixture_norm_kernel(ClassTargets target, int64_t samples, comput
 
 template <class from_t, class to_t>
 __global__ void finite_copy_kernel(FiniteCopy<from_t, to_t> copy) {
-  copy_finite(copy, blockIdx.x, gridDim.x);
+  copy_finite(copy, int64_t(blockIdx.x) * blockDim.x + threadIdx.x,
+              int64_t(gridDim.x) * blockDim.x);
 }
 
-// The sum of one row of the parts, by a warp.
-__device__ double sum_parts(const MixtureParts& parts, int64_t row) {
+// What `op` makes of one row of the parts and 0, by a warp.
+template <class Op>
+__device__ double reduce_parts(const MixtureParts& parts, int64_t row, Op op) {
   const double* values = parts.sums + row * parts.parts;
-  double sum = 0;
+  double result = 0;
 #pragma unroll 4
-  for (int64_t i = threadIdx.x % kWarp; i < parts.parts; i += kWarp) sum += values[i];
-  return warp_reduce(sum, Sum());
+  for (int64_t i = threadIdx.x % kWarp; i < parts.parts; i += kWarp) result = op(result, values[i]);
+  return warp_reduce(result, op);
 }
 
 // Whether a clone was dead for a counted sample: its -log p is inf there. By a warp.
 __device__ bool was_dead(const MixtureParts& parts, int64_t clone) {
-  const double* values = parts.sums + clone * parts.parts;
-  double largest = 0;
-#pragma unroll 4
-  for (int64_t i = threadIdx.x % kWarp; i < parts.parts; i += kWarp) {
-    largest = fmax(largest, values[i]);
-  }
-  return warp_reduce(largest, Max()) == INFINITY;
+  return reduce_parts(parts, clone, Max()) == INFINITY;
 }
 
 template <class scalar_t>
@@ -54,7 +50,7 @@ __device__ void finish_statistics(const FinishArguments<scalar_t>& a, double* sc
   const int64_t clones = a.size.clones;
   const double count = count_targets(a.target, a.size.samples, scratch);
   for (int64_t row = threadIdx.x / kWarp; row <= 2 * clones; row += kWarps) {
-    const double sum = sum_parts(a.parts, row);
+    const double sum = reduce_parts(a.parts, row, Sum());
     if (threadIdx.x % kWarp != 0) continue;
     if (row < 2 * clones) {
       a.stats[row] = sum;
@@ -196,10 +192,7 @@ cudaError_t launch_mixture_finish(const FinishArguments<scalar_t>& a, cudaStream
   template cudaError_t launch_mixture_finish<scalar_t>(const FinishArguments<scalar_t>&, \
                                                        cudaStream_t)
 
-ALRAO_INSTANTIATE(float);
-ALRAO_INSTANTIATE(double);
-ALRAO_INSTANTIATE(BFloat16);
-ALRAO_INSTANTIATE(Float16);
+ALRAO_FOR_EVERY_TYPE(ALRAO_INSTANTIATE);
 
 template cudaError_t launch_finite_copy<BFloat16, BFloat16>(const FiniteCopy<BFloat16, BFloat16>&,
                                                             cudaStream_t);

@@ -49,15 +49,11 @@ Unfinished<T> run_joint(const NllProblem<T>& p) {
     first_part += joint_parts<T>(count, clones, classes);
 
     if (need_dx) {
-      p.gemm.multiply(row_major(p.dx + first * features, count, features, features),
-                      row_major<const T>(a.rg, count, rows, ld),
-                      row_major<const T>(weight, rows, features, features), false);
+      p.features_gradient(p.dx + first * features, row_major<const T>(a.rg, count, rows, ld),
+                          weight);
     }
     if (need_dw) {
-      p.gemm.multiply(row_major(p.dweight, rows, features, features),
-                      row_major<const T>(a.g, count, rows, ld).transposed(),
-                      row_major<const T>(a.finite_x + first * features, count, features, features),
-                      first > 0);
+      p.weight_gradient(p.dweight, 0, row_major<const T>(a.g, count, rows, ld), a.finite_x, first);
       left.columns = {a.g, count, rows, ld, p.dbias, first > 0};
       // The last chunk's are the finishing kernel's.
       if (first + count < samples) {
@@ -70,9 +66,7 @@ Unfinished<T> run_joint(const NllProblem<T>& p) {
   return left;
 }
 
-template Unfinished<float> run_joint(const NllProblem<float>&);
-template Unfinished<double> run_joint(const NllProblem<double>&);
-template Unfinished<BFloat16> run_joint(const NllProblem<BFloat16>&);
-template Unfinished<Float16> run_joint(const NllProblem<Float16>&);
+#define ALRAO_INSTANTIATE(T) template Unfinished<T> run_joint(const NllProblem<T>&)
+ALRAO_FOR_EVERY_TYPE(ALRAO_INSTANTIATE);
 
 }  // namespace alrao::cuda

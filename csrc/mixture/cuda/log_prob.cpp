@@ -30,17 +30,6 @@ Tensor forward(const MixtureInputs& inputs, const MixtureSizes& size, int64_t me
   return out;
 }
 
-// A copy in the type that T is computed in, with 0 for what is not finite.
-template <class T>
-Tensor finite_copy(const MixtureProblem<T>& p, const T* from, int64_t rows, int64_t columns) {
-  const auto copy = p.gemm.template empty<compute_t<T>>({rows, columns});
-  check_launch("finite_copy",
-               launch_finite_copy(
-                   FiniteCopy<T, compute_t<T>>{from, data_of<compute_t<T>>(copy), rows * columns},
-                   p.stream));
-  return copy;
-}
-
 template <class T>
 MixtureGradients backward(const LogProbGradient& arguments, const MixtureSizes& size,
                           cudaStream_t stream) {
@@ -61,15 +50,15 @@ MixtureGradients backward(const LogProbGradient& arguments, const MixtureSizes& 
   const int64_t chunk = p.chunk((ld + (needs_term ? features : 0)) * sizeof(Compute));
   const auto z = p.gemm.template empty<Compute>({chunk, ld});
   const auto term = p.result(needs_term, {chunk, features});
-  const auto x = finite_copy(p, p.x_data(), need_dw ? samples : 0, features);
+  const auto x = p.template finite_copy<Compute>(p.x_data(), need_dw ? samples : 0, features);
   const StateMemory<Compute> state(p.gemm, joint ? 0 : samples);
   auto a = p.template chunk_arguments<LogProbArguments<T>>(z, joint);
   a.out = data_of<Compute>(value);
   a.grad = data_of<const Compute>(upstream);
   a.state = state.get();
   for (int64_t clone = 0; clone < (joint ? 1 : clones); ++clone) {
-    const auto weight = finite_copy(p, p.weight_data() + clone * classes * features,
-                                    need_dx ? columns : 0, features);
+    const auto weight = p.template finite_copy<Compute>(
+        p.weight_data() + clone * classes * features, need_dx ? columns : 0, features);
     for (a.first = 0; a.first < samples; a.first += chunk) {
       a.chunk = std::min(chunk, samples - a.first);
       a.clone = joint ? -1 : clone;
@@ -78,20 +67,13 @@ MixtureGradients backward(const LogProbGradient& arguments, const MixtureSizes& 
       const auto dz = row_major<const Compute>(a.z, a.chunk, columns, ld);
       CombineArguments<Compute> combine{};
       if (need_dw) {
-        p.gemm.multiply(
-            row_major(data_of<Compute>(dweight) + clone * classes * features, columns, features,
-                      features),
-            dz.transposed(),
-            row_major(data_of<const Compute>(x) + a.first * features, a.chunk, features, features),
-            a.first > 0);
+        p.weight_gradient(data_of<Compute>(dweight), clone, dz, data_of<const Compute>(x), a.first);
         combine.columns = {
             dz.data, a.chunk, columns, ld, data_of<Compute>(dbias) + clone * classes, a.first > 0};
       }
       if (need_dx) {
         Compute* out = joint ? data_of<Compute>(dx) + a.first * features : data_of<Compute>(term);
-        p.gemm.multiply(row_major(out, a.chunk, features, features), dz,
-                        row_major(data_of<const Compute>(weight), columns, features, features),
-                        false);
+        p.features_gradient(out, dz, data_of<const Compute>(weight));
         if (!joint) combine.term = out;
       }
       combine.state = a.state;

@@ -240,9 +240,6 @@ cudaError_t launch_log_prob(const LogProbArguments<scalar_t>& a, cudaStream_t st
 #define ALRAO_INSTANTIATE(scalar_t) \
   template cudaError_t launch_log_prob<scalar_t>(const LogProbArguments<scalar_t>&, cudaStream_t)
 
-ALRAO_INSTANTIATE(float);
-ALRAO_INSTANTIATE(double);
-ALRAO_INSTANTIATE(BFloat16);
-ALRAO_INSTANTIATE(Float16);
+ALRAO_FOR_EVERY_TYPE(ALRAO_INSTANTIATE);
 
 }  // namespace alrao::cuda

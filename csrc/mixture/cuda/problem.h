@@ -8,14 +8,10 @@
 
 #include "common/cuda/gemm.h"
 #include "common/cuda/stream.h"
-#include "mixture/cuda/host.h"
+#include "mixture/arguments.h"
 #include "mixture/cuda/kernels.h"
 
 namespace alrao::cuda {
-
-inline torch::stable::Tensor dense(const torch::stable::Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
 
 template <class T>
 struct MixtureProblem {
@@ -82,6 +78,35 @@ struct MixtureProblem {
                             features, features)
                       .transposed(),
                   false);
+  }
+
+  // A copy in the type To, with 0 for what is not finite.
+  template <class To>
+  torch::stable::Tensor finite_copy(const T* from, int64_t rows, int64_t columns) const {
+    const auto copy = gemm.template empty<To>({rows, columns});
+    check_launch(
+        "finite_copy",
+        launch_finite_copy(FiniteCopy<T, To>{from, data_of<To>(copy), rows * columns}, stream));
+    return copy;
+  }
+
+  // dweight of the clones from `clone` on, g^T x, g being of the samples from `first` on: the
+  // first of them begin the sum.
+  template <class G>
+  void weight_gradient(Compute* dweight, int64_t clone, const Matrix<const G>& g, const G* x,
+                       int64_t first) const {
+    const int64_t features = size.features;
+    gemm.multiply(row_major(dweight + clone * size.classes * features, g.cols, features, features),
+                  g.transposed(), row_major(x + first * features, g.rows, features, features),
+                  first > 0);
+  }
+
+  // g times the weights.
+  template <class G>
+  void features_gradient(Compute* out, const Matrix<const G>& g, const G* weights) const {
+    const int64_t features = size.features;
+    gemm.multiply(row_major(out, g.rows, features, features), g,
+                  row_major(weights, g.cols, features, features), false);
   }
 
   MixtureSizes size;
@@ -166,5 +191,15 @@ Unfinished<T> run_joint(const NllProblem<T>& p);
 
 template <class T>
 Unfinished<T> run_streamed(const NllProblem<T>& p);
+
+// The ops: which products and kernels, in which order, in what memory. Nothing waits for the
+// device. Bindings pass the stream, with the tensors' device current.
+MixtureOutputs mixture_loss(const LossArguments& arguments, const SwitchObservation& observation,
+                            cudaStream_t stream);
+
+torch::stable::Tensor mixture_log_prob(const MixtureInputs& inputs, int64_t memory_budget,
+                                       cudaStream_t stream);
+
+MixtureGradients mixture_log_prob_backward(const LogProbGradient& arguments, cudaStream_t stream);
 
 }  // namespace alrao::cuda

@@ -19,8 +19,6 @@ inline unsigned grid_of(int64_t blocks) {
   return static_cast<unsigned>(blocks < kMost ? blocks : kMost);
 }
 
-ALRAO_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // 16 bytes of a type, or as many elements as asked for: one access where the address is aligned.
 template <class T, int kCount = 16 / sizeof(T)>
 struct alignas(sizeof(T) * kCount) Pack {
@@ -69,14 +67,8 @@ __device__ void store_some(T* p, int64_t i, int64_t n, bool aligned, const Pack<
 }
 
 template <class T>
-__device__ T lowest();
-template <>
-__device__ inline float lowest<float>() {
-  return -FLT_MAX;
-}
-template <>
-__device__ inline double lowest<double>() {
-  return -DBL_MAX;
+__device__ T lowest() {
+  return std::is_same_v<T, double> ? T(-DBL_MAX) : T(-FLT_MAX);
 }
 
 template <class T>
@@ -189,14 +181,14 @@ inline __device__ double count_targets(const ClassTargets& target, int64_t sampl
   return block_reduce(counted, Sum(), 0.0, scratch);
 }
 
-// This block's share of a copy, of `blocks` blocks.
+// A thread's share of a copy, of `threads` threads.
 template <class from_t, class to_t>
-__device__ void copy_finite(const FiniteCopy<from_t, to_t>& copy, int64_t block, int64_t blocks) {
+__device__ void copy_finite(const FiniteCopy<from_t, to_t>& copy, int64_t thread, int64_t threads) {
   constexpr int kCount = 16 / (sizeof(from_t) > sizeof(to_t) ? sizeof(from_t) : sizeof(to_t));
   const bool from_aligned = is_aligned<from_t, kCount>(copy.from);
   const bool to_aligned = is_aligned<to_t, kCount>(copy.to);
-  const int64_t step = blocks * blockDim.x * kCount;
-  for (int64_t i = (block * blockDim.x + threadIdx.x) * kCount; i < copy.size; i += step) {
+  const int64_t step = threads * kCount;
+  for (int64_t i = thread * kCount; i < copy.size; i += step) {
     compute_t<from_t> value[kCount];
     load_some<kCount>(copy.from, i, copy.size, from_aligned, value);
     Pack<to_t, kCount> pack;

@@ -18,13 +18,7 @@ Unfinished<T> run_streamed(const NllProblem<T>& p) {
   const auto z = p.gemm.template empty<Compute>({chunk, ld});
   const auto term = p.gemm.template empty<Compute>({need_dx ? chunk : 0, features});
   const StateMemory<Compute> state(p.gemm, samples);
-  const auto finite_x = p.gemm.template empty<T>({need_dw ? samples : 0, features});
-  if (need_dw) {
-    check_launch(
-        "finite_copy",
-        launch_finite_copy(FiniteCopy<T, T>{p.x_data(), data_of<T>(finite_x), samples * features},
-                           p.stream));
-  }
+  const auto finite_x = p.template finite_copy<T>(p.x_data(), need_dw ? samples : 0, features);
   Unfinished<T> left;
   left.memory = p.gemm.template empty<double>({2 * clones + 1, samples});
   left.parts = {data_of<double>(left.memory), samples};
@@ -48,18 +42,12 @@ Unfinished<T> run_streamed(const NllProblem<T>& p) {
       const auto g = row_major(reinterpret_cast<const T*>(a.z), count, classes, ld * kNarrower);
       CombineArguments<T> sums{};
       if (need_dw) {
-        p.gemm.multiply(
-            row_major(p.dweight + clone * classes * features, classes, features, features),
-            g.transposed(),
-            row_major(data_of<const T>(finite_x) + first * features, count, features, features),
-            first > 0);
+        p.weight_gradient(p.dweight, clone, g, data_of<const T>(finite_x), first);
         sums.columns = {g.data, count, classes, g.row_stride, p.dbias + clone * classes, first > 0};
       }
       if (need_dx) {
-        p.gemm.multiply(
-            row_major(data_of<Compute>(term), count, features, features), g,
-            row_major(p.weight_data() + clone * classes * features, classes, features, features),
-            false);
+        p.features_gradient(data_of<Compute>(term), g,
+                            p.weight_data() + clone * classes * features);
         sums.term = data_of<const Compute>(term);
       }
       sums.state = a.state;
@@ -76,9 +64,7 @@ Unfinished<T> run_streamed(const NllProblem<T>& p) {
   return left;
 }
 
-template Unfinished<float> run_streamed(const NllProblem<float>&);
-template Unfinished<double> run_streamed(const NllProblem<double>&);
-template Unfinished<BFloat16> run_streamed(const NllProblem<BFloat16>&);
-template Unfinished<Float16> run_streamed(const NllProblem<Float16>&);
+#define ALRAO_INSTANTIATE(T) template Unfinished<T> run_streamed(const NllProblem<T>&)
+ALRAO_FOR_EVERY_TYPE(ALRAO_INSTANTIATE);
 
 }  // namespace alrao::cuda

@@ -331,9 +331,6 @@ cudaError_t launch_mixture_combine(const CombineArguments<scalar_t>& a, cudaStre
   template cudaError_t launch_mixture_combine<scalar_t>(const CombineArguments<scalar_t>&,         \
                                                         cudaStream_t)
 
-ALRAO_INSTANTIATE(float);
-ALRAO_INSTANTIATE(double);
-ALRAO_INSTANTIATE(BFloat16);
-ALRAO_INSTANTIATE(Float16);
+ALRAO_FOR_EVERY_TYPE(ALRAO_INSTANTIATE);
 
 }  // namespace alrao::cuda
