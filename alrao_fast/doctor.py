@@ -4,8 +4,6 @@ A self-test runs the op through its public function in float32 and holds every o
 within the error budget that the tests use too.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 from collections.abc import Callable

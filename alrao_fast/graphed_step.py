@@ -1,7 +1,5 @@
 """GraphedStep: a whole training step, optimizer and switch included, as one CUDA graph."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

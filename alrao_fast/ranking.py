@@ -1,7 +1,5 @@
 """Ranking architectures without a search for learning rates: what Alrao was made for (paper, section 1)."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

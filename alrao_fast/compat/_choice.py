@@ -1,7 +1,5 @@
 """Which pass evaluates the last layers: linear where they provably are, batched where that works, else a loop."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple

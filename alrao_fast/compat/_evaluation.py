@@ -1,7 +1,5 @@
 """The last forward of a model: its features and outputs, and what a training step asks about them afterwards."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ The kernels make the logits again on each way back instead of reading them from 
 fast as keeping them or faster, from 10 classes to 2000, and it needs no memory for them.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`import alrao` in this interpreter."""
 
-from __future__ import annotations
-
 import sys
 
 SUBMODULES = (

@@ -4,8 +4,6 @@ For the usual criteria both are written down for all layers at once; any other c
 its outputs alone, which are small beside the layers themselves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -10,8 +10,6 @@ Gradients by the parameters go by slots: for passes that keep the layers' parame
 gradient [N, *shape]; for the others it is one parameter. `split` gives every parameter its own.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Rates come in full size and are kept as a vector along one dimension where they 
 are part of the state, next to the momentum, so that `state_dict` can resume a run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any

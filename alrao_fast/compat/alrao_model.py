@@ -1,7 +1,5 @@
 """The network with N last layers, averaged by a switch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The last layers and the losses that scripts name."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Learning rates for the parameters of the internal network."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 

@@ -1,7 +1,5 @@
 """The optimizers of the whole model, and the training step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """The Bayesian average over the last layers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

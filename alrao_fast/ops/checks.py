@@ -4,8 +4,6 @@ An op's checks stand twice. Those in Python serve the Triton kernels. A compiled
 caller that was compiled reaches it through the dispatcher, with no Python in between.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 Eager mode only; under torch.compile the list ops are the honest graph nodes.
 """
 
-from __future__ import annotations
-
 import weakref
 from functools import partial
 from importlib import import_module

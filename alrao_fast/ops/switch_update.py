@@ -1,7 +1,5 @@
 """switch_update_: one Bayesian update of the switch posterior (reference/switch_update.py)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ The class gathers tensors and stores them; the arithmetic is the ops'. What an u
 once (binding.py) and kept until something changes: `step()` then only collects the gradients.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Collection
 from functools import partial

@@ -5,8 +5,6 @@ before each step `Binding` looks whether every parameter, state dict and state i
 at some microseconds per hundred tensors; a plan notices by itself where the memory behind an object has changed.
 """
 
-from __future__ import annotations
-
 import math
 from array import array
 from collections.abc import Callable, Collection

@@ -1,7 +1,5 @@
 """Checks a loaded optimizer state against the parameters and copies it, before anything is changed."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from copy import deepcopy
 from typing import Any

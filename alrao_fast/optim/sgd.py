@@ -1,7 +1,5 @@
 """SGD with one learning rate per feature."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

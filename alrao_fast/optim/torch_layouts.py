@@ -1,7 +1,5 @@
 """The feature layouts of torch.nn's own modules and of our heads: one rule per row of the design's table."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase

@@ -5,8 +5,6 @@ one pass over the logits serves all of them; the backward only scales them. They
 gradients of one function: x gets the mixture's, each clone its own, so there is no second backward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
