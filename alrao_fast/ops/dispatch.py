@@ -17,6 +17,10 @@ NAMESPACE = "alrao_fast"
 LIB = torch.library.Library(NAMESPACE, "DEF")
 
 
+def no_result(*args: object, **kwargs: object) -> None:
+    """The fake of an op that only writes into its arguments; the kernel checks them."""
+
+
 def define(schema: str, fake: Callable[..., Any] | None = None) -> str:
     """Define an op by its schema, with its fake implementation; return the qualified name."""
     LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

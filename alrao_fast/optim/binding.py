@@ -166,29 +166,19 @@ class Binding:
         if group is None or not group.holds(params, len(grads), key):
             group = self._keep(number, make(()))
         for place, call in enumerate(group.calls):
-            if not call.step(grads, options, scalars):
-                self._step_rest(number, params, place, options, scalars, make)
-                return
-
-    def _step_rest(
-        self,
-        number: int,
-        params: list[Tensor],
-        first: int,
-        options: Options,
-        scalars: Scalars,
-        make: Callable[[Collection[int]], GroupBinding],
-    ) -> None:
-        """Something has moved: bind anew and make all calls from `first` on; those before have had this step."""
-        done = {id(p) for call in self.groups[number].calls[:first] for p in call.lists.params}
-        rest = [p.grad for p in params if p.grad is not None and id(p) not in done]
-        for call in self._keep(number, make(done)).calls:
-            if not call.step(rest, options, scalars):
-                raise RuntimeError(
-                    "internal error: an update plan is stale right after it was made"
-                )
-        if done:
-            del self.groups[number]
+            if call.step(grads, options, scalars):
+                continue
+            # Something has moved: bind anew and make all calls from this one on; those before have had this step.
+            done = {id(p) for before in group.calls[:place] for p in before.lists.params}
+            rest = [p.grad for p in params if p.grad is not None and id(p) not in done]
+            for again in self._keep(number, make(done)).calls:
+                if not again.step(rest, options, scalars):
+                    raise RuntimeError(
+                        "internal error: an update plan is stale right after it was made"
+                    )
+            if done:
+                del self.groups[number]
+            return
 
     def _keep(self, number: int, group: GroupBinding) -> GroupBinding:
         self.groups[number] = group

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from alrao_fast import backends
 from alrao_fast.ops import dispatch
-from alrao_fast.ops.dispatch import LIB, define
+from alrao_fast.ops.dispatch import LIB, define, no_result
 from alrao_fast.ops.mixture import checks
 from alrao_fast.ops.mixture.likelihood import Classes, Likelihood, Values
 from alrao_fast.ops.switch_update import switch_observe_
@@ -133,9 +133,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 LIB.impl(
-    define(
-        "switch_mixture_add_product_(Tensor(a!) out, Tensor a, Tensor b) -> ()", lambda *_: None
-    ),
+    define("switch_mixture_add_product_(Tensor(a!) out, Tensor a, Tensor b) -> ()", no_result),
     _add_product,
     "CompositeExplicitAutograd",
 )
