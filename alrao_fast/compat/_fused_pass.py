@@ -15,7 +15,7 @@ from torch import Tensor
 from alrao_fast import backends
 from alrao_fast.compat._passes import LinearPass, Own, check_features, living, sum_of
 from alrao_fast.ops.dispatch import overload
-from alrao_fast.ops.mixture import CPU_MEMORY_BUDGET
+from alrao_fast.ops.mixture.checks import CPU_MEMORY_BUDGET
 
 # The pass has its own way back: the one registered for the ops would only cost time.
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd

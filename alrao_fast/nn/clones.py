@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from alrao_fast.nn.switch import FixedDtypeBuffers, Switch
 from alrao_fast.ops.mixture import (
-    Observer,
     switch_mixture_gaussian_stats,
     switch_mixture_log_prob,
     switch_mixture_mean,
     switch_mixture_stats,
 )
+from alrao_fast.ops.mixture.loss import Observer
 from alrao_fast.ops.switch_update import switch_observe_
 from alrao_fast.reference import switch_mixture as reference
 

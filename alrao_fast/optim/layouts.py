@@ -60,7 +60,8 @@ def register_feature_layout(module_type: type[nn.Module], rule: Rule | None) -> 
 
         register_feature_layout(MyDense, lambda m: {"kernel": Feature(dim=1), "bias": Feature(dim=0)})
     """
-    _check_module_type(module_type)
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(f"module_type is {module_type!r}; expected a subclass of torch.nn.Module")
     if rule is None:
         _RULES.pop(module_type, None)
         return
@@ -78,11 +79,6 @@ def register_builtin(*module_types: type[nn.Module]) -> Callable[[Rule], Rule]:
         return rule
 
     return register
-
-
-def _check_module_type(module_type: Any) -> None:
-    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
-        raise TypeError(f"module_type is {module_type!r}; expected a subclass of torch.nn.Module")
 
 
 @dataclass(eq=False)
