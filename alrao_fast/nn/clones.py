@@ -33,6 +33,11 @@ class LinearClones(FixedDtypeBuffers):
     `running` on the device.
     """
 
+    in_features: int
+    num_clones: int
+    evidence: Reduction
+    reduction: Reduction
+    memory_budget: int | None
     clone_lr: Tensor
     running: Tensor
     # Name of the second row of the statistics, divided by the number of samples.
@@ -40,35 +45,25 @@ class LinearClones(FixedDtypeBuffers):
     # The mixture's loss and statistics, by its likelihood.
     _stats: Callable[..., tuple[Tensor, Tensor]]
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        num_clones: int,
-        bias: bool,
-        theta: float,
-        evidence: Reduction,
-        reduction: Reduction,
-        memory_budget: int | None,
-        process_group: dist.ProcessGroup | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
+    def __init__(self, out_features: int, arguments: dict[str, Any]) -> None:
+        """`arguments`: the `locals()` of a subclass's constructor, which has named and typed them."""
         super().__init__()
-        for name, value in (("evidence", evidence), ("reduction", reduction)):
-            if value not in ("mean", "sum"):
-                raise ValueError(f"{name}: got {value!r}, expected 'mean' or 'sum'")
-        if memory_budget is not None and memory_budget <= 0:
-            raise ValueError(f"memory_budget: got {memory_budget}, expected bytes > 0, or None")
-        self.in_features = in_features
-        self.num_clones = num_clones
-        self.evidence = evidence
-        self.reduction = reduction
-        self.memory_budget = memory_budget
-        self.switch = Switch(num_clones, theta, process_group=process_group, device=device)
+        for name in ("in_features", "num_clones", "evidence", "reduction", "memory_budget"):
+            setattr(self, name, arguments[name])
+        for name in ("evidence", "reduction"):
+            if arguments[name] not in ("mean", "sum"):
+                raise ValueError(f"{name}: got {arguments[name]!r}, expected 'mean' or 'sum'")
+        if self.memory_budget is not None and self.memory_budget <= 0:
+            raise ValueError(
+                f"memory_budget: got {self.memory_budget}, expected bytes > 0, or None"
+            )
+        device, dtype = arguments["device"], arguments["dtype"]
+        num_clones, group = self.num_clones, arguments["process_group"]
+        self.switch = Switch(num_clones, arguments["theta"], process_group=group, device=device)
         shape = (num_clones, out_features)
-        self.weight = nn.Parameter(torch.empty(*shape, in_features, device=device, dtype=dtype))
-        if bias:
+        weight = torch.empty(*shape, self.in_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight)
+        if arguments["bias"]:
             self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
@@ -252,19 +247,7 @@ class ClassifierClones(LinearClones):
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_sizes(in_features=in_features, num_classes=num_classes, num_clones=num_clones)
-        super().__init__(
-            in_features,
-            num_classes,
-            num_clones,
-            bias,
-            theta,
-            evidence,
-            reduction,
-            memory_budget,
-            process_group,
-            device,
-            dtype,
-        )
+        super().__init__(num_classes, locals())
         self.num_classes = num_classes
         self.ignore_index = ignore_index
 
@@ -317,19 +300,7 @@ class RegressorClones(LinearClones):
         _check_sizes(in_features=in_features, out_features=out_features, num_clones=num_clones)
         if not 0 < sigma2 < math.inf:
             raise ValueError(f"sigma2: got {sigma2}, expected a finite variance > 0")
-        super().__init__(
-            in_features,
-            out_features,
-            num_clones,
-            bias,
-            theta,
-            evidence,
-            reduction,
-            memory_budget,
-            process_group,
-            device,
-            dtype,
-        )
+        super().__init__(out_features, locals())
         self.out_features = out_features
         self.sigma2 = sigma2
 

@@ -44,15 +44,12 @@ class AlraoOptimizer(Optimizer):
     # Whether states of bf16 and fp16 parameters are float32 even without master weights.
     _float32_states = False
 
-    def __init__(
-        self,
-        params: Any,
-        defaults: dict[str, Any],
-        *,
-        sampler: Sampler | None,
-        generator: torch.Generator | None,
-        model: nn.Module | None,
-    ) -> None:
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        """`arguments`: the `locals()` of a subclass's constructor, which has named and typed them."""
+        defaults = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
+        defaults["lr_range"] = check_lr_range(defaults["lr_range"])
+        params, model = defaults.pop("params"), defaults.pop("model")
+        sampler, generator = defaults.pop("sampler"), defaults.pop("generator")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(
                 f"model is a {type(model).__name__}; expected a torch.nn.Module or None"

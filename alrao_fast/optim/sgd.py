@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from alrao_fast.ops.feature import Options
 from alrao_fast.ops.feature_sgd import OP
 from alrao_fast.optim.base import AlraoOptimizer
-from alrao_fast.optim.rates import Sampler, check_lr_range
+from alrao_fast.optim.rates import Sampler
 
 
 class AlraoSGD(AlraoOptimizer):
@@ -66,23 +66,7 @@ class AlraoSGD(AlraoOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "momentum_rule": momentum_rule,
-            "rounding": rounding,
-            "master_weights": master_weights,
-            "lr_range": check_lr_range(lr_range),
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults, sampler=sampler, generator=generator, model=model)
+        super().__init__(locals())
 
     def _check_group(self, group: dict[str, Any]) -> None:
         momentum, dampening = group["momentum"], group["dampening"]
