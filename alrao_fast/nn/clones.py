@@ -19,7 +19,6 @@ from alrao_fast.ops.mixture import (
     switch_mixture_stats,
 )
 from alrao_fast.ops.mixture.loss import Observer
-from alrao_fast.ops.switch_update import switch_observe_
 from alrao_fast.reference import switch_mixture as reference
 
 Reduction = Literal["mean", "sum"]
@@ -152,13 +151,7 @@ class LinearClones(FixedDtypeBuffers):
 
     def _observe(self, stats: Tensor) -> None:
         """One observation of the switch from the statistics `[3, N]` of a batch."""
-        observer = self._observer()
-        switch_observe_(
-            *observer[:4],
-            self.switch.sum_over_processes(stats),
-            mean=observer.mean,
-            theta=observer.theta,
-        )
+        self._observer().observe(self.switch.sum_over_processes(stats))
 
     def _loss(self, features: Tensor, targets: Tensor, **options: Any) -> Tensor:
         """The mixture's loss; in training mode its statistics are observed."""

@@ -40,6 +40,10 @@ class Observer(NamedTuple):
     mean: bool
     theta: float
 
+    def observe(self, stats: Tensor, impl: str = "auto") -> None:
+        """Take the statistics `[3, N]` of a batch."""
+        switch_observe_(*self[:4], stats, mean=self.mean, theta=self.theta, impl=impl)
+
 
 def _save_gradients(
     ctx: Any, find: _Finder, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
@@ -160,7 +164,8 @@ def _stats(
         loss, stats = function(
             x, weight, bias, log_posterior, target, **vars(likelihood), reduction=reduction
         )
-        _observe(observer, stats, backend)
+        if observer is not None:
+            observer.observe(stats, backend)
         return loss, stats
 
     # Whether the gradient to x, and those to weight and bias, are wanted.
@@ -182,15 +187,9 @@ def _stats(
         loss, stats, *_ = op(*arguments)
     else:
         loss, stats = _EagerGradients.apply(op, *arguments)
-    _observe(observer, stats, backend)
-    return loss, stats
-
-
-def _observe(observer: Observer | None, stats: Tensor, backend: str) -> None:
     if observer is not None:
-        switch_observe_(
-            *observer[:4], stats, mean=observer.mean, theta=observer.theta, impl=backend
-        )
+        observer.observe(stats, backend)
+    return loss, stats
 
 
 def switch_mixture_stats(
