@@ -34,7 +34,7 @@ class _AlraoOptimizer:
     `update_posterior` was given last.
     """
 
-    _spec: type[SpecOptimizer]
+    _spec: type[SGDSpec] | type[AdamSpec]
     _kind: type[Optimizer]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
