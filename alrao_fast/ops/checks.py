@@ -17,7 +17,8 @@ _NAMES = {
     torch.int64: "Long",
     torch.int32: "Int",
 }
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, *LOW_PRECISION)
 
 
 def check(condition: bool, message: str) -> None:

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from alrao_fast import _extension
+from alrao_fast.ops.checks import FLOATS, LOW_PRECISION
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
 from alrao_fast.ops.plan import ListPlan, make_plan
 from alrao_fast.optim.layouts import Layout, memory_rates
-
-LOW_PRECISION = (torch.bfloat16, torch.float16)
-SUPPORTED = (torch.float32, torch.float64, *LOW_PRECISION)
 
 
 class Call:
@@ -238,7 +236,7 @@ def by_device_and_dtype(params: list[Tensor]) -> list[list[int] | None]:
 
 def check_gradient(param: Tensor, name: str) -> None:
     """Raises where the ops cannot use a parameter or its gradient."""
-    if param.dtype not in SUPPORTED:
+    if param.dtype not in FLOATS:
         raise TypeError(
             f"parameter {name!r} has dtype {param.dtype}; expected float32, float64, bfloat16 or float16"
         )

@@ -167,8 +167,12 @@ def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Lay
     vectors: dict[str, Vector] = {}
     for rule_name, feature in features.items():
         names = [rule_name] if rule_name in own else _stand_ins(rule_name, own)
-        if not names and rule == "registered":
-            _check_known(module, rule_name, own)
+        missing = not names and rule_name not in module._parameters
+        if missing and rule == "registered" and not hasattr(module, rule_name):
+            raise ValueError(
+                f"the feature layout registered for {type_name} names the parameter {rule_name!r}, which the "
+                f"module does not have; it has {', '.join(own) or 'none'}"
+            )
         for name in names:
             param = own.pop(name)
             if param in table:
@@ -211,14 +215,6 @@ def _stand_ins(name: str, own: dict[str, Tensor]) -> list[str]:
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
-
-
-def _check_known(module: nn.Module, rule_name: str, own: dict[str, Tensor]) -> None:
-    if rule_name not in module._parameters and not hasattr(module, rule_name):
-        raise ValueError(
-            f"the feature layout registered for {type(module).__name__} names the parameter {rule_name!r}, which the "
-            f"module does not have; it has {', '.join(own) or 'none'}"
-        )
 
 
 def check_not_lazy(name: str, param: Tensor, module: str = "") -> None:
