@@ -39,17 +39,23 @@ class LinearClones(FixedDtypeBuffers):
     memory_budget: int | None
     clone_lr: Tensor
     running: Tensor
+    # The constructor's name for the width of a clone's output.
+    _width: str
     # Name of the second row of the statistics, divided by the number of samples.
     _score: str
     # The mixture's loss and statistics, by its likelihood.
     _stats: Callable[..., tuple[Tensor, Tensor]]
 
-    def __init__(self, out_features: int, arguments: dict[str, Any]) -> None:
+    def __init__(self, arguments: dict[str, Any]) -> None:
         """`arguments`: the `locals()` of a subclass's constructor, which has named and typed them."""
         super().__init__()
-        for name in ("in_features", "num_clones", "evidence", "reduction", "memory_budget"):
+        sizes, choices = ("in_features", self._width, "num_clones"), ("evidence", "reduction")
+        for name in (*sizes, *choices, "memory_budget"):
             setattr(self, name, arguments[name])
-        for name in ("evidence", "reduction"):
+        for name in sizes:
+            if arguments[name] < 1:
+                raise ValueError(f"{name}: got {arguments[name]}, expected at least 1")
+        for name in choices:
             if arguments[name] not in ("mean", "sum"):
                 raise ValueError(f"{name}: got {arguments[name]!r}, expected 'mean' or 'sum'")
         if self.memory_budget is not None and self.memory_budget <= 0:
@@ -59,7 +65,7 @@ class LinearClones(FixedDtypeBuffers):
         device, dtype = arguments["device"], arguments["dtype"]
         num_clones, group = self.num_clones, arguments["process_group"]
         self.switch = Switch(num_clones, arguments["theta"], process_group=group, device=device)
-        shape = (num_clones, out_features)
+        shape = (num_clones, arguments[self._width])
         weight = torch.empty(*shape, self.in_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight)
         if arguments["bias"]:
@@ -185,7 +191,8 @@ class LinearClones(FixedDtypeBuffers):
         return {"loss": loss / count, self._score: score / count, "count": count[0]}
 
     def extra_repr(self) -> str:
-        return f"num_clones={self.num_clones}, bias={self.bias is not None}"
+        sizes = f"in_features={self.in_features}, {self._width}={getattr(self, self._width)}"
+        return f"{sizes}, num_clones={self.num_clones}, bias={self.bias is not None}"
 
 
 def _finite_rows(tensor: Tensor, dims: int | tuple[int, ...]) -> Tensor:
@@ -220,6 +227,8 @@ class ClassifierClones(LinearClones):
         device, dtype: of the parameters.
     """
 
+    num_classes: int
+    _width = "num_classes"
     _score = "accuracy"
     _stats = staticmethod(switch_mixture_stats)
 
@@ -239,9 +248,7 @@ class ClassifierClones(LinearClones):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_sizes(in_features=in_features, num_classes=num_classes, num_clones=num_clones)
-        super().__init__(num_classes, locals())
-        self.num_classes = num_classes
+        super().__init__(locals())
         self.ignore_index = ignore_index
 
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -261,9 +268,6 @@ class ClassifierClones(LinearClones):
             )
         return self._loss(features, targets, ignore_index=self.ignore_index)
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, num_classes={self.num_classes}, {super().extra_repr()}"
-
 
 class RegressorClones(LinearClones):
     """N linear regressors with Gaussian noise of variance `sigma2` on each of the `out_features` outputs.
@@ -271,6 +275,8 @@ class RegressorClones(LinearClones):
     The other arguments are those of `ClassifierClones`.
     """
 
+    out_features: int
+    _width = "out_features"
     _score = "squared_error"
     _stats = staticmethod(switch_mixture_gaussian_stats)
 
@@ -290,11 +296,9 @@ class RegressorClones(LinearClones):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_sizes(in_features=in_features, out_features=out_features, num_clones=num_clones)
         if not 0 < sigma2 < math.inf:
             raise ValueError(f"sigma2: got {sigma2}, expected a finite variance > 0")
-        super().__init__(out_features, locals())
-        self.out_features = out_features
+        super().__init__(locals())
         self.sigma2 = sigma2
 
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -309,11 +313,4 @@ class RegressorClones(LinearClones):
         return self._loss(features, targets, sigma2=self.sigma2)
 
     def extra_repr(self) -> str:
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, {super().extra_repr()}, sigma2={self.sigma2}"
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
+        return f"{super().extra_repr()}, sigma2={self.sigma2}"
