@@ -183,11 +183,7 @@ class SGDSpec(SpecOptimizer):
         nesterov: bool = False,
     ) -> None:
         _check({"momentum": momentum, "weight_decay": weight_decay})
-        if nesterov and (momentum == 0 or dampening != 0):
-            raise ValueError(
-                f"nesterov is True with momentum={momentum}, dampening={dampening}; expected a momentum > 0 and no "
-                "dampening"
-            )
+        sgd.check_group(locals())
         super().__init__(locals())
 
     def _options(self, group: dict[str, Any]) -> Options:

@@ -69,17 +69,22 @@ class AlraoSGD(AlraoOptimizer):
         super().__init__(locals())
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        momentum, dampening = group["momentum"], group["dampening"]
-        if not momentum >= 0.0:
-            raise ValueError(f"momentum is {momentum}; expected a number >= 0")
-        if group["nesterov"] and (momentum == 0 or dampening != 0):
-            raise ValueError(
-                f"nesterov is True with momentum={momentum}, dampening={dampening}; expected a momentum > 0 and no "
-                "dampening"
-            )
+        check_group(group)
 
     def _options(self, group: dict[str, Any]) -> Options:
         return options_of(group, authors=group["momentum_rule"] == "authors")
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise ValueError where an option that torch.optim.SGD has, too, is out of range."""
+    momentum, dampening = group["momentum"], group["dampening"]
+    if not momentum >= 0.0:
+        raise ValueError(f"momentum is {momentum}; expected a number >= 0")
+    if group["nesterov"] and (momentum == 0 or dampening != 0):
+        raise ValueError(
+            f"nesterov is True with momentum={momentum}, dampening={dampening}; expected a momentum > 0 and no "
+            "dampening"
+        )
 
 
 def options_of(group: dict[str, Any], *, authors: bool) -> Options:
