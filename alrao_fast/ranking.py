@@ -156,8 +156,12 @@ def rank(
         sample = [part.to(device) for part in _first_batch(train)]
         training = _Training(train, valid, epochs, patience, clip_grad_norm, device)
         for name, make in models.items():
+            # One training step of a model that is thrown away.
             net = _build(name, make, head, sample, seeds[0], device)
-            _try(name, net, make_optimizer(net, seeds[0]), sample)
+            opt, (*inputs, targets) = make_optimizer(net, seeds[0]), sample
+            with _naming(name, "a training step"):
+                _loss(net(*inputs, targets=targets)).backward()
+                opt.step()
         with _bar(len(models) * len(seeds) * epochs, progress) as update:
             for name, make in models.items():
                 runs = []
@@ -252,14 +256,6 @@ def _first_batch(batches: Batches) -> Sequence[Tensor]:
             raise TypeError(f"train: a batch holds {kinds}; expected tensors")
         return batch
     raise ValueError("train: got no batches")
-
-
-def _try(name: str, net: AlraoModel, opt: torch.optim.Optimizer, sample: Sequence[Tensor]) -> None:
-    """One training step of a model that is thrown away."""
-    *inputs, targets = sample
-    with _naming(name, "a training step"):
-        _loss(net(*inputs, targets=targets)).backward()
-        opt.step()
 
 
 @contextmanager

@@ -272,7 +272,8 @@ def _lists(
         for key in needs.states:
             own[key] = _like(own.get(key), param, state_dtype)
         if with_masters:
-            own["master"] = _master(own.get("master"), param)
+            own["master"] = _like(own.get("master", param), param, torch.float32)
+            _reconcile(own["master"], param)
     stochastic = low_precision and not with_masters and needs.rounding != "nearest"
     return Lists(
         params=params,
@@ -317,15 +318,6 @@ def _like(stored: Tensor | None, param: Tensor, dtype: torch.dtype) -> Tensor:
         return stored
     state = torch.empty_strided(param.size(), param.stride(), dtype=dtype, device=param.device)
     return state.zero_() if stored is None else state.copy_(stored)
-
-
-def _master(stored: Tensor | None, param: Tensor) -> Tensor:
-    """The parameter's float32 master."""
-    if stored is None:
-        return _like(param, param, torch.float32)
-    master = _like(stored, param, torch.float32)
-    _reconcile(master, param)
-    return master
 
 
 def _reconcile(master: Tensor, param: Tensor) -> None:

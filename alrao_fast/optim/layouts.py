@@ -157,7 +157,7 @@ def resolve(model: nn.Module, table: dict[Tensor, Layout], prefix: str = "") -> 
 
 
 def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Layout]) -> None:
-    own = dict(_own_parameters(module))
+    own = dict(own_parameters(module))
     type_name = type(module).__name__
     for name, param in own.items():
         check_not_lazy(_join(module_name, name), param, type_name)
@@ -193,7 +193,7 @@ def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Lay
             table[param] = default_layout(_join(module_name, name), param, type_name)
 
 
-def _own_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The parameters registered on the module itself and the originals of its parametrized ones, with dotted names."""
     yield from ((n, p) for n, p in module._parameters.items() if p is not None)
     # Modules parametrized by torch.nn.utils.parametrize hold their originals one level down.
@@ -314,9 +314,7 @@ def memory_rates(
     size. The result is `rate` itself unless several dimensions do not lie next to each other in memory.
     """
     span, inner = memory_span(param, dims, name)
-    if not span:
-        return rate, 1
-    if len(span) == 1:
+    if len(span) < 2:
         return rate, inner
     shape = [param.size(d) if d in dims else 1 for d in range(param.dim())]
     spanned = [param.size(d) if d in span else 1 for d in range(param.dim())]
