@@ -9,26 +9,22 @@ and the training loop that every PyTorch user has, with `loss = net(x, targets=y
 
 __version__ = "0.1.0"
 
-from alrao_fast import backends, functional, optim
+from alrao_fast import backends, functional, nn, optim
 from alrao_fast.backends import use_backend
 from alrao_fast.graphed_step import GraphedStep
-from alrao_fast.nn import AlraoModel, ClassifierClones, RegressorClones, Switch
 
-# The optimizers, samplers and layouts, as listed there.
+# The modules; the optimizers, samplers and layouts: as listed there.
+from alrao_fast.nn import *  # noqa: F403
 from alrao_fast.optim import *  # noqa: F403
 from alrao_fast.ranking import Ranked, Ranking, rank
 
 __all__ = [
-    "AlraoModel",
-    "ClassifierClones",
     "GraphedStep",
     "Ranked",
     "Ranking",
-    "RegressorClones",
-    "Switch",
     "backends",
     "functional",
     "rank",
     "use_backend",
 ]
-__all__ += optim.__all__
+__all__ += nn.__all__ + optim.__all__

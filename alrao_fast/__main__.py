@@ -1,7 +1,5 @@
 """`python -m alrao_fast doctor [--json]`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 

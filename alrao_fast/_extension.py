@@ -4,8 +4,6 @@ Importing `_C` registers its kernels with torch's dispatcher; nothing else is ta
 binary is not an error here: `ERROR` keeps the reason, and whoever asks for the backend by name is told.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import json

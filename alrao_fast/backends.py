@@ -6,8 +6,6 @@ for by name, by `impl=`, `use_backend` or the environment variable ALRAO_BACKEND
 replaced silently.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ A self-test runs the op through its public function in float32 and holds every o
 within the error budget that the tests use too.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 from collections.abc import Callable
@@ -130,33 +128,23 @@ def _check(op: str, backend: str) -> Row:
 _SHAPES = ((19, 7), (19,), (5, 3, 3))
 
 
-def _lists(dtype: torch.dtype, device: torch.device) -> dict[str, list[Tensor]]:
+def _feature(op: FeatureOp, impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
     generator = torch.Generator().manual_seed(0)
 
     def one(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
-    lists = {name: [one(*shape) for shape in _SHAPES] for name in ("params", "grads")}
-    lists["rates"] = [one(shape[0]).exp().float() for shape in _SHAPES]
-    return lists
-
-
-def _feature(op: FeatureOp, impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
-    lists = _lists(dtype, device)
-    params = lists["params"]
+    params, grads = ([one(*shape) for shape in _SHAPES] for _ in range(2))
+    rates = [one(shape[0]).exp().float() for shape in _SHAPES]
     options = {name: kind(0.5) if kind is float else False for name, kind in op.options.items()}
     states = [[torch.zeros_like(p) for p in params] for _ in range(op.num_states(options))]
     steps = torch.zeros(len(params), dtype=torch.int64, device=device)
     inners = [param.stride(0) for param in params]
     for _ in range(2):
-        op(
-            Lists(params, states, [], lists["rates"], inners, [], steps),
-            lists["grads"],
-            options,
-            Scalars(lr=0.1),
-            impl,
-        )
-    return _named(params=params, **dict(zip(op.states, states)))
+        lists = Lists(params, states, [], rates, inners, [], steps)
+        op(lists, grads, options, Scalars(lr=0.1), impl)
+    named = {"params": params, **dict(zip(op.states, states))}
+    return {f"{name}[{i}]": value for name, each in named.items() for i, value in enumerate(each)}
 
 
 def _switch_mixture(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
@@ -186,12 +174,6 @@ def _switch_update(impl: str, dtype: torch.dtype, device: torch.device) -> Outpu
         observation[1] = -torch.inf
         functional.switch_update_(logw, log_posterior, t, observation, impl=impl)
     return {"logw": logw, "log_posterior": log_posterior, "t": t.double()}
-
-
-def _named(**lists: list[Tensor]) -> Outputs:
-    return {
-        f"{name}[{i}]": value for name, values in lists.items() for i, value in enumerate(values)
-    }
 
 
 _SELF_TESTS: dict[str, Callable[[str, torch.dtype, torch.device], Outputs]] = {

@@ -1,7 +1,5 @@
 """GraphedStep: a whole training step, optimizer and switch included, as one CUDA graph."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -91,7 +89,10 @@ class GraphedStep:
         # The graph writes into this memory: it must not go to anyone else.
         self._grads = [p.grad for p in self._params]
         self._state = opt.state
-        self._options = [_options(group) for group in opt.param_groups]
+        self._options = [
+            {name: value for name, value in group.items() if name not in _FREE_OPTIONS}
+            for group in opt.param_groups
+        ]
         self._pointers = [p.data_ptr() for p in self._params]
 
     def __call__(self, inputs: Any, targets: Tensor) -> Any:
@@ -136,7 +137,8 @@ class GraphedStep:
                 opt.step()
             finally:
                 del opt.__dict__["found_inf"]
-            saved.add(_tensors(opt))
+            states = [value for own in opt.state.values() for value in own.values()]
+            saved.add([value for value in states if isinstance(value, Tensor)])
             for _ in range(steps):
                 self._step()
         finally:
@@ -288,15 +290,6 @@ def _as_device_scalar(lr: float | Tensor, device: torch.device) -> Tensor:
         return lr
     # float64 holds what a Python float does: the step rounds it as it would have rounded the float.
     return torch.tensor(float(lr), dtype=torch.float64, device=device)
-
-
-def _tensors(opt: AlraoOptimizer) -> list[Tensor]:
-    states = (value for own in opt.state.values() for value in own.values())
-    return [value for value in states if isinstance(value, Tensor)]
-
-
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in _FREE_OPTIONS}
 
 
 def _as_tuple(inputs: Any) -> tuple[Any, ...]:

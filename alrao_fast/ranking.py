@@ -1,7 +1,5 @@
 """Ranking architectures without a search for learning rates: what Alrao was made for (paper, section 1)."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time
@@ -156,28 +154,21 @@ def rank(
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         sample = [part.to(device) for part in _first_batch(train)]
+        training = _Training(train, valid, epochs, patience, clip_grad_norm, device)
         for name, make in models.items():
+            # One training step of a model that is thrown away.
             net = _build(name, make, head, sample, seeds[0], device)
-            _try(name, net, make_optimizer(net, seeds[0]), sample)
+            opt, (*inputs, targets) = make_optimizer(net, seeds[0]), sample
+            with _naming(name, "a training step"):
+                _loss(net(*inputs, targets=targets)).backward()
+                opt.step()
         with _bar(len(models) * len(seeds) * epochs, progress) as update:
             for name, make in models.items():
                 runs = []
                 for seed in seeds:
                     net = _build(name, make, head, sample, seed, device)
-                    runs.append(
-                        _train(
-                            net,
-                            make_optimizer(net, seed),
-                            train,
-                            valid,
-                            seed=seed,
-                            epochs=epochs,
-                            patience=patience,
-                            clip_grad_norm=clip_grad_norm,
-                            device=device,
-                            update=partial(update, name),
-                        )
-                    )
+                    opt = make_optimizer(net, seed)
+                    runs.append(training.run(net, opt, seed, partial(update, name)))
                 rows.append(_row(name, net, runs))
     return Ranking(sorted(rows, key=lambda row: row.loss))
 
@@ -267,14 +258,6 @@ def _first_batch(batches: Batches) -> Sequence[Tensor]:
     raise ValueError("train: got no batches")
 
 
-def _try(name: str, net: AlraoModel, opt: torch.optim.Optimizer, sample: Sequence[Tensor]) -> None:
-    """One training step of a model that is thrown away."""
-    *inputs, targets = sample
-    with _naming(name, "a training step"):
-        _loss(net(*inputs, targets=targets)).backward()
-        opt.step()
-
-
 @contextmanager
 def _naming(name: str, what: str) -> Iterator[None]:
     """Says which candidate an error comes from."""
@@ -290,92 +273,85 @@ def _loss(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _train(
-    net: AlraoModel,
-    opt: torch.optim.Optimizer,
-    train: Batches,
-    valid: Batches,
-    *,
-    seed: int,
-    epochs: int,
-    patience: int | None,
-    clip_grad_norm: float | None,
-    device: torch.device,
-    update: Callable[[], None],
-) -> Trained:
-    train_loss: list[float] = []
-    valid_loss: list[float] = []
-    accuracies: list[float | None] = []
-    least, best_epoch, suggested = math.inf, 1, math.nan
-    seconds = 0.0
-    for epoch in range(epochs):
-        # The same order of batches for every candidate, however many random numbers it draws itself.
-        torch.manual_seed((seed << 32) + epoch)
-        start = time.perf_counter()
-        train_loss.append(_epoch(net, opt, train, clip_grad_norm, device))
-        seconds += time.perf_counter() - start
-        loss, accuracy = _evaluate(net, valid, device)
-        valid_loss.append(loss)
-        accuracies.append(accuracy)
-        if loss < least or epoch == 0:
-            least, best_epoch, suggested = min(loss, least), epoch + 1, net.suggested_lr()
-        update()
-        if patience is not None and epoch + 1 - best_epoch >= patience:
-            break
-    return Trained(
-        seed, train_loss, valid_loss, accuracies, best_epoch, suggested, seconds / len(train_loss)
-    )
+class _Training(NamedTuple):
+    """How each candidate is trained; the arguments are those of `rank`."""
 
+    train: Batches
+    valid: Batches
+    epochs: int
+    patience: int | None
+    clip_grad_norm: float | None
+    device: torch.device
 
-def _epoch(
-    net: AlraoModel,
-    opt: torch.optim.Optimizer,
-    train: Batches,
-    clip_grad_norm: float | None,
-    device: torch.device,
-) -> float:
-    """One pass over the training batches; returns their mean loss, which is the first wait for the device."""
-    net.train()
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    for batch in train:
-        *inputs, targets = (part.to(device, non_blocking=True) for part in batch)
-        opt.zero_grad()
-        loss = _loss(net(*inputs, targets=targets))
-        loss.backward()
-        if clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(net.parameters(), clip_grad_norm)
-        opt.step()
-        total += loss.detach()
-        count += 1
-    return float(total) / count
+    def run(
+        self, net: AlraoModel, opt: torch.optim.Optimizer, seed: int, update: Callable[[], None]
+    ) -> Trained:
+        train_loss: list[float] = []
+        valid_loss: list[float] = []
+        accuracies: list[float | None] = []
+        least, best_epoch, suggested = math.inf, 1, math.nan
+        seconds = 0.0
+        for epoch in range(self.epochs):
+            # The same order of batches for every candidate, however many random numbers it draws itself.
+            torch.manual_seed((seed << 32) + epoch)
+            start = time.perf_counter()
+            train_loss.append(self._epoch(net, opt))
+            seconds += time.perf_counter() - start
+            loss, accuracy = self._evaluate(net)
+            valid_loss.append(loss)
+            accuracies.append(accuracy)
+            if loss < least or epoch == 0:
+                least, best_epoch, suggested = min(loss, least), epoch + 1, net.suggested_lr()
+            update()
+            if self.patience is not None and epoch + 1 - best_epoch >= self.patience:
+                break
+        mean = seconds / len(train_loss)
+        return Trained(seed, train_loss, valid_loss, accuracies, best_epoch, suggested, mean)
 
+    def _epoch(self, net: AlraoModel, opt: torch.optim.Optimizer) -> float:
+        """One pass over the training batches; returns their mean loss, which is the first wait for the device."""
+        net.train()
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for batch in self.train:
+            *inputs, targets = (part.to(self.device, non_blocking=True) for part in batch)
+            opt.zero_grad()
+            loss = _loss(net(*inputs, targets=targets))
+            loss.backward()
+            if self.clip_grad_norm is not None:
+                nn.utils.clip_grad_norm_(net.parameters(), self.clip_grad_norm)
+            opt.step()
+            total += loss.detach()
+            count += 1
+        return float(total) / count
 
-@torch.no_grad()
-def _evaluate(net: AlraoModel, valid: Batches, device: torch.device) -> tuple[float, float | None]:
-    """Mean loss in nats, inf where it is not finite, and accuracy in percent (None in regression)."""
-    net.eval()
-    classifier = net.head if isinstance(net.head, ClassifierClones) else None
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    correct, count = torch.zeros_like(loss), torch.zeros_like(loss)
-    for batch in valid:
-        *inputs, targets = (part.to(device, non_blocking=True) for part in batch)
-        if classifier is None:
-            samples = targets.numel() // targets.size(-1)
-            mean = net.head.reduction == "mean"
-            loss += _loss(net(*inputs, targets=targets)) * (samples if mean else 1)
-            count += samples
-            continue
-        log_probs = _loss(net(*inputs)).flatten(0, -2)
-        targets, ignored = targets.flatten(), classifier.ignore_index
-        loss += nn.functional.nll_loss(log_probs, targets, ignore_index=ignored, reduction="sum")
-        correct += (log_probs.argmax(-1) == targets).sum()
-        count += (targets != ignored).sum()
-    samples = int(count)
-    if samples == 0:
-        raise ValueError("valid: got no samples")
-    mean_loss = float(loss) / samples
-    accuracy = None if classifier is None else 100 * float(correct) / samples
-    return (mean_loss if math.isfinite(mean_loss) else math.inf), accuracy
+    @torch.no_grad()
+    def _evaluate(self, net: AlraoModel) -> tuple[float, float | None]:
+        """Mean loss in nats, inf where it is not finite, and accuracy in percent (None in regression)."""
+        net.eval()
+        classifier = net.head if isinstance(net.head, ClassifierClones) else None
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        correct, count = torch.zeros_like(loss), torch.zeros_like(loss)
+        for batch in self.valid:
+            *inputs, targets = (part.to(self.device, non_blocking=True) for part in batch)
+            if classifier is None:
+                samples = targets.numel() // targets.size(-1)
+                mean = net.head.reduction == "mean"
+                loss += _loss(net(*inputs, targets=targets)) * (samples if mean else 1)
+                count += samples
+                continue
+            log_probs = _loss(net(*inputs)).flatten(0, -2)
+            targets, ignored = targets.flatten(), classifier.ignore_index
+            loss += nn.functional.nll_loss(
+                log_probs, targets, ignore_index=ignored, reduction="sum"
+            )
+            correct += (log_probs.argmax(-1) == targets).sum()
+            count += (targets != ignored).sum()
+        samples = int(count)
+        if samples == 0:
+            raise ValueError("valid: got no samples")
+        mean_loss = float(loss) / samples
+        accuracy = None if classifier is None else 100 * float(correct) / samples
+        return (mean_loss if math.isfinite(mean_loss) else math.inf), accuracy
 
 
 def _row(name: str, net: AlraoModel, runs: list[Trained]) -> Ranked:

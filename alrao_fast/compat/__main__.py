@@ -1,7 +1,5 @@
 """`python -m alrao_fast.compat SCRIPT [ARGS]`: run a script that imports `alrao`, unmodified, on this package."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 from pathlib import Path

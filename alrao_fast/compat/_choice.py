@@ -1,10 +1,8 @@
 """Which pass evaluates the last layers: linear where they provably are, batched where that works, else a loop."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +14,13 @@ from alrao_fast.compat._stack import ParameterStack, lay_out
 from alrao_fast.compat.custom_layers import LinearClassifier, LinearClassifierRNN, LinearRegressor
 
 Runner = Callable[[Tensor], ClonePass]
-_PLAIN = {nn.Linear, LinearClassifier, LinearClassifierRNN, LinearRegressor}
-
-
-class _Linear(NamedTuple):
-    name: str
-    log_softmax: bool
-    flatten: bool
-
-
+# What `LinearRunner` is told of them.
 _KNOWN = {
-    LinearClassifier: _Linear("fc", True, False),
-    LinearClassifierRNN: _Linear("decoder", True, True),
-    LinearRegressor: _Linear("layer", False, False),
+    LinearClassifier: {"log_softmax": True, "flatten": False},
+    LinearClassifierRNN: {"log_softmax": True, "flatten": True},
+    LinearRegressor: {"log_softmax": False, "flatten": False},
 }
+_PLAIN = {nn.Linear, *_KNOWN}
 # A rule that only holds near zero (a clamp, a threshold) shows at other scales.
 _PROBE_SCALES = (1.0, 1e-3, 100.0)
 
@@ -70,13 +61,8 @@ def _describe(module: nn.Module, parts: list[Hashable]) -> None:
 
 def choose(layers: Sequence[nn.Module], x: Tensor) -> Runner:
     """The pass for these layers and for features like `x`; asks the layers themselves where their class is unknown."""
-
-    def loop(x: Tensor) -> ClonePass:
-        return GraphPass(x, layers, batched=False)
-
-    def batched(x: Tensor) -> ClonePass:
-        return GraphPass(x, layers, batched=True)
-
+    loop = partial(GraphPass, layers=layers, batched=False)
+    batched = partial(GraphPass, layers=layers, batched=True)
     modules = [m for layer in layers for m in layer.modules()]
     if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules):
         return loop
@@ -89,7 +75,7 @@ def choose(layers: Sequence[nn.Module], x: Tensor) -> Runner:
         # LinearClassifier normalises over dim 1, which is the classes only in a matrix.
         fits = x.dim() == 2 or type(layers[0]) is not LinearClassifier
         if fits and not overridden and linears is not None:
-            return LinearRunner(linears, known.log_softmax, known.flatten)
+            return LinearRunner(linears, **known)
     elif linears is not None:
         for log_softmax in (True, False):
             for flatten in (False, True) if x.dim() > 2 else (False,):

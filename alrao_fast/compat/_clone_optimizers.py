@@ -5,8 +5,6 @@ everything but the learning rate, one call of the op updates them all; its state
 stand in the optimizers. Otherwise the optimizers step one after the other, to the same effect.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from operator import is_
 from typing import Any

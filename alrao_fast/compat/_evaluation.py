@@ -1,7 +1,5 @@
 """The last forward of a model: its features and outputs, and what a training step asks about them afterwards."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -11,9 +9,8 @@ from alrao_fast.compat._losses import (
     Criterion,
     clone_losses,
     correct_predictions,
+    known_losses,
     nll_ignoring,
-    nll_losses,
-    nll_terms,
 )
 from alrao_fast.compat._passes import ClonePass
 
@@ -46,10 +43,7 @@ class Evaluation:
         known = self._losses.get(criterion if key is None else key)
         if known is not None and known[0] is targets:
             return known[1]
-        if key is None:
-            return clone_losses(criterion, self.clone_pass.outputs, targets, need_grad=False)[0]
-        outputs = self.clone_pass.outputs
-        return nll_losses(outputs, nll_terms(outputs, targets, key))
+        return known_losses(criterion, self.clone_pass.outputs, targets, key)
 
     def correct(self, targets: Tensor) -> Tensor:
         """The number of correct predictions [N] of the classes `targets`."""

@@ -4,35 +4,19 @@ The kernels make the logits again on each way back instead of reading them from 
 fast as keeping them or faster, from 10 classes to 2000, and it needs no memory for them.
 """
 
-from __future__ import annotations
-
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from alrao_fast import backends
-from alrao_fast.compat._passes import LinearPass, Own, check_features, living, sum_of
+from alrao_fast.compat._passes import LinearPass, Own, Slots, check_features, living, sum_of
 from alrao_fast.ops.dispatch import overload
-from alrao_fast.ops.mixture import CPU_MEMORY_BUDGET
+from alrao_fast.ops.mixture.checks import CPU_MEMORY_BUDGET
 
 # The pass has its own way back: the one registered for the ops would only cost time.
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
-
-
-class _Kernels(NamedTuple):
-    log_prob: Callable[..., Any]
-    log_prob_backward: Callable[..., Any]
-    nll: Callable[..., Any]
-
-
-@functools.cache
-def _kernels(backend: str) -> _Kernels:
-    names = ("log_prob", "log_prob_backward", "nll")
-    return _Kernels(*(overload(f"switch_mixture_{name}", backend) for name in names))
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
@@ -55,27 +39,27 @@ class FusedPass(LinearPass):
         return living(self.outputs)
 
     @functools.cached_property
-    def _ops(self) -> _Kernels:
-        return _kernels(backends.select("switch_mixture", self._x.device))
+    def _backend(self) -> str:
+        return backends.select("switch_mixture", self._x.device)
 
     @property
     def mixes(self) -> bool:
         return True
 
-    def mixture(self, x: Tensor, log_prior: Tensor) -> Tensor:
-        return _FusedMixture.apply(self, log_prior, x, *self.params)
-
-    def log_prob(self, log_prior: Tensor) -> Tensor:
+    def mix(self, log_prior: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The mixture's log-probabilities [M, C]."""
         with _BelowAutograd():
-            return self._ops.log_prob(*self._inputs(log_prior), CPU_MEMORY_BUDGET)
+            op = overload("switch_mixture_log_prob", self._backend)
+            log_prob = op(*self._inputs(log_prior), CPU_MEMORY_BUDGET)
+        # The posterior moves on in place; the way back is from the one that was used.
+        return log_prob, (log_prior.clone(), log_prob)
 
     def pull_mixture(
-        self, grad: Tensor, log_prior: Tensor, log_prob: Tensor, features: bool
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The way back from `log_prob`: gradients by the features and by the slots."""
+        self, grad: Tensor, kept: tuple[Tensor, ...], *, features: bool
+    ) -> tuple[Tensor | None, Slots]:
+        log_prior, log_prob = kept
         with _BelowAutograd():
-            dx, *slots = self._ops.log_prob_backward(
+            dx, *slots = overload("switch_mixture_log_prob_backward", self._backend)(
                 grad.contiguous(),
                 *self._inputs(log_prior),
                 log_prob,
@@ -92,7 +76,7 @@ class FusedPass(LinearPass):
             return super().own_nll(targets, ignored, masked=masked)
         prior = torch.zeros(self._weight.size(0), dtype=torch.float64, device=targets.device)
         with _BelowAutograd():
-            _, stats, _, *slots = self._ops.nll(
+            _, stats, _, *slots = overload("switch_mixture_nll", self._backend)(
                 *self._inputs(prior),
                 targets,
                 ignore_index=ignored,
@@ -106,26 +90,6 @@ class FusedPass(LinearPass):
     def _inputs(self, log_prior: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         return self._x.contiguous(), self._weight, self._bias, log_prior
 
-    def _typed(self, slots: list[Tensor]) -> list[Tensor | None]:
+    def _typed(self, slots: list[Tensor]) -> Slots:
         dtype = self._weight.dtype
         return [slot.to(dtype) for slot in slots[: 1 if self._bias is None else 2]]
-
-
-class _FusedMixture(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, fused: FusedPass, log_prior: Tensor, x: Tensor, *params: Tensor
-    ) -> Tensor:
-        result = fused.log_prob(log_prior)
-        # The posterior moves on in place; the way back is from the one that was used.
-        ctx.fused, ctx.log_prior = fused, log_prior.clone()
-        ctx.save_for_backward(result)
-        return result
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (log_prob,) = ctx.saved_tensors
-        features = ctx.needs_input_grad[2]
-        dx, slots = ctx.fused.pull_mixture(grad, ctx.log_prior, log_prob, features)
-        return None, None, dx, *ctx.fused.split(slots)

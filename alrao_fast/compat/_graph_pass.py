@@ -1,7 +1,5 @@
 """The pass of last layers of any kind: their own autograd graph, walked back as often as needed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,19 +1,7 @@
 """`import alrao` in this interpreter."""
 
-from __future__ import annotations
-
 import sys
-
-SUBMODULES = (
-    "alrao_model",
-    "custom_layers",
-    "earlystopping",
-    "gen_hyper",
-    "learningratesgen",
-    "optim_spec",
-    "switch",
-    "utils",
-)
+from types import ModuleType
 
 
 def install(name: str = "alrao") -> None:
@@ -30,5 +18,6 @@ def install(name: str = "alrao") -> None:
             f"{name} has already been imported, from {origin}: call install() before"
         )
     sys.modules[name] = package
-    for submodule in SUBMODULES:
-        sys.modules[f"{name}.{submodule}"] = sys.modules[f"{__package__}.{submodule}"]
+    for public in package.__all__:
+        if isinstance(getattr(package, public), ModuleType):
+            sys.modules[f"{name}.{public}"] = getattr(package, public)

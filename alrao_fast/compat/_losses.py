@@ -4,8 +4,6 @@ For the usual criteria both are written down for all layers at once; any other c
 its outputs alone, which are small beside the layers themselves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,18 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alrao_fast.compat.custom_layers import L2LossAdditional, L2LossLog
+from alrao_fast.compat.custom_layers import L2LossLog
 
 Criterion = Callable[[Any, Any], Tensor]
 
 
-def own_criterion(criterion: Criterion, loss: Criterion) -> Criterion:
-    """The criterion of a single last layer: `loss` where `criterion` only scores their mixture."""
-    return loss if isinstance(criterion, L2LossAdditional) else criterion
+def nll_ignoring(
+    criterion: Criterion, classified: int | None, targets: Any, *, normalised: bool
+) -> int | None:
+    """`ignore_index` where `criterion` on outputs [N, M, C] and classes [M] is the mean negative log-likelihood.
 
+    classified: M, or None for outputs of another number of dimensions.
 
-def _ignored_class(criterion: Criterion, normalised: bool) -> int | None:
-    """`ignore_index` where the criterion is the mean negative log-likelihood of log-probabilities, else None."""
+    None where it is something else. normalised: the outputs are exact log-probabilities along their last dimension.
+    """
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or classified is None:
+        return None
+    if targets.shape != (classified,):
+        return None
     if criterion is F.nll_loss or (criterion is F.cross_entropy and normalised):
         return -100
     plain: tuple[type, ...] = (nn.NLLLoss,)
@@ -59,20 +63,6 @@ class NllTerms(NamedTuple):
 
     targets: Tensor
     share: Tensor
-
-
-def nll_ignoring(
-    criterion: Criterion, classified: int | None, targets: Any, *, normalised: bool
-) -> int | None:
-    """`ignore_index` where `criterion` on outputs [N, M, C] and classes [M] is the mean negative log-likelihood.
-
-    classified: M, or None for outputs of another number of dimensions.
-
-    None where it is something else. normalised: the outputs are exact log-probabilities along their last dimension.
-    """
-    if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or classified is None:
-        return None
-    return _ignored_class(criterion, normalised) if targets.shape == (classified,) else None
 
 
 def nll_terms(outputs: Tensor, targets: Tensor, ignored: int) -> NllTerms:
@@ -114,6 +104,15 @@ def clone_losses(
             return losses.detach(), torch.zeros_like(outputs) if need_grad else None
         (grad,) = torch.autograd.grad(losses.sum(), leaf)
     return losses.detach(), grad
+
+
+def known_losses(
+    criterion: Criterion, outputs: Tensor, targets: Any, ignored: int | None
+) -> Tensor:
+    """The losses [N] without gradients; ignored: what `nll_ignoring` says of the criterion."""
+    if ignored is None:
+        return clone_losses(criterion, outputs, targets, need_grad=False)[0]
+    return nll_losses(outputs, nll_terms(outputs, targets, ignored))
 
 
 def correct_predictions(outputs: Tensor, targets: Tensor) -> Tensor:

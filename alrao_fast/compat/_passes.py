@@ -10,8 +10,6 @@ Gradients by the parameters go by slots: for passes that keep the layers' parame
 gradient [N, *shape]; for the others it is one parameter. `split` gives every parameter its own.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence
@@ -98,6 +96,22 @@ class ClonePass:
         """`log sum_n exp(log_prior[n] + outputs[n])`, differentiable."""
         return _Mixture.apply(self, log_prior, x, *self.params)
 
+    def mix(self, log_prior: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`mixture` without a graph, and what the way back needs of it."""
+        outputs = self.outputs
+        joint = outputs + log_prior.to(outputs.dtype).view(-1, *[1] * (outputs.dim() - 1))
+        largest = joint.amax(0)
+        joint.sub_(largest).exp_()
+        total = joint.sum(0)
+        return total.log().add_(largest), (joint, total)
+
+    def pull_mixture(
+        self, grad: Tensor, kept: tuple[Tensor, ...], *, features: bool
+    ) -> tuple[Tensor | None, Slots]:
+        """The way back from `mix`, which kept these; by the outputs it is softmax_n(log_prior[n] + outputs[n])."""
+        joint, total = kept
+        return self.pull(joint * (grad / total), features=features)
+
     def attached(self, x: Tensor) -> Tensor:
         """The outputs as a differentiable function of the features `x` and of the parameters."""
         return _Outputs.apply(self, x, *self.params)
@@ -145,26 +159,20 @@ class _Outputs(torch.autograd.Function):
 
 
 class _Mixture(torch.autograd.Function):
-    """log sum_n exp(prior[n] + outputs[n]), its gradient by the outputs being softmax_n(prior[n] + outputs[n])."""
-
     @staticmethod
     def forward(
         ctx: Any, clone_pass: ClonePass, log_prior: Tensor, x: Tensor, *params: Tensor
     ) -> Tensor:
-        log_prior = log_prior.to(clone_pass.outputs.dtype)
-        joint = clone_pass.outputs + log_prior.view(-1, *[1] * (clone_pass.outputs.dim() - 1))
-        largest = joint.amax(0)
-        joint.sub_(largest).exp_()
-        total = joint.sum(0)
+        result, kept = clone_pass.mix(log_prior)
         ctx.clone_pass = clone_pass
-        ctx.save_for_backward(joint, total)
-        return total.log().add_(largest)
+        ctx.save_for_backward(*kept)
+        return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        joint, total = ctx.saved_tensors
-        dx, slots = ctx.clone_pass.pull(joint * (grad / total), features=ctx.needs_input_grad[2])
+        features = ctx.needs_input_grad[2]
+        dx, slots = ctx.clone_pass.pull_mixture(grad, ctx.saved_tensors, features=features)
         return None, None, dx, *ctx.clone_pass.split(slots)
 
 

@@ -4,8 +4,6 @@ Rates come in full size and are kept as a vector along one dimension where they 
 are part of the state, next to the momentum, so that `state_dict` can resume a run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
@@ -23,6 +21,7 @@ from alrao_fast.optim.binding import (
     by_device_and_dtype,
     gradients,
 )
+from alrao_fast.reference.feature_sgd import like_parameter
 
 
 def compact_rates(rate: Any, param: Tensor, name: str = "lr_params") -> tuple[Tensor, int | None]:
@@ -62,7 +61,10 @@ class SpecOptimizer(Optimizer):
 
     _op: FeatureOp
 
-    def __init__(self, params: Any, lr_params: Iterable[Any], defaults: dict[str, Any]) -> None:
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        """`arguments`: the `locals()` of a subclass's constructor, which has named and typed them."""
+        defaults = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
+        params, lr_params = defaults.pop("params"), defaults.pop("lr_params")
         super().__init__(params, defaults)
         self._binding = Binding()
         own = [p for group in self.param_groups for p in group["params"]]
@@ -123,7 +125,7 @@ class SpecOptimizer(Optimizer):
             # The op takes float64 rates for float64 parameters only.
             rate = rate if param.dtype == torch.float64 else rate.float()
             inners.append(1 if dim is None or rate.numel() == 1 else param.stride(dim))
-            rates.append(_in_memory_order(rate, param) if dim is None else rate)
+            rates.append(like_parameter(rate, param) if dim is None else rate)
         return Lists(members, states, [], rates, inners, [], steps)
 
     def _like(self, param: Tensor, name: str) -> Tensor:
@@ -156,13 +158,6 @@ class SpecOptimizer(Optimizer):
         self._binding = Binding()
 
 
-def _in_memory_order(rate: Tensor, param: Tensor) -> Tensor:
-    strided = torch.empty_strided(
-        param.size(), param.stride(), dtype=rate.dtype, device=rate.device
-    )
-    return strided.copy_(rate).as_strided((param.numel(),), (1,))
-
-
 def _check(options: dict[str, float]) -> None:
     for name, value in options.items():
         if not value >= 0:
@@ -188,21 +183,8 @@ class SGDSpec(SpecOptimizer):
         nesterov: bool = False,
     ) -> None:
         _check({"momentum": momentum, "weight_decay": weight_decay})
-        if nesterov and (momentum == 0 or dampening != 0):
-            raise ValueError(
-                f"nesterov is True with momentum={momentum}, dampening={dampening}; expected a momentum > 0 and no "
-                "dampening"
-            )
-        super().__init__(
-            params,
-            lr_params,
-            {
-                "momentum": momentum,
-                "dampening": dampening,
-                "weight_decay": weight_decay,
-                "nesterov": nesterov,
-            },
-        )
+        sgd.check_group(locals())
+        super().__init__(locals())
 
     def _options(self, group: dict[str, Any]) -> Options:
         return sgd.options_of(group, authors=True)
@@ -228,11 +210,7 @@ class AdamSpec(SpecOptimizer):
         _check({"eps": eps, "weight_decay": weight_decay})
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas is {betas}; expected two numbers, 0 <= beta < 1")
-        super().__init__(
-            params,
-            lr_params,
-            {"betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad},
-        )
+        super().__init__(locals())
 
     def _options(self, group: dict[str, Any]) -> Options:
         return adam.options_of(group, authors=True)

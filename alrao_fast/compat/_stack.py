@@ -1,7 +1,5 @@
 """One tensor over the parameters of all last layers: `[N, *shape]`, its slices being the layers' own parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

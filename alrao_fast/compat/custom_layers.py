@@ -1,7 +1,5 @@
 """The last layers and the losses that scripts name."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -53,40 +51,33 @@ class LinearRegressor(nn.Module):
         return out
 
 
-def _check_sigma2(sigma2: float) -> float:
-    if not 0 < sigma2 < math.inf:
-        raise ValueError(f"sigma2 is {sigma2}; expected a variance, finite and above 0")
-    return float(sigma2)
-
-
-class L2LossLog(nn.Module):
-    """Gaussian negative log-likelihood: mean over the batch of |input - target|^2 / (2 sigma2), summed over dim 1,
-    plus log(2 pi sigma2) / 2, once whatever the dimension."""
-
+class _GaussianLoss(nn.Module):
     def __init__(self, sigma2: float = 1.0) -> None:
         super().__init__()
-        self.sigma2 = _check_sigma2(sigma2)
+        if not 0 < sigma2 < math.inf:
+            raise ValueError(f"sigma2 is {sigma2}; expected a variance, finite and above 0")
+        self.sigma2 = float(sigma2)
 
     def constant(self) -> float:
         return 0.5 * math.log(2 * math.pi * self.sigma2)
+
+
+class L2LossLog(_GaussianLoss):
+    """Gaussian negative log-likelihood: mean over the batch of |input - target|^2 / (2 sigma2), summed over dim 1,
+    plus log(2 pi sigma2) / 2, once whatever the dimension."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         squared = (input - target).square().sum(1)
         return squared.mean() / (2 * self.sigma2) + self.constant()
 
 
-class L2LossAdditional(nn.Module):
+class L2LossAdditional(_GaussianLoss):
     """Negative log-likelihood of the mixture: `loss((means [B, K, N], ps [N]), target [B, K])` is minus the mean over
     the batch of log sum_k ps_k exp(-|means_k - target|^2 / (2 sigma2) - log(2 pi sigma2) / 2)."""
-
-    def __init__(self, sigma2: float = 1.0) -> None:
-        super().__init__()
-        self.sigma2 = _check_sigma2(sigma2)
 
     def forward(self, input: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
         means, ps = input
         squared = (means - target.unsqueeze(-1)).square().sum(1)
-        constant = 0.5 * math.log(2 * math.pi * self.sigma2)
-        log_density = -squared / (2 * self.sigma2) - constant
+        log_density = -squared / (2 * self.sigma2) - self.constant()
         # In the logarithm, so that a layer far off every target leaves 0, not log 0.
         return -torch.logsumexp(ps.log() + log_density, dim=-1).mean()

@@ -1,7 +1,5 @@
 """Functions that give each parameter a tensor of learning rates or momenta."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,12 +1,12 @@
 """Learning rates for the parameters of the internal network."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+
+from alrao_fast.optim.layouts import own_parameters
 
 LrSampler = Callable[[Tensor, torch.Size], Tensor]
 
@@ -39,8 +39,10 @@ def generator_randomlr_neurons(
     rates: dict[Tensor, Tensor] = {}
     for child in module.modules():
         rows: dict[str, Tensor] = {}
-        for name, param in _own_parameters(child):
+        for full_name, param in own_parameters(child):
             if param not in rates:
+                # A parametrization keeps the originals of the parameter it is named after.
+                name = full_name.removeprefix("parametrizations.").partition(".")[0]
                 rates[param] = _rates(child, name, param, lr_sampler, rows)
     memo = set() if memo is None else memo
     for param in module.parameters():
@@ -58,14 +60,6 @@ def generator_randomlr_weights(
         if param not in memo:
             memo.add(param)
             yield lr_sampler(param.detach(), param.shape)
-
-
-def _own_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The module's own parameters by name; those that a parametrization keeps a level down under their name here."""
-    yield from ((name, p) for name, p in module._parameters.items() if p is not None)
-    parametrized = module._modules.get("parametrizations")
-    for name, originals in parametrized.named_children() if parametrized is not None else ():
-        yield from ((name, p) for p in originals._parameters.values() if p is not None)
 
 
 def _rates(

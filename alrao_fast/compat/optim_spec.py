@@ -1,7 +1,5 @@
 """The optimizers of the whole model, and the training step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -12,9 +10,10 @@ from torch.optim import Optimizer
 
 from alrao_fast.compat._clone_optimizers import CloneOptimizers
 from alrao_fast.compat._evaluation import Stacked
-from alrao_fast.compat._losses import Criterion, own_criterion
+from alrao_fast.compat._losses import Criterion
 from alrao_fast.compat._spec import AdamSpec, SGDSpec, SpecOptimizer
 from alrao_fast.compat.alrao_model import AlraoModel
+from alrao_fast.compat.custom_layers import L2LossAdditional
 from alrao_fast.compat.learningratesgen import generator_randomlr_neurons, lr_sampler_generic
 
 __all__ = [
@@ -35,13 +34,15 @@ class _AlraoOptimizer:
     `update_posterior` was given last.
     """
 
-    def __init__(
-        self, internal: SpecOptimizer, clones: CloneOptimizers, last_layers_lr: list[float]
-    ) -> None:
-        self.opt_internal_nn = internal
-        self.last_layers_lr = last_layers_lr
+    _spec: type[SGDSpec] | type[AdamSpec]
+    _kind: type[Optimizer]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        (params, rates, clones, clone_rates), options = _four(args, kwargs)
+        self.last_layers_lr: list[float] = list(clone_rates)
+        self.opt_internal_nn = self._spec(params, rates, **options)
+        self._clones = CloneOptimizers(self._kind, clones, self.last_layers_lr, options)
         self.posterior: Any = None
-        self._clones = clones
 
     @property
     def opt_last_layers(self) -> list[Optimizer]:
@@ -146,31 +147,22 @@ class SGDAlrao(_AlraoOptimizer):
     will do. last_layers_lr: one rate for each last layer.
     """
 
+    _spec = SGDSpec
+    _kind = torch.optim.SGD
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if len(args) > len(_NAMES):
             kwargs = {**dict(zip(("momentum", "weight_decay"), args[len(_NAMES) :])), **kwargs}
             args = args[: len(_NAMES)]
-        (params, rates, clones, clone_rates), options = _four(args, kwargs)
-        clone_rates = list(clone_rates)
-        super().__init__(
-            SGDSpec(params, rates, **options),
-            CloneOptimizers(torch.optim.SGD, clones, clone_rates, options),
-            clone_rates,
-        )
+        super().__init__(*args, **kwargs)
 
 
 class AdamAlrao(_AlraoOptimizer):
     """`AdamAlrao(parameters_internal_nn, lr_internal_nn, last_layers_parameters_list, last_layers_lr, **adam_kwargs)`:
     `AdamSpec` for the internal network, torch.optim.Adam for each last layer; arguments as in `SGDAlrao`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        (params, rates, clones, clone_rates), options = _four(args, kwargs)
-        clone_rates = list(clone_rates)
-        super().__init__(
-            AdamSpec(params, rates, **options),
-            CloneOptimizers(torch.optim.Adam, clones, clone_rates, options),
-            clone_rates,
-        )
+    _spec = AdamSpec
+    _kind = torch.optim.Adam
 
 
 def init_alrao_optimizer(
@@ -222,7 +214,8 @@ def alrao_step(
     remove_non_numerical: a last layer whose loss is not finite is given a zero gradient. catch_up: see
     `AlraoModel.hard_catch_up`.
     """
-    own = own_criterion(criterion, net.loss)
+    # The criterion of a single last layer, where this one only scores their mixture.
+    own = net.loss if isinstance(criterion, L2LossAdditional) else criterion
     stacked = net.last_evaluation().own_gradients(own, targets, remove_non_numerical)
     optimizer.expect(stacked)
     optimizer.step()

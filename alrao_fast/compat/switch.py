@@ -1,23 +1,15 @@
 """The Bayesian average over the last layers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from alrao_fast.compat._losses import (
-    Criterion,
-    clone_losses,
-    correct_predictions,
-    nll_ignoring,
-    nll_losses,
-    nll_terms,
-)
+from alrao_fast.compat._losses import Criterion, correct_predictions, known_losses, nll_ignoring
 from alrao_fast.functional import switch_update_
+from alrao_fast.nn.switch import FixedDtypeBuffers
 from alrao_fast.reference.switch_update import initial_state
 
 TASKS = ("classification", "regression")
@@ -28,7 +20,7 @@ def log_sum_exp(tensor: Tensor, dim: int | None = None) -> Tensor:
     return torch.logsumexp(tensor.flatten(), 0) if dim is None else torch.logsumexp(tensor, dim)
 
 
-class Switch(nn.Module):
+class Switch(FixedDtypeBuffers):
     """The switch posterior over `nb_models` models (van Erven, Grunwald, de Rooij, NIPS 2007).
 
     `logw [2, N]` and `logposterior [N]` are buffers in float64, whatever the dtype of the network, so that a model of
@@ -141,10 +133,7 @@ class Switch(nn.Module):
         outputs = torch.stack([out.detach() for out in lst_ll_out])
         samples = outputs.size(1) if outputs.dim() == 3 else None
         ignored = nll_ignoring(self.loss, samples, y, normalised=False)
-        if ignored is None:
-            losses, _ = clone_losses(self.loss, outputs, y, need_grad=False)
-        else:
-            losses = nll_losses(outputs, nll_terms(outputs, y, ignored))
+        losses = known_losses(self.loss, outputs, y, ignored)
         if bool(losses.isnan().any()):
             raise ValueError(f"the losses of the models are {losses.tolist()}; expected no NaN")
         perf = self.save_ll_perf and self.task == "classification"
@@ -188,16 +177,6 @@ class Switch(nn.Module):
     # The older names.
     reset_cl_perf = reset_ll_perf
     get_cl_perf = get_ll_perf
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move with the network, but stay in float64."""
-        exact = {name: getattr(self, name) for name in ("logw", "logposterior")}
-        super()._apply(fn, recurse)
-        for name, value in exact.items():
-            moved = getattr(self, name)
-            if moved.dtype != torch.float64:
-                setattr(self, name, value.to(moved.device))
-        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

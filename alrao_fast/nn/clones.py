@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from alrao_fast.nn.switch import FixedDtypeBuffers, Switch
 from alrao_fast.ops.mixture import (
-    Observer,
     switch_mixture_gaussian_stats,
     switch_mixture_log_prob,
     switch_mixture_mean,
     switch_mixture_stats,
 )
-from alrao_fast.ops.switch_update import switch_observe_
+from alrao_fast.ops.mixture.loss import Observer
 from alrao_fast.reference import switch_mixture as reference
 
 Reduction = Literal["mean", "sum"]
@@ -33,42 +32,43 @@ class LinearClones(FixedDtypeBuffers):
     `running` on the device.
     """
 
+    in_features: int
+    num_clones: int
+    evidence: Reduction
+    reduction: Reduction
+    memory_budget: int | None
     clone_lr: Tensor
     running: Tensor
+    # The constructor's name for the width of a clone's output.
+    _width: str
     # Name of the second row of the statistics, divided by the number of samples.
     _score: str
     # The mixture's loss and statistics, by its likelihood.
     _stats: Callable[..., tuple[Tensor, Tensor]]
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        num_clones: int,
-        bias: bool,
-        theta: float,
-        evidence: Reduction,
-        reduction: Reduction,
-        memory_budget: int | None,
-        process_group: dist.ProcessGroup | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        """`arguments`: the `locals()` of a subclass's constructor, which has named and typed them."""
         super().__init__()
-        for name, value in (("evidence", evidence), ("reduction", reduction)):
-            if value not in ("mean", "sum"):
-                raise ValueError(f"{name}: got {value!r}, expected 'mean' or 'sum'")
-        if memory_budget is not None and memory_budget <= 0:
-            raise ValueError(f"memory_budget: got {memory_budget}, expected bytes > 0, or None")
-        self.in_features = in_features
-        self.num_clones = num_clones
-        self.evidence = evidence
-        self.reduction = reduction
-        self.memory_budget = memory_budget
-        self.switch = Switch(num_clones, theta, process_group=process_group, device=device)
-        shape = (num_clones, out_features)
-        self.weight = nn.Parameter(torch.empty(*shape, in_features, device=device, dtype=dtype))
-        if bias:
+        sizes, choices = ("in_features", self._width, "num_clones"), ("evidence", "reduction")
+        for name in (*sizes, *choices, "memory_budget"):
+            setattr(self, name, arguments[name])
+        for name in sizes:
+            if arguments[name] < 1:
+                raise ValueError(f"{name}: got {arguments[name]}, expected at least 1")
+        for name in choices:
+            if arguments[name] not in ("mean", "sum"):
+                raise ValueError(f"{name}: got {arguments[name]!r}, expected 'mean' or 'sum'")
+        if self.memory_budget is not None and self.memory_budget <= 0:
+            raise ValueError(
+                f"memory_budget: got {self.memory_budget}, expected bytes > 0, or None"
+            )
+        device, dtype = arguments["device"], arguments["dtype"]
+        num_clones, group = self.num_clones, arguments["process_group"]
+        self.switch = Switch(num_clones, arguments["theta"], process_group=group, device=device)
+        shape = (num_clones, arguments[self._width])
+        weight = torch.empty(*shape, self.in_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight)
+        if arguments["bias"]:
             self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
@@ -157,13 +157,7 @@ class LinearClones(FixedDtypeBuffers):
 
     def _observe(self, stats: Tensor) -> None:
         """One observation of the switch from the statistics `[3, N]` of a batch."""
-        observer = self._observer()
-        switch_observe_(
-            *observer[:4],
-            self.switch.sum_over_processes(stats),
-            mean=observer.mean,
-            theta=observer.theta,
-        )
+        self._observer().observe(self.switch.sum_over_processes(stats))
 
     def _loss(self, features: Tensor, targets: Tensor, **options: Any) -> Tensor:
         """The mixture's loss; in training mode its statistics are observed."""
@@ -197,7 +191,8 @@ class LinearClones(FixedDtypeBuffers):
         return {"loss": loss / count, self._score: score / count, "count": count[0]}
 
     def extra_repr(self) -> str:
-        return f"num_clones={self.num_clones}, bias={self.bias is not None}"
+        sizes = f"in_features={self.in_features}, {self._width}={getattr(self, self._width)}"
+        return f"{sizes}, num_clones={self.num_clones}, bias={self.bias is not None}"
 
 
 def _finite_rows(tensor: Tensor, dims: int | tuple[int, ...]) -> Tensor:
@@ -232,6 +227,8 @@ class ClassifierClones(LinearClones):
         device, dtype: of the parameters.
     """
 
+    num_classes: int
+    _width = "num_classes"
     _score = "accuracy"
     _stats = staticmethod(switch_mixture_stats)
 
@@ -251,21 +248,7 @@ class ClassifierClones(LinearClones):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_sizes(in_features=in_features, num_classes=num_classes, num_clones=num_clones)
-        super().__init__(
-            in_features,
-            num_classes,
-            num_clones,
-            bias,
-            theta,
-            evidence,
-            reduction,
-            memory_budget,
-            process_group,
-            device,
-            dtype,
-        )
-        self.num_classes = num_classes
+        super().__init__(locals())
         self.ignore_index = ignore_index
 
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -285,9 +268,6 @@ class ClassifierClones(LinearClones):
             )
         return self._loss(features, targets, ignore_index=self.ignore_index)
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, num_classes={self.num_classes}, {super().extra_repr()}"
-
 
 class RegressorClones(LinearClones):
     """N linear regressors with Gaussian noise of variance `sigma2` on each of the `out_features` outputs.
@@ -295,6 +275,8 @@ class RegressorClones(LinearClones):
     The other arguments are those of `ClassifierClones`.
     """
 
+    out_features: int
+    _width = "out_features"
     _score = "squared_error"
     _stats = staticmethod(switch_mixture_gaussian_stats)
 
@@ -314,23 +296,9 @@ class RegressorClones(LinearClones):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_sizes(in_features=in_features, out_features=out_features, num_clones=num_clones)
         if not 0 < sigma2 < math.inf:
             raise ValueError(f"sigma2: got {sigma2}, expected a finite variance > 0")
-        super().__init__(
-            in_features,
-            out_features,
-            num_clones,
-            bias,
-            theta,
-            evidence,
-            reduction,
-            memory_budget,
-            process_group,
-            device,
-            dtype,
-        )
-        self.out_features = out_features
+        super().__init__(locals())
         self.sigma2 = sigma2
 
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -345,11 +313,4 @@ class RegressorClones(LinearClones):
         return self._loss(features, targets, sigma2=self.sigma2)
 
     def extra_repr(self) -> str:
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, {super().extra_repr()}, sigma2={self.sigma2}"
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
+        return f"{super().extra_repr()}, sigma2={self.sigma2}"

@@ -1,7 +1,5 @@
 """From a backbone with clones to an ordinary module: a torch.fx graph of torch's own layers, importable without us."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import operator

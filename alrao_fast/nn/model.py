@@ -1,7 +1,5 @@
 """AlraoModel: a backbone and its clones, and the way back to an ordinary network."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

@@ -4,8 +4,6 @@ An op's checks stand twice. Those in Python serve the Triton kernels. A compiled
 caller that was compiled reaches it through the dispatcher, with no Python in between.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +17,8 @@ _NAMES = {
     torch.int64: "Long",
     torch.int32: "Int",
 }
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, *LOW_PRECISION)
 
 
 def check(condition: bool, message: str) -> None:

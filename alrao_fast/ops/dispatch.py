@@ -5,8 +5,6 @@ ones add their kernels. The Triton kernels are a second op of the same schema, u
 extension may hold the CUDA key of the first; their modules are imported, and triton with them, at the first call.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -17,6 +15,10 @@ import torch
 
 NAMESPACE = "alrao_fast"
 LIB = torch.library.Library(NAMESPACE, "DEF")
+
+
+def no_result(*args: object, **kwargs: object) -> None:
+    """The fake of an op that only writes into its arguments; the kernel checks them."""
 
 
 def define(schema: str, fake: Callable[..., Any] | None = None) -> str:

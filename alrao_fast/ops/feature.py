@@ -48,10 +48,16 @@ class Scalars(NamedTuple):
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
-    def tensors(self) -> dict[str, Tensor | None]:
-        """Those that live in one-element tensors."""
-        lr = self.lr if isinstance(self.lr, Tensor) else None
-        return {"lr": lr, "grad_scale": self.grad_scale, "found_inf": self.found_inf}
+    def arguments(self) -> dict[str, Any]:
+        """The same as the ops take them: a multiplier in a tensor is an argument of its own."""
+        in_tensor = isinstance(self.lr, Tensor)
+        return {
+            "lr": 1.0 if in_tensor else self.lr,
+            "lr_tensor": self.lr if in_tensor else None,
+            "maximize": self.maximize,
+            "grad_scale": self.grad_scale,
+            "found_inf": self.found_inf,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +92,8 @@ class FeatureOp:
             f"{options}Tensor? grad_scale, Tensor? found_inf) -> ()"
         )
         for name in (
-            dispatch.define(schema, _fake),
-            dispatch.define_twin(schema, _fake, self._run_triton),
+            dispatch.define(schema, dispatch.no_result),
+            dispatch.define_twin(schema, dispatch.no_result, self._run_triton),
         ):
             # No part of any graph: skip autograd instead of searching the lists for tensors that require it.
             dispatch.LIB.impl(name, torch.library.fallthrough_kernel, "Autograd")
@@ -135,7 +141,9 @@ class FeatureOp:
             given = lists.states[number] if number < len(lists.states) else []
             needed = None if number < self.fixed_states else (number < count, because)
             states[f"{state}s"] = feature_checks.State(given, needed)
-        feature_checks.check_inputs(f"{self.stem}_", lists, grads, states, scalars.tensors())
+        lr = scalars.lr if isinstance(scalars.lr, Tensor) else None
+        tensors = {"lr": lr, "grad_scale": scalars.grad_scale, "found_inf": scalars.found_inf}
+        feature_checks.check_inputs(f"{self.stem}_", lists, grads, states, tensors)
 
     def __call__(
         self, lists: Lists, grads: list[Tensor], options: Options, scalars: Scalars, impl: str
@@ -143,15 +151,7 @@ class FeatureOp:
         """One step by the list op on the backend `impl`."""
         missing: list[list[Tensor]] = [[] for _ in self.states[len(lists.states) :]]
         args = (lists.params, grads, *lists.states, *missing, *lists[2:])
-        lr = scalars.lr
-        values: dict[str, Any] = {
-            "lr": 1.0 if isinstance(lr, Tensor) else lr,
-            "lr_tensor": lr if isinstance(lr, Tensor) else None,
-            "maximize": scalars.maximize,
-            **options,
-            "grad_scale": scalars.grad_scale,
-            "found_inf": scalars.found_inf,
-        }
+        values = {**scalars.arguments(), **options}
         with torch.no_grad():
             if impl == "reference":
                 self.check(lists, grads, options, scalars)
@@ -183,17 +183,9 @@ class FeatureOp:
             lists,
             grads,
             options,
-            lr=lr,
-            lr_tensor=lr_tensor,
-            maximize=maximize,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
+            **scalars.arguments(),
             check=partial(self.check, lists, grads, options, scalars),
         )
-
-
-def _fake(*args: object, **kwargs: object) -> None:
-    """Nothing is returned; the kernel checks its arguments."""
 
 
 def _bump_versions(lists: Lists) -> None:

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from alrao_fast.ops.checks import FLOATS, LOW_PRECISION
+
 if TYPE_CHECKING:
     from alrao_fast.ops.feature import Lists
-
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
-_DTYPES = (torch.float64, torch.float32, *_LOW_PRECISION)
 
 
 def _layout(tensor: Tensor) -> list[tuple[int, int]]:
@@ -114,7 +113,7 @@ def check_inputs(
                 f"{name} is on another device than params[0], expected all tensors on one device",
             )
         check(
-            param.dtype in _DTYPES,
+            param.dtype in FLOATS,
             f"params[{t}] has an unsupported dtype, expected float64, float32, bfloat16 or float16",
         )
         check(
@@ -130,7 +129,7 @@ def check_inputs(
             )
             if name.startswith("masters"):
                 check(
-                    param.dtype in _LOW_PRECISION and tensor.dtype == torch.float32,
+                    param.dtype in LOW_PRECISION and tensor.dtype == torch.float32,
                     f"{name} has dtype {_name(tensor)} for a {_name(param)} parameter, expected float32 for a "
                     "bfloat16 or float16 parameter, else an empty tensor",
                 )

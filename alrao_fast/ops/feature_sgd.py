@@ -1,7 +1,5 @@
 """`feature_sgd_`: one SGD step with one learning rate per feature, over all parameters at once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

@@ -3,8 +3,6 @@
 Eager mode only; under torch.compile the list ops are the honest graph nodes.
 """
 
-from __future__ import annotations
-
 import weakref
 from functools import partial
 from importlib import import_module
@@ -96,7 +94,7 @@ class TritonPlan:
         self._plan: Any = None
 
     def step(self, grads: list[Tensor], options: Options, scalars: Scalars) -> bool:
-        op, lists, lr = self._op, self._lists, scalars.lr
+        op, lists = self._op, self._lists
         check = partial(op.check, lists, grads, options, scalars)
         if self._plan is None:
             check()
@@ -113,11 +111,7 @@ class TritonPlan:
                 lists,
                 grads,
                 options,
-                lr=1.0 if isinstance(lr, Tensor) else lr,
-                lr_tensor=lr if isinstance(lr, Tensor) else None,
-                maximize=scalars.maximize,
-                grad_scale=scalars.grad_scale,
-                found_inf=scalars.found_inf,
+                **scalars.arguments(),
                 check=check,
             )
         increment_version(lists.params)

@@ -1,36 +1,15 @@
 """switch_update_: one Bayesian update of the switch posterior (reference/switch_update.py)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from alrao_fast import backends
 from alrao_fast.ops import dispatch
 from alrao_fast.ops.checks import check, check_tensor
-from alrao_fast.ops.dispatch import define
 from alrao_fast.reference import switch_update as reference
 
 OP = "switch_update"
 backends.OPS[OP] = "switch_update_"
-
-
-def _fake(
-    logw: Tensor, log_posterior: Tensor, t: Tensor, log_likelihood: Tensor, theta: float
-) -> None:
-    return None
-
-
-def _fake_observe(
-    logw: Tensor,
-    log_posterior: Tensor,
-    t: Tensor,
-    running: Tensor,
-    stats: Tensor,
-    mean: bool,
-    theta: float,
-) -> None:
-    return None
 
 
 def _check(
@@ -75,18 +54,16 @@ def _check_observe(
     _check(logw, log_posterior, t, stats[0], theta)
 
 
-_SCHEMA = (
-    "switch_update_(Tensor(a!) logw, Tensor(b!) log_posterior, Tensor(c!) t, "
-    "Tensor log_likelihood, float theta) -> ()"
-)
-define(_SCHEMA, _fake)
-dispatch.define_triton(_SCHEMA, _fake, "switch_update", _check)
-_OBSERVE_SCHEMA = (
-    "switch_observe_(Tensor(a!) logw, Tensor(b!) log_posterior, Tensor(c!) t, Tensor(d!) running, "
-    "Tensor stats, bool mean, float theta) -> ()"
-)
-define(_OBSERVE_SCHEMA, _fake_observe)
-dispatch.define_triton(_OBSERVE_SCHEMA, _fake_observe, "switch_update", _check_observe)
+_STATE = "Tensor(a!) logw, Tensor(b!) log_posterior, Tensor(c!) t"
+for _schema, _checked in (
+    (f"switch_update_({_STATE}, Tensor log_likelihood, float theta) -> ()", _check),
+    (
+        f"switch_observe_({_STATE}, Tensor(d!) running, Tensor stats, bool mean, float theta) -> ()",
+        _check_observe,
+    ),
+):
+    dispatch.define(_schema, dispatch.no_result)
+    dispatch.define_triton(_schema, dispatch.no_result, OP, _checked)
 
 
 def switch_update_(

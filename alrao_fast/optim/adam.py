@@ -1,7 +1,5 @@
 """Adam and AdamW with one learning rate per feature."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -10,7 +8,7 @@ from torch import Tensor, nn
 from alrao_fast.ops.feature import Options
 from alrao_fast.ops.feature_adam import OP
 from alrao_fast.optim.base import AlraoOptimizer
-from alrao_fast.optim.rates import Sampler, check_lr_range
+from alrao_fast.optim.rates import Sampler
 
 
 class AlraoAdam(AlraoOptimizer):
@@ -59,24 +57,7 @@ class AlraoAdam(AlraoOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "eps_rule": eps_rule,
-            "rounding": rounding,
-            "master_weights": master_weights,
-            "lr_range": check_lr_range(lr_range),
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults, sampler=sampler, generator=generator, model=model)
+        super().__init__(locals())
 
     def _check_group(self, group: dict[str, Any]) -> None:
         betas = group["betas"]

@@ -4,8 +4,6 @@ The class gathers tensors and stores them; the arithmetic is the ops'. What an u
 once (binding.py) and kept until something changes: `step()` then only collects the gradients.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Collection
 from functools import partial
@@ -46,15 +44,12 @@ class AlraoOptimizer(Optimizer):
     # Whether states of bf16 and fp16 parameters are float32 even without master weights.
     _float32_states = False
 
-    def __init__(
-        self,
-        params: Any,
-        defaults: dict[str, Any],
-        *,
-        sampler: Sampler | None,
-        generator: torch.Generator | None,
-        model: nn.Module | None,
-    ) -> None:
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        """`arguments`: the `locals()` of a subclass's constructor, which has named and typed them."""
+        defaults = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
+        defaults["lr_range"] = check_lr_range(defaults["lr_range"])
+        params, model = defaults.pop("params"), defaults.pop("model")
+        sampler, generator = defaults.pop("sampler"), defaults.pop("generator")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(
                 f"model is a {type(model).__name__}; expected a torch.nn.Module or None"

@@ -5,8 +5,6 @@ before each step `Binding` looks whether every parameter, state dict and state i
 at some microseconds per hundred tensors; a plan notices by itself where the memory behind an object has changed.
 """
 
-from __future__ import annotations
-
 import math
 from array import array
 from collections.abc import Callable, Collection
@@ -17,12 +15,10 @@ import torch
 from torch import Tensor
 
 from alrao_fast import _extension
+from alrao_fast.ops.checks import FLOATS, LOW_PRECISION
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
 from alrao_fast.ops.plan import ListPlan, make_plan
 from alrao_fast.optim.layouts import Layout, memory_rates
-
-LOW_PRECISION = (torch.bfloat16, torch.float16)
-SUPPORTED = (torch.float32, torch.float64, *LOW_PRECISION)
 
 
 class Call:
@@ -168,29 +164,19 @@ class Binding:
         if group is None or not group.holds(params, len(grads), key):
             group = self._keep(number, make(()))
         for place, call in enumerate(group.calls):
-            if not call.step(grads, options, scalars):
-                self._step_rest(number, params, place, options, scalars, make)
-                return
-
-    def _step_rest(
-        self,
-        number: int,
-        params: list[Tensor],
-        first: int,
-        options: Options,
-        scalars: Scalars,
-        make: Callable[[Collection[int]], GroupBinding],
-    ) -> None:
-        """Something has moved: bind anew and make all calls from `first` on; those before have had this step."""
-        done = {id(p) for call in self.groups[number].calls[:first] for p in call.lists.params}
-        rest = [p.grad for p in params if p.grad is not None and id(p) not in done]
-        for call in self._keep(number, make(done)).calls:
-            if not call.step(rest, options, scalars):
-                raise RuntimeError(
-                    "internal error: an update plan is stale right after it was made"
-                )
-        if done:
-            del self.groups[number]
+            if call.step(grads, options, scalars):
+                continue
+            # Something has moved: bind anew and make all calls from this one on; those before have had this step.
+            done = {id(p) for before in group.calls[:place] for p in before.lists.params}
+            rest = [p.grad for p in params if p.grad is not None and id(p) not in done]
+            for again in self._keep(number, make(done)).calls:
+                if not again.step(rest, options, scalars):
+                    raise RuntimeError(
+                        "internal error: an update plan is stale right after it was made"
+                    )
+            if done:
+                del self.groups[number]
+            return
 
     def _keep(self, number: int, group: GroupBinding) -> GroupBinding:
         self.groups[number] = group
@@ -250,7 +236,7 @@ def by_device_and_dtype(params: list[Tensor]) -> list[list[int] | None]:
 
 def check_gradient(param: Tensor, name: str) -> None:
     """Raises where the ops cannot use a parameter or its gradient."""
-    if param.dtype not in SUPPORTED:
+    if param.dtype not in FLOATS:
         raise TypeError(
             f"parameter {name!r} has dtype {param.dtype}; expected float32, float64, bfloat16 or float16"
         )
@@ -286,7 +272,8 @@ def _lists(
         for key in needs.states:
             own[key] = _like(own.get(key), param, state_dtype)
         if with_masters:
-            own["master"] = _master(own.get("master"), param)
+            own["master"] = _like(own.get("master", param), param, torch.float32)
+            _reconcile(own["master"], param)
     stochastic = low_precision and not with_masters and needs.rounding != "nearest"
     return Lists(
         params=params,
@@ -331,15 +318,6 @@ def _like(stored: Tensor | None, param: Tensor, dtype: torch.dtype) -> Tensor:
         return stored
     state = torch.empty_strided(param.size(), param.stride(), dtype=dtype, device=param.device)
     return state.zero_() if stored is None else state.copy_(stored)
-
-
-def _master(stored: Tensor | None, param: Tensor) -> Tensor:
-    """The parameter's float32 master."""
-    if stored is None:
-        return _like(param, param, torch.float32)
-    master = _like(stored, param, torch.float32)
-    _reconcile(master, param)
-    return master
 
 
 def _reconcile(master: Tensor, param: Tensor) -> None:

@@ -1,7 +1,5 @@
 """Checks a loaded optimizer state against the parameters and copies it, before anything is changed."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from copy import deepcopy
 from typing import Any
@@ -64,11 +62,11 @@ def _copied(
 ) -> Any:
     if not isinstance(value, Tensor):
         return deepcopy(value)
-    expected: tuple[int, ...] = tuple(param.shape)
+    expected, dtype = tuple(param.shape), value.dtype
     if key == "rate":
-        expected = (layout.length(param),)
+        expected, dtype = (layout.length(param),), torch.float32
     elif key == "step":
-        expected = ()
+        expected, dtype = (), torch.int64
     if tuple(value.shape) != expected:
         raise ValueError(
             f"state {key!r} of parameter {layout.name!r} in state_dict has shape {list(value.shape)}; expected "
@@ -77,11 +75,6 @@ def _copied(
     device = value.device if param.is_meta else param.device
     copy_key = (id(value), device)
     if copy_key not in copies:
-        dtype = value.dtype
-        if key == "rate":
-            dtype = torch.float32
-        elif key == "step":
-            dtype = torch.int64
         # A vector that several parameters share stays one tensor.
         copies[copy_key] = value.detach().to(device=device, dtype=dtype, copy=True)
     return copies[copy_key]

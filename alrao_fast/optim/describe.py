@@ -1,7 +1,5 @@
 """`describe_rates`: the whole assignment of rates to parameters, as a table."""
 
-from __future__ import annotations
-
 import sys
 from typing import NamedTuple, TextIO
 

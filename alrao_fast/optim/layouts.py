@@ -60,7 +60,8 @@ def register_feature_layout(module_type: type[nn.Module], rule: Rule | None) -> 
 
         register_feature_layout(MyDense, lambda m: {"kernel": Feature(dim=1), "bias": Feature(dim=0)})
     """
-    _check_module_type(module_type)
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(f"module_type is {module_type!r}; expected a subclass of torch.nn.Module")
     if rule is None:
         _RULES.pop(module_type, None)
         return
@@ -78,11 +79,6 @@ def register_builtin(*module_types: type[nn.Module]) -> Callable[[Rule], Rule]:
         return rule
 
     return register
-
-
-def _check_module_type(module_type: Any) -> None:
-    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
-        raise TypeError(f"module_type is {module_type!r}; expected a subclass of torch.nn.Module")
 
 
 @dataclass(eq=False)
@@ -161,7 +157,7 @@ def resolve(model: nn.Module, table: dict[Tensor, Layout], prefix: str = "") -> 
 
 
 def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Layout]) -> None:
-    own = dict(_own_parameters(module))
+    own = dict(own_parameters(module))
     type_name = type(module).__name__
     for name, param in own.items():
         check_not_lazy(_join(module_name, name), param, type_name)
@@ -171,8 +167,12 @@ def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Lay
     vectors: dict[str, Vector] = {}
     for rule_name, feature in features.items():
         names = [rule_name] if rule_name in own else _stand_ins(rule_name, own)
-        if not names and rule == "registered":
-            _check_known(module, rule_name, own)
+        missing = not names and rule_name not in module._parameters
+        if missing and rule == "registered" and not hasattr(module, rule_name):
+            raise ValueError(
+                f"the feature layout registered for {type_name} names the parameter {rule_name!r}, which the "
+                f"module does not have; it has {', '.join(own) or 'none'}"
+            )
         for name in names:
             param = own.pop(name)
             if param in table:
@@ -193,7 +193,7 @@ def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Lay
             table[param] = default_layout(_join(module_name, name), param, type_name)
 
 
-def _own_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The parameters registered on the module itself and the originals of its parametrized ones, with dotted names."""
     yield from ((n, p) for n, p in module._parameters.items() if p is not None)
     # Modules parametrized by torch.nn.utils.parametrize hold their originals one level down.
@@ -215,14 +215,6 @@ def _stand_ins(name: str, own: dict[str, Tensor]) -> list[str]:
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
-
-
-def _check_known(module: nn.Module, rule_name: str, own: dict[str, Tensor]) -> None:
-    if rule_name not in module._parameters and not hasattr(module, rule_name):
-        raise ValueError(
-            f"the feature layout registered for {type(module).__name__} names the parameter {rule_name!r}, which the "
-            f"module does not have; it has {', '.join(own) or 'none'}"
-        )
 
 
 def check_not_lazy(name: str, param: Tensor, module: str = "") -> None:
@@ -322,9 +314,7 @@ def memory_rates(
     size. The result is `rate` itself unless several dimensions do not lie next to each other in memory.
     """
     span, inner = memory_span(param, dims, name)
-    if not span:
-        return rate, 1
-    if len(span) == 1:
+    if len(span) < 2:
         return rate, inner
     shape = [param.size(d) if d in dims else 1 for d in range(param.dim())]
     spanned = [param.size(d) if d in span else 1 for d in range(param.dim())]

@@ -1,7 +1,5 @@
 """Param groups: what `params` may be, and the checks of the options that AlraoSGD and AlraoAdam share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

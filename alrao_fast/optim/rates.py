@@ -9,8 +9,6 @@ Every draw is made on the CPU in float64 and then rounded, so that a seed gives 
 every parameter dtype.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

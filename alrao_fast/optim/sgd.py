@@ -1,7 +1,5 @@
 """SGD with one learning rate per feature."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -10,7 +8,7 @@ from torch import Tensor, nn
 from alrao_fast.ops.feature import Options
 from alrao_fast.ops.feature_sgd import OP
 from alrao_fast.optim.base import AlraoOptimizer
-from alrao_fast.optim.rates import Sampler, check_lr_range
+from alrao_fast.optim.rates import Sampler
 
 
 class AlraoSGD(AlraoOptimizer):
@@ -68,36 +66,25 @@ class AlraoSGD(AlraoOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "momentum_rule": momentum_rule,
-            "rounding": rounding,
-            "master_weights": master_weights,
-            "lr_range": check_lr_range(lr_range),
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults, sampler=sampler, generator=generator, model=model)
+        super().__init__(locals())
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        momentum, dampening = group["momentum"], group["dampening"]
-        if not momentum >= 0.0:
-            raise ValueError(f"momentum is {momentum}; expected a number >= 0")
-        if group["nesterov"] and (momentum == 0 or dampening != 0):
-            raise ValueError(
-                f"nesterov is True with momentum={momentum}, dampening={dampening}; expected a momentum > 0 and no "
-                "dampening"
-            )
+        check_group(group)
 
     def _options(self, group: dict[str, Any]) -> Options:
         return options_of(group, authors=group["momentum_rule"] == "authors")
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise ValueError where an option that torch.optim.SGD has, too, is out of range."""
+    momentum, dampening = group["momentum"], group["dampening"]
+    if not momentum >= 0.0:
+        raise ValueError(f"momentum is {momentum}; expected a number >= 0")
+    if group["nesterov"] and (momentum == 0 or dampening != 0):
+        raise ValueError(
+            f"nesterov is True with momentum={momentum}, dampening={dampening}; expected a momentum > 0 and no "
+            "dampening"
+        )
 
 
 def options_of(group: dict[str, Any], *, authors: bool) -> Options:

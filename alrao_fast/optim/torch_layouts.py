@@ -1,7 +1,5 @@
 """The feature layouts of torch.nn's own modules and of our heads: one rule per row of the design's table."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -12,7 +10,7 @@ from alrao_fast.nn.clones import LinearClones
 from alrao_fast.optim.layouts import Feature, register_builtin
 
 
-@register_builtin(nn.Linear, nn.Bilinear, _ConvNd)
+@register_builtin(nn.Linear, nn.Bilinear, _ConvNd, _NormBase, nn.GroupNorm)
 def _rows(module: nn.Module) -> dict[str, Feature]:
     return {"weight": Feature(dim=0), "bias": Feature(dim=0)}
 
@@ -72,11 +70,6 @@ def _attention(module: nn.MultiheadAttention) -> dict[str, Feature]:
         "bias_k": packed._replace(dim=2, feature_of=third[1]),
         "bias_v": packed._replace(dim=2, feature_of=third[2]),
     }
-
-
-@register_builtin(_NormBase, nn.GroupNorm)
-def _channels(module: nn.Module) -> dict[str, Feature]:
-    return {"weight": Feature(dim=0), "bias": Feature(dim=0)}
 
 
 @register_builtin(nn.LayerNorm, nn.RMSNorm)

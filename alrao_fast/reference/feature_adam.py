@@ -9,8 +9,6 @@ Decoupled weight decay (AdamW) multiplies p by 1 - s r(i) weight_decay first; ot
 Layouts, rounding and skipped steps are those of `feature_sgd`.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -11,8 +11,6 @@ In memory order entry i of a parameter has the rate `rate[(i // inner) % len(rat
 for float64 parameters), storage in each tensor's dtype. Where found_inf is not 0 nothing is written.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

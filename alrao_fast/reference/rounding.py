@@ -5,8 +5,6 @@ with the probability of the remainder keeps the mean displacement. The random bi
 element), so every backend draws the same ones: Philox4x32-10 (Salmon et al., SC 2011).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -14,8 +14,6 @@ the batch. To keep 0 * inf out of autograd, everything below runs on operands in
 zeros, and the replaced results are masked.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -6,8 +6,6 @@ observation t an unstable hypothesis switches with probability pi = 1 / (t + 1):
 and handed out again uniformly, a share theta of it unstable and 1 - theta stable.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,9 +1,7 @@
 """switch_mixture: likelihoods, the loss of the N clones by them, their log-probabilities, and the checks of all."""
 
-from alrao_fast.ops.mixture.checks import CPU_MEMORY_BUDGET, GPU_MEMORY_BUDGET
 from alrao_fast.ops.mixture.log_prob import switch_mixture_log_prob, switch_mixture_mean
 from alrao_fast.ops.mixture.loss import (
-    Observer,
     switch_mixture_gaussian_nll,
     switch_mixture_gaussian_stats,
     switch_mixture_nll,
@@ -11,9 +9,6 @@ from alrao_fast.ops.mixture.loss import (
 )
 
 __all__ = [
-    "CPU_MEMORY_BUDGET",
-    "GPU_MEMORY_BUDGET",
-    "Observer",
     "switch_mixture_gaussian_nll",
     "switch_mixture_gaussian_stats",
     "switch_mixture_log_prob",

@@ -1,7 +1,5 @@
 """The inputs that all ops of the mixture have: brought into one form, and checked (alrao_fast/ops/checks.py)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

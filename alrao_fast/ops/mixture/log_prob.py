@@ -1,7 +1,5 @@
 """switch_mixture's predictions: log-probabilities of N classifiers, the mean of N regressors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@ one pass over the logits serves all of them; the backward only scales them. They
 gradients of one function: x gets the mixture's, each clone its own, so there is no second backward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from alrao_fast import backends
 from alrao_fast.ops import dispatch
-from alrao_fast.ops.dispatch import LIB, define
+from alrao_fast.ops.dispatch import LIB, define, no_result
 from alrao_fast.ops.mixture import checks
 from alrao_fast.ops.mixture.likelihood import Classes, Likelihood, Values
 from alrao_fast.ops.switch_update import switch_observe_
@@ -41,6 +39,10 @@ class Observer(NamedTuple):
     running: Tensor
     mean: bool
     theta: float
+
+    def observe(self, stats: Tensor, impl: str = "auto") -> None:
+        """Take the statistics `[3, N]` of a batch."""
+        switch_observe_(*self[:4], stats, mean=self.mean, theta=self.theta, impl=impl)
 
 
 def _save_gradients(
@@ -135,9 +137,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 LIB.impl(
-    define(
-        "switch_mixture_add_product_(Tensor(a!) out, Tensor a, Tensor b) -> ()", lambda *_: None
-    ),
+    define("switch_mixture_add_product_(Tensor(a!) out, Tensor a, Tensor b) -> ()", no_result),
     _add_product,
     "CompositeExplicitAutograd",
 )
@@ -164,7 +164,8 @@ def _stats(
         loss, stats = function(
             x, weight, bias, log_posterior, target, **likelihood.options(), reduction=reduction
         )
-        _observe(observer, stats, backend)
+        if observer is not None:
+            observer.observe(stats, backend)
         return loss, stats
 
     # Whether the gradient to x, and those to weight and bias, are wanted.
@@ -186,15 +187,9 @@ def _stats(
         loss, stats, *_ = op(*arguments)
     else:
         loss, stats = _EagerGradients.apply(op, *arguments)
-    _observe(observer, stats, backend)
-    return loss, stats
-
-
-def _observe(observer: Observer | None, stats: Tensor, backend: str) -> None:
     if observer is not None:
-        switch_observe_(
-            *observer[:4], stats, mean=observer.mean, theta=observer.theta, impl=backend
-        )
+        observer.observe(stats, backend)
+    return loss, stats
 
 
 def switch_mixture_stats(
