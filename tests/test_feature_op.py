@@ -41,10 +41,10 @@ OP = FeatureOp("feature_sign", ("total",), {"keep": float, "strict": bool}, 1, s
 class AlraoSign(AlraoOptimizer):
     _op, _rule_option = OP, "rule"
 
-    def __init__(self, params, generator=None):
-        shared = dict(lr=1.0, weight_decay=0.0, maximize=False, rounding=None, master_weights=False, rule="torch",
-                      lr_range=(1e-4, 1e-2), foreach=None, fused=None, differentiable=False)
-        super().__init__(params, {**shared, "keep": 0.5}, sampler=None, generator=generator, model=None)
+    def __init__(self, params, lr_range=(1e-4, 1e-2), lr=1.0, keep=0.5, weight_decay=0.0, maximize=False,
+                 sampler=None, generator=None, rule="torch", rounding=None, master_weights=False, model=None,
+                 foreach=None, fused=None, differentiable=False):
+        super().__init__(locals())
 
     def _check_group(self, group):
         assert 0 <= group["keep"] < 1
