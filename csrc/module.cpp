@@ -60,9 +60,11 @@ PyObject* same_objects(PyObject*, PyObject* arguments) {
       PyObject* value;
       for (Py_ssize_t position = 0; PyDict_Next(container, &position, nullptr, &value);)
         if (!is_next(value)) Py_RETURN_FALSE;
+    } else if (!PyList_Check(container)) {
+      PyErr_SetString(PyExc_TypeError, "containers: expected lists and dicts");
+      return nullptr;
     } else {
       const Py_ssize_t size = PyList_Size(container);
-      if (size < 0) return nullptr;
       for (Py_ssize_t k = 0; k < size; ++k)
         if (!is_next(PyList_GetItem(container, k))) Py_RETURN_FALSE;
     }
@@ -74,8 +76,11 @@ PyObject* same_objects(PyObject*, PyObject* arguments) {
 // The attribute `grad` of each object in a list, but for None.
 PyObject* gradients(PyObject*, PyObject* params) {
   static PyObject* const name = PyUnicode_InternFromString("grad");
+  if (!PyList_Check(params)) {
+    PyErr_SetString(PyExc_TypeError, "params: expected a list");
+    return nullptr;
+  }
   const Py_ssize_t size = PyList_Size(params);
-  if (size < 0) return nullptr;
   PyObject* found = PyList_New(0);
   for (Py_ssize_t i = 0; found && i < size; ++i) {
     PyObject* grad = PyObject_GetAttr(PyList_GetItem(params, i), name);

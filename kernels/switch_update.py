@@ -1,8 +1,8 @@
 """switch_update_: one Bayesian update of the switch posterior (reference/switch_update.py), in one program.
 
-Bound by the launch (2 to 3 us): 24 N bytes of state, 48 N more for the running statistics of `switch_observe_`. The
-weights leave the log domain at the largest, are updated and normalised there, which needs one exponential and one
-logarithm per weight and no case for -inf.
+Bound by the launch: 24 N bytes of state, 48 N more for the running statistics of `switch_observe_`. The weights leave
+the log domain at the largest, are updated and normalised there, which needs one exponential and one logarithm per
+weight and no case for -inf.
 """
 
 import triton

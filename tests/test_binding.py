@@ -7,12 +7,14 @@
 """
 
 import copy
+from collections import UserDict
 
 import pytest
 import torch
 
-from alrao_fast import AlraoAdam, AlraoSGD, Constant, _extension
-from alrao_fast.compat import SGDAlrao
+from alrao_fast import AlraoAdam, AlraoSGD, Constant, _extension, backends
+from alrao_fast.compat import AdamAlrao, SGDAlrao
+from alrao_fast.compat.optim_spec import SGDSpec
 from alrao_fast.optim import binding
 from alrao_fast.optim.binding import Objects
 
@@ -181,6 +183,140 @@ def test_ids_are_not_taken_again(comparison):
     for _ in range(100):
         mapping["a"] = torch.zeros(3)
         assert not objects.are_same()
+
+
+@pytest.mark.parametrize("kind", [tuple, torch.nn.ParameterList, UserDict], ids=str)
+def test_other_containers_than_lists_and_dicts(comparison, kind):
+    opt, other = pair(momentum=0.9)
+    for one in (opt, other):
+        if kind is UserDict:
+            one.state = kind(one.state) if one is opt else one.state
+        else:
+            one.param_groups[0]["params"] = kind(one.param_groups[0]["params"])
+    step(opt, other)
+    for one in (opt, other):
+        states = one.state[one.param_groups[0]["params"][1]]
+        states["momentum_buffer"] = torch.full((4,), 3.0)
+    step(opt, other)
+    assert_alike(opt, other)
+
+
+@pytest.mark.parametrize("count", [5, 5.0, torch.tensor(5.0), torch.tensor(5)], ids=repr)
+def test_step_counts_as_others_keep_them(comparison, count):
+    with pytest.warns(UserWarning, match="bare tensors"):
+        opt = AlraoAdam([torch.nn.Parameter(torch.ones(4))], sampler=Constant(0.1))
+    step(opt)
+    [param] = opt.param_groups[0]["params"]
+    opt.state[param]["step"] = count
+    step(opt)
+    assert opt.state[param]["step"].dtype == torch.int64 and int(opt.state[param]["step"]) == 6
+
+
+def test_options_in_tensors_are_read_at_every_step(comparison):
+    decay = torch.tensor(0.5)
+    opt, _ = pair(count=1)
+    [group] = opt.param_groups
+    group["weight_decay"] = decay
+    step(opt)
+    decay.fill_(0.0)
+    before = group["params"][0].detach().clone()
+    step(opt)
+    torch.testing.assert_close(group["params"][0].detach(), before - 0.1)
+
+
+def test_a_group_taken_out_is_not_copied():
+    opt, _ = pair()
+    extra = torch.nn.Parameter(torch.ones(2))
+    with pytest.warns(UserWarning, match="bare tensors"):
+        opt.add_param_group({"params": [extra]})
+    del opt.param_groups[1]
+    again = copy.deepcopy(opt)
+    with pytest.warns(UserWarning, match="bare tensors"):
+        again.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    step(again)
+
+
+def authors_pair(kind, **options):
+    """Clones under the authors' optimizer and one of torch.optim for each."""
+    torch.manual_seed(0)
+    inner = torch.nn.Linear(2, 2)
+    clones = [torch.nn.Linear(2, 2) for _ in range(2)]
+    others = copy.deepcopy(clones)
+    ours = {torch.optim.SGD: SGDAlrao, torch.optim.Adam: AdamAlrao}[kind]
+    rates = [torch.full_like(p, 0.1) for p in inner.parameters()]
+    opt = ours(inner.parameters(), rates, [m.parameters() for m in clones], [0.1, 0.2], **options)
+    peers = [kind(m.parameters(), lr=lr, **options) for m, lr in zip(others, (0.1, 0.2))]
+    return opt, peers, clones, others
+
+
+CLONE_CHANGES = {
+    "cleared": lambda o: o.state.clear(),
+    "exchanged": lambda o: [
+        own.update({k: v + 1 if v.dim() else v for k, v in own.items()}) for own in o.state.values()
+    ],
+    "switched off": lambda o: o.param_groups[0].update(
+        {k: v for k, v in {"momentum": 0.0, "amsgrad": False}.items() if k in o.param_groups[0]}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CLONE_CHANGES.values(), ids=CLONE_CHANGES)
+@pytest.mark.parametrize(
+    "kind, options",
+    [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.Adam, {})],
+    ids=["sgd", "adam"],
+)
+def test_what_is_done_to_the_clones_optimizers_counts(comparison, kind, options, change):
+    opt, peers, clones, others = authors_pair(kind, **options)
+    for k in range(4):
+        for net in (*clones, *others):
+            for p in net.parameters():
+                p.grad = torch.full_like(p, 1.0 + k)
+        opt._clones.step()
+        for peer in peers:
+            peer.step()
+        if k == 1:
+            for one in (*opt.opt_last_layers, *peers):
+                change(one)
+    for net, other in zip(clones, others):
+        for a, b in zip(net.parameters(), other.parameters()):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_cleared_state_of_the_authors_optimizer_keeps_its_rates(comparison):
+    param = torch.nn.Parameter(torch.zeros(3))
+    opt = SGDSpec([param], [torch.tensor([0.1, 0.2, 0.3])], momentum=0.5)
+    for k in range(3):
+        param.grad = torch.ones(3)
+        opt.step()
+        if k == 0:
+            opt.state.clear()
+        elif k == 1:
+            assert torch.equal(opt.state[param]["momentum_buffer"], torch.ones(3))
+    saved = copy.deepcopy(opt)
+    saved.state.clear()
+    [copied] = saved.param_groups[0]["params"]
+    copied.grad = torch.ones(3)
+    before = copied.detach().clone()
+    saved.step()
+    torch.testing.assert_close(copied.detach(), before - torch.tensor([0.1, 0.2, 0.3]))
+
+
+def test_the_authors_optimizers_follow_the_choice_of_a_backend():
+    opt, _, clones, _ = authors_pair(torch.optim.SGD, momentum=0.9)
+    [weight, _] = opt.opt_internal_nn.param_groups[0]["params"]
+    for k in range(2):
+        weight.grad = torch.ones_like(weight)
+        for net in clones:
+            for p in net.parameters():
+                p.grad = torch.ones_like(p)
+        if k == 0:
+            opt.step()
+            continue
+        with backends.use_backend("cuda"):
+            for part in (opt.opt_internal_nn, opt._clones):
+                with pytest.raises(ValueError, match="'cuda' does not run on cpu tensors"):
+                    part.step()
 
 
 def test_the_authors_optimizer_sees_it_too(comparison):

@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 # The files of one process, and how many of their marked tests must pass.
 PARTS = {
     "triton": (["test_triton.py"], 90),
-    "plan": (["test_triton_plan.py"], 14),
+    "plan": (["test_triton_plan.py"], 13),
     "feature": (["test_feature_sgd.py", "test_feature_rounding.py", "test_feature_adam.py"], 60),
     "mixture": (
         [

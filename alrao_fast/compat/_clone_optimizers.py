@@ -17,7 +17,7 @@ from alrao_fast.compat._evaluation import Stacked
 from alrao_fast.compat._stack import ParameterStack, stack
 from alrao_fast.ops.feature import Lists, Scalars
 from alrao_fast.optim import adam, sgd
-from alrao_fast.optim.binding import Call
+from alrao_fast.optim.binding import Call, Objects
 
 _OPTIONS: dict[type[Optimizer], tuple[str, ...]] = {
     torch.optim.SGD: ("momentum", "dampening", "weight_decay", "nesterov", "maximize"),
@@ -73,6 +73,8 @@ class CloneOptimizers:
         self._steps: Tensor | None = None
         self._shown: Tensor | None = None
         self._rates: tuple[list[float], Tensor] | None = None
+        # What the optimizers' states held when they were gathered.
+        self._objects: Objects | None = None
         self._call: Call | None = None
 
     def zero_grad(self) -> None:
@@ -132,6 +134,8 @@ class CloneOptimizers:
                 call is None
                 or call.lists.rates[0] is not rates
                 or not all(map(is_, params, call.lists.params))
+                or len(call.lists.states) != len(kept)
+                or call.impl != rule.OP.select(params)
             ):
                 assert self._steps is not None
                 states = [self._states[name] for name in kept]
@@ -181,7 +185,7 @@ class CloneOptimizers:
             != [(p.shape, p.dtype) for p in params]
             for name in names
         )
-        if not fresh:
+        if not fresh and self._objects is not None and self._objects.are_same():
             return True
         self._call = None
         counts: list[int | None] = []
@@ -208,6 +212,8 @@ class CloneOptimizers:
                 for optimizer, param, step in zip(self.optimizers, slot, row.unbind(0)):
                     optimizer.state[param]["step"] = step
             self._shown = shown
+        own = [o.state[p] for slot in slots for o, p in zip(self.optimizers, slot)]
+        self._objects = Objects(*(o.state for o in self.optimizers), *own)
         return True
 
     def _count(self, k: int, param: Tensor, names: Sequence[str]) -> int | None:

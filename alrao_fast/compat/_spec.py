@@ -18,6 +18,7 @@ from alrao_fast.optim.binding import (
     Binding,
     Call,
     GroupBinding,
+    as_count,
     by_device_and_dtype,
     gradients,
 )
@@ -73,10 +74,17 @@ class SpecOptimizer(Optimizer):
             raise ValueError(
                 f"lr_params has {len(rates)} entries; expected {len(own)}, one for each parameter"
             )
-        for param, rate in zip(own, rates):
-            state = self.state[param]
-            state["rate"], state["rate_dim"] = compact_rates(rate, param)
-            state["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
+        # What a state that was cleared begins with again.
+        self._rates = {p: compact_rates(rate, p) for p, rate in zip(own, rates)}
+        for param in own:
+            self._begin(param)
+
+    def _begin(self, param: Tensor) -> None:
+        """Clearing the state forgets momentum, not the rates."""
+        state, (rate, dim) = self.state[param], self._rates[param]
+        if "rate" not in state:
+            state["rate"], state["rate_dim"] = rate, dim
+        state.setdefault("step", torch.zeros((), dtype=torch.int64, device=param.device))
 
     def _options(self, group: dict[str, Any]) -> Options:
         """The op's options, with the authors' rule."""
@@ -99,24 +107,27 @@ class SpecOptimizer(Optimizer):
             params, options = group["params"], self._options(group)
             grads, names = gradients(params), self._op.states[: self._op.num_states(options)]
             if grads:
-                make = partial(self._bind, params, names)
-                self._binding.step(number, params, grads, names, options, Scalars(), make)
+                key = names, self._op.select(params)
+                make = partial(self._bind, params, key)
+                self._binding.step(number, params, grads, key, options, Scalars(), make)
 
     def _bind(
-        self, params: list[Tensor], names: tuple[str, ...], done: Collection[int]
+        self, params: list[Tensor], key: tuple[tuple[str, ...], str], done: Collection[int]
     ) -> GroupBinding:
         mask = [p.grad is not None and id(p) not in done for p in params]
         members = [p for p, has_grad in zip(params, mask) if has_grad]
         calls = []
         for positions in by_device_and_dtype(members):
             own = members if positions is None else [members[k] for k in positions]
-            calls.append(Call(self._op, self._lists(own, names), self._op.select(own), positions))
-        return GroupBinding(calls, params, mask, names, self.state)
+            calls.append(Call(self._op, self._lists(own, key[0]), self._op.select(own), positions))
+        return GroupBinding(calls, params, mask, key, self.state)
 
     def _lists(self, members: list[Tensor], names: tuple[str, ...]) -> Lists:
         device = members[0].device
+        for param in members:
+            self._begin(param)
         states = [[self._like(p, name) for p in members] for name in names]
-        steps = torch.stack([self.state[p]["step"].to(device) for p in members])
+        steps = torch.stack([as_count(self.state[p]["step"], device) for p in members])
         rates, inners = [], []
         for k, param in enumerate(members):
             self.state[param]["step"] = steps[k]
@@ -143,6 +154,8 @@ class SpecOptimizer(Optimizer):
         """Load what `state_dict()` returned; the rates keep their precision whatever the parameters' dtype."""
         saved = [k for group in state_dict["param_groups"] for k in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
+        for param in own:
+            self._begin(param)
         present = [self.state[p] for p in own]
         super().load_state_dict(state_dict)
         self._binding = Binding()
@@ -152,10 +165,13 @@ class SpecOptimizer(Optimizer):
             if "rate" in given:
                 state["rate"] = given["rate"].to(param.device, before["rate"].dtype, copy=True)
             self.state[param] = state
+            self._rates[param] = state["rate"], state["rate_dim"]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._binding = Binding()
+        known = ((p, own) for p, own in self.state.items() if "rate" in own)
+        self._rates = {p: (own["rate"], own["rate_dim"]) for p, own in known}
 
 
 def _check(options: dict[str, float]) -> None:

@@ -74,9 +74,10 @@ class CompiledPlan:
             lr, lr_tensor = 1.0, lr
         given = (lr, maximize, options)
         if given != self._given:
-            values = [lr, maximize, *(options[name] for name in self._names)]
-            _set_options(self._number, [float(value) for value in values])
-            self._given = (lr, maximize, dict(options))
+            # Numbers: an option that is a tensor may be changed in place.
+            values = {name: float(options[name]) for name in self._names}
+            _set_options(self._number, [float(lr), float(maximize), *values.values()])
+            self._given = (lr, maximize, values)
         if not _step(self._number, grads, lr_tensor, grad_scale, found_inf):
             return False
         # Autograd has to see that the parameters have changed; the kernels do not tell it.

@@ -248,11 +248,11 @@ class AlraoOptimizer(Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = [p for group in self.param_groups for p in group["params"]]
+        own = {p for group in self.param_groups for p in group["params"]}
         return {
             **super().__getstate__(),
-            "_layouts": {p: layout for p, layout in self._layouts.items() if p in set(own)},
-            "_rates": self._rates,
+            "_layouts": {p: layout for p, layout in self._layouts.items() if p in own},
+            "_rates": {p: rates for p, rates in self._rates.items() if p in own},
             "_vectors": self._vectors,
             "_sampler": self._sampler,
             "_generator": self._generator,

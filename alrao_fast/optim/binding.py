@@ -7,7 +7,7 @@ at some microseconds per hundred tensors; a plan notices by itself where the mem
 
 import math
 from array import array
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ class Call:
     def __init__(
         self, op: FeatureOp, lists: Lists, impl: str, positions: list[int] | None = None
     ) -> None:
-        self.lists, self.positions = lists, positions
+        self.lists, self.impl, self.positions = lists, impl, positions
         self._listed = ListPlan(op, lists, impl)
         self._plan = make_plan(op, lists, impl)
         self._versions = [p._version for p in lists.params] if lists.masters else []
@@ -85,22 +85,23 @@ _compiled_gradients = _extension.function("gradients")
 
 
 class Objects:
-    """What lists hold, and dicts as values: the objects themselves, however equal others may be."""
+    """What sequences hold, and mappings as values: the objects themselves, however equal others may be."""
 
     def __init__(self, *containers: Any) -> None:
-        held = [list(c.values()) if isinstance(c, dict) else list(c) for c in containers]
+        # Of a mapping a view, which shows what it holds later on.
+        self._values = [c.values() if isinstance(c, Mapping) else c for c in containers]
+        # Keeps the objects alive: their ids stay theirs.
+        self._held = held = [list(values) for values in self._values]
         self.count = sum(map(len, held))
         self._containers = containers
-        # Keeps the objects alive: their ids stay theirs.
-        self._held = held
+        self._plain = all(isinstance(c, list | dict) for c in containers)
         self._ids = array("Q", [i for objects in held for i in (*map(id, objects), 0)]).tobytes()
 
     def are_same(self) -> bool:
         """Whether the containers still hold exactly these, in this order."""
-        if _compiled_comparison is not None:
+        if self._plain and _compiled_comparison is not None:
             return _compiled_comparison(self._containers, self._ids)
-        for container, held in zip(self._containers, self._held):
-            values = container.values() if isinstance(container, dict) else container
+        for values, held in zip(self._values, self._held):
             if len(values) != len(held) or not all(map(is_, values, held)):
                 return False
         return True
@@ -221,8 +222,9 @@ def bind(
 
 def gradients(params: list[Tensor]) -> list[Tensor]:
     """The gradients that are there."""
-    if _compiled_gradients is not None and not torch.compiler.is_compiling():
-        return _compiled_gradients(params)
+    if _compiled_gradients is not None and isinstance(params, list):
+        if not torch.compiler.is_compiling():
+            return _compiled_gradients(params)
     return [g for g in [p.grad for p in params] if g is not None]
 
 
@@ -333,7 +335,12 @@ def _steps(params: list[Tensor], state: Any) -> Tensor:
     steps = torch.zeros(len(params), dtype=torch.int64, device=device)
     counted = [k for k, p in enumerate(params) if "step" in state[p]]
     if counted:
-        steps[counted] = torch.stack([state[params[k]]["step"].to(device) for k in counted])
+        steps[counted] = torch.stack([as_count(state[params[k]]["step"], device) for k in counted])
     for param, step in zip(params, steps.unbind()):
         state[param]["step"] = step
     return steps
+
+
+def as_count(step: Any, device: torch.device) -> Tensor:
+    """A step count, which others keep as a number or in float32."""
+    return torch.as_tensor(step, dtype=torch.int64, device=device)

@@ -17,20 +17,19 @@ from .multi_tensor import quotient, root
 def prepare(
     step, beta1, rest1, beta2, rest2, eps, weight_decay, log_beta1, log_beta2, ACC: tl.constexpr
 ):
+    # In another order some kernels have two registers more.
+    beta1 = tl.full([], beta1, ACC)
+    rest1 = tl.full([], rest1, ACC)
+    beta2 = tl.full([], beta2, ACC)
+    rest2 = tl.full([], rest2, ACC)
+    eps = tl.full([], eps, ACC)
+    weight_decay = tl.full([], weight_decay, ACC)
     # 1 - beta^(step + 1) in float64: beta is close to 1.
     updates = (step + 1).to(tl.float64)
     correction1 = (1 - tl.exp(tl.full([], log_beta1, tl.float64) * updates)).to(ACC)
     correction2 = 1 - tl.exp(tl.full([], log_beta2, tl.float64) * updates)
-    return (
-        tl.full([], beta1, ACC),
-        tl.full([], rest1, ACC),
-        tl.full([], beta2, ACC),
-        tl.full([], rest2, ACC),
-        correction1,
-        tl.sqrt(correction2).to(ACC),
-        tl.full([], eps, ACC),
-        tl.full([], weight_decay, ACC),
-    )
+    root_correction2 = tl.sqrt(correction2).to(ACC)
+    return beta1, rest1, correction1, beta2, rest2, root_correction2, eps, weight_decay
 
 
 @triton.jit
@@ -46,7 +45,7 @@ def update(
     DECOUPLED: tl.constexpr,
     AUTHORS: tl.constexpr,
 ):
-    beta1, rest1, beta2, rest2, correction1, root_correction2, eps, weight_decay = ready
+    beta1, rest1, correction1, beta2, rest2, root_correction2, eps, weight_decay = ready
     if DECOUPLED:
         p = p * (1 - rate * weight_decay)
     else:

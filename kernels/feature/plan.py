@@ -106,6 +106,11 @@ def _look(lists: Lists) -> _Looks:
     )
 
 
+# Their tables and gradients' addresses are read by every replay of a graph, whatever becomes of who made them: some
+# kilobytes, kept for the life of the process.
+_captured_plans: list["Plan"] = []
+
+
 class Plan:
     """The device tables of some lists, and the gradients' pointers, which alone change from step to step.
 
@@ -122,7 +127,7 @@ class Plan:
         self._looks = _look(lists)
         self._pointers: list[int] = []
         self._grads: Tensor | None = None
-        # What captured graphs read, kept as it was at capture for as long as the plan lives.
+        # What captured graphs read, kept as it was at capture.
         self._captured: list[tuple[Tensor, ...]] = []
         self.captured = False
 
@@ -138,7 +143,7 @@ class Plan:
         return (
             [*map(_shape, grads)] == self._looks.shapes
             and [*map(_dtype, grads)] == self._looks.dtypes
-            and not any(grad.is_sparse for grad in grads)
+            and all(grad.layout is torch.strided for grad in grads)
             and [*map(_strides, grads)] == self._looks.strides
         )
 
@@ -202,7 +207,9 @@ class Plan:
                 # Replays copy from the staging memory again.
                 self._captured.append((self._grads, staged))
         if _capturing(device):
-            self.captured = True
+            if not self.captured:
+                self.captured = True
+                _captured_plans.append(self)
             if not any(entry[0] is self._grads for entry in self._captured):
                 self._captured.append((self._grads,))
         return self._grads

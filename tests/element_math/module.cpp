@@ -13,8 +13,8 @@
 #include "mixture/cuda/rows.cuh"
 #endif
 #include "common/rounding.h"
-#include "feature/adam_math.h"
-#include "feature/sgd_math.h"
+#include "feature/adam.h"
+#include "feature/sgd.h"
 #include "mixture/math.h"
 #include "switch/math.h"
 
