@@ -15,6 +15,7 @@
 #include "common/rounding.h"
 #include "feature/adam.h"
 #include "feature/sgd.h"
+#include "mixture/likelihood.h"
 #include "mixture/math.h"
 #include "switch/math.h"
 
@@ -128,8 +129,9 @@ void bind(py::module_& m, const std::string& type) {
   m.def(("sgd_" + type).c_str(), &sgd<T>);
   m.def(("adam_" + type).c_str(), &adam<T>);
   m.def(("mixture_" + type).c_str(), &mixture<T>);
-  m.def(("class_log_likelihood_" + type).c_str(),
-        py::vectorize([](T logit, T max, T sum) { return class_log_likelihood(logit, max, sum); }));
+  m.def(("class_log_likelihood_" + type).c_str(), py::vectorize([](T logit, T max, T sum) {
+          return ClassesOptions().log_likelihood(logit, LogitSums<T>{max, sum});
+        }));
   m.def(("is_alive_" + type).c_str(), py::vectorize([](T value) { return is_alive(value); }));
 #ifdef ALRAO_CUDA_ON_CPU
   // Of parts, each a largest logit, its class, and the sum of exp(logit - largest).
