@@ -26,8 +26,7 @@ __global__ void mixture_norm_kernel(ClassTargets target, int64_t samples, comput
 
 template <class from_t, class to_t>
 __global__ void finite_copy_kernel(FiniteCopy<from_t, to_t> copy) {
-  copy_finite(copy, int64_t(blockIdx.x) * blockDim.x + threadIdx.x,
-              int64_t(gridDim.x) * blockDim.x);
+  copy_finite(copy, blockIdx.x, gridDim.x);
 }
 
 // What `op` makes of one row of the parts and 0, by a warp.

@@ -117,9 +117,28 @@ struct JointSample {
   }
 
   __device__ void copy_features(int64_t sample) const {
-    const int64_t features = a.size.features, at = sample * features;
-    copy_finite(FiniteCopy<scalar_t, scalar_t>{a.x + at, a.finite_x + at, features}, thread,
-                threads);
+    const int64_t features = a.size.features;
+    const scalar_t* from = a.x + sample * features;
+    scalar_t* to = a.finite_x + sample * features;
+    constexpr int kCount = 16 / sizeof(scalar_t);
+    const bool aligned = is_aligned<scalar_t, kCount>(from) && is_aligned<scalar_t, kCount>(to);
+    for (int64_t i = thread * kCount; i < features; i += threads * kCount) {
+      compute_type value[kCount];
+      load_some<kCount>(from, i, features, aligned, value);
+      Pack<scalar_t, kCount> pack;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        round_to(is_finite(value[j]) ? value[j] : compute_type(0), pack.values[j]);
+      }
+      if (aligned && i + kCount <= features) {
+        store_pack(to + i, pack);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          if (i + j < features) to[i + j] = pack.values[j];
+        }
+      }
+    }
   }
 
   // Log-likelihood of one clone; a number beyond the last takes part in the reductions only.
@@ -221,8 +240,7 @@ __global__ void __launch_bounds__(kSampleThreads, 2)
   ALRAO_DYNAMIC_SHARED(unsigned char, memory);
   __shared__ double scratch[kSampleThreads / kWarp];
   if (static_cast<int>(blockIdx.x) >= sample_blocks) {
-    copy_finite(a.weight, int64_t(blockIdx.x - sample_blocks) * blockDim.x + threadIdx.x,
-                int64_t(gridDim.x - sample_blocks) * blockDim.x);
+    copy_finite(a.weight, blockIdx.x - sample_blocks, gridDim.x - sample_blocks);
     return;
   }
   using compute_type = compute_t<scalar_t>;

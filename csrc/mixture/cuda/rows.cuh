@@ -181,14 +181,14 @@ inline __device__ double count_targets(const ClassTargets& target, int64_t sampl
   return block_reduce(counted, Sum(), 0.0, scratch);
 }
 
-// A thread's share of a copy, of `threads` threads.
+// This block's share of a copy, of `blocks` blocks.
 template <class from_t, class to_t>
-__device__ void copy_finite(const FiniteCopy<from_t, to_t>& copy, int64_t thread, int64_t threads) {
+__device__ void copy_finite(const FiniteCopy<from_t, to_t>& copy, int64_t block, int64_t blocks) {
   constexpr int kCount = 16 / (sizeof(from_t) > sizeof(to_t) ? sizeof(from_t) : sizeof(to_t));
   const bool from_aligned = is_aligned<from_t, kCount>(copy.from);
   const bool to_aligned = is_aligned<to_t, kCount>(copy.to);
-  const int64_t step = threads * kCount;
-  for (int64_t i = thread * kCount; i < copy.size; i += step) {
+  const int64_t step = blocks * blockDim.x * kCount;
+  for (int64_t i = (block * blockDim.x + threadIdx.x) * kCount; i < copy.size; i += step) {
     compute_t<from_t> value[kCount];
     load_some<kCount>(copy.from, i, copy.size, from_aligned, value);
     Pack<to_t, kCount> pack;
