@@ -1,10 +1,10 @@
 // One kernel source, several instruction sets.
 //
-// csrc/cpu/*_kernel.cpp is compiled once per instruction set with -DALRAO_ISA=<name>, and puts
+// csrc/*/cpu/*_kernel.cpp is compiled once per instruction set with -DALRAO_ISA=<name>, and puts
 // everything into `namespace alrao::cpu::ALRAO_ISA`. Inside `namespace alrao::cpu`,
 //
 //   ALRAO_DECLARE_KERNEL(void, scale, (float* x, int64_t n, float factor));   // in a header
-//   ALRAO_KERNEL(scale)(x, n, 2.0f);                                          // in a *_cpu.cpp
+//   ALRAO_KERNEL(scale)(x, n, 2.0f);                                          // in other sources
 //
 // declare it for every compiled instruction set and call the one chosen for this machine.
 #pragma once
