@@ -2,6 +2,7 @@
 
 - The switch observes the mean over all processes' counted samples, equal to one process with the whole batch, and
   every process ends with the same bits; a process group of one keeps to itself.
+- The second run of an activation checkpoint communicates nothing and observes nothing.
 - DistributedDataParallel around an AlraoModel: gradients of the whole batch, equal models after some steps.
 """
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from alrao_fast.nn import AlraoModel, ClassifierClones, Switch
 from alrao_fast.optim import AlraoSGD
@@ -91,7 +93,24 @@ def gradients(rank):
     return {name: p.grad for name, p in net.named_parameters()}
 
 
-JOBS = (switch_alone, heads, alone, data_parallel, gradients)
+def checkpointed(rank):
+    """The second process runs its forwards again, the first does not: there is nothing to wait for."""
+    result = {}
+    for reentrant in (False, True):
+        net = make_model()
+        for x, y in zip(*data()):
+            part = slice(4 * rank, 4 * rank + 4)
+            features = net.backbone[0](x[part])
+            if rank == 0:
+                loss = net.head(features, y[part])
+            else:
+                loss = checkpoint(net.head, features, y[part], use_reentrant=reentrant)
+            loss.backward()
+        result[str(reentrant)] = state(net)
+    return result
+
+
+JOBS = (switch_alone, heads, alone, data_parallel, gradients, checkpointed)
 
 
 def work(rank, folder):
@@ -144,6 +163,12 @@ def test_heads_see_the_whole_batch(results, evidence):
     # Nobody counted a sample of the last batch: it is no observation.
     assert one["head.switch.t"].item() == 4
     assert one["running"][2].tolist() == [17] * 3
+
+
+@pytest.mark.parametrize("reentrant", ["False", "True"])
+def test_activation_checkpoints_communicate_once(results, reentrant):
+    for r in results:
+        assert_same_bits(r["checkpointed"][reentrant], results[0]["heads"]["mean"])
 
 
 def test_group_of_one(results):

@@ -121,6 +121,7 @@ class LinearClones(FixedDtypeBuffers):
         mixture = _per_sample(criterion(mixture_outputs), self.num_clones)
         alive = own.detach().isfinite() & mixture.detach().isfinite()
         never_dead = alive.all(0).view(-1, *[1] * (own_outputs.dim() - 1))
+        posterior, observing = self.switch.mixing_posterior(observing=self.training)
 
         # A masked loss sends a zero gradient back through the criterion, which may make it 0 * inf = NaN.
         if own_outputs.requires_grad:
@@ -135,10 +136,10 @@ class LinearClones(FixedDtypeBuffers):
             alive,
             torch.full_like(own, math.nan, dtype=torch.float64),
             torch.ones_like(alive[:, 0]),
-            self.switch.log_posterior,
+            posterior,
             self.reduction,
         )
-        if self.training:
+        if observing:
             self._observe(stats)
         return loss
 
@@ -161,20 +162,22 @@ class LinearClones(FixedDtypeBuffers):
 
     def _loss(self, features: Tensor, targets: Tensor, **options: Any) -> Tensor:
         """The mixture's loss; in training mode its statistics are observed."""
+        switch = self.switch
+        posterior, observing = switch.mixing_posterior(observing=self.training)
         # With other processes the statistics must be summed first.
-        alone = self.training and self.switch.is_alone()
+        alone = observing and switch.is_alone()
         loss, stats = self._stats(
             features,
             self.weight,
             self.bias,
-            self.switch.log_posterior,
+            posterior,
             targets,
             reduction=self.reduction,
             memory_budget=self.memory_budget,
             observer=self._observer() if alone else None,
             **options,
         )
-        if self.training and not alone:
+        if observing and not alone:
             self._observe(stats)
         return loss
 
@@ -261,8 +264,8 @@ class ClassifierClones(LinearClones):
         nothing changes.
         """
         if targets is None:
-            # A copy: a later training step may update the posterior before this result's backward.
-            posterior = self.switch.log_posterior.clone()
+            # A fresh tensor: a later training step may update the posterior before this result's backward.
+            posterior, _ = self.switch.mixing_posterior(observing=False)
             return switch_mixture_log_prob(
                 features, self.weight, self.bias, posterior, memory_budget=self.memory_budget
             )
@@ -308,7 +311,7 @@ class RegressorClones(LinearClones):
         `ClassifierClones.forward`.
         """
         if targets is None:
-            posterior = self.switch.log_posterior.clone()
+            posterior, _ = self.switch.mixing_posterior(observing=False)
             return switch_mixture_mean(features, self.weight, self.bias, posterior)
         return self._loss(features, targets, sigma2=self.sigma2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from alrao_fast.nn.recomputation import first_value
 from alrao_fast.ops.switch_update import switch_update_
 from alrao_fast.reference.switch_update import initial_state
+
+
+def normalized(log_posterior: Tensor) -> Tensor:
+    """`log_posterior [N]` with probabilities that sum to 1; NaN counts as -inf, and where all are -inf all are NaN."""
+    return log_posterior.nan_to_num(-math.inf, math.inf, -math.inf).log_softmax(0)
 
 
 class FixedDtypeBuffers(nn.Module):
@@ -43,6 +50,9 @@ class Switch(FixedDtypeBuffers):
     Buffers, float64 through every dtype conversion of the module, all in the state_dict: `logw [2, N]`, the log of the
     joint posterior over (may switch, stays) and clone; `log_posterior [N]`, the log posterior over clones; `t`, the
     number of the next observation (int64 scalar, 1 at the start).
+
+    An average of several models' buffers, as `torch.optim.swa_utils.AveragedModel(use_buffers=True)` keeps one, is the
+    geometric mean of their posteriors, whose sum is less than 1: what reads it normalises it, as an update does.
     """
 
     logw: Tensor
@@ -78,8 +88,26 @@ class Switch(FixedDtypeBuffers):
             buffer.copy_(start)
 
     def posterior(self) -> Tensor:
-        """Probabilities `[N]` of the clones, float64, a fresh tensor."""
-        return self.log_posterior.exp()
+        """Probabilities `[N]` of the clones, float64, a fresh tensor: they sum to 1, or all are NaN."""
+        return self.log_probabilities().exp()
+
+    def log_probabilities(self) -> Tensor:
+        """Log-probabilities `[N]` of the clones, float64, a fresh tensor: `log_posterior`, normalised.
+
+        NaN counts as -inf: averages of a log-posterior that was -inf are NaN, in some of torch's formulas.
+        """
+        own: dict[str, Any] = self._buffers
+        return normalized(own["log_posterior"])
+
+    def mixing_posterior(self, *, observing: bool) -> tuple[Tensor, bool]:
+        """The log-posterior `[N]` by which the present forward mixes, and whether this forward observes.
+
+        One that is to observe gets `log_posterior` itself, the others a fresh tensor. The second run of a forward
+        inside an activation checkpoint gets what the first one had, and observes nothing.
+        """
+        own: dict[str, Any] = self._buffers
+        log_posterior, again = first_value(self, own["log_posterior"])
+        return log_posterior if observing else normalized(log_posterior), observing and not again
 
     def update(self, log_likelihood: Tensor) -> None:
         """Take the clones' log-likelihoods `[N]` (float32 or float64) as one observation.
