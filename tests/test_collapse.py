@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from alrao_fast import backends
 from alrao_fast.nn import AlraoModel, ClassifierClones, RegressorClones
 
 
@@ -61,7 +62,7 @@ def snapshot(net):
     return {name: t.clone() for name, t in (*net.named_parameters(), *net.named_buffers())}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("make", [classifier, regressor])
 def test_mixture_is_the_model_in_eval_mode(make, bias, dtype):
@@ -138,7 +139,8 @@ def test_diverged_clones_are_left_out():
         net.head.weight[1, 0, 0] = math.nan
         net.head.bias[2, 1] = math.inf
     x = torch.randn(5, 3)
-    expected = net.eval()(x)
+    # As probabilities that sum to 1.
+    expected = net.eval()(x).log_softmax(-1)
     torch.testing.assert_close(net.collapse("mixture")(x), expected)
     best = F.linear(net.backbone(x), net.head.weight[0], net.head.bias[0]).log_softmax(-1)
     torch.testing.assert_close(net.collapse("best")(x), best)
@@ -154,6 +156,60 @@ def test_diverged_regressors_are_left_out():
         net.head.weight[1] = math.inf
     x = torch.randn(5, 3)
     torch.testing.assert_close(net.collapse("mixture")(x), net.eval()(x))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("make", [classifier, regressor])
+def test_clones_that_overflow(make, dtype, backend):
+    """Finite weights, outputs that are not: each clone on other samples, none and all on some."""
+    net = trained(make(), nn.Linear(3, 8), dtype=dtype)
+    net.backbone = nn.Identity()
+    x = torch.randn(5, 8, dtype=dtype)
+    with torch.no_grad():
+        x[:, :3] = torch.tensor([[0, 0, 0], [2, 0, 0], [0, 2, 2], [2, 2, 2], [math.nan, 0, 0]])
+        for n in range(3):
+            net.head.weight[n, n, n] = torch.finfo(dtype).max
+    dead = ~net.head.clone_outputs(x).isfinite().all(2).T
+    assert dead.sum(1).tolist() == [0, 1, 2, 3, 3]
+    with backends.use_backend(backend):
+        expected = net.eval()(x)
+    if make is classifier:
+        expected[:3] = expected[:3].log_softmax(-1)
+    result = net.collapse("mixture")(x)
+    torch.testing.assert_close(result, expected, equal_nan=True)
+    assert result[:3].isfinite().all()
+    nothing = -math.inf if make is classifier else math.nan
+    torch.testing.assert_close(
+        result[3:], torch.full_like(result[3:], nothing), rtol=0, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("make", [classifier, regressor])
+def test_best_is_not_a_clone_that_overflows(make):
+    net = trained(make())
+    with torch.no_grad():
+        net.head.weight[1] = 3e38
+    plain, x = net.collapse("best"), torch.randn(5, 3)
+    torch.testing.assert_close(plain.head.weight, net.head.weight[0])
+    assert plain(x).isfinite().all()
+    with torch.no_grad():
+        net.head.weight.fill_(3e38)
+    torch.testing.assert_close(net.collapse("best").head.bias, net.head.bias[1])
+
+
+@pytest.mark.parametrize("make", [classifier, regressor])
+def test_gradient_of_the_mixture(make):
+    """That of the living clones."""
+    net = trained(make())
+    with torch.no_grad():
+        net.backbone[0].bias.fill_(5)
+        net.head.weight[0] = 3e38
+    plain = net.collapse("mixture")
+    plain(torch.randn(5, 3)).square().sum().backward()
+    grads = plain.head.weight.grad.unflatten(0, (3, 4))
+    assert not grads[0].any()
+    assert grads[1].any() and grads.isfinite().all()
 
 
 @pytest.mark.parametrize("which", ["best", "mixture"])
@@ -253,6 +309,21 @@ def test_default_that_source_cannot_spell_stays_the_backbones():
             lambda: AlraoModel(nn.Identity(), classifier()).collapse(),
             RuntimeError,
             "run one batch through the model first, or pass num_extras",
+        ),
+        (
+            lambda: trained(classifier()).collapse(num_extras=-1),
+            ValueError,
+            "num_extras: got -1, expected how many values the backbone returns",
+        ),
+        (
+            lambda: trained(classifier()).collapse(num_extras=2.5),
+            TypeError,
+            "num_extras: got 2.5, expected how many",
+        ),
+        (
+            lambda: trained(classifier()).collapse(num_extras=True),
+            TypeError,
+            "num_extras: got True",
         ),
         (
             lambda: AlraoModel(Strange(lambda *args: args[0]), classifier()).collapse(num_extras=0),

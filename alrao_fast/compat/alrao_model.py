@@ -99,7 +99,7 @@ class AlraoModel(nn.Module):
         x = out[0] if isinstance(out, tuple) else out
         last = self._evaluate(x)
         if self.task == "classification" and torch.is_grad_enabled() and last.clone_pass.mixes:
-            average = last.clone_pass.mixture(x, self.switch.logposterior)
+            average = last.clone_pass.mixture(x, self.switch.log_probabilities())
         else:
             average = self.switch.average(last.outputs(), last.clone_pass.alive)
         return (average, *out[1:]) if isinstance(out, tuple) else average
@@ -175,11 +175,12 @@ class AlraoModel(nn.Module):
         lists = [list(layer.parameters()) for layer in self.last_layers()]
         if any([p.shape for p in own] != [p.shape for p in lists[0]] for own in lists):
             raise ValueError("the last layers differ in shape: they have no mean")
-        behind = self.switch.logposterior < threshold
+        log_posterior = self.switch.log_probabilities()
+        behind = log_posterior < threshold
         flat = [stack(params).flatten(1) for params in zip(*lists)]
         finite = torch.stack([params.isfinite().all(1) for params in flat]).all(0)
         # With no finite layer nothing is copied; NaN stands for "keep".
-        weight = torch.softmax(torch.where(finite, self.switch.logposterior, -torch.inf), 0)
+        weight = torch.softmax(torch.where(finite, log_posterior, -torch.inf), 0)
         for params, together in zip(zip(*lists), flat):
             own = torch.where(finite.unsqueeze(1), together, 0)
             mean = (weight.to(own.dtype).unsqueeze(0) @ own).squeeze(0)

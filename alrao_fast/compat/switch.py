@@ -9,7 +9,7 @@ from torch import Tensor
 
 from alrao_fast.compat._losses import Criterion, correct_predictions, known_losses, nll_ignoring
 from alrao_fast.functional import switch_update_
-from alrao_fast.nn.switch import FixedDtypeBuffers
+from alrao_fast.nn.switch import FixedDtypeBuffers, normalized
 from alrao_fast.reference.switch_update import initial_state
 
 TASKS = ("classification", "regression")
@@ -93,7 +93,11 @@ class Switch(FixedDtypeBuffers):
 
     def posterior(self) -> Tensor:
         """The probabilities [N] of the models, float64."""
-        return self.logposterior.exp()
+        return self.log_probabilities().exp()
+
+    def log_probabilities(self) -> Tensor:
+        """`logposterior`, normalised: averages of models may average it, and what they get does not sum to 1."""
+        return normalized(self.logposterior)
 
     def forward(self, lst_ll_out: Sequence[Tensor]) -> Any:
         """The average of the models' outputs.
@@ -107,7 +111,7 @@ class Switch(FixedDtypeBuffers):
         """`forward` for outputs [N, ...]; `alive` is None or where a model counts, `[N, ..., 1]`."""
         if self.task == "regression":
             return self._average_means(outputs, alive)
-        prior = self.logposterior.to(outputs.dtype).view(-1, *[1] * (outputs.dim() - 1))
+        prior = self.log_probabilities().to(outputs.dtype).view(-1, *[1] * (outputs.dim() - 1))
         if alive is None:
             return torch.logsumexp(outputs + prior, 0)
         joint = torch.where(alive, outputs + prior, -torch.inf)
@@ -123,7 +127,7 @@ class Switch(FixedDtypeBuffers):
             if not bool(whole.any()):
                 raise ValueError("every last layer has an output that is not finite: all diverged")
             # What is left of the others' posterior; softmax, because it may be below the smallest float.
-            left = torch.where(whole, self.logposterior, -torch.inf)
+            left = torch.where(whole, self.log_probabilities(), -torch.inf)
             ps = torch.softmax(left, 0).to(outputs.dtype)
             outputs = torch.where(whole.view(-1, *[1] * (outputs.dim() - 1)), outputs, 0)
         return outputs.movedim(0, -1), ps

@@ -181,6 +181,11 @@ class LinearClones(FixedDtypeBuffers):
             self._observe(stats)
         return loss
 
+    def finite_clones(self) -> Tensor:
+        """Which clones `[N]` have finite parameters only: the others are dead for good."""
+        finite = self.weight.detach().isfinite().all((1, 2))
+        return finite if self.bias is None else finite & self.bias.detach().isfinite().all(1)
+
     def clone_metrics(self, reset: bool = False) -> dict[str, Tensor]:
         """Per-clone means over the training samples since construction or the last reset, float64, on the device.
 

@@ -2,13 +2,16 @@
 
 import copy
 import inspect
+import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from alrao_fast.nn.clones import ClassifierClones, LinearClones
+from alrao_fast.nn.switch import normalized
 
 _WHICH = ("best", "mixture")
 # What a generated signature can spell out.
@@ -21,23 +24,18 @@ def collapse(
     """Backbone and the best clone, or the mixture of all, in eval mode (see `AlraoModel.collapse`)."""
     if which not in _WHICH:
         raise ValueError(f"which: got {which!r}, expected one of {', '.join(_WHICH)}")
-    weight, bias, log_posterior = _living(head)
+    _check_num_extras(num_extras)
     # The clones' outputs are float32 at least, even where their parameters are not.
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    weight, bias, log_posterior = _living(head, dtype)
     classify = isinstance(head, ClassifierClones)
     if which == "best":
-        best = log_posterior.argmax()
+        best = _best(weight, bias, log_posterior)
         weight, bias = weight[best], None if bias is None else bias[best]
-    elif not classify:
-        # The mean prediction of linear layers is the prediction of the mean layer.
-        p = log_posterior.softmax(0)
-        weight = torch.einsum("n,ncd->cd", p, weight.double())
-        bias = None if bias is None else p @ bias.double()
-    mix = classify and which == "mixture"
 
     root: dict[str, Any] = {
         "backbone": copy.deepcopy(backbone),
-        "head": _linear(weight, bias, dtype),
+        "head": _linear(weight, bias),
     }
     graph = fx.Graph()
     out = _call_backbone(graph, backbone)
@@ -45,39 +43,71 @@ def collapse(
     if dtype != head.weight.dtype:
         features = graph.call_method("float", (features,))
     result = graph.call_module("head", (features,))
-    if mix:
+    if which == "mixture":
         root["log_posterior"] = log_posterior.to(dtype).unsqueeze(1)
-        num_clones, num_classes = log_posterior.numel(), weight.size(1)
-        result = graph.call_method("unflatten", (result, -1, (num_clones, num_classes)))
-    if classify:
+        result = graph.call_method("unflatten", (result, -1, tuple(weight.shape[:2])))
+        result = _mixture(graph, result, classify)
+    elif classify:
         result = graph.call_method("log_softmax", (result, -1))
-    if mix:
-        joint = graph.call_function(torch.add, (result, graph.get_attr("log_posterior")))
-        result = graph.call_function(torch.logsumexp, (joint, -2))
     extras = [graph.call_function(operator.getitem, (out, i + 1)) for i in range(num_extras)]
     graph.output((result, *extras) if extras else result)
     return fx.GraphModule(root, graph, class_name="CollapsedModel").eval()
 
 
-def _living(head: LinearClones) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Weights, biases and log-posterior of the clones whose parameters are all finite."""
-    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-    finite = weight.isfinite().all((1, 2))
-    if bias is not None:
-        finite &= bias.isfinite().all(1)
+def _check_num_extras(num_extras: int) -> None:
+    expected = "expected how many values the backbone returns beside the features, 0 or more"
+    if isinstance(num_extras, bool) or not isinstance(num_extras, int):
+        raise TypeError(f"num_extras: got {num_extras!r}, {expected}")
+    if num_extras < 0:
+        raise ValueError(f"num_extras: got {num_extras}, {expected}")
+
+
+def _mixture(graph: fx.Graph, outputs: fx.Node, classify: bool) -> fx.Node:
+    """The mixture of the outputs `[..., N, C]`, for each sample of the clones whose outputs are finite there."""
+
+    def call(function: Callable[..., Any], *args: Any) -> fx.Node:
+        return graph.call_function(function, args)
+
+    finite = call(torch.isfinite, outputs)
+    alive = graph.call_method("all", (finite, -1), {"keepdim": True})
+    outputs = call(torch.where, alive, outputs, 0.0)
+    mass = call(torch.where, alive, graph.get_attr("log_posterior"), -math.inf)
+    if not classify:
+        p = call(torch.softmax, mass, -2)
+        return call(torch.sum, call(torch.mul, p, outputs), -2)
+    joint = call(torch.add, call(torch.log_softmax, outputs, -1), call(torch.log_softmax, mass, -2))
+    result = call(torch.logsumexp, joint, -2)
+    # Where every clone is dead no class has a probability.
+    any_alive = graph.call_method("any", (alive, -2))
+    return call(torch.where, any_alive, result, -math.inf)
+
+
+def _living(head: LinearClones, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Weights and biases in `dtype` and log-posterior of the clones whose parameters are all finite."""
+    finite = head.finite_clones()
     if not finite.any():
         raise ValueError("every clone has non-finite weights: there is nothing to collapse to")
-    log_posterior = head.switch.log_posterior[finite]
-    return weight[finite], None if bias is None else bias[finite], log_posterior
+    bias = None if head.bias is None else head.bias.detach()[finite].to(dtype)
+    log_posterior = normalized(head.switch.log_posterior[finite])
+    return head.weight.detach()[finite].to(dtype), bias, log_posterior
 
 
-def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+def _best(weight: Tensor, bias: Tensor | None, log_posterior: Tensor) -> Tensor:
+    """The clone of largest posterior; one that overflows on features between -1 and 1 only if all do."""
+    largest = weight.abs().sum(2)
+    if bias is not None:
+        largest = largest + bias.abs()
+    finite = largest.isfinite().all(1)
+    return torch.where(finite | ~finite.any(), log_posterior, -math.inf).argmax()
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """`nn.Linear` from weights `[..., C, D]` and biases `[..., C]`, stacked if there are several."""
     weight = weight.reshape(-1, weight.size(-1))
     linear = nn.Linear(weight.size(1), weight.size(0), bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.to(dtype, copy=True))
+    linear.weight = nn.Parameter(weight.clone())
     if bias is not None:
-        linear.bias = nn.Parameter(bias.flatten().to(dtype, copy=True))
+        linear.bias = nn.Parameter(bias.flatten().clone())
     return linear
 
 

@@ -66,13 +66,14 @@ class AlraoModel(nn.Module):
         """An ordinary module, without a trace of this package, that computes what `net.eval()(x)` does.
 
         Args:
-            which: "mixture" gives the same output as this model in eval mode; "best" has only the clone of largest
-                posterior, at the cost of one last layer.
+            which: "mixture" gives the same output as this model in eval mode, for samples on which clones overflow,
+                too, at the cost of all last layers; "best" has only the clone of largest posterior, at the cost of one.
             num_extras: how many values the backbone returns beside the features; None takes it from the last call
                 of this model.
 
         The result holds copies (this model stays as it is), is in eval mode, and takes the arguments that the
-        backbone's forward names. Clones with non-finite weights are left out.
+        backbone's forward names. Clones with non-finite weights are left out, and "best" is not one that overflows on
+        features between -1 and 1. ValueError if no clone is finite.
         """
         num_extras = self._num_extras if num_extras is None else num_extras
         if num_extras is None:
