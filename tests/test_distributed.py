@@ -7,6 +7,7 @@
 """
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -110,7 +111,20 @@ def checkpointed(rank):
     return result
 
 
-JOBS = (switch_alone, heads, alone, data_parallel, gradients, checkpointed)
+def broken(rank):
+    """The second process gets an input that is not finite."""
+    net, (x, y) = make_model(), (values[0] for values in data(ignored=False))
+    if rank == 1:
+        x[5] = math.nan
+    part = slice(4 * rank, 4 * rank + 4)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        net.head(net.backbone[0](x[part]), y[part])
+    messages = [str(w.message) for w in told if w.category is RuntimeWarning]
+    return {"told": messages, "t": net.head.switch.t}
+
+
+JOBS = (switch_alone, heads, alone, data_parallel, gradients, checkpointed, broken)
 
 
 def work(rank, folder):
@@ -169,6 +183,14 @@ def test_heads_see_the_whole_batch(results, evidence):
 def test_activation_checkpoints_communicate_once(results, reentrant):
     for r in results:
         assert_same_bits(r["checkpointed"][reentrant], results[0]["heads"]["mean"])
+
+
+def test_what_is_not_finite_is_told_where_it_is(results):
+    assert not results[0]["broken"]["told"]
+    (message,) = results[1]["broken"]["told"]
+    assert "1 of 4 samples have features that are not finite, but the 2 parameters" in message
+    # What one process cannot explain by any clone is no observation for all.
+    assert [r["broken"]["t"].item() for r in results] == [1, 1]
 
 
 def test_group_of_one(results):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alrao_fast.nn.switch import FixedDtypeBuffers, Switch
+from alrao_fast.nn.watch import Watch
 from alrao_fast.ops.mixture import (
     switch_mixture_gaussian_stats,
     switch_mixture_log_prob,
@@ -29,7 +30,7 @@ class LinearClones(FixedDtypeBuffers):
 
     `weight [N, C, D]` and `bias [N, C]` hold the clones; `clone_lr [N]` (float32) their learning rates, NaN until an
     optimizer sets them. In training mode every loss is one observation of the switch, and its statistics are added to
-    `running` on the device.
+    `running` on the device. A loss that is not finite warns once for each cause (`watch.py`).
     """
 
     in_features: int
@@ -86,6 +87,7 @@ class LinearClones(FixedDtypeBuffers):
                 self.weight[n].uniform_(-bound, bound)
                 if self.bias is not None:
                     self.bias[n].uniform_(-bound, bound)
+        self._watch = Watch()
         self.clone_lr.fill_(math.nan)
         self.running.zero_()
         self.switch.reset_parameters()
@@ -141,6 +143,7 @@ class LinearClones(FixedDtypeBuffers):
         )
         if observing:
             self._observe(stats)
+            self._watch.look(self, loss, features, None)
         return loss
 
     def _observer(self) -> Observer:
@@ -177,14 +180,40 @@ class LinearClones(FixedDtypeBuffers):
             observer=self._observer() if alone else None,
             **options,
         )
-        if observing and not alone:
-            self._observe(stats)
+        if observing:
+            if not alone:
+                self._observe(stats)
+            self._watch.look(self, loss, features, targets)
         return loss
 
     def finite_clones(self) -> Tensor:
         """Which clones `[N]` have finite parameters only: the others are dead for good."""
         finite = self.weight.detach().isfinite().all((1, 2))
         return finite if self.bias is None else finite & self.bias.detach().isfinite().all(1)
+
+    def living_posterior(self) -> Tensor:
+        """Posterior `[N]` of the clones with finite parameters, 0 for the others; RuntimeError if there is none."""
+        finite = self.finite_clones()
+        if not finite.any():
+            raise RuntimeError(
+                "every clone has parameters that are not finite: the training has diverged; go back to a checkpoint, "
+                "and lower the upper end of lr_range"
+            )
+        p = torch.where(finite, self.switch.posterior(), 0)
+        if not (p.sum() > 0):
+            raise RuntimeError(
+                f"the posterior of the clones is {self.switch.posterior().tolist()}: no clone with finite parameters "
+                "has a probability above 0"
+            )
+        return p / p.sum()
+
+    def counted(self, features: Tensor, targets: Tensor | None) -> Tensor:
+        """Those of the features `[B, D]` that count in the loss with `targets`."""
+        return features
+
+    def describe_targets(self, targets: Tensor | None) -> str:
+        """Why finite features and clones may have no finite loss with `targets`, None those of a user's criterion."""
+        return "Look at the criterion and its targets"
 
     def clone_metrics(self, reset: bool = False) -> dict[str, Tensor]:
         """Per-clone means over the training samples since construction or the last reset, float64, on the device.
@@ -276,6 +305,14 @@ class ClassifierClones(LinearClones):
             )
         return self._loss(features, targets, ignore_index=self.ignore_index)
 
+    def counted(self, features: Tensor, targets: Tensor | None) -> Tensor:
+        return features if targets is None else features[targets.flatten() != self.ignore_index]
+
+    def describe_targets(self, targets: Tensor | None) -> str:
+        if targets is None:
+            return super().describe_targets(targets)
+        return f"Look for targets outside of the classes 0 to {self.num_classes - 1}"
+
 
 class RegressorClones(LinearClones):
     """N linear regressors with Gaussian noise of variance `sigma2` on each of the `out_features` outputs.
@@ -319,6 +356,12 @@ class RegressorClones(LinearClones):
             posterior, _ = self.switch.mixing_posterior(observing=False)
             return switch_mixture_mean(features, self.weight, self.bias, posterior)
         return self._loss(features, targets, sigma2=self.sigma2)
+
+    def describe_targets(self, targets: Tensor | None) -> str:
+        if targets is None:
+            return super().describe_targets(targets)
+        bad = int((~targets.isfinite().flatten(0, -2).all(1)).sum())
+        return f"{bad} samples have targets that are not finite"
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sigma2={self.sigma2}"

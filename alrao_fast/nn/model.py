@@ -47,14 +47,15 @@ class AlraoModel(nn.Module):
     def suggested_lr(self) -> float:
         """The clones' learning rates averaged under the posterior (geometrically): a hint for a later plain SGD run.
 
-        Raises RuntimeError before an optimizer has set the rates.
+        Clones with parameters that are not finite have no part in it. Raises RuntimeError before an optimizer has set
+        the rates, and where no living clone or no finite posterior is left.
         """
         rates = self.head.clone_lr.double()
         if rates.isnan().any():
             raise RuntimeError(
                 "the clones have no learning rates yet: make an AlraoSGD or AlraoAdam of this model first"
             )
-        return float(torch.xlogy(self.posterior(), rates).sum().exp())
+        return float(torch.xlogy(self.head.living_posterior(), rates).sum().exp())
 
     def clone_metrics(self, reset: bool = False) -> dict[str, Tensor]:
         """The head's `clone_metrics`: per-clone running loss and accuracy (or squared error) in training."""
