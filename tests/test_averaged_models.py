@@ -77,6 +77,7 @@ def test_torch_averages(arguments, half):
     assert 1 <= average.head.switch.t.item() <= net.head.switch.t.item()
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("make", [classifier, regressor])
 def test_readers(backend, make):
     average = averaged(model(make)).eval()
@@ -147,6 +148,7 @@ def test_other_libraries_formula():
     assert average.posterior().sum().item() == pytest.approx(1, abs=1e-12)
 
 
+@pytest.mark.emulated
 def test_training_goes_on(backend):
     average = averaged(model())
     partner = copy.deepcopy(average)

@@ -165,6 +165,7 @@ def test_as_the_plain_run(loss, checkpoint):
     assert net.head.clone_metrics()["count"].item() == 24
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("checkpoint", [non_reentrant, reentrant])
 @pytest.mark.parametrize("make", [classifier, regressor])
 def test_on_every_backend(backend, make, checkpoint):

@@ -86,6 +86,7 @@ def loss_of(observe, net, x, y):
     return loss.item()
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("cause", CAUSES)
 @pytest.mark.parametrize("make", [classifier, regressor])
 @pytest.mark.parametrize("observe", [by_likelihood, by_criterion, in_checkpoint])
