@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from alrao_fast import live
 from alrao_fast.nn.clones import LinearClones
 from alrao_fast.nn.collapse import collapse
 
@@ -30,6 +31,11 @@ class AlraoModel(nn.Module):
         self.backbone = backbone
         self.head = head
         self._num_extras: int | None = None
+        live.models.enter(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        live.models.enter(self)
 
     def forward(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
         out = self.backbone(*args, **kwargs)
@@ -47,7 +53,7 @@ class AlraoModel(nn.Module):
     def suggested_lr(self) -> float:
         """The clones' learning rates averaged under the posterior (geometrically): a hint for a later plain SGD run.
 
-        Raises RuntimeError before an optimizer has set the rates.
+        The rates are `head.clone_lr`. Raises RuntimeError before an optimizer has set them.
         """
         rates = self.head.clone_lr.double()
         if rates.isnan().any():

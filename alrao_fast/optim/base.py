@@ -18,12 +18,15 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
+from alrao_fast import live
 from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import checkpoint
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
 from alrao_fast.optim.layouts import Layout, check_not_lazy, default_layout, resolve
+from alrao_fast.optim.owners import owners
 from alrao_fast.optim.param_groups import (
     as_groups,
+    bare_tensors,
     check_options,
     check_sampler,
     expanded,
@@ -75,6 +78,7 @@ class AlraoOptimizer(Optimizer):
         groups = as_groups(params)
         for root in [model] if model is not None else modules_of(groups):
             resolve(root, self._layouts)
+        self._resolve_owners(groups)
         super().__init__(groups, defaults)
         self._draw()
         self._warn_of_bare_tensors()
@@ -94,7 +98,8 @@ class AlraoOptimizer(Optimizer):
         """Add a group: `params` is a module, a tensor, or an iterable of modules, tensors and (name, tensor) pairs.
 
         The group's options are those of the constructor; it may also have its own `sampler` and `lr_range`. A bare
-        tensor has the layout its model gives it, if the optimizer has met the model, else one rate per index of dim 0.
+        tensor has the layout its module gives it, if the optimizer has met the module or it is in an `AlraoModel` or
+        a head, else one rate per index of dim 0.
         Raises, and adds nothing, where an option or a parameter is not valid.
         """
         if not isinstance(param_group, dict):
@@ -113,6 +118,8 @@ class AlraoOptimizer(Optimizer):
             for module in modules_of([group]):
                 resolve(module, self._layouts)
             group["params"] = expanded(group["params"])
+            if not self._constructing:
+                self._resolve_owners([group])
             self._lay_out(group["params"])
             for part in self._clones_apart(group, options[self._rule_option]):
                 super().add_param_group(part)
@@ -126,6 +133,12 @@ class AlraoOptimizer(Optimizer):
             raise
         if not self._constructing:
             self._warn_of_bare_tensors()
+
+    def _resolve_owners(self, groups: list[Any]) -> None:
+        """Lay out the models and heads that bare tensors belong to, as if they had been passed."""
+        if bare := bare_tensors(groups, self._layouts):
+            for owner in owners(bare):
+                resolve(owner, self._layouts)
 
     def _lay_out(self, entries: list[Any]) -> None:
         """Give the tensors that no module has laid out one rate per index of dimension 0."""
@@ -203,8 +216,14 @@ class AlraoOptimizer(Optimizer):
             if key not in moved:
                 moved[key] = rate.to(device)
             self._rates[param] = self.state[param]["rate"] = moved[key]
-            self._layouts[param].show(moved[key])
         self._binding = Binding()
+        self._tell_heads()
+
+    def _tell_heads(self) -> None:
+        """Let the heads, which outlive the optimizer, copy the rates of their clones."""
+        live.optimizers.enter(self)
+        for head in live.heads:
+            head.take_rates(self)
 
     def layout_of(self, param: Tensor) -> Layout:
         """The feature layout of one of the optimizer's parameters."""
@@ -264,6 +283,7 @@ class AlraoOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._binding = Binding()
+        self._tell_heads()
 
     # The step.
 
