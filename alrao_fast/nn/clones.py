@@ -75,7 +75,9 @@ class LinearClones(FixedDtypeBuffers):
             self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
-        self.register_buffer("clone_lr", torch.empty(num_clones, device=device).float())
+        self.register_buffer(
+            "clone_lr", torch.empty(num_clones, device=device, dtype=torch.float32)
+        )
         running = torch.empty(3, num_clones, device=device, dtype=torch.float64)
         self.register_buffer("running", running, persistent=False)
         self.reset_parameters()

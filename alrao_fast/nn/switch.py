@@ -65,16 +65,15 @@ class Switch(FixedDtypeBuffers):
         self.num_clones = num_clones
         self.theta = theta
         self.process_group = process_group
-        logw, log_posterior, t = initial_state(num_clones, theta)
-        self.register_buffer("logw", logw.to(device))
-        self.register_buffer("log_posterior", log_posterior.to(device))
-        self.register_buffer("t", t.to(device))
+        logw, log_posterior, t = initial_state(num_clones, theta, device)
+        self.register_buffer("logw", logw)
+        self.register_buffer("log_posterior", log_posterior)
+        self.register_buffer("t", t)
 
     def reset_parameters(self) -> None:
         """Forget every observation: the state at the start, in place."""
-        for buffer, start in zip(
-            (self.logw, self.log_posterior, self.t), initial_state(self.num_clones, self.theta)
-        ):
+        start_state = initial_state(self.num_clones, self.theta, self.t.device)
+        for buffer, start in zip((self.logw, self.log_posterior, self.t), start_state):
             buffer.copy_(start)
 
     def posterior(self) -> Tensor:

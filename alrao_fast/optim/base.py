@@ -203,7 +203,7 @@ class AlraoOptimizer(Optimizer):
         for group in self.param_groups:
             if "rounding_seed" not in group:
                 # The tensors of a group round with consecutive seeds, starting here.
-                seed = torch.randint(2**62, (), generator=self._generator)
+                seed = torch.randint(2**62, (), generator=self._generator, device="cpu")
                 group["rounding_seed"] = int(seed)
         self._store_rates()
 

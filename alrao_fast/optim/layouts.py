@@ -147,7 +147,9 @@ def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Lay
     for name, param in own.items():
         check_not_lazy(_join(module_name, name), param, type_name)
     registered = next((_RULES[c] for c in type(module).__mro__ if c in _RULES), None)
-    features = registered.rule(module) if registered else {}
+    # Which entry has which rate is worked out on the CPU, whatever torch's default device is.
+    with torch.device("cpu"):
+        features = registered.rule(module) if registered else {}
     rule = "registered" if registered and not registered.builtin else "built-in"
     vectors: dict[str, Vector] = {}
     for rule_name, feature in features.items():
