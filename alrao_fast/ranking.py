@@ -273,6 +273,14 @@ def _loss(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
+def _suggested_lr(net: AlraoModel) -> float:
+    """NaN where the training has diverged."""
+    try:
+        return net.suggested_lr()
+    except RuntimeError:
+        return math.nan
+
+
 class _Training(NamedTuple):
     """How each candidate is trained; the arguments are those of `rank`."""
 
@@ -301,7 +309,7 @@ class _Training(NamedTuple):
             valid_loss.append(loss)
             accuracies.append(accuracy)
             if loss < least or epoch == 0:
-                least, best_epoch, suggested = min(loss, least), epoch + 1, net.suggested_lr()
+                least, best_epoch, suggested = min(loss, least), epoch + 1, _suggested_lr(net)
             update()
             if self.patience is not None and epoch + 1 - best_epoch >= self.patience:
                 break

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alrao_fast import live
+from alrao_fast.nn.predictions import remember
 from alrao_fast.nn.switch import FixedDtypeBuffers, Switch
 from alrao_fast.ops.mixture import (
     switch_mixture_gaussian_stats,
@@ -201,6 +202,7 @@ class LinearClones(FixedDtypeBuffers):
 
     def _observer(self) -> Observer:
         switch = self.switch
+        switch.note_observation()
         # This runs in every training step: past nn.Module's __getattr__, which costs as much as a small kernel.
         state: dict[str, Any] = switch._buffers
         return Observer(
@@ -216,10 +218,14 @@ class LinearClones(FixedDtypeBuffers):
         """One observation of the switch from the statistics `[3, N]` of a batch."""
         self._observer().observe(self.switch.sum_over_processes(stats))
 
-    def _loss(self, features: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        """The mixture's loss; in training mode its statistics are observed."""
+    def loss(self, features: Tensor, targets: Tensor, *, observe: bool) -> Tensor:
+        """What `forward` returns with targets; `observe`: in training mode, update the switch."""
+        raise NotImplementedError
+
+    def _loss(self, features: Tensor, targets: Tensor, observe: bool, **options: Any) -> Tensor:
+        observe = observe and self.training
         # With other processes the statistics must be summed first.
-        alone = self.training and self.switch.is_alone()
+        alone = observe and self.switch.is_alone()
         loss, stats = self._stats(
             features,
             self.weight,
@@ -231,7 +237,7 @@ class LinearClones(FixedDtypeBuffers):
             observer=self._observer() if alone else None,
             **options,
         )
-        if self.training and not alone:
+        if observe and not alone:
             self._observe(stats)
         return loss
 
@@ -320,10 +326,14 @@ class ClassifierClones(LinearClones):
         if targets is None:
             # A copy: a later training step may update the posterior before this result's backward.
             posterior = self.switch.log_posterior.clone()
-            return switch_mixture_log_prob(
+            log_prob = switch_mixture_log_prob(
                 features, self.weight, self.bias, posterior, memory_budget=self.memory_budget
             )
-        return self._loss(features, targets, ignore_index=self.ignore_index)
+            return remember(self, features, log_prob)
+        return self.loss(features, targets, observe=True)
+
+    def loss(self, features: Tensor, targets: Tensor, *, observe: bool) -> Tensor:
+        return self._loss(features, targets, observe, ignore_index=self.ignore_index)
 
 
 class RegressorClones(LinearClones):
@@ -366,8 +376,12 @@ class RegressorClones(LinearClones):
         """
         if targets is None:
             posterior = self.switch.log_posterior.clone()
-            return switch_mixture_mean(features, self.weight, self.bias, posterior)
-        return self._loss(features, targets, sigma2=self.sigma2)
+            mean = switch_mixture_mean(features, self.weight, self.bias, posterior)
+            return remember(self, features, mean)
+        return self.loss(features, targets, observe=True)
+
+    def loss(self, features: Tensor, targets: Tensor, *, observe: bool) -> Tensor:
+        return self._loss(features, targets, observe, sigma2=self.sigma2)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sigma2={self.sigma2}"

@@ -53,14 +53,25 @@ class AlraoModel(nn.Module):
     def suggested_lr(self) -> float:
         """The clones' learning rates averaged under the posterior (geometrically): a hint for a later plain SGD run.
 
-        The rates are `head.clone_lr`. Raises RuntimeError before an optimizer has set them.
+        The rates are `head.clone_lr`. Raises RuntimeError before an optimizer has set them, and while the switch has
+        observed nothing.
         """
         rates = self.head.clone_lr.double()
         if rates.isnan().any():
             raise RuntimeError(
                 "the clones have no learning rates yet: make an AlraoSGD or AlraoAdam of this model first"
             )
+        self._check_observed("suggested_lr")
         return float(torch.xlogy(self.posterior(), rates).sum().exp())
+
+    def _check_observed(self, who: str) -> None:
+        """Without an observation the clones are equal, and the first of them is not the best."""
+        if self.head.num_clones > 1 and int(self.head.switch.t) == 1:
+            raise RuntimeError(
+                f"{who}: the switch has made no observation (t is 1), so it knows of no clone that it is better than "
+                "another. It observes every net(x, targets=y) with a finite loss in training mode; in a loop that "
+                "computes the loss, use the criterion MixtureLoss(net)"
+            )
 
     def clone_metrics(self, reset: bool = False) -> dict[str, Tensor]:
         """The head's `clone_metrics`: per-clone running loss and accuracy (or squared error) in training."""
@@ -73,7 +84,7 @@ class AlraoModel(nn.Module):
 
         Args:
             which: "mixture" gives the same output as this model in eval mode; "best" has only the clone of largest
-                posterior, at the cost of one last layer.
+                posterior, at the cost of one last layer. RuntimeError while the switch has observed nothing.
             num_extras: how many values the backbone returns beside the features; None takes it from the last call
                 of this model.
 
@@ -86,4 +97,6 @@ class AlraoModel(nn.Module):
                 "collapse has not seen yet whether the backbone returns features or (features, *extras): run one "
                 "batch through the model first, or pass num_extras (0 for features alone)"
             )
+        if which == "best":
+            self._check_observed("collapse('best')")
         return collapse(self.backbone, self.head, which, num_extras)

@@ -48,6 +48,8 @@ class Switch(FixedDtypeBuffers):
     logw: Tensor
     log_posterior: Tensor
     t: Tensor
+    # Whether this object has observed anything, known without a look at `t`, which may be on a GPU.
+    has_observed = False
 
     def __init__(
         self,
@@ -75,6 +77,7 @@ class Switch(FixedDtypeBuffers):
         start_state = initial_state(self.num_clones, self.theta, self.t.device)
         for buffer, start in zip((self.logw, self.log_posterior, self.t), start_state):
             buffer.copy_(start)
+        self.has_observed = False
 
     def posterior(self) -> Tensor:
         """Probabilities `[N]` of the clones, float64, a fresh tensor."""
@@ -93,11 +96,17 @@ class Switch(FixedDtypeBuffers):
 
     def observe(self, log_likelihood: Tensor) -> None:
         """`update` for log-likelihoods that already speak for all processes: nothing is communicated."""
+        self.note_observation()
         # This runs in every training step: past nn.Module's __getattr__, which costs as much as a small kernel.
         own: dict[str, Any] = self._buffers
         switch_update_(
             own["logw"], own["log_posterior"], own["t"], log_likelihood, theta=self.theta
         )
+
+    def note_observation(self) -> None:
+        """Remember that an observation is made."""
+        # Past nn.Module's __setattr__, which costs microseconds.
+        self.__dict__["has_observed"] = True
 
     def is_alone(self) -> bool:
         """Whether no other process observes with this one."""

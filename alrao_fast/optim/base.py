@@ -23,10 +23,9 @@ from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import checkpoint
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
 from alrao_fast.optim.layouts import Layout, check_not_lazy, default_layout, resolve
-from alrao_fast.optim.owners import owners
+from alrao_fast.optim.owners import owners, warn_of_unobserved
 from alrao_fast.optim.param_groups import (
     as_groups,
-    bare_tensors,
     check_options,
     check_sampler,
     expanded,
@@ -78,7 +77,6 @@ class AlraoOptimizer(Optimizer):
         groups = as_groups(params)
         for root in [model] if model is not None else modules_of(groups):
             resolve(root, self._layouts)
-        self._resolve_owners(groups)
         super().__init__(groups, defaults)
         self._draw()
         self._warn_of_bare_tensors()
@@ -118,8 +116,6 @@ class AlraoOptimizer(Optimizer):
             for module in modules_of([group]):
                 resolve(module, self._layouts)
             group["params"] = expanded(group["params"])
-            if not self._constructing:
-                self._resolve_owners([group])
             self._lay_out(group["params"])
             for part in self._clones_apart(group, options[self._rule_option]):
                 super().add_param_group(part)
@@ -134,14 +130,16 @@ class AlraoOptimizer(Optimizer):
         if not self._constructing:
             self._warn_of_bare_tensors()
 
-    def _resolve_owners(self, groups: list[Any]) -> None:
-        """Lay out the models and heads that bare tensors belong to, as if they had been passed."""
-        if bare := bare_tensors(groups, self._layouts):
-            for owner in owners(bare):
-                resolve(owner, self._layouts)
-
     def _lay_out(self, entries: list[Any]) -> None:
-        """Give the tensors that no module has laid out one rate per index of dimension 0."""
+        """Lay out the models and heads that bare tensors belong to, as if they had been passed.
+
+        Tensors that no module has laid out have one rate per index of dimension 0.
+        """
+        bare = [
+            p for p in map(tensor_of, entries) if isinstance(p, Tensor) and p not in self._layouts
+        ]
+        for owner in owners(bare) if bare else ():
+            resolve(owner, self._layouts)
         for number, entry in enumerate(entries):
             param = tensor_of(entry)
             if not isinstance(param, Tensor):
@@ -329,6 +327,7 @@ class AlraoOptimizer(Optimizer):
     @torch.no_grad()
     def _bind(self, group: dict[str, Any], needs: Needs, done: Collection[int]) -> GroupBinding:
         params, seed = group["params"], group["rounding_seed"]
+        warn_of_unobserved(params)
         for param in params:
             # Clearing the state forgets momentum, not the rates.
             if param in self._rates:

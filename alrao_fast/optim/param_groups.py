@@ -1,6 +1,5 @@
 """Param groups: what `params` may be, and the checks of the options that AlraoSGD and AlraoAdam share."""
 
-from collections.abc import Container, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,17 +16,7 @@ def as_groups(params: Any) -> list[Any]:
     entries = list(params)
     if not entries:
         raise ValueError("params is empty; expected at least one parameter")
-    if not isinstance(entries[0], dict):
-        return [{"params": entries}]
-    return [_listed(group) if isinstance(group, dict) else group for group in entries]
-
-
-def _listed(group: dict[str, Any]) -> dict[str, Any]:
-    """The group with a list for an iterable of parameters, which may be one that can be read only once."""
-    params = group.get("params")
-    if isinstance(params, nn.Module | Tensor | set) or not isinstance(params, Iterable):
-        return group
-    return {**group, "params": list(params)}
+    return entries if isinstance(entries[0], dict) else [{"params": entries}]
 
 
 def modules_of(groups: list[Any]) -> list[nn.Module]:
@@ -40,14 +29,6 @@ def modules_of(groups: list[Any]) -> list[nn.Module]:
         elif isinstance(params, list | tuple):
             modules += [item for item in params if isinstance(item, nn.Module)]
     return modules
-
-
-def bare_tensors(groups: list[Any], known: Container[Tensor]) -> list[Tensor]:
-    """The tensors that the groups name by themselves and that are not `known`, in order."""
-    params = [group.get("params", ()) if isinstance(group, dict) else () for group in groups]
-    lists = [p if isinstance(p, list | tuple) else [p] for p in params]
-    tensors = [tensor_of(entry) for entries in lists for entry in entries]
-    return [t for t in tensors if isinstance(t, Tensor) and t not in known]
 
 
 def tensor_of(entry: Any) -> Any:
