@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alrao_fast import live
+from alrao_fast.nn.clone_rates import WithRates
 from alrao_fast.nn.predictions import remember
-from alrao_fast.nn.switch import FixedDtypeBuffers, Switch
+from alrao_fast.nn.switch import Switch
 from alrao_fast.ops.mixture import (
     switch_mixture_gaussian_stats,
     switch_mixture_log_prob,
@@ -27,7 +27,7 @@ from alrao_fast.reference import switch_mixture as reference
 Reduction = Literal["mean", "sum"]
 
 
-class LinearClones(FixedDtypeBuffers):
+class LinearClones(WithRates):
     """What classification and regression share: N linear layers in one tensor, their switch, rates and statistics.
 
     `weight [N, C, D]` and `bias [N, C]` hold the clones; `clone_lr [N]` (float32) their learning rates, NaN until an
@@ -41,8 +41,6 @@ class LinearClones(FixedDtypeBuffers):
     reduction: Reduction
     memory_budget: int | None
     running: Tensor
-    # The optimizer that gave the rates, which may be gone.
-    _rates_from: weakref.ref[torch.optim.Optimizer] | None = None
     # The constructor's name for the width of a clone's output.
     _width: str
     # Name of the second row of the statistics, divided by the number of samples.
@@ -83,57 +81,6 @@ class LinearClones(FixedDtypeBuffers):
         self.register_buffer("running", running, persistent=False)
         self.reset_parameters()
         live.heads.enter(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy's clones are not those that the optimizer has.
-        return {**self.__dict__, "_rates_from": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        live.heads.enter(self)
-
-    @property
-    def clone_lr(self) -> Tensor:
-        """The clones' learning rates `[N]`, float32, NaN while no optimizer has set them.
-
-        They are those that the optimizer of the clones has now; of several optimizers the one that drew or loaded
-        rates last. While it lives, values that the module's `load_state_dict` brings do not count; without an
-        optimizer, or after its end, they do. The buffer of this name, which `state_dict` saves, follows.
-        """
-        rates = self._buffers.get("clone_lr")
-        if rates is None:
-            raise AttributeError(f"{type(self).__name__} has no clone_lr yet")
-        self._follow_optimizer()
-        return rates
-
-    @torch.no_grad()
-    def take_rates(self, optimizer: torch.optim.Optimizer) -> bool:
-        """From now on have the clones' rates from this Alrao optimizer; False where it has none."""
-        own = self._buffers["clone_lr"]
-        for param in self.parameters():
-            rate = optimizer.state.get(param, {}).get("rate")
-            if own is not None and isinstance(rate, Tensor) and rate.shape == own.shape:
-                own.copy_(rate)
-                self._rates_from = weakref.ref(optimizer)
-                return True
-        return False
-
-    def _follow_optimizer(self) -> None:
-        """Copy the rates that the clones have now into the buffer."""
-        if self._rates_from is not None:
-            optimizer = self._rates_from()
-            if optimizer is None or self.take_rates(optimizer):
-                return
-        # A copy, or clones that have left their optimizer.
-        any(map(self.take_rates, reversed(list(live.optimizers))))
-
-    def _save_to_state_dict(self, *arguments: Any) -> None:
-        self._follow_optimizer()
-        super()._save_to_state_dict(*arguments)
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        self._follow_optimizer()
 
     def reset_parameters(self) -> None:
         """Draw each clone anew as `nn.Linear` does; forget the switch, the clones' rates and statistics."""

@@ -33,7 +33,8 @@ class MixtureLoss(nn.Module):
 
     Raises RuntimeError in training mode for a tensor that is no prediction of a head any more (indexed, reshaped,
     copied, as `DistributedDataParallel(find_unused_parameters=True)` does, changed in place, or made under
-    `torch.compile`: compile `net.backbone` in place of `net`); TypeError for what is no tensor; ValueError for targets of another shape, and for a `net` without clones or with several heads.
+    `torch.compile`: compile `net.backbone` in place of `net`); TypeError for what is no tensor; ValueError for targets
+    of another shape, and for a `net` without clones or with several heads.
     """
 
     def __init__(self, net: nn.Module) -> None:
