@@ -94,6 +94,7 @@ def test_by_hand():
         net.head.weight.zero_()
         net.head.bias.copy_(torch.tensor([[0.0, 0.0], [0.0, math.log(3)]]))
     net.head.switch.log_posterior.copy_(torch.tensor([0.75, 0.25]).log())
+    net.head.switch.t.fill_(2)
     x = torch.zeros(1, 1)
     assert net.collapse("best", num_extras=0)(x).exp()[0, 0].item() == pytest.approx(0.5)
     assert net.collapse("mixture", num_extras=0)(x).exp()[0, 0].item() == pytest.approx(0.4375)
@@ -283,7 +284,7 @@ class Strange(nn.Module):
 
 def test_required_keyword_after_a_default():
     backbone = Strange(lambda x, shift=0.0, *, scale: (x + shift) * scale)
-    plain = AlraoModel(backbone, classifier()).collapse(num_extras=0)
+    plain = AlraoModel(backbone, classifier()).collapse("mixture", num_extras=0)
     x = torch.randn(2, 8)
     torch.testing.assert_close(plain(x, scale=2.0), plain(x, shift=x, scale=1.0))
 
@@ -326,9 +327,16 @@ def test_default_that_source_cannot_spell_stays_the_backbones():
             "num_extras: got True",
         ),
         (
-            lambda: AlraoModel(Strange(lambda *args: args[0]), classifier()).collapse(num_extras=0),
+            lambda: AlraoModel(Strange(lambda *args: args[0]), classifier()).collapse(
+                "mixture", num_extras=0
+            ),
             ValueError,
             "Strange.forward names no argument",
+        ),
+        (
+            lambda: AlraoModel(nn.Identity(), classifier()).collapse(num_extras=0),
+            RuntimeError,
+            r"collapse\('best'\): the switch has made no observation",
         ),
     ],
 )

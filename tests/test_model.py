@@ -79,6 +79,9 @@ def test_suggested_lr():
     with pytest.raises(RuntimeError, match="no learning rates yet: make an AlraoSGD or AlraoAdam"):
         net.suggested_lr()
     AlraoSGD(net, lr_range=(1e-4, 1.0))
+    with pytest.raises(RuntimeError, match="suggested_lr: the switch has made no observation"):
+        net.suggested_lr()
+    net.head.switch.update(torch.zeros(3))
     assert net.suggested_lr() == pytest.approx(1e-2)
     # All mass on one clone: its rate. A rate of 0 on a clone without mass does not matter.
     net.head.switch.log_posterior.copy_(torch.tensor([-math.inf, -math.inf, 0.0]))

@@ -16,7 +16,7 @@ def fdet_lr_log(minLR: float, maxLR: float) -> Rates:
         if not tensor.dim():
             return torch.full_like(tensor, 10**minLR)
         count = tensor.size(0)
-        spread = 10 ** torch.linspace(minLR, maxLR, count, dtype=torch.float64)
+        spread = 10 ** torch.linspace(minLR, maxLR, count, dtype=torch.float64, device="cpu")
         spread = spread.to(tensor.device, tensor.dtype)
         return spread.view(count, *[1] * (tensor.dim() - 1)).expand_as(tensor).contiguous()
 
@@ -32,7 +32,9 @@ def frand_lr_log(minLR: float, maxLR: float) -> Rates:
     """One rate for a whole tensor, log-uniform between 10^minLR and 10^maxLR."""
 
     def rates(tensor: Tensor) -> Tensor:
-        exponent = minLR + (maxLR - minLR) * torch.rand((), dtype=torch.float64).item()
+        exponent = (
+            minLR + (maxLR - minLR) * torch.rand((), dtype=torch.float64, device="cpu").item()
+        )
         return torch.full_like(tensor, 10**exponent)
 
     return rates

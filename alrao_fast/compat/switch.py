@@ -86,7 +86,7 @@ class Switch(FixedDtypeBuffers):
 
     def reset(self) -> None:
         """Back to the state before any observation."""
-        state = initial_state(self.nb_models, self.theta)
+        state = initial_state(self.nb_models, self.theta, self._t.device)
         for buffer, value in zip((self.logw, self.logposterior, self._t), state):
             buffer.copy_(value)
         self.reset_ll_perf()
@@ -165,8 +165,7 @@ class Switch(FixedDtypeBuffers):
 
     def reset_ll_perf(self) -> None:
         """Start the sums of `get_ll_perf()` anew."""
-        self.ll_loss = torch.zeros(self.nb_models, dtype=torch.float64)
-        self.ll_correct = torch.zeros(self.nb_models, dtype=torch.float64)
+        self.ll_loss, self.ll_correct = self.logw.new_zeros(2, self.nb_models).unbind()
         self.ll_total = 0
 
     def get_ll_perf(self) -> list[Any]:

@@ -11,7 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alrao_fast.nn.switch import FixedDtypeBuffers, Switch
+from alrao_fast import live
+from alrao_fast.nn.clone_rates import WithRates
+from alrao_fast.nn.predictions import remember
+from alrao_fast.nn.switch import Switch
 from alrao_fast.nn.watch import Watch
 from alrao_fast.ops.mixture import (
     switch_mixture_gaussian_stats,
@@ -25,7 +28,7 @@ from alrao_fast.reference import switch_mixture as reference
 Reduction = Literal["mean", "sum"]
 
 
-class LinearClones(FixedDtypeBuffers):
+class LinearClones(WithRates):
     """What classification and regression share: N linear layers in one tensor, their switch, rates and statistics.
 
     `weight [N, C, D]` and `bias [N, C]` hold the clones; `clone_lr [N]` (float32) their learning rates, NaN until an
@@ -38,7 +41,6 @@ class LinearClones(FixedDtypeBuffers):
     evidence: Reduction
     reduction: Reduction
     memory_budget: int | None
-    clone_lr: Tensor
     running: Tensor
     # The constructor's name for the width of a clone's output.
     _width: str
@@ -73,10 +75,13 @@ class LinearClones(FixedDtypeBuffers):
             self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
-        self.register_buffer("clone_lr", torch.empty(num_clones, device=device).float())
+        self.register_buffer(
+            "clone_lr", torch.empty(num_clones, device=device, dtype=torch.float32)
+        )
         running = torch.empty(3, num_clones, device=device, dtype=torch.float64)
         self.register_buffer("running", running, persistent=False)
         self.reset_parameters()
+        live.heads.enter(self)
 
     def reset_parameters(self) -> None:
         """Draw each clone anew as `nn.Linear` does; forget the switch, the clones' rates and statistics."""
@@ -88,7 +93,7 @@ class LinearClones(FixedDtypeBuffers):
                 if self.bias is not None:
                     self.bias[n].uniform_(-bound, bound)
         self._watch = Watch()
-        self.clone_lr.fill_(math.nan)
+        self.get_buffer("clone_lr").fill_(math.nan)
         self.running.zero_()
         self.switch.reset_parameters()
 
@@ -148,6 +153,7 @@ class LinearClones(FixedDtypeBuffers):
 
     def _observer(self) -> Observer:
         switch = self.switch
+        switch.note_observation()
         # This runs in every training step: past nn.Module's __getattr__, which costs as much as a small kernel.
         state: dict[str, Any] = switch._buffers
         return Observer(
@@ -163,10 +169,13 @@ class LinearClones(FixedDtypeBuffers):
         """One observation of the switch from the statistics `[3, N]` of a batch."""
         self._observer().observe(self.switch.sum_over_processes(stats))
 
-    def _loss(self, features: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        """The mixture's loss; in training mode its statistics are observed."""
+    def loss(self, features: Tensor, targets: Tensor, *, observe: bool) -> Tensor:
+        """What `forward` returns with targets; `observe`: in training mode, update the switch."""
+        raise NotImplementedError
+
+    def _loss(self, features: Tensor, targets: Tensor, observe: bool, **options: Any) -> Tensor:
         switch = self.switch
-        posterior, observing = switch.mixing_posterior(observing=self.training)
+        posterior, observing = switch.mixing_posterior(observing=observe and self.training)
         # With other processes the statistics must be summed first.
         alone = observing and switch.is_alone()
         loss, stats = self._stats(
@@ -300,10 +309,14 @@ class ClassifierClones(LinearClones):
         if targets is None:
             # A fresh tensor: a later training step may update the posterior before this result's backward.
             posterior, _ = self.switch.mixing_posterior(observing=False)
-            return switch_mixture_log_prob(
+            log_prob = switch_mixture_log_prob(
                 features, self.weight, self.bias, posterior, memory_budget=self.memory_budget
             )
-        return self._loss(features, targets, ignore_index=self.ignore_index)
+            return remember(self, features, log_prob)
+        return self.loss(features, targets, observe=True)
+
+    def loss(self, features: Tensor, targets: Tensor, *, observe: bool) -> Tensor:
+        return self._loss(features, targets, observe, ignore_index=self.ignore_index)
 
     def counted(self, features: Tensor, targets: Tensor | None) -> Tensor:
         return features if targets is None else features[targets.flatten() != self.ignore_index]
@@ -354,8 +367,12 @@ class RegressorClones(LinearClones):
         """
         if targets is None:
             posterior, _ = self.switch.mixing_posterior(observing=False)
-            return switch_mixture_mean(features, self.weight, self.bias, posterior)
-        return self._loss(features, targets, sigma2=self.sigma2)
+            mean = switch_mixture_mean(features, self.weight, self.bias, posterior)
+            return remember(self, features, mean)
+        return self.loss(features, targets, observe=True)
+
+    def loss(self, features: Tensor, targets: Tensor, *, observe: bool) -> Tensor:
+        return self._loss(features, targets, observe, sigma2=self.sigma2)
 
     def describe_targets(self, targets: Tensor | None) -> str:
         if targets is None:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from alrao_fast import live
 from alrao_fast.nn.clones import LinearClones
 from alrao_fast.nn.collapse import collapse
 
@@ -30,6 +31,11 @@ class AlraoModel(nn.Module):
         self.backbone = backbone
         self.head = head
         self._num_extras: int | None = None
+        live.models.enter(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        live.models.enter(self)
 
     def forward(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
         out = self.backbone(*args, **kwargs)
@@ -47,15 +53,26 @@ class AlraoModel(nn.Module):
     def suggested_lr(self) -> float:
         """The clones' learning rates averaged under the posterior (geometrically): a hint for a later plain SGD run.
 
-        Clones with parameters that are not finite have no part in it. Raises RuntimeError before an optimizer has set
-        the rates, and where no living clone or no finite posterior is left.
+        The rates are `head.clone_lr`; clones with parameters that are not finite have no part in it. Raises
+        RuntimeError before an optimizer has set the rates, while the switch has observed nothing, and where no living
+        clone or no finite posterior is left.
         """
         rates = self.head.clone_lr.double()
         if rates.isnan().any():
             raise RuntimeError(
                 "the clones have no learning rates yet: make an AlraoSGD or AlraoAdam of this model first"
             )
+        self._check_observed("suggested_lr")
         return float(torch.xlogy(self.head.living_posterior(), rates).sum().exp())
+
+    def _check_observed(self, who: str) -> None:
+        """Without an observation the clones are equal, and the first of them is not the best."""
+        if self.head.num_clones > 1 and not self.head.switch.knows_the_best():
+            raise RuntimeError(
+                f"{who}: the switch has made no observation, so it knows of no clone that it is better than "
+                "another. It observes every net(x, targets=y) with a finite loss in training mode; in a loop that "
+                "computes the loss, use the criterion MixtureLoss(net)"
+            )
 
     def clone_metrics(self, reset: bool = False) -> dict[str, Tensor]:
         """The head's `clone_metrics`: per-clone running loss and accuracy (or squared error) in training."""
@@ -69,6 +86,7 @@ class AlraoModel(nn.Module):
         Args:
             which: "mixture" gives the same output as this model in eval mode, for samples on which clones overflow,
                 too, at the cost of all last layers; "best" has only the clone of largest posterior, at the cost of one.
+                RuntimeError while the switch has observed nothing.
             num_extras: how many values the backbone returns beside the features; None takes it from the last call
                 of this model.
 
@@ -82,4 +100,6 @@ class AlraoModel(nn.Module):
                 "collapse has not seen yet whether the backbone returns features or (features, *extras): run one "
                 "batch through the model first, or pass num_extras (0 for features alone)"
             )
+        if which == "best":
+            self._check_observed("collapse('best')")
         return collapse(self.backbone, self.head, which, num_extras)

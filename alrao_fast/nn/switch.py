@@ -58,6 +58,8 @@ class Switch(FixedDtypeBuffers):
     logw: Tensor
     log_posterior: Tensor
     t: Tensor
+    # Whether this object has observed anything, known without a look at `t`, which may be on a GPU.
+    has_observed = False
 
     def __init__(
         self,
@@ -75,17 +77,17 @@ class Switch(FixedDtypeBuffers):
         self.num_clones = num_clones
         self.theta = theta
         self.process_group = process_group
-        logw, log_posterior, t = initial_state(num_clones, theta)
-        self.register_buffer("logw", logw.to(device))
-        self.register_buffer("log_posterior", log_posterior.to(device))
-        self.register_buffer("t", t.to(device))
+        logw, log_posterior, t = initial_state(num_clones, theta, device)
+        self.register_buffer("logw", logw)
+        self.register_buffer("log_posterior", log_posterior)
+        self.register_buffer("t", t)
 
     def reset_parameters(self) -> None:
         """Forget every observation: the state at the start, in place."""
-        for buffer, start in zip(
-            (self.logw, self.log_posterior, self.t), initial_state(self.num_clones, self.theta)
-        ):
+        start_state = initial_state(self.num_clones, self.theta, self.t.device)
+        for buffer, start in zip((self.logw, self.log_posterior, self.t), start_state):
             buffer.copy_(start)
+        self.has_observed = False
 
     def posterior(self) -> Tensor:
         """Probabilities `[N]` of the clones, float64, a fresh tensor: they sum to 1, or all are NaN."""
@@ -98,6 +100,10 @@ class Switch(FixedDtypeBuffers):
         """
         own: dict[str, Any] = self._buffers
         return normalized(own["log_posterior"])
+
+    def knows_the_best(self) -> bool:
+        """Whether an observation has told the clones apart; t, averaged as an integer, may stay at 1."""
+        return bool(self.t > 1) or bool(self.log_posterior.min() < self.log_posterior.max())
 
     def mixing_posterior(self, *, observing: bool) -> tuple[Tensor, bool]:
         """The log-posterior `[N]` by which the present forward mixes, and whether this forward observes.
@@ -122,11 +128,17 @@ class Switch(FixedDtypeBuffers):
 
     def observe(self, log_likelihood: Tensor) -> None:
         """`update` for log-likelihoods that already speak for all processes: nothing is communicated."""
+        self.note_observation()
         # This runs in every training step: past nn.Module's __getattr__, which costs as much as a small kernel.
         own: dict[str, Any] = self._buffers
         switch_update_(
             own["logw"], own["log_posterior"], own["t"], log_likelihood, theta=self.theta
         )
+
+    def note_observation(self) -> None:
+        """Remember that an observation is made."""
+        # Past nn.Module's __setattr__, which costs microseconds.
+        self.__dict__["has_observed"] = True
 
     def is_alone(self) -> bool:
         """Whether no other process observes with this one."""

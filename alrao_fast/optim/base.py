@@ -18,10 +18,12 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
+from alrao_fast import live
 from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import checkpoint
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
 from alrao_fast.optim.layouts import Layout, check_not_lazy, default_layout, resolve
+from alrao_fast.optim.owners import owners, warn_of_unobserved
 from alrao_fast.optim.param_groups import (
     as_groups,
     check_options,
@@ -94,7 +96,8 @@ class AlraoOptimizer(Optimizer):
         """Add a group: `params` is a module, a tensor, or an iterable of modules, tensors and (name, tensor) pairs.
 
         The group's options are those of the constructor; it may also have its own `sampler` and `lr_range`. A bare
-        tensor has the layout its model gives it, if the optimizer has met the model, else one rate per index of dim 0.
+        tensor has the layout its module gives it, if the optimizer has met the module or it is in an `AlraoModel` or
+        a head, else one rate per index of dim 0.
         Raises, and adds nothing, where an option or a parameter is not valid.
         """
         if not isinstance(param_group, dict):
@@ -128,7 +131,15 @@ class AlraoOptimizer(Optimizer):
             self._warn_of_bare_tensors()
 
     def _lay_out(self, entries: list[Any]) -> None:
-        """Give the tensors that no module has laid out one rate per index of dimension 0."""
+        """Lay out the models and heads that bare tensors belong to, as if they had been passed.
+
+        Tensors that no module has laid out have one rate per index of dimension 0.
+        """
+        bare = [
+            p for p in map(tensor_of, entries) if isinstance(p, Tensor) and p not in self._layouts
+        ]
+        for owner in owners(bare) if bare else ():
+            resolve(owner, self._layouts)
         for number, entry in enumerate(entries):
             param = tensor_of(entry)
             if not isinstance(param, Tensor):
@@ -190,7 +201,7 @@ class AlraoOptimizer(Optimizer):
         for group in self.param_groups:
             if "rounding_seed" not in group:
                 # The tensors of a group round with consecutive seeds, starting here.
-                seed = torch.randint(2**62, (), generator=self._generator)
+                seed = torch.randint(2**62, (), generator=self._generator, device="cpu")
                 group["rounding_seed"] = int(seed)
         self._store_rates()
 
@@ -203,8 +214,14 @@ class AlraoOptimizer(Optimizer):
             if key not in moved:
                 moved[key] = rate.to(device)
             self._rates[param] = self.state[param]["rate"] = moved[key]
-            self._layouts[param].show(moved[key])
         self._binding = Binding()
+        self._tell_heads()
+
+    def _tell_heads(self) -> None:
+        """Let the heads, which outlive the optimizer, copy the rates of their clones."""
+        live.optimizers.enter(self)
+        for head in live.heads:
+            head.take_rates(self)
 
     def layout_of(self, param: Tensor) -> Layout:
         """The feature layout of one of the optimizer's parameters."""
@@ -264,6 +281,7 @@ class AlraoOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._binding = Binding()
+        self._tell_heads()
 
     # The step.
 
@@ -309,6 +327,7 @@ class AlraoOptimizer(Optimizer):
     @torch.no_grad()
     def _bind(self, group: dict[str, Any], needs: Needs, done: Collection[int]) -> GroupBinding:
         params, seed = group["params"], group["rounding_seed"]
+        warn_of_unobserved(params)
         for param in params:
             # Clearing the state forgets momentum, not the rates.
             if param in self._rates:

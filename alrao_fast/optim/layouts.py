@@ -12,7 +12,6 @@ rates, for any dense strides. `memory_rates` computes it from the parameter's st
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -88,12 +87,6 @@ class Vector:
     name: str
     length: int
     kind: str
-    # The module whose buffer `clone_lr` shows these rates (kind "clone").
-    head: weakref.ref[nn.Module] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Weak references cannot be pickled; a copy of the optimizer does not write into the original's head.
-        return {**self.__dict__, "head": None}
 
 
 @dataclass(eq=False)
@@ -122,14 +115,6 @@ class Layout:
         if self.feature_of is None or self.per_weight:
             return vector_rates
         return vector_rates[self.feature_of.to(vector_rates.device)]
-
-    def show(self, rates: Tensor) -> None:
-        """Copy clone rates into the buffer `clone_lr` of the head they belong to."""
-        head = self.vector.head() if self.vector.head is not None else None
-        clone_lr = getattr(head, "clone_lr", None)
-        if isinstance(clone_lr, Tensor) and clone_lr.shape == rates.shape:
-            with torch.no_grad():
-                clone_lr.copy_(rates)
 
     def per_entry(self, param: Tensor) -> Layout:
         """The layout with one rate per entry of the parameter, in row-major order."""
@@ -162,7 +147,9 @@ def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Lay
     for name, param in own.items():
         check_not_lazy(_join(module_name, name), param, type_name)
     registered = next((_RULES[c] for c in type(module).__mro__ if c in _RULES), None)
-    features = registered.rule(module) if registered else {}
+    # Which entry has which rate is worked out on the CPU, whatever torch's default device is.
+    with torch.device("cpu"):
+        features = registered.rule(module) if registered else {}
     rule = "registered" if registered and not registered.builtin else "built-in"
     vectors: dict[str, Vector] = {}
     for rule_name, feature in features.items():
@@ -259,8 +246,6 @@ def _fitted(
     vector = vectors.get(feature.vector)
     if vector is None:
         vector = Vector(_join(module_name, feature.vector), length, feature.kind)
-        if feature.kind == "clone":
-            vector.head = weakref.ref(module)
         vectors[feature.vector] = vector
     if (vector.length, vector.kind) != (length, feature.kind):
         return f"vector {feature.vector!r} has {vector.length} {vector.kind} rates, this needs {length} {feature.kind}"

@@ -33,11 +33,20 @@ def check_lr_range(lr_range: Any, name: str = "lr_range") -> tuple[float, float]
 def log_spaced(lo: float, hi: float, n: int) -> Tensor:
     """`n` rates from lo to hi, evenly spaced in the logarithm; the geometric mean for n = 1 (float32, [n])."""
     if n == 1:
-        return torch.tensor([math.sqrt(lo) * math.sqrt(hi)], dtype=torch.float32)
-    rates = torch.linspace(math.log(lo), math.log(hi), n, dtype=torch.float64).exp_()
+        return _full(1, math.sqrt(lo) * math.sqrt(hi))
+    log_lo, log_hi = math.log(lo), math.log(hi)
+    rates = torch.linspace(log_lo, log_hi, n, dtype=torch.float64, device="cpu").exp_()
     # exp(log(x)) may miss x by a rounding: the ends are exact.
     rates[:1], rates[-1:] = lo, hi
     return rates.to(torch.float32)
+
+
+def _uniform(n: int, generator: torch.Generator | None) -> Tensor:
+    return torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def _full(n: int, rate: float) -> Tensor:
+    return torch.full((n,), rate, dtype=torch.float32, device="cpu")
 
 
 class LogUniform:
@@ -52,7 +61,7 @@ class LogUniform:
         self.lo, self.hi = check_lr_range((lo, hi))
 
     def __call__(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        u = torch.rand(n, generator=generator, dtype=torch.float64)
+        u = _uniform(n, generator)
         log_lo, log_hi = math.log(self.lo), math.log(self.hi)
         rates = u.mul_(log_hi - log_lo).add_(log_lo).exp_()
         return rates.clamp_(self.lo, self.hi).to(torch.float32)
@@ -81,11 +90,11 @@ class Fraction:
         self.p, self.lr = float(p), _check_lr(lr)
 
     def __call__(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        u = torch.rand(n, generator=generator, dtype=torch.float64)
+        u = _uniform(n, generator)
         return (u < self.p).to(torch.float32) * self.lr
 
     def clone_rates(self, num_clones: int) -> Tensor:
-        return torch.full((num_clones,), self.lr, dtype=torch.float32)
+        return _full(num_clones, self.lr)
 
     def __repr__(self) -> str:
         return f"Fraction({self.p:g}, {self.lr:g})"
@@ -100,7 +109,7 @@ class Constant:
         self.lr = _check_lr(lr)
 
     def __call__(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return torch.full((n,), self.lr, dtype=torch.float32)
+        return _full(n, self.lr)
 
     def clone_rates(self, num_clones: int) -> Tensor:
         return self(num_clones)
@@ -118,8 +127,11 @@ def _check_lr(lr: float) -> float:
 def draw(sampler: Sampler, n: int, generator: torch.Generator | None) -> Tensor:
     """`n` checked rates from `sampler`: float32, [n], CPU. Raises where the sampler returns anything else."""
     if n == 0:
-        return torch.empty(0, dtype=torch.float32)
-    return _checked(sampler(n, generator), n, f"sampler {sampler!r}")
+        return _full(0, math.nan)
+    # A sampler of the user's need not name the device, whatever torch's default is.
+    with torch.device("cpu"):
+        rates = sampler(n, generator)
+    return _checked(rates, n, f"sampler {sampler!r}")
 
 
 def draw_clones(sampler: Sampler, lr_range: tuple[float, float], num_clones: int) -> Tensor:
@@ -127,7 +139,9 @@ def draw_clones(sampler: Sampler, lr_range: tuple[float, float], num_clones: int
     clone_rates = getattr(sampler, "clone_rates", None)
     if clone_rates is None:
         return log_spaced(*lr_range, num_clones)
-    return _checked(clone_rates(num_clones), num_clones, f"{sampler!r}.clone_rates")
+    with torch.device("cpu"):
+        rates = clone_rates(num_clones)
+    return _checked(rates, num_clones, f"{sampler!r}.clone_rates")
 
 
 def _checked(rates: Any, n: int, source: str) -> Tensor:

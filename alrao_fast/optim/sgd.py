@@ -31,8 +31,9 @@ class AlraoSGD(AlraoOptimizer):
     rounding: how bfloat16 and float16 parameters are rounded: "stochastic" (None: the same) or "nearest", under which
         a rate of 1e-5 moves next to nothing.
     master_weights: keep a float32 copy of bfloat16 and float16 parameters in the state, and float32 momentum.
-    model: the module whose feature layouts apply where `params` are bare tensors; without it they get one rate per
-        index of dimension 0.
+    model: the module whose feature layouts apply where `params` are bare tensors. Those of an `AlraoModel`, or of
+        clones in any module, need none: `AlraoSGD(net.parameters())` is `AlraoSGD(net)`. Without it other bare tensors
+        get one rate per index of dimension 0, and a warning says so.
     fused: None or True for the best implementation available, False for the plain PyTorch reference.
     foreach, differentiable: must not be true. capturable: always so; accepted for uniformity. Under a CUDA
         graph `lr` must be a tensor on the device for schedulers to move it: `GraphedStep` sees to it.

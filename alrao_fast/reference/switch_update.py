@@ -7,18 +7,22 @@ and handed out again uniformly, a share theta of it unstable and 1 - theta stabl
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def initial_state(num_clones: int, theta: float) -> tuple[Tensor, Tensor, Tensor]:
+def initial_state(
+    num_clones: int, theta: float, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`(logw [2, N] float64, log_posterior [N] float64, t int64 scalar)` before any observation."""
-    logw = torch.empty(2, num_clones, dtype=torch.float64)
+    options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    logw = torch.empty(2, num_clones, **options)
     logw[0] = math.log(theta) - math.log(num_clones)
     logw[1] = math.log(1 - theta) - math.log(num_clones)
-    log_posterior = torch.full((num_clones,), -math.log(num_clones), dtype=torch.float64)
-    return logw, log_posterior, torch.tensor(1)
+    log_posterior = torch.full((num_clones,), -math.log(num_clones), **options)
+    return logw, log_posterior, torch.ones((), dtype=torch.int64, device=device)
 
 
 @torch.no_grad()

@@ -164,9 +164,10 @@ class Plan:
             # Largest tensors first, so that the last programs are not all of one large tensor.
             indices.sort(key=lambda t: -lists.params[t].numel())
             rows = [_row(lists, t, chunk) for t in indices]
-            counts = torch.tensor([-(-lists.params[t].numel() // chunk) for t in indices])
-            owner = torch.repeat_interleave(torch.arange(len(indices)), counts)
-            within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts)[owner]
+            numel = torch.tensor([lists.params[t].numel() for t in indices], device="cpu")
+            counts = (numel + chunk - 1) // chunk
+            owner = torch.arange(len(indices), device="cpu").repeat_interleave(counts)
+            within = torch.arange(owner.numel(), device="cpu") - (counts.cumsum(0) - counts)[owner]
             low = dtype in (torch.bfloat16, torch.float16)
             constants = {
                 "P_DTYPE": TYPES[dtype],
@@ -181,7 +182,7 @@ class Plan:
                 constants[f"S{k}_DTYPE"] = TYPES[state]
             groups.append(
                 Group(
-                    torch.tensor(rows, dtype=torch.int64).to(device),
+                    torch.tensor(rows, dtype=torch.int64, device=device),
                     torch.stack([owner, within], 1).to(device),
                     owner.numel(),
                     constants,
@@ -194,7 +195,7 @@ class Plan:
         """Device vector of the gradients' addresses; uploaded only when one has changed."""
         pointers = [grad.data_ptr() for grad in grads]
         if pointers != self._pointers or self._grads is None:
-            staged = torch.tensor(pointers, dtype=torch.int64)
+            staged = torch.tensor(pointers, dtype=torch.int64, device="cpu")
             if device.type == "cuda":
                 staged = staged.pin_memory()
             # A vector that a captured graph reads is never written again.

@@ -1,0 +1,105 @@
+"""MixtureLoss: the head's own loss as a criterion, for training loops that call `criterion(net(x), y)`."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alrao_fast.nn.clones import ClassifierClones, LinearClones, RegressorClones
+from alrao_fast.nn.predictions import origin_of
+from alrao_fast.ops.mixture.likelihood import Classes, Values
+
+
+class MixtureLoss(nn.Module):
+    """The loss `net(x, targets=y)` as `criterion(net(x), y)`, for loops that own the criterion.
+
+        criterion = alrao.MixtureLoss(net)
+        loss = criterion(net(x), y)              # skorch, ignite, fastai, a Trainer's compute_loss_func, ...
+
+    Args:
+        net: an `AlraoModel`, or any module with one `ClassifierClones` or `RegressorClones` in it (the criterion does
+            not register it: its parameters are not the criterion's).
+
+    Of a prediction made in training mode the result is, bit for bit, what the head makes of the same features and
+    targets: the mixture's gradient goes to the backbone, its own to each clone, and the switch observes the batch. A
+    prediction is observed once, by the first loss computed of it. It must be the very tensor that the head returned, or
+    the tuple (prediction, *extras) of the model; it is known to be one while it lives.
+
+    In eval mode, and for other tensors while the head is in eval mode, it is the negative log-likelihood of the
+    prediction itself, reduced as the head says: of the given log-probabilities `[..., C]`, without the targets
+    `ignore_index`; in regression of a Gaussian around the given mean `[..., K]` with variance `sigma2`. Nothing is
+    observed.
+
+    Raises RuntimeError in training mode for a tensor that is no prediction of a head any more (indexed, reshaped,
+    copied, as `DistributedDataParallel(find_unused_parameters=True)` does, changed in place, or made under
+    `torch.compile`: compile `net.backbone` in place of `net`); TypeError for what is no tensor; ValueError for targets
+    of another shape, and for a `net` without clones or with several heads.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"net: got {type(net).__name__}, expected a module with clones in it")
+        # In a tuple nn.Module does not register it.
+        self._net = (net,)
+        self._head()
+
+    def _head(self) -> LinearClones:
+        (net,) = self._net
+        heads = [module for module in net.modules() if isinstance(module, LinearClones)]
+        if len(heads) != 1:
+            raise ValueError(
+                f"net: got a {type(net).__name__} with {len(heads)} heads, expected one ClassifierClones or "
+                "RegressorClones in it"
+            )
+        return heads[0]
+
+    def forward(self, prediction: Tensor | tuple[Any, ...], targets: Tensor) -> Tensor:
+        if isinstance(prediction, tuple) and prediction:
+            prediction = prediction[0]
+        for name, value in (("prediction", prediction), ("targets", targets)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+        return self._loss(prediction, targets)
+
+    # What a prediction is made of is Python's business: under torch.compile a break of the graph.
+    @torch.compiler.disable
+    def _loss(self, prediction: Tensor, targets: Tensor) -> Tensor:
+        origin = origin_of(prediction)
+        head = self._head() if origin is None else origin.head
+        if origin is None or origin.features is None:
+            if origin is None and head.training:
+                raise RuntimeError(
+                    f"prediction: got a tensor of shape {list(prediction.shape)} that is not what the head returned: "
+                    "pass net(x) as it is (not indexed, reshaped, converted or copied), and compile net.backbone in "
+                    "place of net; or use net(x, targets=y)"
+                )
+            return _likelihood(head, prediction, targets)
+        if not origin.describes(prediction):
+            raise RuntimeError(
+                "prediction: it or its features were changed in place, or recomputed, since the head returned it; use "
+                "net(x, targets=y)"
+            )
+        loss = head.loss(origin.features, targets, observe=not origin.observed)
+        origin.observed = True
+        return loss
+
+
+def _likelihood(head: LinearClones, prediction: Tensor, targets: Tensor) -> Tensor:
+    """-log of the targets' likelihood under a prediction, reduced as the head's loss is."""
+    # The targets' check asks a clone's weight for the number of outputs.
+    weight = head.weight[:1]
+    if isinstance(head, RegressorClones):
+        values = Values(float(head.sigma2))
+        rows = values.rows(targets, prediction, weight)
+        scale, constant = values.density(rows.size(1))
+        squared = (rows - prediction.flatten(0, -2)).square().sum()
+        loss = 0.5 * scale * squared + constant * len(rows)
+        return loss / max(len(rows), 1) if head.reduction == "mean" else loss
+    assert isinstance(head, ClassifierClones)
+    ignored = head.ignore_index
+    rows = Classes(ignored).rows(targets, prediction, weight).long()
+    loss = F.nll_loss(prediction.flatten(0, -2), rows, ignore_index=ignored, reduction="sum")
+    # As the head: 0 where nothing counts.
+    return loss / (rows != ignored).sum().clamp(min=1) if head.reduction == "mean" else loss
