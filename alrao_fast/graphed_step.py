@@ -169,12 +169,11 @@ class GraphedStep:
             )
 
     def _follow(self) -> None:
-        """Take over what was assigned to `group["lr"]`, or written into parameters that have master weights."""
+        """Take over what was assigned to `group["lr"]`."""
         for group, lr in zip(self._opt.param_groups, self._lrs):
             if group["lr"] is not lr:
                 lr.fill_(group["lr"])
                 group["lr"] = lr
-        self._opt.follow_changes()
 
 
 class _StaticBatch:

@@ -139,6 +139,10 @@ def test_low_precision(backend, device, dtype, amsgrad):
             q.grad = p.grad.float()
         ours.step()
         other.step()
+        if step == 2:
+            # Past autograd's version counter: the masters take these entries all the same.
+            for p, q in zip(half.parameters(), full.parameters()):
+                p.data[:1] = q.data[:1] = 0.5
         for group in stochastic.param_groups:
             for p in group["params"]:
                 p.grad = torch.ones_like(p)

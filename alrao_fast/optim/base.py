@@ -210,16 +210,6 @@ class AlraoOptimizer(Optimizer):
         """The feature layout of one of the optimizer's parameters."""
         return self._layouts[param]
 
-    def follow_changes(self) -> None:
-        """Take into the master weights what was written into their parameters since the last step.
-
-        `step()` does so by itself; a captured step cannot.
-        """
-        for group in self._binding.groups.values():
-            for call in group.calls:
-                call.follow_changes()
-                call.note_versions()
-
     # Checkpoints and copies.
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -33,22 +33,13 @@ class Call:
         self.lists, self.impl, self.positions = lists, impl, positions
         self._listed = ListPlan(op, lists, impl)
         self._plan = make_plan(op, lists, impl)
-        self._versions = [p._version for p in lists.params] if lists.masters else []
 
     def step(self, grads: list[Tensor], options: Options, scalars: Scalars) -> bool:
         """One step; False, with nothing written, where a parameter's memory, strides or dtype has changed."""
         if self.positions is not None:
             grads = [grads[k] for k in self.positions]
         plan = self._listed if torch.compiler.is_compiling() else self._plan
-        scalars = self._there(scalars)
-        if not self.lists.masters:
-            return plan.step(grads, options, scalars)
-        if not self._listed.unchanged():
-            return False
-        self.follow_changes()
-        updated = plan.step(grads, options, scalars)
-        self.note_versions()
-        return updated
+        return plan.step(grads, options, self._there(scalars))
 
     def _there(self, scalars: Scalars) -> Scalars:
         """Scalars in tensors must be where the parameters are. A learning rate on the CPU needs no waiting."""
@@ -61,22 +52,6 @@ class Call:
         grad_scale = None if grad_scale is None else grad_scale.to(device)
         found_inf = None if found_inf is None else found_inf.to(device)
         return Scalars(lr, maximize, grad_scale, found_inf)
-
-    # Version counters are Python's business: torch.compile breaks its graph here, with master weights only.
-    @torch.compiler.disable
-    def follow_changes(self) -> None:
-        """Take into the master weights what was written into the parameters since the last step."""
-        params = self.lists.params
-        if self.lists.masters and self._versions != [p._version for p in params]:
-            for param, master in zip(params, self.lists.masters):
-                if master.numel():
-                    _reconcile(master, param)
-
-    @torch.compiler.disable
-    def note_versions(self) -> None:
-        """Remember the parameters as this step has left them."""
-        if self.lists.masters:
-            self._versions = [p._version for p in self.lists.params]
 
 
 # In Python these loops over all tensors take half as long as the update of small ones.
@@ -275,7 +250,6 @@ def _lists(
             own[key] = _like(own.get(key), param, state_dtype)
         if with_masters:
             own["master"] = _like(own.get("master", param), param, torch.float32)
-            _reconcile(own["master"], param)
     stochastic = low_precision and not with_masters and needs.rounding != "nearest"
     return Lists(
         params=params,
@@ -320,13 +294,6 @@ def _like(stored: Tensor | None, param: Tensor, dtype: torch.dtype) -> Tensor:
         return stored
     state = torch.empty_strided(param.size(), param.stride(), dtype=dtype, device=param.device)
     return state.zero_() if stored is None else state.copy_(stored)
-
-
-def _reconcile(master: Tensor, param: Tensor) -> None:
-    """Take the entries that were written into the parameter since its master was rounded into it."""
-    with torch.no_grad():
-        value = param.detach()
-        master.copy_(torch.where(master.to(param.dtype) == value, master, value.float()))
 
 
 def _steps(params: list[Tensor], state: Any) -> Tensor:

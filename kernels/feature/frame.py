@@ -24,6 +24,7 @@ from .multi_tensor import (
     cell,
     chunk_is_wide,
     chunk_rates,
+    master_value,
     random_bits16,
     read,
     stochastic_round,
@@ -94,10 +95,9 @@ def chunk_update(
         offs = start + within
         mask = offs < numel
         rate = lr * chunk_rates(table, row, start, within, mask, R_DTYPE, CHUNK).to(ACC)
+        p = read(param_ptr, offs, mask, ACC, MASKED)
         if HAS_MASTER:
-            p = read(master_ptr, offs, mask, ACC, MASKED)
-        else:
-            p = read(param_ptr, offs, mask, ACC, MASKED)
+            p = master_value(read(master_ptr, offs, mask, ACC, MASKED), p, P_DTYPE)
         g = read(grad_ptr, offs, mask, ACC, MASKED) * factor
         s1 = g
         s2 = g
