@@ -96,8 +96,6 @@ def chunk_update(
         mask = offs < numel
         rate = lr * chunk_rates(table, row, start, within, mask, R_DTYPE, CHUNK).to(ACC)
         p = read(param_ptr, offs, mask, ACC, MASKED)
-        if HAS_MASTER:
-            p = master_value(read(master_ptr, offs, mask, ACC, MASKED), p, P_DTYPE)
         g = read(grad_ptr, offs, mask, ACC, MASKED) * factor
         s1 = g
         s2 = g
@@ -108,6 +106,9 @@ def chunk_update(
             s2 = read(s2_ptr, offs, mask, ACC, MASKED)
         if STATES > 2:
             s3 = read(s3_ptr, offs, mask, ACC, MASKED)
+        if HAS_MASTER:
+            # Read last: in another order some kernels spill.
+            p = master_value(read(master_ptr, offs, mask, ACC, MASKED), p, P_DTYPE)
         p, s1, s2, s3 = UPDATE(p, g, s1, s2, s3, rate, ready, A, B, C)
         if STATES > 0:
             write(s1_ptr, offs, mask, s1, S1_DTYPE, MASKED)
