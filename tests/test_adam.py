@@ -168,10 +168,11 @@ def test_second_moment_comes_down(backend, device):
     )
 
 
-def test_grad_scaler(backend, device):
+@pytest.mark.parametrize("fused", [None, True])
+def test_grad_scaler(backend, device, fused):
     plain, scaled = net(device), net(device)
     ours = AlraoAdam(plain, generator=generator())
-    other = AlraoAdam(scaled, generator=generator())
+    other = AlraoAdam(scaled, generator=generator(), fused=fused)
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, growth_interval=1000)
     for step in range(5):
         give_gradients(plain, step=step)

@@ -230,6 +230,33 @@ def test_gradient_scaler_and_clipping(repeated):
     assert_same(actual, expected)
 
 
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_captured_step_leaves_the_scale_to_the_kernels(repeated, monkeypatch, fused):
+    data = list(batches(5))
+    data[2] = (data[2][0] * float("inf"), data[2][1])
+
+    def run(captured):
+        net, opt = make(fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        torch.manual_seed(3)
+        if captured:
+            step = alrao.GraphedStep(net, opt, *data[0], scaler=scaler)
+            for x, y in data:
+                step(x, y)
+        else:
+            loop(net, opt, data, scaler)
+        assert hasattr(opt, "_step_supports_amp_scaling") == bool(fused)
+        return everything(net, opt), scaler.state_dict(), [p.grad for p in net.parameters()]
+
+    expected, scale, gradients = run(False)
+    # It reads found_inf on the host, which no graph can.
+    monkeypatch.delattr(torch.amp.GradScaler, "_maybe_opt_step")
+    actual, own, left = run(True)
+    assert own == scale
+    assert_same(actual, expected)
+    assert_same(dict(enumerate(left)), dict(enumerate(gradients)))
+
+
 def test_parameters_written_between_steps_reach_the_masters(repeated):
     net, opt = make(dtype=torch.bfloat16, master_weights=True, lr=0.0)
     x, y = next(batches(1, dtype=torch.bfloat16))

@@ -39,7 +39,11 @@ class Call:
         if self.positions is not None:
             grads = [grads[k] for k in self.positions]
         plan = self._listed if torch.compiler.is_compiling() else self._plan
-        return plan.step(grads, options, self._there(scalars))
+        scalars = self._there(scalars)
+        updated = plan.step(grads, options, scalars)
+        if updated and scalars.grad_scale is not None:
+            _unscale(grads, scalars.grad_scale, scalars.found_inf)
+        return updated
 
     def _there(self, scalars: Scalars) -> Scalars:
         """Scalars in tensors must be where the parameters are. A learning rate on the CPU needs no waiting."""
@@ -52,6 +56,17 @@ class Call:
         grad_scale = None if grad_scale is None else grad_scale.to(device)
         found_inf = None if found_inf is None else found_inf.to(device)
         return Scalars(lr, maximize, grad_scale, found_inf)
+
+
+@torch.no_grad()
+def _unscale(grads: list[Tensor], grad_scale: Tensor, found_inf: Tensor | None) -> None:
+    """Leave the gradients as GradScaler.unscale_ and torch's fused optimizers do: divided by their scale, in place,
+    unless found_inf is not 0. Waits for no device."""
+    inverse = grad_scale.double().reciprocal().float()
+    if found_inf is not None:
+        inverse = torch.where(found_inf == 0, inverse, torch.ones_like(inverse))
+    # In float32, whatever the gradients' dtype: in float16 a scale of 2^16 is infinite.
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, torch.zeros_like(inverse), inverse)
 
 
 # In Python these loops over all tensors take half as long as the update of small ones.

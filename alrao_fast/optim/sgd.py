@@ -35,7 +35,9 @@ class AlraoSGD(AlraoOptimizer):
         master takes its value. A step moves 14 bytes an entry, 22 with momentum, instead of 6 and 10.
     model: the module whose feature layouts apply where `params` are bare tensors; without it they get one rate per
         index of dimension 0.
-    fused: None or True for the best implementation available, False for the plain PyTorch reference.
+    fused: None or True for the best implementation available, False for the plain PyTorch reference. With True, as in
+        torch.optim, a GradScaler leaves loss scaling to the kernels and never waits for the device; unscale gradients
+        before clipping then. Otherwise it unscales and checks them itself.
     foreach, differentiable: must not be true. capturable: always so; accepted for uniformity. Under a CUDA
         graph `lr` must be a tensor on the device for schedulers to move it: `GraphedStep` sees to it.
 
