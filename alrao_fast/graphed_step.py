@@ -1,6 +1,7 @@
 """GraphedStep: a whole training step, optimizer and switch included, as one CUDA graph."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,10 +32,12 @@ class GraphedStep:
         example_inputs: a batch of the shape and dtype that all will have: a tensor, or a tuple of the forward's
             positional arguments, which may hold tuples of tensors.
         example_targets: the targets that go with it.
-        scaler: a `torch.amp.GradScaler`; scaling, the search for infinities and the scale's update are captured too.
+        scaler: a `torch.amp.GradScaler`; scaling, the search for infinities and the scale's update are captured too. As
+            with `fused=True` the kernels take the scale, whatever the optimizer's `fused` is.
         warmup: steps taken before the capture, so that kernels and workspaces are there; at least 1.
         before_step: called between backward and optimizer step, without waiting for the device: gradient clipping,
-            `lambda: torch.nn.utils.clip_grad_norm_(net.parameters(), 0.25)`.
+            `lambda: torch.nn.utils.clip_grad_norm_(net.parameters(), 0.25)`, under a scaler after
+            `scaler.unscale_(opt)`.
 
     Construction leaves parameters, buffers (the switch among them), optimizer state, scaler and random generators as
     they were; gradients that were there are dropped. Afterwards every call takes one step and returns what the forward
@@ -115,7 +118,8 @@ class GraphedStep:
         if self._scaler is None:
             self._opt.step()
         else:
-            self._scaler.step(self._opt)
+            with _scaling_in_kernels(self._opt):
+                self._scaler.step(self._opt)
             self._scaler.update()
         return tree_map_only(Tensor, Tensor.detach, out)
 
@@ -169,12 +173,23 @@ class GraphedStep:
             )
 
     def _follow(self) -> None:
-        """Take over what was assigned to `group["lr"]`, or written into parameters that have master weights."""
+        """Take over what was assigned to `group["lr"]`."""
         for group, lr in zip(self._opt.param_groups, self._lrs):
             if group["lr"] is not lr:
                 lr.fill_(group["lr"])
                 group["lr"] = lr
-        self._opt.follow_changes()
+
+
+@contextmanager
+def _scaling_in_kernels(opt: AlraoOptimizer) -> Iterator[None]:
+    """A GradScaler leaves loss scaling to the optimizer, as with fused=True: otherwise it waits for the device."""
+    before = vars(opt).get("_step_supports_amp_scaling")
+    opt._step_supports_amp_scaling = True
+    try:
+        yield
+    finally:
+        if before is None:
+            del opt._step_supports_amp_scaling
 
 
 class _StaticBatch:

@@ -139,6 +139,10 @@ def test_low_precision(backend, device, dtype, amsgrad):
             q.grad = p.grad.float()
         ours.step()
         other.step()
+        if step == 2:
+            # Past autograd's version counter: the masters take these entries all the same.
+            for p, q in zip(half.parameters(), full.parameters()):
+                p.data[:1] = q.data[:1] = 0.5
         for group in stochastic.param_groups:
             for p in group["params"]:
                 p.grad = torch.ones_like(p)
@@ -164,10 +168,11 @@ def test_second_moment_comes_down(backend, device):
     )
 
 
-def test_grad_scaler(backend, device):
+@pytest.mark.parametrize("fused", [None, True])
+def test_grad_scaler(backend, device, fused):
     plain, scaled = net(device), net(device)
     ours = AlraoAdam(plain, generator=generator())
-    other = AlraoAdam(scaled, generator=generator())
+    other = AlraoAdam(scaled, generator=generator(), fused=fused)
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, growth_interval=1000)
     for step in range(5):
         give_gradients(plain, step=step)

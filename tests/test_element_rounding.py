@@ -1,7 +1,8 @@
 """Protects csrc's rounding into bf16 and fp16, of any number (hypothesis), against torch and the reference.
 
-From and to, for every pattern and around every boundary; stochastic rounding gives one of the two neighbours, up as
-often as the remainder says, by the reference's bits. In every build of test_element_math.py.
+From and to, for every pattern and around every boundary; a master counts where its parameter is the master rounded;
+stochastic rounding gives one of the two neighbours, up as often as the remainder says, by the reference's bits. In
+every build of test_element_math.py.
 """
 
 import math
@@ -77,6 +78,19 @@ def test_every_float_is_rounded_to_nearest(module, half):
     for high in range(256):
         bits = np.arange(high << 24, (high + 1) << 24, dtype=np.uint32)
         assert_rounds_as_torch(module, half, bits)
+
+
+@pytest.mark.parametrize("half", HALVES)
+@any_numbers
+@given(bits=hnp.arrays(np.uint32, 64), other=hnp.arrays(np.uint16, 64))
+def test_a_master_counts_where_the_parameter_is_the_master_rounded(module, half, bits, other):
+    masters, value_of = bits.view(np.float32), getattr(module, f"master_value_{half}")
+    np.testing.assert_array_equal(value_of(masters, rounded(masters, half)), masters)
+    # Any other number, NaN included, is what was written; zeros of either sign are one number.
+    widened = getattr(module, f"{half}_to_float")
+    written, kept = widened(other), widened(rounded(masters, half))
+    expected = np.where(written == kept, masters, written)
+    np.testing.assert_array_equal(value_of(masters, other), expected)
 
 
 def toward_zero(values, half):

@@ -123,7 +123,8 @@ def test_fifty_steps_with_equal_rates_follow_torch(backend, device, dtype, peer,
 @pytest.mark.interpreted
 @pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_masters(backend, device, dtype):
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_masters(backend, device, dtype, amsgrad):
     start = torch.linspace(-3, 3, 1000, device=device)
     grad = torch.linspace(2, -1, 1000, device=device).to(dtype)
     rates = torch.logspace(-5, 0, 10, device=device)
@@ -131,17 +132,23 @@ def test_masters(backend, device, dtype):
     plain = start.clone()
     steps = torch.zeros(1, dtype=torch.int64, device=device)
     for values, gradient, masters in ((param, grad, [master]), (plain, grad.float(), None)):
-        states = [[torch.zeros(1000, device=device)] for _ in range(2)]
-        feature_adam_(
-            [values],
-            [gradient],
-            *states,
-            [rates],
-            steps=steps.clone(),
-            inners=[100],
-            masters=masters,
-            impl=backend,
-        )
+        exp_avgs, exp_avg_sqs, largest = [[torch.zeros(1000, device=device)] for _ in range(3)]
+        for step in range(2):
+            feature_adam_(
+                [values],
+                [gradient],
+                exp_avgs,
+                exp_avg_sqs,
+                [rates],
+                max_exp_avg_sqs=largest if amsgrad else None,
+                steps=steps + step,
+                inners=[100],
+                masters=masters,
+                impl=backend,
+            )
+            if step == 0:
+                # Not by an optimizer: the master is to take it.
+                values[::7] = 0.5
     torch.testing.assert_close(master, plain, rtol=1e-6, atol=1e-6)
     assert torch.equal(param, master.to(dtype))
 

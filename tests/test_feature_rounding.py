@@ -1,6 +1,7 @@
 """Protects bf16 and fp16 parameters of the feature optimizers, on every backend, through feature_sgd_:
 
-- conversions exact for every bit pattern and around every boundary; masters take the update;
+- conversions exact for every bit pattern and around every boundary; masters take the update, and what was written into
+  their parameters;
 - stochastic rounding to the reference's very bits, different at each step, and without bias.
 
 Every other optimizer stores through the same code; its own file has its masters and its stochastic steps.
@@ -47,10 +48,14 @@ def awkward_floats(dtype):
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_master_takes_the_update_and_is_rounded_to_nearest(backend, device, dtype):
+    # From a half to the whole: p - -1 * p.
     values = awkward_floats(dtype).to(device)
-    master = values.clone()
-    param, grad = torch.zeros_like(values, dtype=dtype), torch.ones_like(values, dtype=dtype)
-    feature_sgd_([param], [grad], [torch.zeros(1, device=device)], masters=[master], impl=backend)
+    values = values[values.abs() > 1e-36]
+    master = values / 2
+    param = master.to(dtype)
+    grad, one = torch.zeros_like(param), torch.ones(1, device=device)
+    options = {"weight_decay": 1.0, "lr": -1.0, "impl": backend}
+    feature_sgd_([param], [grad], [one], masters=[master], **options)
     assert torch.equal(master, values)
     assert torch.equal(param.float(), values.to(dtype).float())
 
@@ -70,6 +75,46 @@ def test_master_takes_the_update_and_is_rounded_to_nearest(backend, device, dtyp
     torch.testing.assert_close(master, start - 2.0**-13, rtol=1e-7, atol=1e-7)
     assert torch.equal(param, master.to(dtype))
     assert alone.tolist() == [0.75] * 4
+
+
+def step_of_nothing(param, master, momentum, backend):
+    """A step by a gradient of 0, `momentum` the dtype of the buffer or None."""
+    grad, rates = torch.zeros_like(param), torch.ones(1, device=param.device)
+    buffers, options = None, {"steps": torch.zeros_like(rates, dtype=torch.int64)}
+    if momentum is not None:
+        buffers, options["momentum"] = [torch.zeros_like(param, dtype=momentum)], 0.5
+    options |= {"masters": [master], "momentum_buffers": buffers, "impl": backend}
+    feature_sgd_([param], [grad], [rates], **options)
+
+
+@pytest.mark.interpreted(dtype=[torch.bfloat16], momentum=[None])
+@pytest.mark.parametrize("momentum", [None, torch.float32, "own"], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_what_was_written_into_a_parameter_counts_before_its_master(
+    backend, device, dtype, momentum
+):
+    momentum = dtype if momentum == "own" else momentum
+    # Every value in the place of a 0: a NaN, an infinity and a subnormal number, too.
+    param = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device).view(dtype)
+    written, master = param.float(), torch.zeros(2**16, device=device)
+    step_of_nothing(param, master, momentum, backend)
+    assert torch.equal(master.nan_to_num(nan=7.0), written.nan_to_num(nan=7.0))
+    assert torch.equal(param.float().nan_to_num(nan=7.0), written.nan_to_num(nan=7.0))
+
+    # What the master itself was rounded to leaves it alone, infinity after an overflow included.
+    values = awkward_floats(dtype).to(device)
+    master, param = values.clone(), values.to(dtype)
+    step_of_nothing(param, master, momentum, backend)
+    assert torch.equal(master, values)
+    assert torch.equal(param, values.to(dtype))
+
+    # Both in one vector, and a master that has become a NaN: 1 and 1 + 2^-7 are neighbours in bfloat16.
+    master = torch.tensor([1.003, 1.003, torch.nan, torch.nan, 1e30], device=device)
+    param = torch.tensor([1.0, 1 + 2**-7, 2.0, torch.nan, 3.0], device=device).to(dtype)
+    low_bits = 1.003 if dtype == torch.bfloat16 else 1.0
+    step_of_nothing(param, master, momentum, backend)
+    expected = torch.tensor([low_bits, 1 + 2**-7, 2.0, torch.nan, 3.0], device=device)
+    assert torch.equal(master.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
 
 
 def exact_problem(dtype, device, numel):

@@ -230,19 +230,44 @@ def test_gradient_scaler_and_clipping(repeated):
     assert_same(actual, expected)
 
 
-def test_parameters_written_between_steps_reach_the_masters(repeated):
-    def run(captured):
-        net, opt = make(dtype=torch.bfloat16, master_weights=True)
-        data = list(batches(3, dtype=torch.bfloat16))
-        torch.manual_seed(3)
-        step = alrao.GraphedStep(net, opt, *data[0]) if captured else None
-        for x, y in data:
-            with torch.no_grad():
-                net.head.weight.mul_(1.5)
-            step(x, y) if step else loop(net, opt, [(x, y)])
-        return everything(net, opt)
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_captured_step_leaves_the_scale_to_the_kernels(repeated, monkeypatch, fused):
+    data = list(batches(5))
+    data[2] = (data[2][0] * float("inf"), data[2][1])
 
-    assert_same(run(True), run(False))
+    def run(captured):
+        net, opt = make(fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        torch.manual_seed(3)
+        if captured:
+            step = alrao.GraphedStep(net, opt, *data[0], scaler=scaler)
+            for x, y in data:
+                step(x, y)
+        else:
+            loop(net, opt, data, scaler)
+        assert hasattr(opt, "_step_supports_amp_scaling") == bool(fused)
+        return everything(net, opt), scaler.state_dict(), [p.grad for p in net.parameters()]
+
+    expected, scale, gradients = run(False)
+    # It reads found_inf on the host, which no graph can.
+    monkeypatch.delattr(torch.amp.GradScaler, "_maybe_opt_step")
+    actual, own, left = run(True)
+    assert own == scale
+    assert_same(actual, expected)
+    assert_same(dict(enumerate(left)), dict(enumerate(gradients)))
+
+
+def test_parameters_written_between_steps_reach_the_masters(repeated):
+    net, opt = make(dtype=torch.bfloat16, master_weights=True, lr=0.0)
+    x, y = next(batches(1, dtype=torch.bfloat16))
+    step = alrao.GraphedStep(net, opt, x, y)
+    weight = net.head.weight
+    for write in (lambda: weight.data.mul_(1.5), lambda: weight.detach().clamp_(-0.1, 0.1)):
+        write()
+        written = weight.detach().clone()
+        step(x, y)
+        assert torch.equal(weight, written)
+        assert torch.equal(opt.state[weight]["master"], written.float())
 
 
 def test_several_inputs_and_extras(repeated):

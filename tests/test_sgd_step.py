@@ -134,10 +134,11 @@ def test_zero_grad():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_grad_scaler(backend, device):
+@pytest.mark.parametrize("fused", [None, True])
+def test_grad_scaler(backend, device, fused):
     plain, scaled = net(device), net(device)
     ours = AlraoSGD(plain, momentum=0.9, generator=generator())
-    other = AlraoSGD(scaled, momentum=0.9, generator=generator())
+    other = AlraoSGD(scaled, momentum=0.9, generator=generator(), fused=fused)
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, growth_interval=1000)
     for step in range(6):
         backward(plain, step)
@@ -178,7 +179,9 @@ def test_version_counters(backend, device):
             loss.backward()
 
 
-@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"lr": torch.tensor(0.5)}])
+@pytest.mark.parametrize(
+    "options", [{"momentum": 0.9}, {"lr": torch.tensor(0.5)}, {"master_weights": True}]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_step(backend, device, dtype, options):
     if backend == "reference":

@@ -85,6 +85,8 @@ def feature_steps() -> list[Start]:
         if dtype.itemsize == 2:
             found += feature_step(dtype, adam=adam, seeds=[7], **momentum)
             found += feature_step(dtype, adam=adam, master=True, states=single, **momentum)
+            if not adam:
+                found += feature_step(dtype, master=True, states=single)
     return found
 
 

@@ -65,7 +65,8 @@ def feature_sgd_(
             dim 0, or a single rate.
         momentum_buffers: needed if and only if `momentum` is not 0; of the parameter's dtype or float32.
         masters: per parameter a float32 copy of a bfloat16 or float16 parameter, which takes the update and is then
-            rounded into the parameter; or an empty tensor.
+            rounded into the parameter; or an empty tensor. Where a parameter is not its master rounded, it was written
+            since, and the master takes its value first.
         steps: int64, one entry per parameter: the updates it has had; counted up here. Needed with momentum (0 means
             the first step) or seeds.
         seeds: one per parameter: round stochastically into bfloat16 and float16 parameters without a master; the

@@ -38,8 +38,9 @@ from alrao_fast.optim.rates import LogUniform, Sampler, check_lr_range, draw, dr
 class AlraoOptimizer(Optimizer):
     """Base class: not for use on its own."""
 
-    # GradScaler hands over grad_scale and found_inf instead of unscaling and checking on the host.
-    _step_supports_amp_scaling = True
+    # There under fused=True only, as in torch.optim: GradScaler then hands over grad_scale and found_inf instead of
+    # unscaling and checking on the host, and whoever clips gradients must unscale them before.
+    _step_supports_amp_scaling: bool
     # The op, and the option that may name the authors' rule.
     _op: FeatureOp
     _rule_option: str
@@ -78,9 +79,14 @@ class AlraoOptimizer(Optimizer):
         for root in [model] if model is not None else modules_of(groups):
             resolve(root, self._layouts)
         super().__init__(groups, defaults)
+        self._follow_fused()
         self._draw()
         self._warn_of_bare_tensors()
         self._constructing = False
+
+    def _follow_fused(self) -> None:
+        if self.defaults["fused"]:
+            self._step_supports_amp_scaling = True
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError where an option of `group` (defaults filled in) is out of range."""
@@ -227,16 +233,6 @@ class AlraoOptimizer(Optimizer):
         """The feature layout of one of the optimizer's parameters."""
         return self._layouts[param]
 
-    def follow_changes(self) -> None:
-        """Take into the master weights what was written into their parameters since the last step.
-
-        `step()` does so by itself; a captured step cannot.
-        """
-        for group in self._binding.groups.values():
-            for call in group.calls:
-                call.follow_changes()
-                call.note_versions()
-
     # Checkpoints and copies.
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -280,6 +276,7 @@ class AlraoOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._follow_fused()
         self._binding = Binding()
         self._tell_heads()
 

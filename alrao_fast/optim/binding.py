@@ -33,7 +33,6 @@ class Call:
         self.lists, self.impl, self.positions = lists, impl, positions
         self._listed = ListPlan(op, lists, impl)
         self._plan = make_plan(op, lists, impl)
-        self._versions = [p._version for p in lists.params] if lists.masters else []
 
     def step(self, grads: list[Tensor], options: Options, scalars: Scalars) -> bool:
         """One step; False, with nothing written, where a parameter's memory, strides or dtype has changed."""
@@ -41,13 +40,9 @@ class Call:
             grads = [grads[k] for k in self.positions]
         plan = self._listed if torch.compiler.is_compiling() else self._plan
         scalars = self._there(scalars)
-        if not self.lists.masters:
-            return plan.step(grads, options, scalars)
-        if not self._listed.unchanged():
-            return False
-        self.follow_changes()
         updated = plan.step(grads, options, scalars)
-        self.note_versions()
+        if updated and scalars.grad_scale is not None:
+            _unscale(grads, scalars.grad_scale, scalars.found_inf)
         return updated
 
     def _there(self, scalars: Scalars) -> Scalars:
@@ -62,21 +57,16 @@ class Call:
         found_inf = None if found_inf is None else found_inf.to(device)
         return Scalars(lr, maximize, grad_scale, found_inf)
 
-    # Version counters are Python's business: torch.compile breaks its graph here, with master weights only.
-    @torch.compiler.disable
-    def follow_changes(self) -> None:
-        """Take into the master weights what was written into the parameters since the last step."""
-        params = self.lists.params
-        if self.lists.masters and self._versions != [p._version for p in params]:
-            for param, master in zip(params, self.lists.masters):
-                if master.numel():
-                    _reconcile(master, param)
 
-    @torch.compiler.disable
-    def note_versions(self) -> None:
-        """Remember the parameters as this step has left them."""
-        if self.lists.masters:
-            self._versions = [p._version for p in self.lists.params]
+@torch.no_grad()
+def _unscale(grads: list[Tensor], grad_scale: Tensor, found_inf: Tensor | None) -> None:
+    """Leave the gradients as GradScaler.unscale_ and torch's fused optimizers do: divided by their scale, in place,
+    unless found_inf is not 0. Waits for no device."""
+    inverse = grad_scale.double().reciprocal().float()
+    if found_inf is not None:
+        inverse = torch.where(found_inf == 0, inverse, torch.ones_like(inverse))
+    # In float32, whatever the gradients' dtype: in float16 a scale of 2^16 is infinite.
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, torch.zeros_like(inverse), inverse)
 
 
 # In Python these loops over all tensors take half as long as the update of small ones.
@@ -275,7 +265,6 @@ def _lists(
             own[key] = _like(own.get(key), param, state_dtype)
         if with_masters:
             own["master"] = _like(own.get("master", param), param, torch.float32)
-            _reconcile(own["master"], param)
     stochastic = low_precision and not with_masters and needs.rounding != "nearest"
     return Lists(
         params=params,
@@ -320,13 +309,6 @@ def _like(stored: Tensor | None, param: Tensor, dtype: torch.dtype) -> Tensor:
         return stored
     state = torch.empty_strided(param.size(), param.stride(), dtype=dtype, device=param.device)
     return state.zero_() if stored is None else state.copy_(stored)
-
-
-def _reconcile(master: Tensor, param: Tensor) -> None:
-    """Take the entries that were written into the parameter since its master was rounded into it."""
-    with torch.no_grad():
-        value = param.detach()
-        master.copy_(torch.where(master.to(param.dtype) == value, master, value.float()))
 
 
 def _steps(params: list[Tensor], state: Any) -> Tensor:

@@ -12,7 +12,13 @@ Layouts, rounding and skipped steps are those of `feature_sgd`.
 import torch
 from torch import Tensor
 
-from alrao_fast.reference.feature_sgd import entry_rates, memory_order, scaled_gradient, store
+from alrao_fast.reference.feature_sgd import (
+    entry_rates,
+    memory_order,
+    scaled_gradient,
+    store,
+    values,
+)
 
 
 @torch.no_grad()
@@ -52,7 +58,7 @@ def feature_adam_(
     for t, param in enumerate(params):
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         master = masters[t] if masters and masters[t].numel() else None
-        p = memory_order(param if master is None else master).to(dtype)
+        p = values(param, master, dtype)
         rate = scale * entry_rates(rates[t], inners[t], param.numel(), dtype)
         step = int(steps[t])
         correction1, correction2 = 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)

@@ -9,6 +9,9 @@ With r(i) the rate of entry i and s the learning-rate multiplier of the group:
 
 In memory order entry i of a parameter has the rate `rate[(i // inner) % len(rate)]`. Arithmetic in float32 (float64
 for float64 parameters), storage in each tensor's dtype. Where found_inf is not 0 nothing is written.
+
+With a float32 master, p is the master's entry as long as the parameter's is that entry rounded; where it is not, the
+parameter was written by someone else, and p is what it holds.
 """
 
 import torch
@@ -36,6 +39,16 @@ def entry_rates(rate: Tensor, inner: int, numel: int, dtype: torch.dtype) -> Ten
     """The rate of every entry in memory order, `[numel]`."""
     index = torch.arange(numel, device=rate.device) // inner % rate.numel()
     return rate.to(dtype)[index]
+
+
+def values(param: Tensor, master: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The entries to update, in memory order and the arithmetic's dtype: the master's where the parameter still holds
+    them, rounded, else the parameter's."""
+    own = memory_order(param)
+    if master is None:
+        return own.to(dtype)
+    kept = memory_order(master)
+    return torch.where(kept.to(own.dtype) == own, kept, own.to(dtype))
 
 
 def store(param: Tensor, master: Tensor | None, value: Tensor, seed: int | None, step: int) -> None:
@@ -92,7 +105,7 @@ def feature_sgd_(
     for t, param in enumerate(params):
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         master = masters[t] if masters and masters[t].numel() else None
-        p = memory_order(param if master is None else master).to(dtype)
+        p = values(param, master, dtype)
         rate = scale * entry_rates(rates[t], inners[t], param.numel(), dtype)
         step = int(steps[t])
 

@@ -144,8 +144,8 @@ def _call(step: Callable[[], object], update: Update, name: str) -> Call:
     return Call(step, lambda: {name: _read(update)})
 
 
-def _ours(kind: type, backend: str, update: Update) -> Call:
-    step = _alrao(kind, update).step
+def _ours(kind: type, backend: str, update: Update, **options: Any) -> Call:
+    step = _alrao(kind, update, **options).step
 
     def run() -> None:
         with backends.use_backend(backend):
@@ -251,7 +251,9 @@ def candidates(op: str, scaler: bool) -> tuple[Candidate, ...]:
     fused = partial(_torch, plain, {"fused": True})
     if scaler:
         return (
-            Candidate("alrao", partial(_scaled, partial(_ours, kind, "auto")), ("params",)),
+            Candidate(
+                "alrao", partial(_scaled, partial(_ours, kind, "auto", fused=True)), ("params",)
+            ),
             Candidate("torch fused", partial(_scaled, fused), ("plain",)),
         )
     name = "SGDSpec" if op == "feature_sgd" else "AdamSpec"

@@ -24,6 +24,7 @@ from .multi_tensor import (
     cell,
     chunk_is_wide,
     chunk_rates,
+    master_value,
     random_bits16,
     read,
     stochastic_round,
@@ -94,10 +95,7 @@ def chunk_update(
         offs = start + within
         mask = offs < numel
         rate = lr * chunk_rates(table, row, start, within, mask, R_DTYPE, CHUNK).to(ACC)
-        if HAS_MASTER:
-            p = read(master_ptr, offs, mask, ACC, MASKED)
-        else:
-            p = read(param_ptr, offs, mask, ACC, MASKED)
+        p = read(param_ptr, offs, mask, ACC, MASKED)
         g = read(grad_ptr, offs, mask, ACC, MASKED) * factor
         s1 = g
         s2 = g
@@ -108,6 +106,9 @@ def chunk_update(
             s2 = read(s2_ptr, offs, mask, ACC, MASKED)
         if STATES > 2:
             s3 = read(s3_ptr, offs, mask, ACC, MASKED)
+        if HAS_MASTER:
+            # Read last: in another order some kernels spill.
+            p = master_value(read(master_ptr, offs, mask, ACC, MASKED), p, P_DTYPE)
         p, s1, s2, s3 = UPDATE(p, g, s1, s2, s3, rate, ready, A, B, C)
         if STATES > 0:
             write(s1_ptr, offs, mask, s1, S1_DTYPE, MASKED)

@@ -139,6 +139,12 @@ def write(ptr, offs, mask, value, DTYPE: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
+def master_value(master, param, DTYPE: tl.constexpr):
+    """The master where the (widened) parameter still is that rounded to DTYPE; else what was written there."""
+    return tl.where(widen(round_to(master, DTYPE), tl.float32) == param, master, param)
+
+
+@triton.jit
 def root(value):
     """The square root, rounded to nearest."""
     if value.dtype == tl.float64:

@@ -14,6 +14,7 @@
 #endif
 #include "common/rounding.h"
 #include "feature/adam.h"
+#include "feature/master.h"
 #include "feature/sgd.h"
 #include "mixture/likelihood.h"
 #include "mixture/math.h"
@@ -164,6 +165,12 @@ PYBIND11_MODULE(ELEMENT_MATH, m) {
         }));
   m.def("float_to_fp16_stochastic", py::vectorize([](float x, uint32_t random16) {
           return float_to_fp16_stochastic(x, random16);
+        }));
+  m.def("master_value_bf16", py::vectorize([](float master, uint16_t param) {
+          return master_value(master, BFloat16{param});
+        }));
+  m.def("master_value_fp16", py::vectorize([](float master, uint16_t param) {
+          return master_value(master, Float16{param});
         }));
   m.def("random_bits", &random_bits);
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/rounding.h"
+#include "feature/master.h"
 #include "feature/record.h"
 
 namespace alrao::cpu::ALRAO_ISA {
@@ -62,6 +63,12 @@ static void store(void* to, Dtype dtype, int64_t begin, const acc* from, int64_t
     uint16_t* x = static_cast<uint16_t*>(to) + begin;
     for (int64_t i = 0; i < n; ++i) x[i] = float_to_fp16(static_cast<float>(from[i]));
   }
+}
+
+// Takes into n masters what was written into their parameters since the last step.
+template <class Param>
+static void follow(float* masters, const Param* params, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) masters[i] = master_value(masters[i], params[i]);
 }
 
 // The random bits of entries [begin, begin + n): `begin` a multiple of 8, n at most kBlock. Round
@@ -194,6 +201,13 @@ static void update_piece(const FeatureRecord& record, int64_t begin, int64_t end
     Arrays<acc, kStates> arrays{p_buffer, g_buffer, {}};
     if (direct_p) {
       arrays.p = direct_p + i;
+      if constexpr (sizeof(acc) == 4) {
+        if (record.master && record.param_dtype == Dtype::kBFloat16) {
+          follow(arrays.p, static_cast<const BFloat16*>(record.param) + i, n);
+        } else if (record.master) {
+          follow(arrays.p, static_cast<const Float16*>(record.param) + i, n);
+        }
+      }
     } else {
       load(p_buffer, record.param, record.param_dtype, i, n);
     }

@@ -25,6 +25,7 @@
 #include "feature/cuda/launch.h"
 #include "feature/cuda/rates.cuh"
 #include "feature/cuda/storage.cuh"
+#include "feature/master.h"
 
 namespace alrao::cuda {
 
@@ -59,22 +60,25 @@ struct Packet {
   using Param = typename L::Param;
   using Acc = typename L::Acc;
 
-  Vector<typename L::Value, N> value;
+  Vector<typename L::Value, N> value;  // of the master if there is one
+  Vector<Param, N> beside;             // the parameter beside its master
   Vector<Param, N> grad;
   Vector<typename L::State, N> states[STATES > 0 ? STATES : 1];
 
   template <bool WIDE>
   __device__ void read(const TensorRow& row, const Param* grads, int64_t at, int n) {
-    if constexpr (L::kMixed) {
-      if (row.master) {
-        read_widened<WIDE>(value, global<float>(row.master) + at, n);
+    const Param* const param = global<Param>(row.param) + at;
+    if constexpr (L::kMasters) {
+      if (L::has_master(row)) {
+        alrao::cuda::read<WIDE>(value, global<float>(row.master) + at, n);
+        alrao::cuda::read<WIDE>(beside, param, n);
       } else {
-        read_widened<WIDE>(value, global<Param>(row.param) + at, n);
+        read_widened<WIDE>(value, param, n);
       }
-    } else if constexpr (L::kStorage == Storage::kMaster) {
-      alrao::cuda::read<WIDE>(value, global<float>(row.master) + at, n);
+    } else if constexpr (L::kMixed) {
+      read_widened<WIDE>(value, param, n);
     } else {
-      alrao::cuda::read<WIDE>(value, global<Param>(row.param) + at, n);
+      alrao::cuda::read<WIDE>(value, param, n);
     }
     alrao::cuda::read<WIDE>(grad, grads + at, n);
 #pragma unroll
@@ -99,6 +103,8 @@ struct Packet {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       p[j] = widen(value.entries[j]);
+      if constexpr (L::kMasters)
+        if (L::has_master(row)) p[j] = master_value(p[j], beside.entries[j]);
       g[j] = widen(grad.entries[j]);
 #pragma unroll
       for (int k = 0; k < STATES; ++k) s[k][j] = widen(states[k].entries[j]);
@@ -128,10 +134,8 @@ struct Packet {
                               int n) {
     Param* const param = global<Param>(row.param) + at;
     if constexpr (L::kLowPrecision) {
-      if constexpr (L::kStorage == Storage::kMaster || L::kMixed) {
-        if (L::kStorage == Storage::kMaster || row.master)
-          write_narrowed<WIDE>(global<float>(row.master) + at, p, n);
-      }
+      if constexpr (L::kMasters)
+        if (L::has_master(row)) write_narrowed<WIDE>(global<float>(row.master) + at, p, n);
       if constexpr (L::kStorage != Storage::kMaster) {
         if (row.stochastic) {
           // N is 8: as many entries as one call serves.

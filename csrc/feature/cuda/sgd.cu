@@ -24,8 +24,11 @@ class SgdOp {
   static constexpr int kUnroll = L::kMixed          ? 1
                                  : L::kLowPrecision ? 2 - kStates
                                                     : 4 / (1 + kStates);
+  // Two vectors of a master and its parameter need more than the 80 registers of three blocks.
   template <class L>
-  static constexpr int kBlocks = L::kEntries == 4 && !L::kMixed ? 4 : 3;
+  static constexpr int kBlocks = L::kStorage == Storage::kMaster && kStates == 0 ? 2
+                                 : L::kEntries == 4 && !L::kMixed                ? 4
+                                                                                 : 3;
 
   __device__ SgdOp(const Options& options, Acc lr, Acc grad_factor, int64_t step)
       : s_(options.scalars), nesterov_(options.nesterov) {

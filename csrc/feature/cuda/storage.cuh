@@ -19,11 +19,16 @@ struct Layout {
   static constexpr Storage kStorage = STORAGE;
   static constexpr bool kMixed = STORAGE == Storage::kMixed;
   static constexpr bool kLowPrecision = sizeof(Param) == 2;
+  static constexpr bool kMasters = kLowPrecision && (STORAGE == Storage::kMaster || kMixed);
   static constexpr int kEntries = 16 / sizeof(Param);
   // What a vector is read as; if mixed, it is widened as it is read.
   using Value =
       std::conditional_t<STORAGE == Storage::kOwn || STORAGE == Storage::kFloat32, Param, Acc>;
   using State = std::conditional_t<STORAGE == Storage::kOwn, Param, Acc>;
+
+  __device__ static bool has_master(const TensorRow& row) {
+    return kMasters && (STORAGE == Storage::kMaster || row.master);
+  }
 };
 
 template <typename T, int N>
