@@ -39,9 +39,9 @@ PyObject* feature_tables(PyObject*, PyObject*) {
   return PyUnicode_FromString(text.c_str());
 }
 
-// Whether the objects in some lists, and the values of some dicts, are those of these addresses, in
-// order; a 0 ends each container. Addresses in one array, since a call of Python's for each would
-// take longer than the comparison; whoever made it keeps the objects alive.
+// Whether the objects in some lists, and the keys and values of some dicts, are those of these
+// addresses, in order; a 0 ends each container. Addresses in one array, since a call of Python's
+// for each would take longer than the comparison; whoever made it keeps the objects alive.
 PyObject* same_objects(PyObject*, PyObject* arguments) {
   PyObject* containers;
   const char* addresses;
@@ -57,9 +57,9 @@ PyObject* same_objects(PyObject*, PyObject* arguments) {
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* container = PyTuple_GetItem(containers, i);
     if (PyDict_Check(container)) {
-      PyObject* value;
-      for (Py_ssize_t position = 0; PyDict_Next(container, &position, nullptr, &value);)
-        if (!is_next(value)) Py_RETURN_FALSE;
+      PyObject *key, *value;
+      for (Py_ssize_t position = 0; PyDict_Next(container, &position, &key, &value);)
+        if (!is_next(key) || !is_next(value)) Py_RETURN_FALSE;
     } else if (!PyList_Check(container)) {
       PyErr_SetString(PyExc_TypeError, "containers: expected lists and dicts");
       return nullptr;
@@ -97,7 +97,7 @@ PyMethodDef methods[] = {
     {"feature_tables", feature_tables, METH_NOARGS,
      "The states and options of every feature optimizer, in order, a line each."},
     {"same_objects", same_objects, METH_VARARGS,
-     "Whether the lists, and the dicts by their values, hold exactly the objects of these ids."},
+     "Whether the lists, and the dicts by keys and values, hold exactly the objects of these ids."},
     {"gradients", gradients, METH_O,
      "The attribute `grad` of each object in a list, but for None."},
     {nullptr, nullptr, 0, nullptr},

@@ -4,7 +4,6 @@
   stopping (momentum, Adam, amsgrad, float64, bfloat16 with stochastic rounding and with master weights, schedulers);
 - rates stay float32 and shared under bfloat16 parameters, steps int64, masters float32; lr and seeds come along;
 - loading copies; it tells the clones' head its rates; frozen parameters and clones are part of it;
-- a state_dict that does not fit names what is wrong and leaves optimizer and parameters as they were;
 - state_dict hooks; copy.deepcopy and pickle of model and optimizer together.
 """
 
@@ -16,31 +15,10 @@ import pickle
 
 import pytest
 import torch
+from checkpoint_harness import assert_same_state, build, generator, train
 from torch import nn
 
-from alrao_fast.nn import AlraoModel, ClassifierClones
 from alrao_fast.optim import AlraoAdam, AlraoSGD, LogUniform, PerWeight
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def build(dtype=torch.float32, seed=0) -> AlraoModel:
-    torch.manual_seed(seed)
-    backbone = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh())
-    model = AlraoModel(backbone, ClassifierClones(8, 3, num_clones=4))
-    model.backbone[1].bias.requires_grad_(False)
-    return model.to(dtype)
-
-
-def train(model, optimizer, steps) -> None:
-    for step in steps:
-        torch.manual_seed(500 + step)
-        x, y = torch.randn(10, 6), torch.randint(3, (10,))
-        optimizer.zero_grad()
-        model(x.to(next(model.parameters())), targets=y).backward()
-        optimizer.step()
 
 
 def through_a_file(value):
@@ -48,19 +26,6 @@ def through_a_file(value):
     torch.save(value, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def assert_same_state(a, b) -> None:
-    for group, other in zip(a.param_groups, b.param_groups):
-        for key in group:
-            if key != "params":
-                assert group[key] == other[key], key
-        for p, q in zip(group["params"], other["params"]):
-            assert torch.equal(p, q)
-            assert a.state[p].keys() == b.state[q].keys()
-            for key, value in a.state[p].items():
-                assert value.dtype == b.state[q][key].dtype, key
-                assert torch.equal(value, b.state[q][key]), key
 
 
 CASES = {
@@ -180,74 +145,6 @@ def test_groups_added_after_loading_share_the_loaded_rates():
     second.load_state_dict(first.state_dict())
     second.add_param_group({"params": [layer.bias]})
     assert second.state[layer.bias]["rate"] is second.state[layer.weight]["rate"]
-
-
-def broken(change):
-    def apply(state_dict):
-        state_dict = copy.deepcopy(state_dict)
-        return change(state_dict) or state_dict
-
-    return apply
-
-
-def without_rates(state_dict):
-    for state in state_dict["state"].values():
-        del state["rate"]
-
-
-WRONG = {
-    "torch's own": (
-        lambda s: torch.optim.SGD(build().parameters(), lr=0.1).state_dict(),
-        "has no learning rates for parameter 'backbone.0.weight'",
-    ),
-    "without rates": (broken(without_rates), "not written by an Alrao optimizer"),
-    "groups": (
-        broken(lambda s: s["param_groups"].append(s["param_groups"][0])),
-        "has 2 param groups; expected 1",
-    ),
-    "parameters": (
-        broken(lambda s: s["param_groups"][0]["params"].remove(5)),
-        "param group 0 of state_dict has 5 parameters; expected 6",
-    ),
-    "rate": (
-        broken(lambda s: s["state"][2].update(rate=torch.ones(3))),
-        r"state 'rate' of parameter 'backbone.1.weight' in state_dict has shape \[3\]; expected \[8\]",
-    ),
-    "last momentum": (
-        broken(lambda s: s["state"][5].update(momentum_buffer=torch.ones(3))),
-        r"'momentum_buffer' of parameter 'head.bias' in state_dict has shape \[3\]",
-    ),
-    "step": (broken(lambda s: s["state"][0].update(step=torch.ones(2))), "state 'step'"),
-    "option": (broken(lambda s: s["param_groups"][0].update(momentum=-1)), "momentum is -1"),
-    "nothing": (lambda s: {}, "state_dict has no 'param_groups'"),
-    "no groups": (lambda s: {"state": {}}, "state_dict has no 'param_groups'"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_state_dict_changes_nothing(case):
-    change, message = WRONG[case]
-    model, untouched = build(), build()
-    optimizer, twin = (
-        AlraoSGD(m, (1e-5, 1.0), momentum=0.9, generator=generator(0)) for m in (model, untouched)
-    )
-    for m, o in ((model, optimizer), (untouched, twin)):
-        train(m, o, range(2))
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(change(optimizer.state_dict()))
-    assert_same_state(optimizer, twin)
-    for m, o in ((model, optimizer), (untouched, twin)):
-        train(m, o, range(2, 4))
-    assert_same_state(optimizer, twin)
-
-
-def test_older_state_without_an_option():
-    model = build()
-    optimizer = AlraoSGD(model, momentum=0.9)
-    saved = optimizer.state_dict()
-    del saved["param_groups"][0]["rounding"]
-    optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["rounding"] is None
 
 
 def test_hooks():

@@ -73,7 +73,8 @@ class CloneOptimizers:
         self._steps: Tensor | None = None
         self._shown: Tensor | None = None
         self._rates: tuple[list[float], Tensor] | None = None
-        # What the optimizers' states held when they were gathered.
+        # Whose states were gathered, and what they held.
+        self._owners: list[Tensor] = []
         self._objects: Objects | None = None
         self._call: Call | None = None
 
@@ -185,6 +186,8 @@ class CloneOptimizers:
             != [(p.shape, p.dtype) for p in params]
             for name in names
         )
+        owners = [param for slot in slots for param in slot]
+        fresh = fresh or len(owners) != len(self._owners) or not all(map(is_, owners, self._owners))
         if not fresh and self._objects is not None and self._objects.are_same():
             return True
         self._call = None
@@ -212,6 +215,7 @@ class CloneOptimizers:
                 for optimizer, param, step in zip(self.optimizers, slot, row.unbind(0)):
                     optimizer.state[param]["step"] = step
             self._shown = shown
+        self._owners = owners
         own = [o.state[p] for slot in slots for o, p in zip(self.optimizers, slot)]
         self._objects = Objects(*(o.state for o in self.optimizers), *own)
         return True

@@ -4,7 +4,7 @@ Rates come in full size and are kept as a vector along one dimension where they 
 are part of the state, next to the momentum, so that `state_dict` can resume a run.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,15 +13,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
-from alrao_fast.optim import adam, sgd
+from alrao_fast.optim import adam, checkpoint, sgd
 from alrao_fast.optim.binding import (
     Binding,
     Call,
     GroupBinding,
-    as_count,
+    MakeRates,
     by_device_and_dtype,
     gradients,
+    is_copy,
 )
+from alrao_fast.optim.places import Places
+from alrao_fast.optim.states import complete, like, steps_of
 from alrao_fast.reference.feature_sgd import like_parameter
 
 
@@ -76,15 +79,42 @@ class SpecOptimizer(Optimizer):
             )
         # What a state that was cleared begins with again.
         self._rates = {p: compact_rates(rate, p) for p, rate in zip(own, rates)}
-        for param in own:
-            self._begin(param)
+        self._places = Places()
+        self._refresh()
 
-    def _begin(self, param: Tensor) -> None:
-        """Clearing the state forgets momentum, not the rates."""
-        state, (rate, dim) = self.state[param], self._rates[param]
-        if "rate" not in state:
-            state["rate"], state["rate_dim"] = rate, dim
-        state.setdefault("step", torch.zeros((), dtype=torch.int64, device=param.device))
+    def _refresh(self) -> None:
+        """Give the parameters the states that they lack, and those put in by hand the rates of the ones before them."""
+        groups = self.param_groups
+        for new, old in self._places.heirs(groups):
+            if new not in self._rates:
+                own = {**self.state.get(old, {}), **self.state.get(new, {})}
+                rate, dim = self._rates[old]
+                self._rates[new] = own.get("rate", rate), own.get("rate_dim", dim)
+        for number, group in enumerate(groups):
+            for place, param in enumerate(group["params"]):
+                if param not in self._rates:
+                    raise RuntimeError(
+                        f"parameter {place} of param group {number}, of shape {list(param.shape)}, was put there "
+                        "without rates: expected one in the place of another of its shape, or a new optimizer"
+                    )
+        self._places.note(groups)
+        for group in groups:
+            names = self._kept(group)
+            for param in group["params"]:
+                state, (rate, dim) = self.state[param], self._rates[param]
+                # Clearing the state forgets momentum, not the rates.
+                if state.get("rate") is None:
+                    state["rate"], state["rate_dim"] = rate, dim
+                if param.requires_grad or param.grad is not None:
+                    complete(self._op, state, param, names, False, False)
+
+    def _kept(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The names of the states that the group's options need."""
+        return self._op.states[: self._op.num_states(self._options(group))]
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError where an option of `group` is out of range."""
+        raise NotImplementedError
 
     def _options(self, group: dict[str, Any]) -> Options:
         """The op's options, with the authors' rule."""
@@ -114,64 +144,102 @@ class SpecOptimizer(Optimizer):
     def _bind(
         self, params: list[Tensor], key: tuple[tuple[str, ...], str], done: Collection[int]
     ) -> GroupBinding:
+        self._refresh()
         mask = [p.grad is not None and id(p) not in done for p in params]
         members = [p for p, has_grad in zip(params, mask) if has_grad]
+        names, impl = key
         calls = []
         for positions in by_device_and_dtype(members):
             own = members if positions is None else [members[k] for k in positions]
-            calls.append(Call(self._op, self._lists(own, key[0]), self._op.select(own), positions))
+            lists, derived = self._lists(own, names)
+            calls.append(Call(self._op, lists, impl, positions, derived))
         return GroupBinding(calls, params, mask, key, self.state)
 
-    def _lists(self, members: list[Tensor], names: tuple[str, ...]) -> Lists:
-        device = members[0].device
+    def _lists(
+        self, members: list[Tensor], names: tuple[str, ...]
+    ) -> tuple[Lists, dict[int, MakeRates]]:
+        first = self._op.first_state if self._op.first_state in names else ""
         for param in members:
-            self._begin(param)
-        states = [[self._like(p, name) for p in members] for name in names]
-        steps = torch.stack([as_count(self.state[p]["step"], device) for p in members])
+            own = self.state[param]
+            own.update({name: like(own[name], param, param.dtype) for name in names})
+        states = [[self.state[p][name] for p in members] for name in names]
         rates, inners = [], []
+        derived: dict[int, MakeRates] = {}
         for k, param in enumerate(members):
-            self.state[param]["step"] = steps[k]
-            rate, dim = self.state[param]["rate"].to(device), self.state[param]["rate_dim"]
-            self.state[param]["rate"] = rate
-            # The op takes float64 rates for float64 parameters only.
-            rate = rate if param.dtype == torch.float64 else rate.float()
-            inners.append(1 if dim is None or rate.numel() == 1 else param.stride(dim))
-            rates.append(like_parameter(rate, param) if dim is None else rate)
-        return Lists(members, states, [], rates, inners, [], steps)
+            own = self.state[param]
+            own["rate"] = own["rate"].to(param.device)
+            dim, make = own["rate_dim"], partial(_in_memory, own, param)
+            rates.append(make())
+            inners.append(1 if dim is None or rates[k].numel() == 1 else param.stride(dim))
+            if is_copy(rates[k], own["rate"]):
+                derived[k] = make
+        return Lists(
+            members, states, [], rates, inners, [], steps_of(members, self.state, first)
+        ), derived
 
-    def _like(self, param: Tensor, name: str) -> Tensor:
-        """A state in the layout of the parameter as it is now; a new one is zero and starts the count of steps."""
-        state, stored = self.state[param], self.state[param].get(name)
-        if stored is None:
-            state["step"] = torch.zeros_like(state["step"])
-        like = torch.empty_strided(
-            param.size(), param.stride(), dtype=param.dtype, device=param.device
-        )
-        state[name] = like.zero_() if stored is None else like.copy_(stored)
-        return state[name]
+    def state_dict(self) -> dict[str, Any]:
+        """The states, rates among them, and the groups' options, as torch's `state_dict`."""
+        self._refresh()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` returned; the rates keep their precision whatever the parameters' dtype."""
-        saved = [k for group in state_dict["param_groups"] for k in group["params"]]
+        """Load what `state_dict()` returned; raises, changing nothing, where it does not fit.
+
+        The rates keep their precision whatever the parameters' dtype; where `state_dict` has none they stay.
+        """
+        self._refresh()
         own = [p for group in self.param_groups for p in group["params"]]
+        names = {p: f"params[{number}]" for number, p in enumerate(own)}
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        groups, state = checkpoint.fitted(
+            state_dict,
+            self.param_groups,
+            self._op,
+            name_of=names.__getitem__,
+            rates_of=self._saved_rates,
+            missing_rate=lambda param, saved, read: self.state[param]["rate"],
+        )
+        for group in groups:
+            self._check_group(group)
         for param in own:
-            self._begin(param)
-        present = [self.state[p] for p in own]
-        super().load_state_dict(state_dict)
-        self._binding = Binding()
-        for param, key, before in zip(own, saved, present):
-            state = {**before, **self.state[param]}
-            given = state_dict["state"].get(key, {})
-            if "rate" in given:
-                state["rate"] = given["rate"].to(param.device, before["rate"].dtype, copy=True)
-            self.state[param] = state
-            self._rates[param] = state["rate"], state["rate_dim"]
+            state[param].setdefault("rate_dim", self.state[param]["rate_dim"])
+        self.param_groups, self.state, self._binding = groups, state, Binding()
+        self._rates = {p: (state[p]["rate"], state[p]["rate_dim"]) for p in own}
+        self._places.note(groups)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _saved_rates(
+        self, param: Tensor, saved: Mapping[str, Any]
+    ) -> tuple[tuple[int, ...], torch.dtype]:
+        """The shape and dtype that the rates of a saved state have to have."""
+        own = self.state[param]["rate"]
+        dim, rate = saved.get("rate_dim", self.state[param]["rate_dim"]), saved.get("rate")
+        if dim is None:
+            return tuple(param.shape), own.dtype
+        if not isinstance(dim, int) or not 0 <= dim < max(param.dim(), 1):
+            raise ValueError(
+                f"state 'rate_dim' in state_dict is {dim!r}; expected None or a dimension of {list(param.shape)}"
+            )
+        # One rate serves all entries, too.
+        single = not param.dim() or (isinstance(rate, Tensor) and rate.numel() == 1)
+        return (1 if single else param.size(dim),), own.dtype
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._binding = Binding()
         known = ((p, own) for p, own in self.state.items() if "rate" in own)
         self._rates = {p: (own["rate"], own["rate_dim"]) for p, own in known}
+        self._places = Places()
+        self._places.note(self.param_groups)
+
+
+def _in_memory(own: dict[str, Any], param: Tensor) -> Tensor:
+    """The rates as the op takes them: in memory order, and float64 for float64 parameters only."""
+    rate = own["rate"] if param.dtype == torch.float64 else own["rate"].float()
+    return like_parameter(rate, param) if own["rate_dim"] is None else rate
 
 
 def _check(options: dict[str, float]) -> None:
@@ -198,9 +266,12 @@ class SGDSpec(SpecOptimizer):
         weight_decay: float = 0,
         nesterov: bool = False,
     ) -> None:
-        _check({"momentum": momentum, "weight_decay": weight_decay})
-        sgd.check_group(locals())
+        self._check_group(locals())
         super().__init__(locals())
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        _check({name: group[name] for name in ("momentum", "weight_decay")})
+        sgd.check_group(group)
 
     def _options(self, group: dict[str, Any]) -> Options:
         return sgd.options_of(group, authors=True)
@@ -223,10 +294,13 @@ class AdamSpec(SpecOptimizer):
         weight_decay: float = 0,
         amsgrad: bool = False,
     ) -> None:
-        _check({"eps": eps, "weight_decay": weight_decay})
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas is {betas}; expected two numbers, 0 <= beta < 1")
+        self._check_group(locals())
         super().__init__(locals())
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        _check({name: group[name] for name in ("eps", "weight_decay")})
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas is {group['betas']}; expected two numbers, 0 <= beta < 1")
 
     def _options(self, group: dict[str, Any]) -> Options:
         return adam.options_of(group, authors=True)

@@ -91,17 +91,26 @@ class _AlraoOptimizer:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` returned. ValueError for another number of last layers."""
+        """Load what `state_dict()` returned; raises, changing nothing, where it does not fit.
+
+        ValueError for another number of last layers.
+        """
         saved = state_dict["opt_last_layers"]
         if len(saved) != len(self.opt_last_layers):
             raise ValueError(
                 f"state_dict has {len(saved)} last layers; expected {len(self.opt_last_layers)}"
             )
-        self.opt_internal_nn.load_state_dict(state_dict["opt_internal_nn"])
-        for opt, state in zip(self.opt_last_layers, saved):
-            opt.load_state_dict(state)
-        self.last_layers_lr = list(state_dict["last_layers_lr"])
-        self.posterior = state_dict["posterior"]
+        rates, posterior = list(state_dict["last_layers_lr"]), state_dict["posterior"]
+        before = [opt.state_dict() for opt in self.opt_last_layers]
+        try:
+            for opt, state in zip(self.opt_last_layers, saved):
+                opt.load_state_dict(state)
+            self.opt_internal_nn.load_state_dict(state_dict["opt_internal_nn"])
+        except Exception:
+            for opt, state in zip(self.opt_last_layers, before):
+                opt.load_state_dict(state)
+            raise
+        self.last_layers_lr, self.posterior = rates, posterior
 
     # The older names.
     classifiers_zero_grad = last_layers_zero_grad

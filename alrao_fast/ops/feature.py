@@ -69,6 +69,7 @@ class FeatureOp:
     options: name and type, float or bool, of what the update depends on besides lr, maximize and the scalars of AMP.
     fixed_states, switch: the first `fixed_states` states are there always, the others where the option `switch`, if
         there is one, is on.
+    first_state: the state, if there is one, that the first update (count 0) sets whatever it holds.
     """
 
     stem: str
@@ -77,6 +78,7 @@ class FeatureOp:
     fixed_states: int
     reference: Callable[..., None]
     switch: str = ""
+    first_state: str = ""
 
     def __post_init__(self) -> None:
         FEATURE_OPS[self.stem] = self

@@ -21,6 +21,7 @@ OP = FeatureOp(
     },
     fixed_states=0,
     switch="momentum",
+    first_state="momentum_buffer",
     reference=reference,
 )
 

@@ -124,10 +124,16 @@ class ListPlan:
 
     def __init__(self, op: FeatureOp, lists: Lists, impl: str) -> None:
         self._op, self._lists, self._impl = op, lists, impl
-        self._looks = [_look(param) for param in lists.params]
+        params, states, masters, rates, _, _, steps = lists
+        self._others = [*(tensor for state in states for tensor in state), *masters, *rates, steps]
+        self._looks = [_look(param) for param in params]
+        self._other_looks = [_look(tensor) for tensor in self._others]
 
     def step(self, grads: list[Tensor], options: Options, scalars: Scalars) -> bool:
         if not self.unchanged():
+            return False
+        # torch.compile guards what it has traced.
+        if not torch.compiler.is_compiling() and self._other_looks != [*map(_look, self._others)]:
             return False
         self._op(self._lists, grads, options, scalars, self._impl)
         return True
@@ -137,13 +143,19 @@ class ListPlan:
         return self._looks == [_look(param) for param in self._lists.params]
 
 
-def _look(param: Tensor) -> tuple[object, ...]:
-    return param.shape, param.stride(), param.dtype, param.device
+def _look(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def may_keep_handles() -> bool:
+    """Whether plans may keep handles of C++ on tensors: `torch.utils.swap_tensors`, by which modules may be told to
+    convert their parameters, refuses a tensor that has one."""
+    return not torch.__future__.get_swap_module_params_on_conversion()
 
 
 def make_plan(op: FeatureOp, lists: Lists, impl: str) -> Plan:
     """The plan of `impl` for these tensors."""
-    if impl in ("cpu", "cuda"):
+    if impl in ("cpu", "cuda") and may_keep_handles():
         return CompiledPlan(op, lists)
     if impl == "triton":
         return TritonPlan(op, lists)

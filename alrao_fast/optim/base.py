@@ -5,7 +5,8 @@ once (binding.py) and kept until something changes: `step()` then only collects 
 """
 
 import warnings
-from collections.abc import Callable, Collection
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,9 @@ from alrao_fast.optim.param_groups import (
     modules_of,
     tensor_of,
 )
+from alrao_fast.optim.places import Places
 from alrao_fast.optim.rates import LogUniform, Sampler, check_lr_range, draw, draw_clones
+from alrao_fast.optim.states import complete
 
 
 class AlraoOptimizer(Optimizer):
@@ -67,7 +70,9 @@ class AlraoOptimizer(Optimizer):
         self._generator = generator
         # The layout of every parameter met so far, in the order in which rates are drawn.
         self._layouts: dict[Tensor, Layout] = {}
+        # What a state that was cleared begins with again.
         self._rates: dict[Tensor, Tensor] = {}
+        self._places = Places()
         # Vectors drawn with the optimizer's own sampler: parameters added later share them.
         self._vectors: dict[Any, Tensor] = {}
         self._binding = Binding()
@@ -83,6 +88,7 @@ class AlraoOptimizer(Optimizer):
         self._draw()
         self._warn_of_bare_tensors()
         self._constructing = False
+        self._complete(self.param_groups)
 
     def _follow_fused(self) -> None:
         if self.defaults["fused"]:
@@ -127,6 +133,7 @@ class AlraoOptimizer(Optimizer):
                 super().add_param_group(part)
                 added = self.param_groups[-1]
                 self._undrawn.update(dict.fromkeys(added["params"], (sampler, added["lr_range"])))
+                self._places.note(self.param_groups, sampler)
             if not self._constructing:
                 self._draw()
         except Exception:
@@ -135,6 +142,58 @@ class AlraoOptimizer(Optimizer):
             raise
         if not self._constructing:
             self._warn_of_bare_tensors()
+            self._complete(self.param_groups[before[0] :])
+
+    def refresh(self) -> None:
+        """Give rates and states to parameters that were put into `param_groups` by hand, or whose state was cleared.
+
+        `step()`, `state_dict()` and `load_state_dict()` do so by themselves.
+        """
+        self._adopt()
+        self._complete(self.param_groups)
+
+    def _adopt(self) -> None:
+        """Give rates to parameters that were put into `param_groups` by hand.
+
+        One in the place of another of its shape has that one's layout and, unless its state has some, its rates; any
+        other is treated as `add_param_group` would treat it.
+        """
+        groups, before = self.param_groups, dict(self._layouts)
+        strangers = [p for group in groups for p in group["params"] if p not in self._rates]
+        try:
+            for new, old in self._places.heirs(groups) if strangers else ():
+                if new not in self._layouts and old in self._rates:
+                    self._layouts[new] = self._layouts[old]
+                    own = {**self.state.get(old, {}), **self.state.get(new, {})}
+                    self._rates[new] = own.get("rate", self._rates[old])
+            for number, group in enumerate(groups if strangers else ()):
+                place = self._places.of(groups, number)
+                self._lay_out(group["params"])
+                for param in [p for p in group["params"] if p not in self._rates]:
+                    if "rate" in self.state.get(param, {}):
+                        self._rates[param] = self.state[param]["rate"]
+                    else:
+                        self._undrawn[param] = place and place.sampler, group["lr_range"]
+            self._draw()
+        except Exception:
+            self._layouts, self._undrawn, self._bare = before, {}, []
+            for param in strangers:
+                self._rates.pop(param, None)
+            raise
+        self._places.note(groups)
+        self._warn_of_bare_tensors()
+
+    def _complete(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Give all parameters of `groups` their rates, and those that are trained the states that they lack."""
+        for group in groups:
+            needs = self._kept(self._options(group)), self._float32_states, group["master_weights"]
+            for param in group["params"]:
+                own = self.state[param]
+                # Clearing the state forgets momentum, not the rates.
+                if own.get("rate") is None:
+                    own["rate"] = self._rates[param]
+                if param.requires_grad or param.grad is not None:
+                    complete(self._op, own, param, *needs)
 
     def _lay_out(self, entries: list[Any]) -> None:
         """Lay out the models and heads that bare tensors belong to, as if they had been passed.
@@ -187,6 +246,7 @@ class AlraoOptimizer(Optimizer):
         pending, self._undrawn = self._undrawn, {}
         own = self._sampler or LogUniform(*self.defaults["lr_range"])
         drawn: dict[Any, Tensor] = {}
+        own_rates: dict[Tensor, Tensor] = {}
         for param in [p for p in self._layouts if p in pending]:
             layout = self._layouts[param]
             group_sampler, lr_range = pending[param]
@@ -203,24 +263,23 @@ class AlraoOptimizer(Optimizer):
                 else:
                     rates = draw(sampler, length, self._generator)
                 cache[key] = rates
-            self._rates[param] = layout.rates(rates)
+            own_rates[param] = layout.rates(rates)
         for group in self.param_groups:
             if "rounding_seed" not in group:
                 # The tensors of a group round with consecutive seeds, starting here.
                 seed = torch.randint(2**62, (), generator=self._generator, device="cpu")
                 group["rounding_seed"] = int(seed)
-        self._store_rates()
+        self._store(own_rates)
 
-    def _store_rates(self) -> None:
-        """Put the rates into the state, on their parameters' devices, shared vectors as one tensor."""
+    def _store(self, rates: dict[Tensor, Tensor]) -> None:
+        """Put drawn rates into the state, on their parameters' devices, shared vectors as one tensor."""
         moved: dict[tuple[int, torch.device], Tensor] = {}
-        for param, rate in dict(self._rates).items():
+        for param, rate in rates.items():
             device = rate.device if param.is_meta else param.device
             key = (id(rate), device)
             if key not in moved:
                 moved[key] = rate.to(device)
             self._rates[param] = self.state[param]["rate"] = moved[key]
-        self._binding = Binding()
         self._tell_heads()
 
     def _tell_heads(self) -> None:
@@ -235,6 +294,24 @@ class AlraoOptimizer(Optimizer):
 
     # Checkpoints and copies.
 
+    def state_dict(self) -> dict[str, Any]:
+        """The states, rates among them, and the groups' options, as torch's `state_dict`.
+
+        Complete at any time, before the first step and after `state.clear()` too. Parameters that were taken out of the
+        groups are left out.
+        """
+        self.refresh()
+        own = {p for group in self.param_groups for p in group["params"]}
+        whole = self.state
+        if any(isinstance(key, Tensor) and key not in own for key in whole):
+            self.state = defaultdict(
+                dict, {k: v for k, v in whole.items() if not isinstance(k, Tensor) or k in own}
+            )
+        try:
+            return super().state_dict()
+        finally:
+            self.state = whole
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that `state_dict()` returned; raises, changing nothing, where it does not fit the parameters.
 
@@ -245,27 +322,43 @@ class AlraoOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        groups, state = checkpoint.fitted(state_dict, self.param_groups, self._layouts)
+        self.refresh()
+        layouts = self._layouts
+        groups, state = checkpoint.fitted(
+            state_dict,
+            self.param_groups,
+            self._op,
+            name_of=lambda param: layouts[param].name,
+            rates_of=lambda param, _: ((layouts[param].length(param),), torch.float32),
+            missing_rate=partial(
+                checkpoint.rate_of_frozen,
+                layouts=layouts,
+                own=lambda param: self.state[param]["rate"],
+            ),
+        )
         for group in groups:
             check_options(group, self._rule_option)
             self._check_group(group)
-        self.param_groups, self.state = groups, state
+        self.param_groups, self.state, self._binding = groups, state, Binding()
+        self._places.note(groups)
         for group in groups:
             for param in group["params"]:
-                self._rates[param] = state[param]["rate"]
-                layout = self._layouts[param]
+                rate, layout = state[param]["rate"], self._layouts[param]
+                self._rates[param] = rate
                 if layout.vector in self._vectors and layout.feature_of is None:
-                    self._vectors[layout.vector] = self._rates[param]
-        self._store_rates()
+                    self._vectors[layout.vector] = rate
+        self._tell_heads()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._adopt()
         own = {p for group in self.param_groups for p in group["params"]}
         return {
             **super().__getstate__(),
             "_layouts": {p: layout for p, layout in self._layouts.items() if p in own},
             "_rates": {p: rates for p, rates in self._rates.items() if p in own},
+            "_places": self._places,
             "_vectors": self._vectors,
             "_sampler": self._sampler,
             "_generator": self._generator,
@@ -310,26 +403,27 @@ class AlraoOptimizer(Optimizer):
                 raise
         return loss
 
+    def _kept(self, options: Options) -> tuple[str, ...]:
+        """The names of the states that these options need."""
+        return self._op.states[: self._op.num_states(options)]
+
     def _needs(self, group: dict[str, Any], options: Options) -> Needs:
-        op = self._op
         return Needs(
-            op.states[: op.num_states(options)],
+            self._kept(options),
             self._float32_states,
             group["master_weights"],
             group["rounding"],
-            "reference" if group["fused"] is False else op.select(group["params"]),
+            "reference" if group["fused"] is False else self._op.select(group["params"]),
         )
 
     @torch.compiler.disable
     @torch.no_grad()
     def _bind(self, group: dict[str, Any], needs: Needs, done: Collection[int]) -> GroupBinding:
-        params, seed = group["params"], group["rounding_seed"]
-        warn_of_unobserved(params)
-        for param in params:
-            # Clearing the state forgets momentum, not the rates.
-            if param in self._rates:
-                self.state[param].setdefault("rate", self._rates[param])
-        return bind(self._op, params, self._layouts, self.state, needs, seed, done)
+        self._adopt()
+        self._complete([group])
+        warn_of_unobserved(group["params"])
+        seed = group["rounding_seed"]
+        return bind(self._op, group["params"], self._layouts, self.state, needs, seed, done)
 
     _hooked_step = Optimizer.profile_hook_step(_step)
 

@@ -8,7 +8,9 @@ at some microseconds per hundred tensors; a plan notices by itself where the mem
 import math
 from array import array
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from operator import is_
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,22 +19,34 @@ from torch import Tensor
 from alrao_fast import _extension
 from alrao_fast.ops.checks import FLOATS, LOW_PRECISION
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
-from alrao_fast.ops.plan import ListPlan, make_plan
+from alrao_fast.ops.plan import ListPlan, make_plan, may_keep_handles
 from alrao_fast.optim.layouts import Layout, memory_rates
+from alrao_fast.optim.states import like, state_dtype, steps_of
+
+# What makes the rates of a parameter anew from those in its state.
+MakeRates = Callable[[], Tensor]
 
 
 class Call:
     """One op on tensors of one device and dtype; `positions` says which of a group's gradients are theirs (None: all).
 
+    derived: those of the rates that are copies, by number, with what makes them: each step looks what they are now.
+
     Raises RuntimeError where the tensors do not fit together.
     """
 
     def __init__(
-        self, op: FeatureOp, lists: Lists, impl: str, positions: list[int] | None = None
+        self,
+        op: FeatureOp,
+        lists: Lists,
+        impl: str,
+        positions: list[int] | None = None,
+        derived: Mapping[int, MakeRates] = MappingProxyType({}),
     ) -> None:
         self.lists, self.impl, self.positions = lists, impl, positions
         self._listed = ListPlan(op, lists, impl)
         self._plan = make_plan(op, lists, impl)
+        self._derived = [(lists.rates[number], make) for number, make in derived.items()]
 
     def step(self, grads: list[Tensor], options: Options, scalars: Scalars) -> bool:
         """One step; False, with nothing written, where a parameter's memory, strides or dtype has changed."""
@@ -40,6 +54,10 @@ class Call:
             grads = [grads[k] for k in self.positions]
         plan = self._listed if torch.compiler.is_compiling() else self._plan
         scalars = self._there(scalars)
+        if self._derived and not self._listed.unchanged():
+            return False
+        for rates, make in self._derived:
+            rates.copy_(make())
         updated = plan.step(grads, options, scalars)
         if updated and scalars.grad_scale is not None:
             _unscale(grads, scalars.grad_scale, scalars.found_inf)
@@ -75,14 +93,11 @@ _compiled_gradients = _extension.function("gradients")
 
 
 class Objects:
-    """What sequences hold, and mappings as values: the objects themselves, however equal others may be."""
+    """What sequences hold, and mappings as keys and values: the objects themselves, however equal others may be."""
 
     def __init__(self, *containers: Any) -> None:
-        # Of a mapping a view, which shows what it holds later on.
-        self._values = [c.values() if isinstance(c, Mapping) else c for c in containers]
         # Keeps the objects alive: their ids stay theirs.
-        self._held = held = [list(values) for values in self._values]
-        self.count = sum(map(len, held))
+        self._held = held = [_objects_in(container) for container in containers]
         self._containers = containers
         self._plain = all(isinstance(c, list | dict) for c in containers)
         self._ids = array("Q", [i for objects in held for i in (*map(id, objects), 0)]).tobytes()
@@ -91,10 +106,17 @@ class Objects:
         """Whether the containers still hold exactly these, in this order."""
         if self._plain and _compiled_comparison is not None:
             return _compiled_comparison(self._containers, self._ids)
-        for values, held in zip(self._values, self._held):
-            if len(values) != len(held) or not all(map(is_, values, held)):
+        for container, held in zip(self._containers, self._held):
+            objects = _objects_in(container)
+            if len(objects) != len(held) or not all(map(is_, objects, held)):
                 return False
         return True
+
+
+def _objects_in(container: Any) -> list[Any]:
+    if isinstance(container, Mapping):
+        return [item for pair in container.items() for item in pair]
+    return list(container)
 
 
 class GroupBinding:
@@ -124,18 +146,30 @@ class Binding:
     def __init__(self) -> None:
         self.groups: dict[int, GroupBinding] = {}
         self._state: Any = {}
+        self._count = 0
+        self._with_handles = True
         self._objects = Objects(self._state)
 
     def follow(self, state: Any) -> None:
-        """Before the groups' steps: forget everything if `state`, or the dict of a parameter in it, was exchanged."""
-        if self._state is state and (
-            self._objects.count == len(state)
-            if torch.compiler.is_compiling()
-            else self._objects.are_same()
+        """Before the groups' steps: forget everything if `state`, or the dict of a parameter in it, was exchanged, or
+        the plans have handles that they may not keep."""
+        with_handles = may_keep_handles()
+        if (
+            self._with_handles is with_handles
+            and self._state is state
+            and (
+                self._count == len(state)
+                if torch.compiler.is_compiling()
+                else self._objects.are_same()
+            )
         ):
             return
         self.groups.clear()
-        self._state, self._objects = state, Objects(state)
+        self._with_handles = with_handles
+        self._look(state)
+
+    def _look(self, state: Any) -> None:
+        self._state, self._count, self._objects = state, len(state), Objects(state)
 
     def step(
         self,
@@ -172,7 +206,7 @@ class Binding:
     def _keep(self, number: int, group: GroupBinding) -> GroupBinding:
         self.groups[number] = group
         # Binding may have added to it.
-        self._objects = Objects(self._state)
+        self._look(self._state)
         return group
 
 
@@ -195,18 +229,18 @@ def bind(
     seed: int,
     done: Collection[int],
 ) -> GroupBinding:
-    """The calls for those of `params` that have a gradient and whose id is not in `done`; creates or moves their states
-    where needed."""
+    """The calls for those of `params` that have a gradient and whose id is not in `done`; moves their states where
+    needed."""
     mask = [p.grad is not None and id(p) not in done for p in params]
     with_grad = [k for k, has_grad in enumerate(mask) if has_grad]
     for k in with_grad:
-        check_gradient(params[k], _name(params[k], layouts))
+        check_gradient(params[k], layouts[params[k]].name)
     calls = []
     for positions in by_device_and_dtype([params[k] for k in with_grad]):
         numbers = with_grad if positions is None else [with_grad[k] for k in positions]
         seeds = [(seed + k) % 2**63 for k in numbers]
-        lists = _lists([params[k] for k in numbers], seeds, layouts, state, needs)
-        calls.append(Call(op, lists, needs.impl, positions))
+        lists, derived = _lists(op, [params[k] for k in numbers], seeds, layouts, state, needs)
+        calls.append(Call(op, lists, needs.impl, positions, derived))
     return GroupBinding(calls, params, mask, needs, state)
 
 
@@ -240,89 +274,69 @@ def check_gradient(param: Tensor, name: str) -> None:
 
 
 def _lists(
+    op: FeatureOp,
     params: list[Tensor],
     seeds: list[int],
     layouts: dict[Tensor, Layout],
     state: Any,
     needs: Needs,
-) -> Lists:
+) -> tuple[Lists, dict[int, MakeRates]]:
+    """The op's tensors, and which of the rates are copies."""
     low_precision = params[0].dtype in LOW_PRECISION
     with_masters = needs.master_weights and low_precision
-    state_dtype = params[0].dtype
-    if with_masters or (needs.float32_states and low_precision):
-        state_dtype = torch.float32
+    dtype = state_dtype(params[0], needs.float32_states, needs.master_weights)
     rates, inners = [], []
-    for param in params:
-        name, own = _name(param, layouts), state[param]
-        own["rate"] = own["rate"].to(param.device)
-        _check_shape(param, layouts[param], own, needs)
+    derived: dict[int, MakeRates] = {}
+    for number, param in enumerate(params):
+        layout, own = layouts[param], state[param]
+        _check_shape(param, layout, own, needs)
+        own["rate"] = own["rate"].to(param.device, torch.float32)
         # Without entries there are no features either; the ops expect at least one rate.
         rate = own["rate"] if own["rate"].numel() else own["rate"].new_ones(1)
-        rate, inner = memory_rates(rate, param, layouts[param].dims, name)
-        rates.append(rate)
+        in_memory, inner = memory_rates(rate, param, layout.dims, layout.name)
+        rates.append(in_memory)
         inners.append(inner)
+        if is_copy(in_memory, rate):
+            derived[number] = partial(_in_memory, rate, param, layout)
         for key in needs.states:
-            own[key] = _like(own.get(key), param, state_dtype)
+            own[key] = like(own[key], param, dtype)
         if with_masters:
-            own["master"] = _like(own.get("master", param), param, torch.float32)
+            own["master"] = like(own["master"], param, torch.float32)
     stochastic = low_precision and not with_masters and needs.rounding != "nearest"
-    return Lists(
+    lists = Lists(
         params=params,
         states=[[state[p][key] for p in params] for key in needs.states],
         masters=[state[p]["master"] for p in params] if with_masters else [],
         rates=rates,
         inners=inners,
         seeds=seeds if stochastic else [],
-        steps=_steps(params, state),
+        steps=steps_of(params, state, op.first_state if op.first_state in needs.states else ""),
     )
+    return lists, derived
+
+
+def is_copy(tensor: Tensor, of: Tensor) -> bool:
+    """Whether `tensor` has memory of its own."""
+    return tensor.untyped_storage().data_ptr() != of.untyped_storage().data_ptr()
+
+
+def _in_memory(rate: Tensor, param: Tensor, layout: Layout) -> Tensor:
+    return memory_rates(rate, param, layout.dims, layout.name)[0]
 
 
 def _check_shape(param: Tensor, layout: Layout, own: dict[str, Any], needs: Needs) -> None:
-    """Raises where a parameter has another shape than the rates and states were made for."""
+    """Raises where a state is no tensor, or a parameter has another shape than the rates and states were made for."""
+    kept = ["rate", *needs.states, *(["master"] if "master" in own else [])]
+    for key in kept:
+        if not isinstance(own[key], Tensor):
+            raise TypeError(
+                f"state {key!r} of parameter {layout.name!r} is a {type(own[key]).__name__}; expected a tensor"
+            )
     size = math.prod(param.size(d) for d in layout.dims if d < param.dim())
     rates = own["rate"].numel()
     fits = size == rates or (len(layout.dims) == 1 and rates and size % rates == 0)
-    kept = [own[key] for key in (*needs.states, "master") if key in own]
-    if not fits or any(state.shape != param.shape for state in kept):
+    if not fits or any(own[key].shape != param.shape for key in kept[1:]):
         raise RuntimeError(
             f"parameter {layout.name!r} has shape {list(param.shape)}, which its learning rates and states were not "
             "made for: construct a new optimizer after changing a parameter's shape"
         )
-
-
-def _name(param: Tensor, layouts: dict[Tensor, Layout]) -> str:
-    if param not in layouts:
-        raise RuntimeError(
-            f"a parameter of shape {list(param.shape)} was put into param_groups without a learning rate: use "
-            "add_param_group, which draws one"
-        )
-    return layouts[param].name
-
-
-def _like(stored: Tensor | None, param: Tensor, dtype: torch.dtype) -> Tensor:
-    """A state with the parameter's shape, strides and device: the stored one, moved if it must be, or zeros."""
-    if stored is not None and (stored.dtype, stored.device, stored.stride()) == (
-        dtype,
-        param.device,
-        param.stride(),
-    ):
-        return stored
-    state = torch.empty_strided(param.size(), param.stride(), dtype=dtype, device=param.device)
-    return state.zero_() if stored is None else state.copy_(stored)
-
-
-def _steps(params: list[Tensor], state: Any) -> Tensor:
-    """The step counts as one int64 vector; each parameter's state has its own entry as a view."""
-    device = params[0].device
-    steps = torch.zeros(len(params), dtype=torch.int64, device=device)
-    counted = [k for k, p in enumerate(params) if "step" in state[p]]
-    if counted:
-        steps[counted] = torch.stack([as_count(state[params[k]]["step"], device) for k in counted])
-    for param, step in zip(params, steps.unbind()):
-        state[param]["step"] = step
-    return steps
-
-
-def as_count(step: Any, device: torch.device) -> Tensor:
-    """A step count, which others keep as a number or in float32."""
-    return torch.as_tensor(step, dtype=torch.int64, device=device)

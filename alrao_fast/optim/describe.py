@@ -53,6 +53,7 @@ def describe_rates(
 
 
 def _optimizer_rows(optimizer: AlraoOptimizer) -> list[RateRow]:
+    optimizer.refresh()
     rows = []
     for number, group in enumerate(optimizer.param_groups):
         for param in group["params"]:

@@ -1,0 +1,97 @@
+"""The states that an optimizer keeps of a parameter: made at construction, and again where one is missing.
+
+They are all there from the start, as in torch.optim.Adagrad: whoever loads a checkpoint into the tensors of a fresh
+optimizer, as torch.distributed.checkpoint does, finds every one of them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alrao_fast.ops.checks import LOW_PRECISION
+from alrao_fast.ops.feature import FeatureOp
+
+
+def state_dtype(param: Tensor, float32_states: bool, masters: bool) -> torch.dtype:
+    """The dtype of a parameter's states."""
+    low_precision = param.dtype in LOW_PRECISION
+    return torch.float32 if low_precision and (float32_states or masters) else param.dtype
+
+
+def complete(
+    op: FeatureOp,
+    own: dict[str, Any],
+    param: Tensor,
+    names: tuple[str, ...],
+    float32_states: bool,
+    masters: bool,
+) -> None:
+    """Make what `own`, a parameter's states, lacks of `names`, the count of steps, and the master if there is one.
+
+    Whether a step is the first for `op.first_state` follows that state, as in torch.optim: made anew it restarts the
+    count, and one that no step has begun is dropped where it is not needed any more.
+    """
+    first, device = op.first_state, torch.device("cpu") if param.is_meta else param.device
+    if first in own and first not in names and _is_unbegun(own, first):
+        del own[first]
+    if first in names and _is_missing(own.get(first), param):
+        own["step"] = torch.zeros((), dtype=torch.int64, device=device)
+    elif _is_missing(own.get("step"), param):
+        # Put there by hand, without a count: it is not the first step that comes.
+        count = int(first in names)
+        own["step"] = torch.full((), count, dtype=torch.int64, device=device)
+    dtype = state_dtype(param, float32_states, masters)
+    for name in names:
+        if _is_missing(own.get(name), param):
+            own[name] = like(None, param, dtype)
+    if masters and param.dtype in LOW_PRECISION and _is_missing(own.get("master"), param):
+        own["master"] = like(param.detach(), param, torch.float32)
+
+
+def _is_missing(value: Any, param: Tensor) -> bool:
+    """What was made for a parameter on the meta device has no values for it elsewhere."""
+    return value is None or (isinstance(value, Tensor) and value.is_meta and not param.is_meta)
+
+
+def _is_unbegun(own: dict[str, Any], name: str) -> bool:
+    """Whether a state is as it was made, with no step since. Asks the device only before the first step."""
+    step, state = own.get("step"), own[name]
+    if state is None:
+        return True
+    if not (isinstance(step, Tensor) and isinstance(state, Tensor)) or step._is_view():
+        return False
+    return state.is_meta or (int(step) == 0 and not bool(state.any()))
+
+
+def like(stored: Tensor | None, param: Tensor, dtype: torch.dtype) -> Tensor:
+    """A state with the parameter's shape, strides and device: the stored one, moved if it must be, or zeros."""
+    if stored is not None and (stored.dtype, stored.device, stored.stride()) == (
+        dtype,
+        param.device,
+        param.stride(),
+    ):
+        return stored
+    state = torch.empty_strided(param.size(), param.stride(), dtype=dtype, device=param.device)
+    return state.zero_() if stored is None else state.copy_(stored)
+
+
+def steps_of(params: list[Tensor], state: Any, first: str) -> Tensor:
+    """The step counts as one int64 vector; each parameter's state has its own entry as a view.
+
+    A state `first` that holds something although no step has been counted was loaded by hand: the next step is not
+    its first. Once a count is an entry of such a vector, the steps themselves keep it right.
+    """
+    device, owns = params[0].device, [state[param] for param in params]
+    steps = torch.stack([as_count(own["step"], device) for own in owns])
+    for number, own in enumerate(owns if first else ()):
+        if not (isinstance(own["step"], Tensor) and own["step"]._is_view()):
+            steps[number] += (steps[number] == 0) & own[first].any()
+    for own, step in zip(owns, steps.unbind()):
+        own["step"] = step
+    return steps
+
+
+def as_count(step: Any, device: torch.device) -> Tensor:
+    """A step count, which others keep as a number or in float32."""
+    return torch.as_tensor(step, dtype=torch.int64, device=device)
