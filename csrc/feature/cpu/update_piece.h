@@ -68,6 +68,10 @@ static void store(void* to, Dtype dtype, int64_t begin, const acc* from, int64_t
 // Takes into n masters what was written into their parameters since the last step.
 template <class Param>
 static void follow(float* masters, const Param* params, int64_t n) {
+  // Nearly always nothing was, and need not be widened.
+  uint32_t written = 0;
+  for (int64_t i = 0; i < n; ++i) written |= holds_master(masters[i], params[i]) ? 0u : 1u;
+  if (written == 0) return;
   for (int64_t i = 0; i < n; ++i) masters[i] = master_value(masters[i], params[i]);
 }
 
