@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alrao_fast.nn.switch import FixedDtypeBuffers, Switch
+from alrao_fast.ops import derivatives
 from alrao_fast.ops.mixture import (
     switch_mixture_gaussian_stats,
     switch_mixture_log_prob,
     switch_mixture_mean,
     switch_mixture_stats,
 )
-from alrao_fast.ops.mixture.loss import Observer
+from alrao_fast.ops.mixture.loss import NO_OTHER_DERIVATIVE, Observer
 from alrao_fast.reference import switch_mixture as reference
 
 Reduction = Literal["mean", "sum"]
@@ -113,9 +114,12 @@ class LinearClones(FixedDtypeBuffers):
         updated, as by `forward`. A clone with a non-finite loss or output gradient is dead for the sample, as there.
         """
         # Each branch detaches, and makes finite, what it has no gradient for: 0 * inf would be NaN in its backward.
-        own_outputs = self.clone_outputs(_finite_rows(features.detach(), -1))
-        weight = _finite_rows(self.weight.detach(), (1, 2))
-        bias = None if self.bias is None else _finite_rows(self.bias.detach(), 1)
+        features, weight, bias = derivatives.once(
+            NO_OTHER_DERIVATIVE, features, self.weight, self.bias
+        )
+        own_outputs = self._outputs(_finite_rows(features.detach(), -1), weight, bias)
+        weight = _finite_rows(weight.detach(), (1, 2))
+        bias = None if bias is None else _finite_rows(bias.detach(), 1)
         mixture_outputs = self._outputs(features, weight, bias)
         own = _per_sample(criterion(own_outputs), self.num_clones)
         mixture = _per_sample(criterion(mixture_outputs), self.num_clones)
