@@ -232,19 +232,46 @@ def test_second_derivative_of_a_traced_loss(compiled, device):
         functional.hessian(loss, inputs.x)
 
 
-def test_torch_func_of_compiled_functions(backend, device):
-    """Compiled around the transform, the numbers are those of the eager one."""
+def test_torch_func_of_compiled_functions(backend, device, used_backend):
+    """Compiled around the transform, the numbers are those of the eager one, and of its observation."""
     inputs = testing.mixture_inputs(B, D, C, N, dtype=torch.float64, device=device)
+    net = net_of(ClassifierClones, device)
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    if (
+        backend == "reference"
+    ):  # its observation writes in a way that torch.compile does not trace there
+        net.eval()
+    twin = copy.deepcopy(net)
     torch._dynamo.reset()
 
-    def loss(x):
-        return switch_mixture_nll(x, *inputs[1:], impl=backend)[0]
+    def everything(net, params, x):
+        def loss(params):
+            return functional_call(net, params, (x,), {"targets": inputs.target})
+
+        return grad(loss)(params)
 
     def log_prob(x):
-        return switch_mixture_log_prob(x, *inputs[1:4], impl=backend)
-
-    def everything(x):
-        return grad(loss)(x), jvp(log_prob, (x,), (x.cos(),))[1]
+        return jvp(
+            lambda x: switch_mixture_log_prob(x, *inputs[1:4], impl=backend), (x,), (x.cos(),)
+        )
 
     whole = torch.compile(everything, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(whole(inputs.x), everything(inputs.x))
+    features = inputs.x
+    torch.testing.assert_close(whole(net, params, features), everything(twin, params, features))
+    torch.testing.assert_close(state_of(net), state_of(twin))
+    compiled = torch.compile(log_prob, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(features), log_prob(features))
+
+
+def test_compiled_autograd(backend, device, used_backend):
+    """A backward that is traced itself, of the loss and of the log-probabilities."""
+    inputs = testing.mixture_inputs(B, D, C, N, dtype=torch.float64, device=device)
+    net = net_of(ClassifierClones, device)
+    twin = copy.deepcopy(net)
+    torch._dynamo.reset()
+    (twin(inputs.x, targets=inputs.target) + weighted(twin(inputs.x))).backward()
+    value = net(inputs.x, targets=inputs.target) + weighted(net(inputs.x))
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        value.backward()
+    for p, expected in zip(net.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.grad, expected.grad)

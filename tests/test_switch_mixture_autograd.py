@@ -1,7 +1,7 @@
 """Protects the mixture's place in autograd and the dispatcher, on every backend that is available.
 
-gradcheck where the gradient is the returned value's own, retained graphs, opcheck,
-torch.compile(fullgraph=True), and the messages for invalid inputs.
+gradcheck where the gradient is the returned value's own, retained graphs, opcheck, torch.compile(fullgraph=True), and
+the messages for invalid inputs.
 """
 
 import pytest

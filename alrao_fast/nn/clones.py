@@ -112,6 +112,7 @@ class LinearClones(FixedDtypeBuffers):
         Returns the mixture's loss `-reduction_b logsumexp_n(log_posterior[n] - losses[n, b])`. Its gradient goes to
         the features; each clone gets the gradient of its own mean (or sum) loss. In training mode the switch is
         updated, as by `forward`. A clone with a non-finite loss or output gradient is dead for the sample, as there.
+        As there the loss has one backward, and no second or forward-mode derivative.
         """
         # Each branch detaches, and makes finite, what it has no gradient for: 0 * inf would be NaN in its backward.
         features, weight, bias = derivatives.once(
@@ -262,7 +263,8 @@ class ClassifierClones(LinearClones):
         gradient is the mixture's for the features and each clone's own for the clone. In training mode, with targets,
         the switch is updated after the loss was computed: also under `torch.no_grad()`, as BatchNorm's statistics
         are, and once per call, so with gradient accumulation every micro-batch is one observation. In eval mode
-        nothing changes.
+        nothing changes. The loss has one backward: a second or forward-mode derivative of it raises RuntimeError, and
+        in training mode so does torch.func.vmap.
         """
         if targets is None:
             # A copy: a later training step may update the posterior before this result's backward.

@@ -22,7 +22,10 @@ def transformed() -> bool:
 
 def is_batch(tensor: Tensor) -> bool:
     """Whether it stands for many tensors: in torch.func.vmap, or in autograd.grad(is_grads_batched=True)."""
-    return _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+    # A traced backward has no batches, and no way to ask.
+    return not torch.compiler.is_compiling() and (
+        _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+    )
 
 
 class _Refusal(torch.autograd.Function):
@@ -73,7 +76,9 @@ class _TracedOnce(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             gradients = final(gradients, ctx.saved_tensors, ctx.message)
-        return None, None, *gradients
+        # A traced backward adds what comes, None too.
+        nothing = torch.zeros_like(ctx.saved_tensors[0]) if torch.compiler.is_compiling() else None
+        return None, nothing, *gradients
 
 
 class _Once(_TracedOnce):

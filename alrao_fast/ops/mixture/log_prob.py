@@ -107,7 +107,9 @@ def switch_mixture_log_prob(
     """Log-probabilities `[..., C]` of the mixture: `log sum_n exp(a_n + logp[b,n,c])`.
 
     Arguments as in `switch_mixture_nll`. float32, or float64 for float64 inputs; differentiable in
-    x, weight and bias in the ordinary sense. Dead clones take no part; -inf where all are dead.
+    x, weight and bias in the ordinary sense, any number of times and in forward mode. Those further
+    derivatives, and all inside transforms of torch.func, are plain PyTorch's, whatever `impl` says.
+    Dead clones take no part; -inf where all are dead.
     """
     backend = backends.select(checks.OP, x.device, impl)
     rows, weight, bias = checks.flat(x, weight, bias)

@@ -53,7 +53,7 @@ class Observer(NamedTuple):
     def observe(self, stats: Tensor, impl: str = "auto") -> None:
         """Take the statistics `[3, N]` of a batch."""
         tensors = *self[:4], stats
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
             with derivatives.outside(CANNOT_OBSERVE, tensors) as plain:
                 switch_observe_(*plain, mean=self.mean, theta=self.theta, impl=impl)
         else:
@@ -113,8 +113,13 @@ class _EagerGradients(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         # `loss.backward()` brings the factor 1, and on the CPU looking at it costs nothing: then
         # autograd takes the saved gradients as they are. Never those of a graph that is kept: its
-        # next backward needs them, and whoever gets these may write into them.
-        kept = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
+        # next backward needs them, and whoever gets these may write into them. A traced backward
+        # has no value to look at.
+        kept = (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or torch._C._autograd._get_current_graph_task_keep_graph()
+        )
         if not kept and grad is not None and _is_one(grad):
             gradients = _gradients(ctx, lambda saved: saved)
         else:
@@ -282,6 +287,9 @@ def switch_mixture_nll(
     All gradients scale with the loss's upstream gradient. A clone with a logit that is not finite
     for a sample is dead there: it takes no part in the mixture, and gets no gradient from the
     batch. Where all are dead the loss is +inf and the sample has no gradient.
+
+    The loss has one backward: a derivative of its gradient, or one in forward mode, raises
+    RuntimeError. Inside transforms of torch.func plain PyTorch computes, whatever `impl` says.
     """
     inputs = x, weight, bias, log_posterior
     loss, stats = _stats(Classes(ignore_index), inputs, target, reduction, memory_budget, impl)
