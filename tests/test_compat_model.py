@@ -347,3 +347,21 @@ def test_invalid_inputs():
     with pytest.raises(ValueError, match="differ in shape"):
         net.last_layer_0.fc = nn.Linear(D, C + 1)
         net.hard_catch_up()
+
+
+@pytest.mark.parametrize("layer", [alrao.LinearClassifier, Loose, Deep, Normed])
+def test_second_derivatives_raise(layer):
+    """Of the mixture and of a layer's output, whatever comes in; a created graph alone is as good as none."""
+    x, y = batch()
+    for take in (
+        lambda net: net(x.requires_grad_()),
+        lambda net: net.last_evaluation().outputs()[0],
+    ):
+        net = model(layer)
+        net(x.requires_grad_())
+        loss = F.nll_loss(take(net), y) ** 2
+        expected = torch.autograd.grad(loss, x, retain_graph=True)
+        created = torch.autograd.grad(loss, x, create_graph=True)
+        torch.testing.assert_close(created, expected)
+        with pytest.raises(RuntimeError, match="no second derivative: call them one by one"):
+            created[0].sum().backward()

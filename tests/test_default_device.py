@@ -102,7 +102,9 @@ SAMPLERS = [
 
 
 @pytest.mark.parametrize("optimizer_type", [AlraoSGD, AlraoAdam])
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: getattr(s, "__name__", type(s).__name__))
+@pytest.mark.parametrize(
+    "sampler", SAMPLERS, ids=lambda s: getattr(s, "__name__", type(s).__name__)
+)
 def test_rates(default, optimizer_type, sampler):
     net = build()
     expected = optimizer_type(net, sampler=sampler, generator=generator())

@@ -40,8 +40,9 @@ PARTS = {
             "test_switch_mixture_dead.py",
             "test_switch_mixture_log_prob.py",
             "test_switch_mixture_autograd.py",
+            "test_mixture_derivatives.py",
         ],
-        20,
+        100,
     ),
     "switch": (["test_switch_update.py", "test_compat_golden.py"], 30),
 }

@@ -20,8 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alrao_fast.compat._losses import nll_losses, nll_terms
+from alrao_fast.ops import derivatives
 
 Slots = list["Tensor | None"]
+NO_SECOND_DERIVATIVE = (
+    "the last layers of this AlraoModel are evaluated together, by a pass that has no second derivative: call them one "
+    "by one (last_layers()) on the output of internal_nn to differentiate twice"
+)
 
 
 class Own(NamedTuple):
@@ -148,14 +153,14 @@ def sum_of(tensor: Tensor) -> Tensor:
 class _Outputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, clone_pass: ClonePass, x: Tensor, *params: Tensor) -> Tensor:
-        ctx.clone_pass = clone_pass
+        ctx.clone_pass, ctx.sources = clone_pass, (x, *params)
         return clone_pass.outputs.detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx, slots = ctx.clone_pass.pull(grad, features=ctx.needs_input_grad[1])
-        return None, dx, *ctx.clone_pass.split(slots)
+        with torch.no_grad():
+            dx, slots = ctx.clone_pass.pull(grad, features=ctx.needs_input_grad[1])
+        return None, *_final(ctx, grad, [dx, *ctx.clone_pass.split(slots)])
 
 
 class _Mixture(torch.autograd.Function):
@@ -164,16 +169,23 @@ class _Mixture(torch.autograd.Function):
         ctx: Any, clone_pass: ClonePass, log_prior: Tensor, x: Tensor, *params: Tensor
     ) -> Tensor:
         result, kept = clone_pass.mix(log_prior)
-        ctx.clone_pass = clone_pass
+        ctx.clone_pass, ctx.sources = clone_pass, (x, *params)
         ctx.save_for_backward(*kept)
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features = ctx.needs_input_grad[2]
-        dx, slots = ctx.clone_pass.pull_mixture(grad, ctx.saved_tensors, features=features)
-        return None, None, dx, *ctx.clone_pass.split(slots)
+        with torch.no_grad():
+            dx, slots = ctx.clone_pass.pull_mixture(grad, ctx.saved_tensors, features=features)
+        return None, None, *_final(ctx, grad, [dx, *ctx.clone_pass.split(slots)])
+
+
+def _final(ctx: Any, grad: Tensor, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The gradients that a pass gives; a graph that is created from them raises wherever it would need their own."""
+    if not torch.is_grad_enabled():
+        return gradients
+    return derivatives.final(gradients, (grad, *ctx.sources), NO_SECOND_DERIVATIVE)
 
 
 class LinearPass(ClonePass):

@@ -16,13 +16,14 @@ from alrao_fast.nn.clone_rates import WithRates
 from alrao_fast.nn.predictions import remember
 from alrao_fast.nn.switch import Switch
 from alrao_fast.nn.watch import Watch
+from alrao_fast.ops import derivatives
 from alrao_fast.ops.mixture import (
     switch_mixture_gaussian_stats,
     switch_mixture_log_prob,
     switch_mixture_mean,
     switch_mixture_stats,
 )
-from alrao_fast.ops.mixture.loss import Observer
+from alrao_fast.ops.mixture.loss import NO_OTHER_DERIVATIVE, Observer
 from alrao_fast.reference import switch_mixture as reference
 
 Reduction = Literal["mean", "sum"]
@@ -118,11 +119,15 @@ class LinearClones(WithRates):
         Returns the mixture's loss `-reduction_b logsumexp_n(log_posterior[n] - losses[n, b])`. Its gradient goes to
         the features; each clone gets the gradient of its own mean (or sum) loss. In training mode the switch is
         updated, as by `forward`. A clone with a non-finite loss or output gradient is dead for the sample, as there.
+        As there the loss has one backward, and no second or forward-mode derivative.
         """
         # Each branch detaches, and makes finite, what it has no gradient for: 0 * inf would be NaN in its backward.
-        own_outputs = self.clone_outputs(_finite_rows(features.detach(), -1))
-        weight = _finite_rows(self.weight.detach(), (1, 2))
-        bias = None if self.bias is None else _finite_rows(self.bias.detach(), 1)
+        features, weight, bias = derivatives.once(
+            NO_OTHER_DERIVATIVE, features, self.weight, self.bias
+        )
+        own_outputs = self._outputs(_finite_rows(features.detach(), -1), weight, bias)
+        weight = _finite_rows(weight.detach(), (1, 2))
+        bias = None if bias is None else _finite_rows(bias.detach(), 1)
         mixture_outputs = self._outputs(features, weight, bias)
         own = _per_sample(criterion(own_outputs), self.num_clones)
         mixture = _per_sample(criterion(mixture_outputs), self.num_clones)
@@ -304,7 +309,8 @@ class ClassifierClones(LinearClones):
         gradient is the mixture's for the features and each clone's own for the clone. In training mode, with targets,
         the switch is updated after the loss was computed: also under `torch.no_grad()`, as BatchNorm's statistics
         are, and once per call, so with gradient accumulation every micro-batch is one observation. In eval mode
-        nothing changes.
+        nothing changes. The loss has one backward: a second or forward-mode derivative of it raises RuntimeError, and
+        in training mode so does torch.func.vmap.
         """
         if targets is None:
             # A fresh tensor: a later training step may update the posterior before this result's backward.

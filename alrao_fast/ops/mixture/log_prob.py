@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from alrao_fast import backends
-from alrao_fast.ops import dispatch
+from alrao_fast.ops import derivatives, dispatch
 from alrao_fast.ops.checks import check_tensor
 from alrao_fast.ops.dispatch import LIB, define
 from alrao_fast.ops.mixture import checks
@@ -41,11 +40,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(backward: str) -> Callable[..., tuple[Tensor | None, ...]]:
     """The backward of log_prob by the op of this name."""
 
-    @once_differentiable
     def run(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 5
         x, weight, bias, log_posterior, log_prob = ctx.saved_tensors
+        if torch.is_grad_enabled() or derivatives.transformed() or derivatives.is_batch(grad):
+            return *_plain_gradients(grad, x, weight, bias, log_posterior), None, None
         need_dx, *need_own = ctx.needs_input_grad[:3]
         needs = need_dx, any(need_own)
         gradients = getattr(torch.ops.alrao_fast, backward)(
@@ -56,6 +56,22 @@ def _differentiate(backward: str) -> Callable[..., tuple[Tensor | None, ...]]:
         return *(None if dtype is None else g.to(dtype) for g, dtype in typed), None, None
 
     return run
+
+
+def _plain_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor
+) -> list[Tensor | None]:
+    """The same by the reference: these have derivatives (create_graph), and `grad` may be a batch or a dual tensor."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # One input may depend on another; the gradient is by each in its own place.
+        places = [t.view_as(t) for t in (x, weight, bias) if t is not None]
+        own_bias = None if bias is None else places[2]
+        value = reference.switch_mixture_log_prob(places[0], places[1], own_bias, log_posterior)
+        wanted = [t for t in places if t.requires_grad]
+        gradients = iter(torch.autograd.grad(value, wanted, grad, create_graph=create_graph))
+    found = [next(gradients) if t.requires_grad else None for t in places]
+    return found if bias is not None else [*found, None]
 
 
 _SCHEMA = f"switch_mixture_log_prob({checks.INPUTS}, int memory_budget) -> Tensor"
@@ -91,11 +107,13 @@ def switch_mixture_log_prob(
     """Log-probabilities `[..., C]` of the mixture: `log sum_n exp(a_n + logp[b,n,c])`.
 
     Arguments as in `switch_mixture_nll`. float32, or float64 for float64 inputs; differentiable in
-    x, weight and bias in the ordinary sense. Dead clones take no part; -inf where all are dead.
+    x, weight and bias in the ordinary sense, any number of times and in forward mode. Those further
+    derivatives, and all inside transforms of torch.func, are plain PyTorch's, whatever `impl` says.
+    Dead clones take no part; -inf where all are dead.
     """
     backend = backends.select(checks.OP, x.device, impl)
     rows, weight, bias = checks.flat(x, weight, bias)
-    if backend == "reference":
+    if backend == "reference" or derivatives.transformed():
         result = reference.switch_mixture_log_prob(rows, weight, bias, log_posterior)
     else:
         op = dispatch.overload("switch_mixture_log_prob", backend)

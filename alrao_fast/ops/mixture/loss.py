@@ -2,7 +2,8 @@
 
 Mathematics: reference/switch_mixture.py. The op computes the gradients along with the loss, since
 one pass over the logits serves all of them; the backward only scales them. They are not the
-gradients of one function: x gets the mixture's, each clone its own, so there is no second backward.
+gradients of one function: x gets the mixture's, each clone its own, so there is no second
+derivative, and no forward-mode one. Both raise.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,16 +12,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from alrao_fast import backends
-from alrao_fast.ops import dispatch
+from alrao_fast.ops import derivatives, dispatch
 from alrao_fast.ops.dispatch import LIB, define, no_result
 from alrao_fast.ops.mixture import checks
 from alrao_fast.ops.mixture.likelihood import Classes, Likelihood, Values
 from alrao_fast.ops.switch_update import switch_observe_
 from alrao_fast.reference import switch_mixture as reference
 
+NO_OTHER_DERIVATIVE = (
+    "the loss of switch_mixture (of the heads with targets, and of clone_loss) has one backward and no other "
+    "derivative, neither a second nor a forward-mode one: its gradient is the mixture's for x and each clone's own for "
+    "weight and bias, which is not that of one function. Differentiate instead the log-probabilities "
+    "(switch_mixture_log_prob, a head without targets) or the outputs of the clones (clone_outputs)."
+)
+CANNOT_OBSERVE = (
+    "switch: got a loss in training mode inside torch.func.vmap, expected one batch for one observation. Call eval() "
+    "before the transformed function; a call in training mode outside of it, under torch.no_grad(), observes."
+)
 # Finds x, weight, bias, need_dx and need_dw among the inputs of an op.
 _Finder = Callable[[Sequence[Any]], tuple[Any, ...]]
 _finders: dict[Any, _Finder] = {}
@@ -42,7 +52,12 @@ class Observer(NamedTuple):
 
     def observe(self, stats: Tensor, impl: str = "auto") -> None:
         """Take the statistics `[3, N]` of a batch."""
-        switch_observe_(*self[:4], stats, mean=self.mean, theta=self.theta, impl=impl)
+        tensors = *self[:4], stats
+        if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+            with derivatives.outside(CANNOT_OBSERVE, tensors) as plain:
+                switch_observe_(*plain, mean=self.mean, theta=self.theta, impl=impl)
+        else:
+            switch_observe_(*tensors, mean=self.mean, theta=self.theta, impl=impl)
 
 
 def _save_gradients(
@@ -51,7 +66,10 @@ def _save_gradients(
     _loss, _stats, *gradients = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients)
-    ctx.dtypes = checks.gradient_dtypes(*find(inputs))
+    found = find(inputs)
+    ctx.dtypes = checks.gradient_dtypes(*found)
+    # For their place in the graph alone: save_for_backward would forbid to change their values.
+    ctx.sources = found[:3]
     ctx.num_inputs = len(inputs)
 
 
@@ -60,18 +78,19 @@ def _save_op(find: _Finder, ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     _save_gradients(ctx, find, inputs, output)
 
 
-@once_differentiable
 def _scale_gradients(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+    """The gradients to the op's inputs, of which x, weight and bias come first; grad None: nothing arrived."""
     return _gradients(ctx, None if grad is None else lambda saved: saved * grad)
 
 
 def _gradients(ctx: Any, scaled: Callable[[Tensor], Tensor] | None) -> tuple[Tensor | None, ...]:
-    """The gradients to the op's inputs, of which x, weight and bias come first; None: nothing arrived."""
     gradients: list[Tensor | None] = [None] * ctx.num_inputs
     if scaled is not None:
         for i, (saved, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
             if dtype is not None:
                 gradients[i] = scaled(saved).to(dtype)
+        if torch.is_grad_enabled():
+            gradients[:3] = derivatives.final(gradients[:3], ctx.sources, NO_OTHER_DERIVATIVE)
     return tuple(gradients)
 
 
@@ -93,10 +112,26 @@ class _EagerGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         # `loss.backward()` brings the factor 1, and on the CPU looking at it costs nothing: then
-        # autograd takes the saved gradients as they are (or copies them, if the graph is kept).
-        if grad is not None and grad.device.type == "cpu" and grad.item() == 1:
-            return None, *_gradients(ctx, lambda saved: saved)
-        return None, *_scale_gradients(ctx, grad)
+        # autograd takes the saved gradients as they are. Never those of a graph that is kept: its
+        # next backward needs them, and whoever gets these may write into them. A traced backward
+        # has no value to look at.
+        kept = (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or torch._C._autograd._get_current_graph_task_keep_graph()
+        )
+        if not kept and grad is not None and _is_one(grad):
+            gradients = _gradients(ctx, lambda saved: saved)
+        else:
+            gradients = _scale_gradients(ctx, grad)
+        if not kept:
+            ctx.sources = ()
+        return None, *gradients
+
+
+def _is_one(grad: Tensor) -> bool:
+    """Whether this scalar is known to be 1 without waiting for a device; a batch of them has no one value."""
+    return grad.device.type == "cpu" and not derivatives.is_batch(grad) and grad.item() == 1
 
 
 def _define(likelihood: type[Likelihood]) -> None:
@@ -159,10 +194,11 @@ def _stats(
     target = likelihood.rows(target, x, weight)
     backend = backends.select(checks.OP, x.device, impl)
     x, weight, bias = checks.flat(x, weight, bias)
-    if backend == "reference":
-        function = getattr(reference, likelihood.OP)
+    if backend == "reference" or derivatives.transformed():
+        x, weight, bias = derivatives.once(NO_OTHER_DERIVATIVE, x, weight, bias)
+        function, posterior = getattr(reference, likelihood.OP), log_posterior.detach()
         loss, stats = function(
-            x, weight, bias, log_posterior, target, **likelihood.options(), reduction=reduction
+            x, weight, bias, posterior, target, **likelihood.options(), reduction=reduction
         )
         if observer is not None:
             observer.observe(stats, backend)
@@ -251,6 +287,9 @@ def switch_mixture_nll(
     All gradients scale with the loss's upstream gradient. A clone with a logit that is not finite
     for a sample is dead there: it takes no part in the mixture, and gets no gradient from the
     batch. Where all are dead the loss is +inf and the sample has no gradient.
+
+    The loss has one backward: a derivative of its gradient, or one in forward mode, raises
+    RuntimeError. Inside transforms of torch.func plain PyTorch computes, whatever `impl` says.
     """
     inputs = x, weight, bias, log_posterior
     loss, stats = _stats(Classes(ignore_index), inputs, target, reduction, memory_budget, impl)
