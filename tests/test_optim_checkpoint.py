@@ -218,7 +218,7 @@ WRONG = {
         r"'momentum_buffer' of parameter 'head.bias' in state_dict has shape \[3\]",
     ),
     "step": (broken(lambda s: s["state"][0].update(step=torch.ones(2))), "state 'step'"),
-    "option": (broken(lambda s: s["param_groups"][0].update(momentum=-1)), "momentum is -1"),
+    "option": (broken(lambda s: s["param_groups"][0].update(momentum=-1)), "momentum: got -1"),
     "nothing": (lambda s: {}, "state_dict has no 'param_groups'"),
     "no groups": (lambda s: {"state": {}}, "state_dict has no 'param_groups'"),
 }

@@ -4,7 +4,7 @@ Rates come in full size and are kept as a vector along one dimension where they 
 are part of the state, next to the momentum, so that `state_dict` can resume a run.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from alrao_fast.arguments import Kind
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
 from alrao_fast.optim import adam, sgd
 from alrao_fast.optim.binding import (
@@ -22,6 +23,7 @@ from alrao_fast.optim.binding import (
     by_device_and_dtype,
     gradients,
 )
+from alrao_fast.optim.param_groups import OptionChecks
 from alrao_fast.reference.feature_sgd import like_parameter
 
 
@@ -61,12 +63,14 @@ class SpecOptimizer(Optimizer):
     """Base class of `SGDSpec` and `AdamSpec`."""
 
     _op: FeatureOp
+    _kinds: Mapping[str, Kind]
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         """`arguments`: the `locals()` of a subclass's constructor, which has named and typed them."""
         defaults = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
         params, lr_params = defaults.pop("params"), defaults.pop("lr_params")
-        super().__init__(params, defaults)
+        self._option_checks = OptionChecks(self._kinds, self._check_group)
+        super().__init__(params, defaults | self._option_checks.checked(defaults))
         self._binding = Binding()
         own = [p for group in self.param_groups for p in group["params"]]
         rates = list(lr_params)
@@ -86,6 +90,9 @@ class SpecOptimizer(Optimizer):
             state["rate"], state["rate_dim"] = rate, dim
         state.setdefault("step", torch.zeros((), dtype=torch.int64, device=param.device))
 
+    def _check_group(self, options: Mapping[str, Any]) -> None:
+        """Raise ValueError where options, each of which is valid, do not go together."""
+
     def _options(self, group: dict[str, Any]) -> Options:
         """The op's options, with the authors' rule."""
         raise NotImplementedError
@@ -102,6 +109,7 @@ class SpecOptimizer(Optimizer):
     @torch.no_grad()
     def update(self) -> None:
         """`step()` without torch's hooks and profiling around it."""
+        self._option_checks.follow(self.param_groups)
         self._binding.follow(self.state)
         for number, group in enumerate(self.param_groups):
             params, options = group["params"], self._options(group)
@@ -170,14 +178,9 @@ class SpecOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._binding = Binding()
+        self._option_checks = OptionChecks(self._kinds, self._check_group)
         known = ((p, own) for p, own in self.state.items() if "rate" in own)
         self._rates = {p: (own["rate"], own["rate_dim"]) for p, own in known}
-
-
-def _check(options: dict[str, float]) -> None:
-    for name, value in options.items():
-        if not value >= 0:
-            raise ValueError(f"{name} is {value}; expected a number >= 0")
 
 
 class SGDSpec(SpecOptimizer):
@@ -188,6 +191,7 @@ class SGDSpec(SpecOptimizer):
     """
 
     _op = sgd.OP
+    _kinds = sgd.OPTIONS
 
     def __init__(
         self,
@@ -198,9 +202,10 @@ class SGDSpec(SpecOptimizer):
         weight_decay: float = 0,
         nesterov: bool = False,
     ) -> None:
-        _check({"momentum": momentum, "weight_decay": weight_decay})
-        sgd.check_group(locals())
         super().__init__(locals())
+
+    def _check_group(self, options: Mapping[str, Any]) -> None:
+        sgd.check_group(options)
 
     def _options(self, group: dict[str, Any]) -> Options:
         return sgd.options_of(group, authors=True)
@@ -213,6 +218,7 @@ class AdamSpec(SpecOptimizer):
     """
 
     _op = adam.OP
+    _kinds = adam.AlraoAdam._kinds
 
     def __init__(
         self,
@@ -223,9 +229,6 @@ class AdamSpec(SpecOptimizer):
         weight_decay: float = 0,
         amsgrad: bool = False,
     ) -> None:
-        _check({"eps": eps, "weight_decay": weight_decay})
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas is {betas}; expected two numbers, 0 <= beta < 1")
         super().__init__(locals())
 
     def _options(self, group: dict[str, Any]) -> Options:
