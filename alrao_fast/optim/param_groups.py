@@ -119,8 +119,11 @@ class OptionChecks:
         """The options of `group`, normalised, without those whose value `seen` has; TypeError or ValueError, naming one
         that is not valid."""
         kinds = self._kinds
-        new = [name for name in kinds if name in group and group[name] is not seen.get(name, kinds)]
-        options = {name: kinds[name].check(name, group[name]) for name in new}
+        options = {
+            name: kinds[name].check(name, value)
+            for name, value in group.items()
+            if value is not seen.get(name, kinds) and name in kinds
+        }
         self._together({**group, **options})
         return options
 
@@ -142,12 +145,13 @@ class OptionChecks:
 
     def _follow_changes(self, groups: list[dict[str, Any]]) -> None:
         known = self._seen if len(self._seen) == len(groups) else [_NOTHING] * len(groups)
-        for group, options in [(g, self.checked(g, seen)) for g, seen in zip(groups, known)]:
+        changed = [self.checked(group, seen) for group, seen in zip(groups, known)]
+        for group, options in zip(groups, changed):
             group.update(options)
-        self._seen = [{name: g[name] for name in self._kinds if name in g} for g in groups]
-        self._live = [
-            (name, value) for each in self._seen for name, value in each.items() if _is_live(value)
-        ]
+        if self._live or any(_is_live(value) for each in changed for value in each.values()):
+            given = [(name, group.get(name)) for group in groups for name in self._kinds]
+            self._live = [(name, value) for name, value in given if _is_live(value)]
+        self._seen = [dict(group) for group in groups]
         self._groups, self._objects = groups, Objects(groups, *groups)
 
 
