@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LARGEST = sys.float_info.max
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -71,20 +71,26 @@ class Number(Kind):
     def holds(self, value: Any) -> bool:
         return self.low <= value <= self.high and self.above < value < self.below
 
-    def check(self, name: str, value: Any) -> Any:
+    def plain(self, name: str, value: Any) -> float:
+        """`value` as a number of Python's; TypeError if it is none."""
         kind = type(value)
-        if kind is not float and kind is not int:
-            if isinstance(value, Tensor):
-                self._check_tensor(name, value)
-                return value if self.live else float(value)
-            if not _is_number(value):
-                raise self.refuse(TypeError, name, value)
-            value = float(value)
+        if kind is float or kind is int:
+            return value
+        one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+        if not one and not _is_number(value):
+            raise self.refuse(TypeError, name, value)
+        return float(value)
+
+    def check(self, name: str, value: Any) -> Any:
+        if self.live and isinstance(value, Tensor):
+            self._check_live(name, value)
+            return value
+        value = self.plain(name, value)
         if not self.holds(value):
             raise self.refuse(ValueError, name, value)
         return value
 
-    def _check_tensor(self, name: str, value: Tensor) -> None:
+    def _check_live(self, name: str, value: Tensor) -> None:
         if value.is_complex():
             raise self.refuse(TypeError, name, value)
         if value.numel() != 1 or value.is_meta:
@@ -92,7 +98,7 @@ class Number(Kind):
             raise ValueError(
                 f"{name}: got {shown(value)}, expected {self.expected}, or a tensor {one}"
             )
-        unseen = self.live and value.device.type != "cpu"
+        unseen = value.device.type != "cpu"
         if not (unseen or torch.compiler.is_compiling() or self.holds(value.item())):
             raise self.refuse(ValueError, name, value)
 
@@ -261,7 +267,7 @@ class FloatDtype(Kind):
     def check(self, name: str, value: Any) -> torch.dtype:
         if not isinstance(value, torch.dtype):
             raise self.refuse(TypeError, name, value)
-        if value not in FLOAT_DTYPES:
+        if value not in FLOATS:
             raise self.refuse(ValueError, name, value)
         return value
 
@@ -310,5 +316,4 @@ def _bounds(low: float, high: float, above: float, below: float) -> str:
 
 # Kinds that several functions take.
 COUNT = Integer(low=1)
-REDUCTION = Choice("mean", "sum")
 RULE = Choice("torch", "authors")

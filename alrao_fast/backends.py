@@ -165,9 +165,9 @@ def select(op: str, device: torch.device, impl: str = "auto") -> str:
 def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Within the block `impl="auto"` means the backend `name`; "auto" restores the choice by device.
 
-    It holds for the thread, or the task of asyncio, that runs the block. Threads that it starts have the default of the
-    process, ALRAO_BACKEND, and so has what a backward pass on a GPU runs anew (activation checkpointing), since autograd
-    has threads of its own there. Compiled code is compiled anew for another backend.
+    It holds for the thread, or the task of asyncio, that runs the block. Threads that it starts have the default of
+    the process, ALRAO_BACKEND, and so has what a backward pass on a GPU runs anew (activation checkpointing), since
+    autograd has threads of its own there. Compiled code is compiled anew for another backend.
 
     Raises ValueError or TypeError for an unknown name.
     """

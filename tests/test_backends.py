@@ -1,8 +1,8 @@
 """Protects the choice of an implementation.
 
 - auto by device; a backend asked for by name runs or raises with the cause, never another one in its place.
-- `use_backend`, for the thread or task that runs the block, compiled code included, and ALRAO_BACKEND; unknown names, with
-  where they come from; a broken or missing extension is told at first use, not at import.
+- `use_backend`, for the thread or task that runs the block, compiled code included, and ALRAO_BACKEND; unknown names,
+  with where they come from; a broken or missing extension is told at first use, not at import.
 """
 
 import asyncio

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from alrao_fast import _extension
-from alrao_fast.ops.checks import FLOATS, LOW_PRECISION
+from alrao_fast.arguments import FLOATS
+from alrao_fast.ops.checks import LOW_PRECISION
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
 from alrao_fast.ops.plan import ListPlan, make_plan
 from alrao_fast.optim.layouts import Layout, memory_rates

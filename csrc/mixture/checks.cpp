@@ -2,6 +2,7 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <utility>
 
 #include "common/checks.h"
@@ -51,7 +52,8 @@ MixtureSizes check_loss(const LossArguments& arguments) {
   check_same_device("target", target, "x", x);
   if (arguments.likelihood.gaussian) {
     const double sigma2 = arguments.likelihood.values.sigma2;
-    STD_TORCH_CHECK(sigma2 > 0, "sigma2: got ", sigma2, ", expected a positive variance");
+    STD_TORCH_CHECK(sigma2 > 0 && std::isfinite(sigma2), "sigma2: got ", sigma2,
+                    ", expected a positive variance that is finite");
   }
   return sizes;
 }

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from alrao_fast import backends
 from alrao_fast.ops import dispatch
-from alrao_fast.ops.checks import check_tensor
+from alrao_fast.ops.checks import check_tensor, check_together
 from alrao_fast.ops.dispatch import LIB, define
 from alrao_fast.ops.mixture import checks
 from alrao_fast.reference import switch_mixture as reference
@@ -93,13 +93,16 @@ def switch_mixture_log_prob(
     Arguments as in `switch_mixture_nll`. float32, or float64 for float64 inputs; differentiable in
     x, weight and bias in the ordinary sense. Dead clones take no part; -inf where all are dead.
     """
+    check_together("bias", x=x, weight=weight, bias=bias, log_posterior=log_posterior)
     backend = backends.select(checks.OP, x.device, impl)
     rows, weight, bias = checks.flat(x, weight, bias)
+    memory = checks.budget(x, memory_budget)
     if backend == "reference":
+        checks.check_inputs(rows, weight, bias, log_posterior, memory)
         result = reference.switch_mixture_log_prob(rows, weight, bias, log_posterior)
     else:
         op = dispatch.overload("switch_mixture_log_prob", backend)
-        result = op(rows, weight, bias, log_posterior, checks.budget(x, memory_budget))
+        result = op(rows, weight, bias, log_posterior, memory)
     return result if x.dim() == 2 else result.reshape(*x.shape[:-1], weight.size(1))
 
 
@@ -117,7 +120,9 @@ def switch_mixture_mean(
     where every clone with posterior mass is. The plain PyTorch of the reference on every backend:
     there is nothing to fuse.
     """
+    check_together("bias", x=x, weight=weight, bias=bias, log_posterior=log_posterior)
     backends.select(checks.OP, x.device, impl)
     rows, weight, bias = checks.flat(x, weight, bias)
+    checks.check_inputs(rows, weight, bias, log_posterior, checks.budget(x, None))
     result = reference.switch_mixture_mean(rows, weight, bias, log_posterior)
     return result if x.dim() == 2 else result.reshape(*x.shape[:-1], weight.size(1))
