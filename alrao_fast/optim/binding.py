@@ -57,8 +57,11 @@ class Call:
         if not isinstance(lr, Tensor) and grad_scale is None and found_inf is None:
             return scalars
         device = self.lists.steps.device
-        if isinstance(lr, Tensor) and lr.device != device:
-            lr = float(lr) if lr.device.type == "cpu" else lr.to(device)
+        if isinstance(lr, Tensor):
+            if lr.device != device:
+                lr = float(lr) if lr.device.type == "cpu" else lr.to(device)
+            elif lr.dtype not in (torch.float32, torch.float64):
+                lr = lr.double()
         grad_scale = None if grad_scale is None else grad_scale.to(device)
         found_inf = None if found_inf is None else found_inf.to(device)
         return Scalars(lr, maximize, grad_scale, found_inf)
