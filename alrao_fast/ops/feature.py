@@ -47,13 +47,6 @@ class Lists(NamedTuple):
     seeds: list[int]
     steps: Tensor
 
-    def have_meta(self, grads: Sequence[Tensor] = ()) -> bool:
-        """Whether one of the tensors is on the meta device: it has no data."""
-        params, states, masters, rates, _inners, _seeds, steps = self
-        return any(
-            t.is_meta for each in (params, *states, masters, rates, [steps], grads) for t in each
-        )
-
 
 class Scalars(NamedTuple):
     """What every step takes besides its options: the multiplier of all rates, the sign, and what AMP hands over."""
@@ -176,6 +169,19 @@ class FeatureOp:
         tensors = {"lr": lr, "grad_scale": scalars.grad_scale, "found_inf": scalars.found_inf}
         feature_checks.check_inputs(f"{self.stem}_", lists, grads, states, tensors)
 
+    def check_data(self, lists: Lists, grads: Sequence[Tensor] = ()) -> None:
+        """Raise RuntimeError for a tensor on meta: the dispatcher would call the op's fake, which does nothing."""
+        params, states, masters, rates, _inners, _seeds, steps = lists
+        kept = {f"{name}s": tensors for name, tensors in zip(self.states, states)}
+        named = {"params": params, "grads": grads, **kept, "masters": masters, "rates": rates}
+        for name, tensors in {**named, "steps": [steps]}.items():
+            for t, tensor in enumerate(tensors):
+                if tensor.is_meta:
+                    where = name if name == "steps" else f"{name}[{t}]"
+                    raise RuntimeError(
+                        f"{self.stem}_: {where} is on meta, expected a tensor with data"
+                    )
+
     def __call__(
         self, lists: Lists, grads: list[Tensor], options: Options, scalars: Scalars, impl: str
     ) -> None:
@@ -184,14 +190,12 @@ class FeatureOp:
         args = (lists.params, grads, *lists.states, *missing, *lists[2:])
         options = self.numbers(options)
         values = {**scalars.arguments(), **options}
+        self.check_data(lists, grads)
         with torch.no_grad():
             if impl == "reference":
                 self.check(lists, grads, options, scalars)
                 self.reference(*args, **values)
             else:
-                if not torch.compiler.is_compiling() and lists.have_meta(grads):
-                    # The dispatcher would call the fake of the op, which does nothing.
-                    self.check(lists, grads, options, scalars)
                 dispatch.overload(f"{self.stem}_", impl)(*args, **values)
                 _bump_versions(lists)
 

@@ -289,27 +289,27 @@ class AlraoOptimizer(Optimizer):
             if not grads:
                 continue
             options = self._options(group)
-            needs = self._needs(group, options)
             scalars = Scalars(group["lr"], group["maximize"], grad_scale, found_inf)
-            make = partial(self._bind, group, needs)
             try:
+                needs = self._needs(group, options, grads)
+                make = partial(self._bind, group, needs)
                 self._binding.step(number, params, grads, needs, options, scalars, make)
-            except RuntimeError:
-                # A gradient that has turned sparse since the tensors were bound has a clearer message.
+            except (RuntimeError, ValueError):
+                # A gradient that has turned sparse since the tensors were bound, or is on meta, has a clearer message.
                 for param in params:
                     if param in self._layouts:
                         check_gradient(param, self._layouts[param].name)
                 raise
         return loss
 
-    def _needs(self, group: dict[str, Any], options: Options) -> Needs:
+    def _needs(self, group: dict[str, Any], options: Options, grads: list[Tensor]) -> Needs:
         op = self._op
         return Needs(
             op.states[: op.num_states(options)],
             self._float32_states,
             group["master_weights"],
             group["rounding"],
-            "reference" if group["fused"] is False else op.select(group["params"]),
+            "reference" if group["fused"] is False else op.select(grads),
         )
 
     @torch.compiler.disable

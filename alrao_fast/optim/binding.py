@@ -32,6 +32,7 @@ class Call:
         self, op: FeatureOp, lists: Lists, impl: str, positions: list[int] | None = None
     ) -> None:
         self.lists, self.impl, self.positions = lists, impl, positions
+        op.check_data(lists)
         self._listed = ListPlan(op, lists, impl)
         self._plan = make_plan(op, lists, impl)
         self._versions = [p._version for p in lists.params] if lists.masters else []
@@ -214,7 +215,13 @@ def bind(
     mask = [p.grad is not None and id(p) not in done for p in params]
     with_grad = [k for k, has_grad in enumerate(mask) if has_grad]
     for k in with_grad:
-        check_gradient(params[k], _name(params[k], layouts))
+        name = _name(params[k], layouts)
+        check_gradient(params[k], name)
+        for key, value in state[params[k]].items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise RuntimeError(
+                    f"state {key!r} of parameter {name!r} is on meta: expected a tensor with data"
+                )
     calls = []
     for positions in by_device_and_dtype([params[k] for k in with_grad]):
         numbers = with_grad if positions is None else [with_grad[k] for k in positions]
@@ -245,6 +252,10 @@ def check_gradient(param: Tensor, name: str) -> None:
     if param.dtype not in FLOATS:
         raise TypeError(
             f"parameter {name!r} has dtype {param.dtype}; expected float32, float64, bfloat16 or float16"
+        )
+    if param.is_meta and param.grad is not None:
+        raise RuntimeError(
+            f"parameter {name!r} is on meta: expected one with data, which module.to_empty(device=...) makes room for"
         )
     if param.grad is not None and param.grad.layout != torch.strided:
         raise RuntimeError(
