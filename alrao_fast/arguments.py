@@ -5,7 +5,6 @@ another type and ValueError for one out of range, naming the argument, what came
 numbers for those of numpy; a tensor stays a tensor, since it may be changed in place.
 """
 
-import math
 import numbers
 import operator
 import sys
@@ -60,16 +59,18 @@ class Number(Kind):
         *,
         low: float = -_LARGEST,
         high: float = _LARGEST,
-        above: float = -math.inf,
-        below: float = math.inf,
+        above: float | None = None,
+        below: float | None = None,
         live: bool = False,
         words: str = "",
     ) -> None:
-        self.low, self.high, self.above, self.below, self.live = low, high, above, below, live
+        self.low = low if above is None else above
+        self.high = high if below is None else below
+        self.excluded, self.live = (above, below), live
         self.expected = words or "a finite number" + _bounds(low, high, above, below)
 
     def holds(self, value: Any) -> bool:
-        return self.low <= value <= self.high and self.above < value < self.below
+        return self.low <= value <= self.high and value not in self.excluded
 
     def plain(self, name: str, value: Any) -> float:
         """`value` as a number of Python's; TypeError if it is none."""
@@ -303,12 +304,12 @@ def _is_numpy_bool(value: Any) -> bool:
     return kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
 
 
-def _bounds(low: float, high: float, above: float, below: float) -> str:
+def _bounds(low: float, high: float, above: float | None, below: float | None) -> str:
     found = [
         (f">= {low:g}", low > -_LARGEST),
-        (f"> {above:g}", above > -math.inf),
+        (f"> {above}", above is not None),
         (f"<= {high:g}", high < _LARGEST),
-        (f"< {below:g}", below < math.inf),
+        (f"< {below}", below is not None),
     ]
     text = " and ".join(words for words, given in found if given)
     return f" {text}" if text else ""
