@@ -67,6 +67,11 @@ NVCC_FLAGS = [
 STRICT_NVCC_FLAGS = ["-Werror=all-warnings"]
 
 
+def prefix_maps(folders: list[Path | str]) -> list[str]:
+    """Options that keep the paths of this machine out of the binary: torch's macros put their file into messages."""
+    return [f"-ffile-prefix-map={folder}/=" for folder in folders]
+
+
 def write_ninja(cpp: Cpp, torch: Torch, cuda: Toolkit | None, nvcc_flags: list[str]) -> None:
     """Write WORK/build.ninja, which makes LIBRARY from everything under csrc."""
     csrc = ROOT / "csrc"
@@ -75,6 +80,7 @@ def write_ninja(cpp: Cpp, torch: Torch, cuda: Toolkit | None, nvcc_flags: list[s
         *CXX_FLAGS,
         f"-I{csrc}",
         *(word for folder in headers for word in ("-isystem", folder)),
+        *prefix_maps([csrc, *headers]),
     ]
     # Names of static libraries stay inside: torch brings its own CUDA runtime into the process.
     link = ["-shared", "-Wl,--exclude-libs,ALL", f"-L{torch.root / 'lib'}", "-ltorch_cpu"]
@@ -96,10 +102,11 @@ def write_ninja(cpp: Cpp, torch: Torch, cuda: Toolkit | None, nvcc_flags: list[s
         "  description = link $out",
     ]
     if cuda:
+        maps = [f"-Xcompiler={flag}" for flag in prefix_maps([csrc])]
         nvcc = [str(cuda.root / "bin" / "nvcc"), "-ccbin", cpp.driver, *NVCC_FLAGS, *nvcc_flags]
         lines += [
             "rule cuda",
-            f"  command = {_words([*nvcc, f'-I{csrc}'])} -MMD -MF $out.d -c $in -o $out",
+            f"  command = {_words([*nvcc, f'-I{csrc}', *maps])} -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $out",

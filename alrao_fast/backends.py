@@ -9,7 +9,9 @@ replaced silently.
 import contextlib
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -91,27 +93,49 @@ def available(op: str, device: torch.device | str) -> list[str]:
     return [name for name in order if status(op, name).available]
 
 
-# What `auto` means: "auto", or the backend named by ALRAO_BACKEND or by `use_backend`.
-_default = os.environ.get("ALRAO_BACKEND", "auto")
+# What `auto` means for the process: "auto", or the backend that the environment names. `use_backend` says otherwise for
+# the thread, or the task of asyncio, that runs its block.
+_of_process = os.environ.get("ALRAO_BACKEND") or "auto"
+_in_use: ContextVar[str] = ContextVar("alrao_fast.use_backend", default=_of_process)
 _chosen: dict[tuple[str, str, str], str] = {}
 
 
-def _choose(op: str, device_type: str, impl: str) -> str:
-    order = _AUTO_ORDER.get(device_type, ("reference",))
+class _Traced(ModuleType):
+    """Shows torch.compile the backend in use: it guards what it reads of a module, and cannot read a ContextVar."""
+
+    @property
+    def in_use(self) -> str:
+        return _in_use.get()
+
+
+_traced = _Traced("alrao_fast.backends.traced")
+
+
+def _choose(op: str, device_type: str, name: str, impl: str) -> str:
+    """What runs where `name` was asked for, by `impl` or, if that is auto, by what is in use."""
+    source = "impl"
     if impl == "auto":
+        source = "ALRAO_BACKEND" if name == _of_process else "use_backend"
+    _check_name(source, name)
+    order = _AUTO_ORDER.get(device_type, ("reference",))
+    if name == "auto":
         return next(name for name in order if status(op, name).available)
-    if impl == "triton" and INTERPRETED and device_type == "cpu":
+    if name == "triton" and INTERPRETED and device_type == "cpu":
         order = (*order, "triton")
-    if impl not in BACKENDS:
-        raise ValueError(f"impl: got {impl!r}, expected auto or one of {', '.join(BACKENDS)}")
-    if impl not in order:
+    if name not in order:
         raise ValueError(
-            f"impl: {impl!r} does not run on {device_type} tensors, expected one of {', '.join(order)}"
+            f"{source}: {name!r} does not run on {device_type} tensors, expected one of {', '.join(order)}"
         )
-    state = status(op, impl)
+    state = status(op, name)
     if not state.available:
-        raise BackendUnavailableError(f"backend {impl!r} cannot run {op}: {state.reason}")
-    return impl
+        raise BackendUnavailableError(f"{source}: {name!r} cannot run {op}: {state.reason}")
+    return name
+
+
+def _check_name(source: str, name: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        error = ValueError if isinstance(name, str) else TypeError
+        raise error(f"{source}: got {name!r}, expected auto or one of {', '.join(BACKENDS)}")
 
 
 # torch.compile takes the answer as a constant instead of tracing the look-ups (the attribute that
@@ -122,27 +146,40 @@ _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def select(op: str, device: torch.device, impl: str = "auto") -> str:
     """The implementation that runs `op` on tensors of `device`: the only place where that is decided.
 
-    Raises ValueError for an unknown name or one that does not run on that device, `BackendUnavailableError` for a
-    backend that was asked for and is not available here.
+    Raises ValueError for an unknown name or one that does not run on that device (TypeError for what is no name),
+    `BackendUnavailableError` for a backend that was asked for and is not available here. All say where the name comes
+    from: `impl`, `use_backend` or ALRAO_BACKEND.
     """
-    name = _default if impl == "auto" else impl
     if torch.compiler.is_compiling():
         # A guard on the memory would recompile as soon as an eager call has filled it.
-        return _choose(op, device.type, name)
+        return _choose(op, device.type, _traced.in_use if impl == "auto" else impl, impl)
+    if not isinstance(impl, str):
+        _check_name("impl", impl)
+    name = _in_use.get() if impl == "auto" else impl
     key = (op, device.type, name)
     if key not in _chosen:
-        _chosen[key] = _choose(op, device.type, name)
+        _chosen[key] = _choose(op, device.type, name, impl)
     return _chosen[key]
 
 
+def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """Within the block `impl="auto"` means the backend `name`; "auto" restores the choice by device.
+
+    It holds for the thread, or the task of asyncio, that runs the block. Threads that it starts have the default of
+    the process, ALRAO_BACKEND, and so has what a backward pass on a GPU runs anew (activation checkpointing), since
+    autograd has threads of its own there. Compiled code is compiled anew for another backend.
+
+    Raises ValueError or TypeError for an unknown name.
+    """
+    _check_name("name", name)
+    return _using(name)
+
+
 @contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Within the block `impl="auto"` means the backend `name`; "auto" restores the choice by device."""
-    global _default
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"name: got {name!r}, expected auto or one of {', '.join(BACKENDS)}")
-    previous, _default = _default, name
+def _using(name: str) -> Iterator[None]:
+    previous = _in_use.get()
+    _in_use.set(name)
     try:
         yield
     finally:
-        _default = previous
+        _in_use.set(previous)

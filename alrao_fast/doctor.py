@@ -136,7 +136,7 @@ def _feature(op: FeatureOp, impl: str, dtype: torch.dtype, device: torch.device)
 
     params, grads = ([one(*shape) for shape in _SHAPES] for _ in range(2))
     rates = [one(shape[0]).exp().float() for shape in _SHAPES]
-    options = {name: kind(0.5) if kind is float else False for name, kind in op.options.items()}
+    options = {name: 0.5 if kind.schema == "float" else False for name, kind in op.options.items()}
     states = [[torch.zeros_like(p) for p in params] for _ in range(op.num_states(options))]
     steps = torch.zeros(len(params), dtype=torch.int64, device=device)
     inners = [param.stride(0) for param in params]

@@ -8,10 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from alrao_fast.arguments import Function, Instance, Integer, Optional, checked
 from alrao_fast.optim.base import AlraoOptimizer
 
 # Options of a param group that a captured step does not bake in, or that mean nothing to it.
 _FREE_OPTIONS = ("params", "lr", "initial_lr", "param_names")
+
+_KINDS = {
+    "net": Instance(nn.Module, "a torch.nn.Module"),
+    "opt": Instance(AlraoOptimizer, "an AlraoSGD or AlraoAdam"),
+    "example_targets": Instance(Tensor, "a tensor"),
+    "scaler": Optional(Instance(torch.amp.GradScaler, "a torch.amp.GradScaler")),
+    "warmup": Integer(low=1, words="at least 1 step before the capture"),
+    "before_step": Optional(Function("a function without arguments")),
+}
 
 
 class GraphedStep:
@@ -50,8 +60,9 @@ class GraphedStep:
     optimizer state or a parameter that has moved raises, and asks for a new GraphedStep. Ordinary steps in between are
     allowed.
 
-    Raises ValueError for a model that is not on one CUDA device or not in training mode, for data that do not have the
-    example's structure, shapes and dtypes; RuntimeError where the capture fails.
+    Raises TypeError for an argument of another type; ValueError for a model that is not on one CUDA device or not in
+    training mode, for data that do not have the example's structure, shapes and dtypes; RuntimeError where the capture
+    fails.
     """
 
     def __init__(
@@ -65,10 +76,7 @@ class GraphedStep:
         warmup: int = 3,
         before_step: Callable[[], object] | None = None,
     ) -> None:
-        if not isinstance(opt, AlraoOptimizer):
-            raise TypeError(f"opt is a {type(opt).__name__}; expected an AlraoSGD or AlraoAdam")
-        if warmup < 1:
-            raise ValueError(f"warmup is {warmup}; expected at least 1 step before the capture")
+        warmup = checked(_KINDS, locals())["warmup"]
         if not net.training:
             raise ValueError("net is in eval mode; expected training mode: call net.train() first")
         self._net, self._opt, self._scaler = net, opt, scaler
@@ -199,8 +207,6 @@ class _StaticBatch:
         self.inputs = tree_map_only(
             Tensor, lambda t: t.detach().to(device, copy=True), _as_tuple(inputs)
         )
-        if not isinstance(targets, Tensor):
-            raise TypeError(f"targets is a {type(targets).__name__}; expected a tensor")
         self.targets = targets.detach().to(device, copy=True)
 
     def fill(self, inputs: Any, targets: Tensor) -> None:

@@ -11,9 +11,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from alrao_fast.arguments import checked
 from alrao_fast.nn import AlraoModel, ClassifierClones
 from alrao_fast.nn.clones import LinearClones
 from alrao_fast.optim import AlraoSGD
+from alrao_fast.rank_arguments import (
+    KINDS,
+    as_seeds,
+    check_batch,
+    check_batches,
+    check_models,
+    check_optimizer,
+    first_batch,
+    naming,
+    telling,
+)
 
 Batches = Iterable[Sequence[Tensor]]
 MakeOptimizer = Callable[[AlraoModel, torch.Generator], torch.optim.Optimizer]
@@ -135,80 +147,59 @@ def rank(
         progress: show a bar, where tqdm is installed.
 
     A candidate's place is decided by its least validation loss over the epochs (mean over the seeds); one that is never
-    finite comes last. Every candidate is built and tried on one batch before the first is trained, so that a mistake
-    shows at once. Raises ValueError or TypeError naming the argument or the candidate.
+    finite comes last. Every candidate is built and tried on one batch of `train` and one of `valid` before the first is
+    trained, so that a mistake shows at once. Raises ValueError or TypeError naming the argument, or the candidate and
+    the loader; RuntimeError, naming them, for what fails later in a training.
     """
-    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    _check(models, train, valid, num_classes, head, epochs, patience, seeds)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options = checked(KINDS, locals())
+    epochs, patience, lr_range = options["epochs"], options["patience"], options["lr_range"]
+    clip_grad_norm, progress = options["clip_grad_norm"], options["progress"]
+    seeds = as_seeds(seeds)
+    check_models(models)
+    check_batches(train=train, valid=valid)
+    if num_classes is not None and head is not None:
+        raise ValueError("num_classes and head: got both, expected one of the two")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
     if head is None and num_classes is not None:
-        head = partial(ClassifierClones, num_classes=num_classes)
+        head = partial(ClassifierClones, num_classes=options["num_classes"])
 
-    def make_optimizer(net: AlraoModel, seed: int) -> torch.optim.Optimizer:
+    def make_optimizer(name: str, net: AlraoModel, seed: int) -> torch.optim.Optimizer:
         generator = torch.Generator().manual_seed(seed)
-        if optimizer is not None:
-            return optimizer(net, generator)
-        return AlraoSGD(net, lr_range, generator=generator)
+        if optimizer is None:
+            return AlraoSGD(net, lr_range, generator=generator)
+        with naming(name, "optimizer"):
+            made = optimizer(net, generator)
+        check_optimizer(name, net, made)
+        return made
 
     rows = []
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
-        sample = [part.to(device) for part in _first_batch(train)]
+        sample, held_out = (
+            [part.to(device) for part in first_batch(loader, batches)]
+            for loader, batches in (("train", train), ("valid", valid))
+        )
         training = _Training(train, valid, epochs, patience, clip_grad_norm, device)
         for name, make in models.items():
-            # One training step of a model that is thrown away.
+            # One training step and one validation of a model that is thrown away.
             net = _build(name, make, head, sample, seeds[0], device)
-            opt, (*inputs, targets) = make_optimizer(net, seeds[0]), sample
-            with _naming(name, "a training step"):
+            opt, (*inputs, targets) = make_optimizer(name, net, seeds[0]), sample
+            with naming(name, "a training step", "train"):
                 _loss(net(*inputs, targets=targets)).backward()
                 opt.step()
+            with naming(name, "validation", "valid"):
+                training.evaluate(net, [held_out])
         with _bar(len(models) * len(seeds) * epochs, progress) as update:
             for name, make in models.items():
                 runs = []
                 for seed in seeds:
                     net = _build(name, make, head, sample, seed, device)
-                    opt = make_optimizer(net, seed)
-                    runs.append(training.run(net, opt, seed, partial(update, name)))
+                    opt = make_optimizer(name, net, seed)
+                    runs.append(training.run(net, opt, seed, partial(update, name), name))
                 rows.append(_row(name, net, runs))
     return Ranking(sorted(rows, key=lambda row: row.loss))
-
-
-def _check(
-    models: Any,
-    train: Any,
-    valid: Any,
-    num_classes: int | None,
-    head: Any,
-    epochs: int,
-    patience: int | None,
-    seeds: list[int],
-) -> None:
-    if not isinstance(models, Mapping) or not models:
-        raise TypeError(
-            f"models: got {models!r:.80}, expected a dictionary {{name: function that builds a model}}"
-        )
-    for name, make in models.items():
-        if isinstance(make, nn.Module) or not callable(make):
-            raise TypeError(
-                f"models[{name!r}]: got {type(make).__name__}, expected a function that builds a fresh model, such as "
-                "`lambda: MyBackbone()`: every seed starts from new initial values"
-            )
-    for name, batches in (("train", train), ("valid", valid)):
-        if not isinstance(batches, Iterable):
-            raise TypeError(
-                f"{name}: got {type(batches).__name__}, expected batches to iterate over"
-            )
-        if isinstance(batches, Iterator):
-            raise TypeError(
-                f"{name}: got an iterator, which is empty after one epoch; expected a DataLoader or a list of batches"
-            )
-    if num_classes is not None and head is not None:
-        raise ValueError("num_classes and head: got both, expected one of the two")
-    if not seeds:
-        raise ValueError("seeds: got none, expected at least one")
-    for name, value in (("epochs", epochs), ("patience", patience)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
 
 
 def _build(
@@ -221,7 +212,8 @@ def _build(
 ) -> AlraoModel:
     """A fresh candidate; the width of a backbone's features is seen from one batch."""
     torch.manual_seed(seed)
-    net = make()
+    with naming(name, "the function"):
+        net = make()
     if not isinstance(net, nn.Module):
         raise TypeError(f"models[{name!r}]: built a {type(net).__name__}, expected an nn.Module")
     net = net.to(device)
@@ -233,7 +225,7 @@ def _build(
         )
     *inputs, _ = sample
     training = net.training
-    with torch.no_grad(), _naming(name, "the backbone"):
+    with torch.no_grad(), naming(name, "the backbone", "train"):
         out = net.eval()(*inputs)
     net.train(training)
     features = out[0] if isinstance(out, tuple) else out
@@ -242,31 +234,8 @@ def _build(
         raise ValueError(
             f"models[{name!r}]: the backbone returned {shape}, expected features [batch, ..., D]"
         )
-    return AlraoModel(net, head(features.size(-1))).to(device)
-
-
-def _first_batch(batches: Batches) -> Sequence[Tensor]:
-    for batch in batches:
-        if not isinstance(batch, tuple | list) or len(batch) < 2:
-            raise TypeError(
-                f"train: a batch is a {type(batch).__name__}, expected (*inputs, targets)"
-            )
-        if not all(isinstance(part, Tensor) for part in batch):
-            kinds = ", ".join(type(part).__name__ for part in batch)
-            raise TypeError(f"train: a batch holds {kinds}; expected tensors")
-        return batch
-    raise ValueError("train: got no batches")
-
-
-@contextmanager
-def _naming(name: str, what: str) -> Iterator[None]:
-    """Says which candidate an error comes from."""
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError, IndexError) as problem:
-        raise ValueError(
-            f"models[{name!r}]: {what} failed on the first batch: {problem}"
-        ) from problem
+    with naming(name, "head"):
+        return AlraoModel(net, head(features.size(-1))).to(device)
 
 
 def _loss(out: Any) -> Tensor:
@@ -292,7 +261,12 @@ class _Training(NamedTuple):
     device: torch.device
 
     def run(
-        self, net: AlraoModel, opt: torch.optim.Optimizer, seed: int, update: Callable[[], None]
+        self,
+        net: AlraoModel,
+        opt: torch.optim.Optimizer,
+        seed: int,
+        update: Callable[[], None],
+        name: str,
     ) -> Trained:
         train_loss: list[float] = []
         valid_loss: list[float] = []
@@ -303,9 +277,12 @@ class _Training(NamedTuple):
             # The same order of batches for every candidate, however many random numbers it draws itself.
             torch.manual_seed((seed << 32) + epoch)
             start = time.perf_counter()
-            train_loss.append(self._epoch(net, opt))
+            where = f"models[{name!r}], epoch {epoch + 1} of seed {seed}"
+            with telling(f"{where}, train"):
+                train_loss.append(self._epoch(net, opt))
             seconds += time.perf_counter() - start
-            loss, accuracy = self._evaluate(net)
+            with telling(f"{where}, valid"):
+                loss, accuracy = self.evaluate(net, self.valid)
             valid_loss.append(loss)
             accuracies.append(accuracy)
             if loss < least or epoch == 0:
@@ -321,6 +298,7 @@ class _Training(NamedTuple):
         net.train()
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for batch in self.train:
+            check_batch("train", batch)
             *inputs, targets = (part.to(self.device, non_blocking=True) for part in batch)
             opt.zero_grad()
             loss = _loss(net(*inputs, targets=targets))
@@ -333,13 +311,14 @@ class _Training(NamedTuple):
         return float(total) / count
 
     @torch.no_grad()
-    def _evaluate(self, net: AlraoModel) -> tuple[float, float | None]:
+    def evaluate(self, net: AlraoModel, batches: Batches) -> tuple[float, float | None]:
         """Mean loss in nats, inf where it is not finite, and accuracy in percent (None in regression)."""
         net.eval()
         classifier = net.head if isinstance(net.head, ClassifierClones) else None
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         correct, count = torch.zeros_like(loss), torch.zeros_like(loss)
-        for batch in self.valid:
+        for batch in batches:
+            check_batch("valid", batch)
             *inputs, targets = (part.to(self.device, non_blocking=True) for part in batch)
             if classifier is None:
                 samples = targets.numel() // targets.size(-1)
@@ -355,10 +334,10 @@ class _Training(NamedTuple):
             correct += (log_probs.argmax(-1) == targets).sum()
             count += (targets != ignored).sum()
         samples = int(count)
-        if samples == 0:
+        if samples == 0 and batches is self.valid:
             raise ValueError("valid: got no samples")
-        mean_loss = float(loss) / samples
-        accuracy = None if classifier is None else 100 * float(correct) / samples
+        mean_loss = float(loss) / max(samples, 1)
+        accuracy = None if classifier is None else 100 * float(correct) / max(samples, 1)
         return (mean_loss if math.isfinite(mean_loss) else math.inf), accuracy
 
 

@@ -14,7 +14,34 @@ import torch
 from torch import Tensor
 
 from alrao_fast import backends
+from alrao_fast.arguments import (
+    COUNT,
+    Device,
+    Flag,
+    FloatDtype,
+    Instance,
+    Integer,
+    Interval,
+    Number,
+    checked,
+)
 
+_INPUTS = {
+    "dtype": FloatDtype(),
+    "device": Device(),
+    "seed": Integer(),
+}
+_SIZE = Integer(low=0)
+_FEATURE = {**_INPUTS, "names": Instance(Iterable, "names of FEATURE_CASES")}
+_MIXTURE = {
+    **_INPUTS,
+    "batch": _SIZE,
+    "features": _SIZE,
+    "classes": COUNT,
+    "clones": COUNT,
+    "bias": Flag(),
+    "scale": Number(),
+}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Slack over the reference's own error, in units of the largest true magnitude: a few roundings of that dtype.
 _SLACK = {
@@ -90,7 +117,8 @@ def mixture_inputs(
     scale: float = 1.0,
     seed: int = 0,
 ) -> MixtureInputs:
-    """Random inputs whose logits have a standard deviation of about `scale`."""
+    """Random inputs whose logits have a standard deviation of about `scale`; errors as those of the ops' options."""
+    checked(_MIXTURE, locals())
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -176,7 +204,15 @@ def feature_problem(
     high: float = 1.0,
     seed: int = 0,
 ) -> FeatureProblem:
-    """The named cases in one list, standard normal, with log-uniform rates in [low, high]."""
+    """The named cases in one list, standard normal, with log-uniform rates in [low, high].
+
+    ValueError for a name that is not one of `FEATURE_CASES`.
+    """
+    checked(_FEATURE, locals())
+    Interval().check("(low, high)", (low, high))
+    names = list(names)
+    if unknown := [name for name in names if name not in FEATURE_CASES]:
+        raise ValueError(f"names: got {unknown!r}, expected some of FEATURE_CASES")
     generator = torch.Generator().manual_seed(seed)
     problem = FeatureProblem([], [], [], [], [])
     for name in names:

@@ -225,13 +225,13 @@ def test_compiled_step(dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"betas": (1.0, 0.9)}, r"betas\[0\] is 1.0; expected 0 <= beta < 1"),
-        ({"betas": (0.9, -0.1)}, r"betas\[1\] is -0.1"),
-        ({"betas": 0.9}, "betas is 0.9; expected two numbers"),
-        ({"eps": -1.0}, "eps is -1.0; expected a number >= 0"),
-        ({"eps_rule": "mine"}, "eps_rule is 'mine'; expected 'torch' or 'authors'"),
-        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
-        ({"foreach": True}, "foreach is True"),
+        ({"betas": (1.0, 0.9)}, r"betas\[0\]: got 1.0, expected a finite number >= 0 and < 1"),
+        ({"betas": (0.9, -0.1)}, r"betas\[1\]: got -0.1"),
+        ({"betas": 0.9}, "betas: got 0.9, expected a tuple of 2"),
+        ({"eps": -1.0}, "eps: got -1.0, expected a finite number >= 0"),
+        ({"eps_rule": "mine"}, "eps_rule: got 'mine', expected 'torch' or 'authors'"),
+        ({"weight_decay": -1.0}, "weight_decay: got -1.0"),
+        ({"foreach": True}, "foreach: got True"),
     ],
 )
 def test_invalid_options(options, message):

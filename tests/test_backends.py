@@ -1,11 +1,14 @@
 """Protects the choice of an implementation.
 
 - auto by device; a backend asked for by name runs or raises with the cause, never another one in its place.
-- `use_backend` and ALRAO_BACKEND; unknown names; a broken or missing extension is told at first use, not at import.
+- `use_backend`, for the thread or task that runs the block, compiled code included, and ALRAO_BACKEND; unknown names,
+  with where they come from; a broken or missing extension is told at first use, not at import.
 """
 
+import asyncio
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -51,13 +54,81 @@ def test_reference_by_name_and_by_context():
             assert backends.select("feature_sgd", CPU) == backends.select(
                 "feature_sgd", CPU, "auto"
             )
-    assert backends._default == "auto"
+    assert backends._in_use.get() == backends._of_process
 
 
 def test_context_is_left_on_an_error():
     with pytest.raises(KeyError), backends.use_backend("reference"):
         raise KeyError
-    assert backends._default == "auto"
+    assert backends._in_use.get() == backends._of_process
+
+
+def in_use():
+    return backends.select("feature_sgd", CPU)
+
+
+def test_blocks_of_two_threads_overlap():
+    entered, left, seen = threading.Event(), threading.Event(), []
+
+    def other():
+        seen.append(in_use())
+        with backends.use_backend("reference"):
+            entered.set()
+            left.wait(10)
+            seen.append(in_use())
+        seen.append(in_use())
+
+    default = in_use()
+    thread = threading.Thread(target=other)
+    with backends.use_backend("auto"):
+        thread.start()
+        entered.wait(10)
+        seen.append(in_use())
+    left.set()
+    thread.join()
+    assert seen == [default, default, "reference", default] and in_use() == default
+
+
+def test_blocks_of_two_tasks_overlap():
+    async def task(name, seen):
+        with backends.use_backend(name):
+            await asyncio.sleep(0.01)
+            seen.append((name, in_use()))
+        await asyncio.sleep(0)
+        seen.append(("after", in_use()))
+
+    async def both():
+        seen = []
+        await asyncio.gather(task("reference", seen), task("auto", seen))
+        return seen
+
+    default = in_use()
+    assert sorted(asyncio.run(both())) == sorted(
+        [("reference", "reference"), ("auto", default), ("after", default), ("after", default)]
+    )
+
+
+def test_compiled_code_follows_the_block():
+    number = {name: k for k, name in enumerate(backends.BACKENDS)}
+
+    def chosen(x):
+        return x + number[backends.select("feature_sgd", x.device)]
+
+    compiled = torch.compile(chosen, fullgraph=True, backend="eager")
+
+    def run(seen):
+        seen.append(backends.BACKENDS[int(compiled(torch.zeros(())))])
+
+    seen, elsewhere, default = [], [], in_use()
+    run(seen)
+    with backends.use_backend("reference"):
+        run(seen)
+        thread = threading.Thread(target=run, args=(elsewhere,))
+        thread.start()
+        thread.join()
+        run(seen)
+    run(seen)
+    assert seen == [default, "reference", "reference", default] and elsewhere == [default]
 
 
 def test_absent_backend_raises_with_the_cause(monkeypatch):
@@ -74,12 +145,31 @@ def test_absent_backend_raises_with_the_cause(monkeypatch):
         (lambda: backends.select("feature_sgd", CPU, "cuda"), "does not run on cpu tensors"),
         (lambda: backends.status("adam", "cpu"), "op: got 'adam'"),
         (lambda: backends.status("feature_sgd", "gpu"), "backend: got 'gpu'"),
-        (lambda: backends.use_backend("gpu").__enter__(), "name: got 'gpu'"),
+        (lambda: backends.use_backend("gpu"), "name: got 'gpu'"),
+        (lambda: backends.select("feature_sgd", CPU, ""), "impl: got '', expected auto"),
     ],
 )
 def test_unknown_names(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", [None, 3, ["cpu"]])
+def test_names_of_other_types(name):
+    for call, argument in (
+        (lambda: backends.select("feature_sgd", CPU, name), "impl"),
+        (lambda: backends.use_backend(name), "name"),
+    ):
+        with pytest.raises(TypeError, match=f"{argument}: got .*expected auto or one of cuda"):
+            call()
+
+
+def test_a_block_is_named_where_its_backend_does_not_run_on_the_tensors():
+    with (
+        backends.use_backend("cuda"),
+        pytest.raises(ValueError, match="use_backend: 'cuda' does not run on cpu tensors"),
+    ):
+        backends.select("feature_sgd", CPU)
 
 
 def test_environment_variable_names_the_default():
@@ -93,7 +183,9 @@ def test_environment_variable_names_the_default():
         "try: backends.select('feature_sgd', torch.device('cpu'))\n"
         "except ValueError as error: print(error)"
     )
-    assert "impl: got 'fast'" in run_python(late, ALRAO_BACKEND="fast")
+    assert "ALRAO_BACKEND: got 'fast', expected auto or one of cuda" in run_python(
+        late, ALRAO_BACKEND="fast"
+    )
 
 
 def test_import_initialises_no_device():

@@ -122,7 +122,7 @@ def test_state_dict():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ClassifierClones(0, 2), "in_features: got 0, expected at least 1"),
+        (lambda: ClassifierClones(0, 2), "in_features: got 0, expected an integer, at least 1"),
         (lambda: ClassifierClones(2, 0), "num_classes: got 0"),
         (lambda: ClassifierClones(2, 2, 0), "num_clones: got 0"),
         (lambda: RegressorClones(2, -1), "out_features: got -1"),

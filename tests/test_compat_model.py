@@ -329,7 +329,7 @@ def test_invalid_inputs():
     internal, layer = nn.Linear(5, D), alrao.LinearClassifier
     with pytest.raises(ValueError, match="task is 'ranking'"):
         alrao.AlraoModel("ranking", nn.NLLLoss(), internal, 2, layer, D, C)
-    with pytest.raises(ValueError, match="n_last_layers is 0"):
+    with pytest.raises(ValueError, match="n_last_layers: got 0"):
         alrao.AlraoModel("classification", nn.NLLLoss(), internal, 0, layer, D, C)
     with pytest.raises(TypeError, match="'last_layer_gen' is missing"):
         alrao.AlraoModel("classification", nn.NLLLoss(), internal, 2)

@@ -366,15 +366,15 @@ def test_invalid_inputs():
         with pytest.raises(ValueError, match=message):
             SGDSpec([p], rates)
     for options, message in (
-        ({"momentum": -1}, "momentum is -1"),
-        ({"weight_decay": -1}, "weight_decay is -1"),
-        ({"nesterov": True}, "nesterov is True"),
+        ({"momentum": -1}, "momentum: got -1"),
+        ({"weight_decay": -1}, "weight_decay: got -1"),
+        ({"nesterov": True}, "nesterov: got True"),
     ):
         with pytest.raises(ValueError, match=message):
             SGDSpec([p], [0.1], **options)
-    with pytest.raises(ValueError, match="betas is"):
+    with pytest.raises(ValueError, match=r"betas\[1\]: got 1.0"):
         AdamSpec([p], [0.1], betas=(0.9, 1.0))
-    with pytest.raises(ValueError, match="eps is -1"):
+    with pytest.raises(ValueError, match="eps: got -1"):
         AdamSpec([p], [0.1], eps=-1)
     with pytest.raises(ValueError, match="3 entries for 4 last layers"):
         alrao.SGDAlrao(

@@ -36,7 +36,7 @@ def test_sampler():
     # Uniform on [-5, 1]: mean -2, standard deviation 6 / sqrt(12).
     assert abs(log.mean() + 2) < 0.06 and abs(log.std() - 3**0.5) < 0.03
     for bounds in ((0.0, 1.0), (1.0, 0.1), (1.0, math.inf)):
-        with pytest.raises(ValueError, match="expected 0 < minlr"):
+        with pytest.raises(ValueError, match="expected 0 < lo <= hi"):
             alrao.lr_sampler_generic(*bounds)
 
 

@@ -144,8 +144,8 @@ def test_the_switch_keeps_its_precision_and_its_count():
 
 def test_invalid_switches():
     for arguments, message in (
-        ({"nb_models": 0}, "nb_models is 0"),
-        ({"nb_models": 2, "theta": 1.0}, "theta is 1.0"),
+        ({"nb_models": 0}, "nb_models: got 0"),
+        ({"nb_models": 2, "theta": 1.0}, "theta: got 1.0"),
         ({"nb_models": 2, "task": "x"}, "task is 'x'"),
         ({"nb_models": 2, "task": "regression"}, "loss is None"),
     ):

@@ -18,8 +18,10 @@ import torch
 from torch import nn
 import alrao_fast as alrao
 from alrao_fast import backends, doctor
+from alrao_fast.arguments import RULE, Flag, Number
 from alrao_fast.ops.feature import FeatureOp, Lists, Scalars
 from alrao_fast.optim.base import AlraoOptimizer
+from alrao_fast.optim.param_groups import SHARED
 from alrao_fast.reference.feature_sgd import entry_rates, memory_order, scaled_gradient, store
 
 
@@ -35,19 +37,17 @@ def sign_(params, grads, totals, masters, rates, inners, seeds, steps, *,
     steps.add_(1)
 
 
-OP = FeatureOp("feature_sign", ("total",), {"keep": float, "strict": bool}, 1, sign_)
+OP = FeatureOp("feature_sign", ("total",), {"keep": Number(low=0, below=1), "strict": Flag()}, 1, sign_)
 
 
 class AlraoSign(AlraoOptimizer):
     _op, _rule_option = OP, "rule"
+    _kinds = {**SHARED, "keep": OP.options["keep"], "rule": RULE}
 
     def __init__(self, params, lr_range=(1e-4, 1e-2), lr=1.0, keep=0.5, weight_decay=0.0, maximize=False,
                  sampler=None, generator=None, rule="torch", rounding=None, master_weights=False, model=None,
                  foreach=None, fused=None, differentiable=False):
         super().__init__(locals())
-
-    def _check_group(self, group):
-        assert 0 <= group["keep"] < 1
 
     def _options(self, group):
         return {"keep": group["keep"], "strict": False}

@@ -352,10 +352,18 @@ def test_where_no_capture_is_possible():
     with pytest.raises(ValueError, match="net is in eval mode"):
         alrao.GraphedStep(net.eval(), opt, x, y)
     net.train()
-    with pytest.raises(ValueError, match="warmup is 0"):
-        alrao.GraphedStep(net, opt, x, y, warmup=0)
-    with pytest.raises(TypeError, match="opt is a SGD"):
-        alrao.GraphedStep(net, torch.optim.SGD(net.parameters()), x, y)
+    for name, value, error in (
+        ("warmup", 0, ValueError),
+        ("warmup", 2.5, TypeError),
+        ("opt", torch.optim.SGD(net.parameters()), TypeError),
+        ("net", net.forward, TypeError),
+        ("example_targets", [0, 1], TypeError),
+        ("scaler", 2.0, TypeError),
+        ("before_step", 3, TypeError),
+    ):
+        arguments = {"net": net, "opt": opt, "example_inputs": x, "example_targets": y}
+        with pytest.raises(error, match=rf"(?s)^{name}: got .*, expected"):
+            alrao.GraphedStep(**{**arguments, name: value})
 
 
 # On a GPU.

@@ -8,6 +8,8 @@
 import copy
 import math
 import statistics
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -181,9 +183,97 @@ def test_a_candidate_that_overflows_comes_last():
     assert ranking[1].loss == math.inf and "diverged" in str(ranking)
 
 
+class Empty(nn.Module):
+    def __init__(self):
+        raise KeyError("missing")
+
+
+OTHER = nn.Linear(1, 1)
+X, Y = VALID[0]
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
+        ({"models": {3: lambda: mlp(4)}}, TypeError, "models: got the name 3, expected names that"),
+        ({"models": {"a": Empty}}, ValueError, r"models\['a'\]: the function failed: 'missing'"),
+        (
+            {"optimizer": torch.optim.SGD},
+            ValueError,
+            r"models\['a'\]: optimizer failed: ",
+        ),
+        (
+            {"optimizer": lambda net, generator: None},
+            TypeError,
+            r"optimizer: returned None for models\['a'\], expected an AlraoSGD or AlraoAdam",
+        ),
+        (
+            {"optimizer": lambda net, generator: alrao.AlraoSGD(OTHER)},
+            ValueError,
+            r"optimizer: has parameters that models\['a'\] has not",
+        ),
+        (
+            {"optimizer": lambda net, generator: torch.optim.SGD(net.parameters(), lr=0.1)},
+            ValueError,
+            r"optimizer: gives the clones of models\['a'\] no rates",
+        ),
+        ({"optimizer": "sgd"}, TypeError, "optimizer: got 'sgd', expected a function"),
+        (
+            {"clip_grad_norm": -1},
+            ValueError,
+            "clip_grad_norm: got -1, expected a norm > 0, or None",
+        ),
+        ({"clip_grad_norm": math.nan}, ValueError, "clip_grad_norm: got nan"),
+        ({"clip_grad_norm": "1"}, TypeError, "clip_grad_norm: got '1'"),
+        ({"patience": math.nan}, TypeError, "patience: got nan, expected an integer, at least 1"),
+        ({"epochs": 2.5}, TypeError, "epochs: got 2.5, expected an integer"),
+        ({"epochs": "3"}, TypeError, "epochs: got '3'"),
+        ({"seeds": [2**32]}, ValueError, r"seeds\[0\]: got 4294967296, expected an integer from 0"),
+        ({"seeds": [0, -1]}, ValueError, r"seeds\[1\]: got -1"),
+        ({"seeds": [0.5]}, TypeError, r"seeds\[0\]: got 0.5"),
+        ({"seeds": "12"}, TypeError, "seeds: got '12', expected how many, or the seeds"),
+        ({"seeds": 2.5}, TypeError, "seeds: got 2.5"),
+        ({"seeds": True}, TypeError, "seeds: got True"),
+        ({"seeds": [1, 2, 1]}, ValueError, r"seeds: got \[1, 2, 1\], expected each once"),
+        ({"device": "nowhere"}, ValueError, "device: got 'nowhere', expected a torch.device"),
+        ({"device": 1.5}, TypeError, "device: got 1.5, expected a torch.device"),
+        ({"progress": "no"}, TypeError, "progress: got 'no', expected True or False"),
+        ({"num_classes": 2.5}, TypeError, "num_classes: got 2.5"),
+        (
+            {"num_classes": None, "head": alrao.ClassifierClones(4, 3)},
+            TypeError,
+            "head: got a ClassifierClones, expected a function D -> ClassifierClones",
+        ),
+        (
+            {"num_classes": None, "head": lambda features: nn.Linear(features, 3)},
+            ValueError,
+            r"models\['a'\]: head failed: head: got Linear",
+        ),
+        ({"train": [{"x": X, "y": Y}]}, TypeError, "train: a batch is a dict, expected"),
+        ({"valid": [{"x": X, "y": Y}]}, TypeError, "valid: a batch is a dict, expected"),
+        ({"valid": [()]}, TypeError, "valid: a batch has 0 entries, expected"),
+        ({"train": [(X[:0], Y[:0])]}, ValueError, "train: a batch is empty"),
+        ({"valid": [(X[:0], Y[:0])]}, ValueError, "valid: a batch is empty"),
+        (
+            {"valid": [(X[:, :2], Y)]},
+            ValueError,
+            r"models\['a'\]: validation failed on the first batch of valid: mat1 and mat2",
+        ),
+        (
+            {"valid": [(X, Y + 9)]},
+            ValueError,
+            r"models\['a'\]: validation failed on the first batch of valid: ",
+        ),
+        (
+            {"train": [*TRAIN, (X[:, :2], Y)]},
+            RuntimeError,
+            r"models\['a'\], epoch 1 of seed 0, train: RuntimeError: mat1 and mat2",
+        ),
+        (
+            {"valid": [*VALID, {"x": X}]},
+            RuntimeError,
+            r"models\['a'\], epoch 1 of seed 0, valid: TypeError: valid: a batch is a dict",
+        ),
         ({"models": {}}, TypeError, "models: got {}"),
         ({"models": [mlp]}, TypeError, "models: got"),
         (
@@ -209,7 +299,7 @@ def test_a_candidate_that_overflows_comes_last():
         ({"valid": iter(VALID)}, TypeError, "valid: got an iterator"),
         ({"train": 3}, TypeError, "train: got int"),
         ({"train": []}, ValueError, "train: got no batches"),
-        ({"valid": []}, ValueError, "valid: got no samples"),
+        ({"valid": []}, ValueError, "valid: got no batches"),
         ({"train": [torch.zeros(3)]}, TypeError, "a batch is a Tensor"),
         (
             {"train": [(torch.zeros(3, 6), [0, 1, 2])]},
@@ -238,7 +328,23 @@ def test_mistakes_show_before_training():
 
     with pytest.raises(ValueError, match=r"models\['bad'\]: the backbone failed"):
         rank({"ok": lambda: Counting(6, 4), "bad": lambda: nn.Linear(5, 4)})
-    assert len(trained) == 2  # the width of its features, one step
+    assert trained == [False, True, False]  # the width of its features, one step, one validation
+
+
+def test_what_is_accepted():
+    ignored = [(X, torch.full_like(Y, -100)), *VALID]
+    options = {"clip_grad_norm": math.inf, "seeds": range(2), "lr_range": [1e-4, 1], "epochs": 1}
+    ranking = rank({"a": lambda: mlp(4)}, TRAIN, ignored, **options)
+    assert [run.seed for run in ranking[0].runs] == [0, 1]
+    with pytest.raises(RuntimeError, match=r"epoch 1 of seed 0, valid: .*got no samples"):
+        rank({"a": lambda: mlp(4)}, TRAIN, ignored[:1], epochs=1)
+
+
+def test_the_command_line_says_where_rank_is():
+    done = subprocess.run(
+        [sys.executable, "-m", "alrao_fast", "rank"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "call alrao_fast.rank in Python" in done.stderr
 
 
 def test_bar(capfd):

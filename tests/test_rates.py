@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alrao_fast.arguments import Interval
 from alrao_fast.optim import Constant, Fraction, LogUniform, PerWeight
-from alrao_fast.optim.rates import check_lr_range, draw, draw_clones, log_spaced
+from alrao_fast.optim.rates import draw, draw_clones, log_spaced
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -95,13 +96,13 @@ def test_constant():
     [
         (lambda: LogUniform(0.0, 1.0), "expected 0 < lo <= hi"),
         (lambda: LogUniform(2.0, 1.0), "expected 0 < lo <= hi"),
-        (lambda: LogUniform(1.0, math.inf), "both finite"),
+        (lambda: LogUniform(1.0, math.inf), "within float32"),
         (lambda: LogUniform(math.nan, 1.0), "expected 0 < lo <= hi"),
-        (lambda: check_lr_range(3.0), r"lr_range is 3.0; expected two numbers"),
-        (lambda: check_lr_range((1, 2, 3)), "expected two numbers"),
-        (lambda: Fraction(1.5, 1.0), "p is 1.5; expected a probability"),
-        (lambda: Fraction(0.5, -1.0), "lr is -1.0; expected a finite number >= 0"),
-        (lambda: Constant(math.nan), "lr is nan; expected a finite number >= 0"),
+        (lambda: Interval().check("lr_range", 3.0), r"lr_range: got 3.0, expected two numbers"),
+        (lambda: Interval().check("lr_range", (1, 2, 3)), "expected two numbers"),
+        (lambda: Fraction(1.5, 1.0), "p: got 1.5, expected a probability"),
+        (lambda: Fraction(0.5, -1.0), "lr: got -1.0, expected a finite number >= 0"),
+        (lambda: Constant(math.nan), "lr: got nan, expected a finite number >= 0"),
     ],
 )
 def test_invalid_arguments(bad, message):

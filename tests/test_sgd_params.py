@@ -105,14 +105,14 @@ def test_group_options():
     ("group", "error", "message"),
     [
         ({"params": "model"}, ValueError, "more than one parameter group"),
-        ({"params": "new", "momentum": -1.0}, ValueError, "momentum is -1.0; expected"),
+        ({"params": "new", "momentum": -1.0}, ValueError, "momentum: got -1.0, expected"),
         ({"params": "new", "lr_range": (1, 0)}, ValueError, "expected 0 < lo <= hi"),
         ({"params": "new", "sampler": lambda n, g: torch.ones(1)}, ValueError, "returned"),
-        ({"params": "new", "sampler": 3}, TypeError, "sampler is 3; expected"),
+        ({"params": "new", "sampler": 3}, TypeError, "sampler: got 3, expected"),
         ({"params": {1, 2}}, TypeError, "expected an ordered collection"),
         ({"params": [3]}, TypeError, "can only optimize Tensors"),
         ({}, KeyError, "params"),
-        ([], TypeError, "param_group is a list; expected a dict"),
+        ([], TypeError, "param_group: got a list, expected a dict"),
     ],
 )
 def test_group_that_cannot_be_added(group, error, message):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,19 +23,19 @@ pytestmark = pytest.mark.usefixtures("used_backend")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -1.0}, "lr is -1.0; expected a multiplier >= 0"),
-        ({"lr": math.nan}, "lr is nan"),
-        ({"lr": torch.ones(2)}, r"lr is a tensor of shape \[2\]"),
-        ({"lr_range": (0.0, 1.0)}, r"lr_range is \(0.0, 1.0\); expected 0 < lo <= hi"),
-        ({"momentum": -0.1}, "momentum is -0.1; expected a number >= 0"),
-        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
-        ({"nesterov": True}, "nesterov is True with momentum=0.0"),
+        ({"lr": -1.0}, "lr: got -1.0, expected a finite multiplier >= 0"),
+        ({"lr": math.nan}, "lr: got nan"),
+        ({"lr": torch.ones(2)}, r"lr: got a tensor of shape \[2\]"),
+        ({"lr_range": (0.0, 1.0)}, r"lr_range\[0\]: got 0.0, expected 0 < lo <= hi"),
+        ({"momentum": -0.1}, "momentum: got -0.1, expected a finite number >= 0"),
+        ({"weight_decay": -0.1}, "weight_decay: got -0.1"),
+        ({"nesterov": True}, "nesterov: got True with momentum=0.0"),
         ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "no dampening"),
-        ({"momentum_rule": "mine"}, "momentum_rule is 'mine'; expected 'torch' or 'authors'"),
-        ({"rounding": "up"}, "rounding is 'up'"),
+        ({"momentum_rule": "mine"}, "momentum_rule: got 'mine', expected 'torch' or 'authors'"),
+        ({"rounding": "up"}, "rounding: got 'up'"),
         ({"rounding": "stochastic", "master_weights": True}, "expected one of the two"),
-        ({"foreach": True}, "foreach is True; expected None or False"),
-        ({"differentiable": True}, "differentiable is True; expected False"),
+        ({"foreach": True}, "foreach: got True, expected None or False"),
+        ({"differentiable": True}, "differentiable: got True, expected False"),
     ],
 )
 def test_invalid_options(options, message):
@@ -47,11 +46,11 @@ def test_invalid_options(options, message):
 @pytest.mark.parametrize(
     ("params", "options", "error", "message"),
     [
-        ([], {}, ValueError, "params is empty"),
-        (torch.zeros(2), {}, TypeError, "params is a tensor"),
+        ([], {}, ValueError, "params: got none"),
+        (torch.zeros(2), {}, TypeError, "params: got a tensor"),
         ([3], {}, TypeError, "can only optimize Tensors"),
-        (nn.Linear(2, 3), {"sampler": 1.0}, TypeError, "sampler is 1.0; expected LogUniform"),
-        (nn.Linear(2, 3), {"model": 1}, TypeError, "model is a int; expected a torch.nn.Module"),
+        (nn.Linear(2, 3), {"sampler": 1.0}, TypeError, "sampler: got 1.0, expected LogUniform"),
+        (nn.Linear(2, 3), {"model": 1}, TypeError, "model: got 1, expected a torch.nn.Module"),
         (nn.Linear(2, 3), {"sampler": lambda n, g: -torch.ones(n)}, ValueError, "negative"),
     ],
 )
@@ -117,5 +116,11 @@ def test_generator():
         assert torch.equal(a["rate"], b["rate"]) and not torch.equal(a["rate"], c["rate"])
     seeds = [o.param_groups[0]["rounding_seed"] for o in (optimizer, again, other)]
     assert seeds[0] == seeds[1] != seeds[2]
-    with pytest.raises(ValueError, match="generator is on meta; expected a CPU generator"):
-        AlraoSGD(nn.Linear(2, 3), generator=SimpleNamespace(device=torch.device("meta")))
+
+    class Elsewhere(torch.Generator):
+        device = torch.device("meta")
+
+    with pytest.raises(
+        ValueError, match=r"generator: got one on meta, expected a torch.Generator on the CPU"
+    ):
+        AlraoSGD(nn.Linear(2, 3), generator=Elsewhere())

@@ -157,7 +157,7 @@ def test_state_of_another_number_of_clones():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_clones": 0}, "num_clones: got 0, expected at least 1"),
+        ({"num_clones": 0}, "num_clones: got 0, expected an integer, at least 1"),
         ({"num_clones": 2, "theta": 1.0}, r"theta: got 1.0, expected 0 < theta < 1"),
         ({"num_clones": 2, "theta": 0.0}, "theta: got 0.0"),
         ({"num_clones": 2, "theta": math.nan}, "theta: got nan"),

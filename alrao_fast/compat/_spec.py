@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from alrao_fast.arguments import Kind
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
 from alrao_fast.optim import adam, checkpoint, sgd
 from alrao_fast.optim.binding import (
@@ -23,6 +24,7 @@ from alrao_fast.optim.binding import (
     gradients,
     is_copy,
 )
+from alrao_fast.optim.param_groups import OptionChecks
 from alrao_fast.optim.places import Places
 from alrao_fast.optim.states import complete, like, steps_of
 from alrao_fast.reference.feature_sgd import like_parameter
@@ -64,12 +66,14 @@ class SpecOptimizer(Optimizer):
     """Base class of `SGDSpec` and `AdamSpec`."""
 
     _op: FeatureOp
+    _kinds: Mapping[str, Kind]
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         """`arguments`: the `locals()` of a subclass's constructor, which has named and typed them."""
         defaults = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
         params, lr_params = defaults.pop("params"), defaults.pop("lr_params")
-        super().__init__(params, defaults)
+        self._option_checks = OptionChecks(self._kinds, self._check_group)
+        super().__init__(params, defaults | self._option_checks.checked(defaults))
         self._binding = Binding()
         own = [p for group in self.param_groups for p in group["params"]]
         rates = list(lr_params)
@@ -112,9 +116,8 @@ class SpecOptimizer(Optimizer):
         """The names of the states that the group's options need."""
         return self._op.states[: self._op.num_states(self._options(group))]
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise ValueError where an option of `group` is out of range."""
-        raise NotImplementedError
+    def _check_group(self, options: Mapping[str, Any]) -> None:
+        """Raise ValueError where options, each of which is valid, do not go together."""
 
     def _options(self, group: dict[str, Any]) -> Options:
         """The op's options, with the authors' rule."""
@@ -132,6 +135,7 @@ class SpecOptimizer(Optimizer):
     @torch.no_grad()
     def update(self) -> None:
         """`step()` without torch's hooks and profiling around it."""
+        self._option_checks.follow(self.param_groups)
         self._binding.follow(self.state)
         for number, group in enumerate(self.param_groups):
             params, options = group["params"], self._options(group)
@@ -202,7 +206,7 @@ class SpecOptimizer(Optimizer):
             missing_rate=lambda param, saved, read: self.state[param]["rate"],
         )
         for group in groups:
-            self._check_group(group)
+            group |= self._option_checks.checked(group)
         for param in own:
             state[param].setdefault("rate_dim", self.state[param]["rate_dim"])
         self.param_groups, self.state, self._binding = groups, state, Binding()
@@ -230,6 +234,7 @@ class SpecOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._binding = Binding()
+        self._option_checks = OptionChecks(self._kinds, self._check_group)
         known = ((p, own) for p, own in self.state.items() if "rate" in own)
         self._rates = {p: (own["rate"], own["rate_dim"]) for p, own in known}
         self._places = Places()
@@ -242,12 +247,6 @@ def _in_memory(own: dict[str, Any], param: Tensor) -> Tensor:
     return like_parameter(rate, param) if own["rate_dim"] is None else rate
 
 
-def _check(options: dict[str, float]) -> None:
-    for name, value in options.items():
-        if not value >= 0:
-            raise ValueError(f"{name} is {value}; expected a number >= 0")
-
-
 class SGDSpec(SpecOptimizer):
     """SGD with a rate tensor per parameter, and the authors' momentum:
 
@@ -256,6 +255,7 @@ class SGDSpec(SpecOptimizer):
     """
 
     _op = sgd.OP
+    _kinds = sgd.OPTIONS
 
     def __init__(
         self,
@@ -266,12 +266,10 @@ class SGDSpec(SpecOptimizer):
         weight_decay: float = 0,
         nesterov: bool = False,
     ) -> None:
-        self._check_group(locals())
         super().__init__(locals())
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        _check({name: group[name] for name in ("momentum", "weight_decay")})
-        sgd.check_group(group)
+    def _check_group(self, options: Mapping[str, Any]) -> None:
+        sgd.check_group(options)
 
     def _options(self, group: dict[str, Any]) -> Options:
         return sgd.options_of(group, authors=True)
@@ -284,6 +282,7 @@ class AdamSpec(SpecOptimizer):
     """
 
     _op = adam.OP
+    _kinds = adam.AlraoAdam._kinds
 
     def __init__(
         self,
@@ -294,13 +293,7 @@ class AdamSpec(SpecOptimizer):
         weight_decay: float = 0,
         amsgrad: bool = False,
     ) -> None:
-        self._check_group(locals())
         super().__init__(locals())
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        _check({name: group[name] for name in ("eps", "weight_decay")})
-        if not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"betas is {group['betas']}; expected two numbers, 0 <= beta < 1")
 
     def _options(self, group: dict[str, Any]) -> Options:
         return adam.options_of(group, authors=True)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alrao_fast.arguments import COUNT
 from alrao_fast.compat._choice import Runner, choose, signature
 from alrao_fast.compat._evaluation import Evaluation
 from alrao_fast.compat._losses import Criterion
@@ -72,8 +73,7 @@ class AlraoModel(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         task, loss, internal_nn, n, last_layer_gen, rest, options = _parse(args, dict(kwargs))
-        if n < 1:
-            raise ValueError(f"n_last_layers is {n}; expected at least 1")
+        n = COUNT.check("n_last_layers", n)
         self.task = task
         self.loss = loss
         self.switch = Switch(n, save_ll_perf=True, task=task, loss=loss)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from alrao_fast.arguments import Interval
 from alrao_fast.optim.layouts import own_parameters
 
 LrSampler = Callable[[Tensor, torch.Size], Tensor]
@@ -14,10 +15,7 @@ LrSampler = Callable[[Tensor, torch.Size], Tensor]
 def lr_sampler_generic(minlr: float, maxlr: float) -> LrSampler:
     """A function `f(tensor, size)`: rates of shape `size`, log-uniform between `minlr` and `maxlr`, of the dtype and
     on the device of `tensor`."""
-    if not 0 < minlr <= maxlr < math.inf:
-        raise ValueError(
-            f"minlr, maxlr are {minlr}, {maxlr}; expected 0 < minlr <= maxlr, both finite"
-        )
+    minlr, maxlr = Interval().check("(minlr, maxlr)", (minlr, maxlr))
     low, high = math.log(minlr), math.log(maxlr)
 
     def sample(tensor: Tensor, size: torch.Size) -> Tensor:

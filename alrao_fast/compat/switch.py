@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alrao_fast.arguments import COUNT
 from alrao_fast.compat._losses import Criterion, correct_predictions, known_losses, nll_ignoring
 from alrao_fast.functional import switch_update_
 from alrao_fast.nn.switch import FixedDtypeBuffers, normalized
+from alrao_fast.ops.switch_update import THETA
 from alrao_fast.reference.switch_update import initial_state
 
 TASKS = ("classification", "regression")
@@ -51,10 +53,8 @@ class Switch(FixedDtypeBuffers):
         loss: Criterion | None = None,
     ) -> None:
         super().__init__()
-        if nb_models < 1:
-            raise ValueError(f"nb_models is {nb_models}; expected at least 1")
-        if not 0 < theta < 1:
-            raise ValueError(f"theta is {theta}; expected a number between 0 and 1")
+        nb_models = COUNT.check("nb_models", nb_models)
+        theta = THETA.check("theta", theta)
         if task not in TASKS:
             raise ValueError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
         if task == "regression" and loss is None:

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alrao_fast import live
+from alrao_fast.arguments import COUNT, Flag, FloatDtype, Integer, Optional, checked
 from alrao_fast.nn.clone_rates import WithRates
 from alrao_fast.nn.predictions import remember
-from alrao_fast.nn.switch import Switch
+from alrao_fast.nn.switch import SWITCH_KINDS, Switch
 from alrao_fast.nn.watch import Watch
 from alrao_fast.ops import derivatives
 from alrao_fast.ops.mixture import (
@@ -23,10 +24,21 @@ from alrao_fast.ops.mixture import (
     switch_mixture_mean,
     switch_mixture_stats,
 )
+from alrao_fast.ops.mixture.checks import REDUCTION
+from alrao_fast.ops.mixture.likelihood import IGNORE_INDEX, SIGMA2
 from alrao_fast.ops.mixture.loss import NO_OTHER_DERIVATIVE, Observer
 from alrao_fast.reference import switch_mixture as reference
 
 Reduction = Literal["mean", "sum"]
+_CHOICES = {"evidence": REDUCTION, "reduction": REDUCTION}
+_KINDS = {
+    **SWITCH_KINDS,
+    **_CHOICES,
+    "in_features": COUNT,
+    "bias": Flag(),
+    "memory_budget": Optional(Integer(low=1, words="bytes > 0")),
+    "dtype": Optional(FloatDtype()),
+}
 
 
 class LinearClones(WithRates):
@@ -53,19 +65,9 @@ class LinearClones(WithRates):
     def __init__(self, arguments: dict[str, Any]) -> None:
         """`arguments`: the `locals()` of a subclass's constructor, which has named and typed them."""
         super().__init__()
-        sizes, choices = ("in_features", self._width, "num_clones"), ("evidence", "reduction")
-        for name in (*sizes, *choices, "memory_budget"):
+        arguments = checked({**_KINDS, self._width: COUNT}, arguments)
+        for name in ("in_features", self._width, "num_clones", *_CHOICES, "memory_budget"):
             setattr(self, name, arguments[name])
-        for name in sizes:
-            if arguments[name] < 1:
-                raise ValueError(f"{name}: got {arguments[name]}, expected at least 1")
-        for name in choices:
-            if arguments[name] not in ("mean", "sum"):
-                raise ValueError(f"{name}: got {arguments[name]!r}, expected 'mean' or 'sum'")
-        if self.memory_budget is not None and self.memory_budget <= 0:
-            raise ValueError(
-                f"memory_budget: got {self.memory_budget}, expected bytes > 0, or None"
-            )
         device, dtype = arguments["device"], arguments["dtype"]
         num_clones, group = self.num_clones, arguments["process_group"]
         self.switch = Switch(num_clones, arguments["theta"], process_group=group, device=device)
@@ -275,7 +277,9 @@ class ClassifierClones(LinearClones):
         reduction: of the loss over the counted samples, "mean" or "sum".
         memory_budget: bytes that the logits of a chunk may take; None is the backend's default.
         process_group: see `Switch`.
-        device, dtype: of the parameters.
+        device, dtype: of the parameters; float64, float32, bfloat16 or float16.
+
+    TypeError or ValueError, naming the argument, for one of another type or out of range.
     """
 
     num_classes: int
@@ -300,7 +304,7 @@ class ClassifierClones(LinearClones):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(locals())
-        self.ignore_index = ignore_index
+        self.ignore_index = IGNORE_INDEX.check("ignore_index", ignore_index)
 
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
         """Mixture log-probabilities `[..., C]` of features `[..., D]`, or with targets `[...]` the mixture's loss.
@@ -360,10 +364,8 @@ class RegressorClones(LinearClones):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not 0 < sigma2 < math.inf:
-            raise ValueError(f"sigma2: got {sigma2}, expected a finite variance > 0")
         super().__init__(locals())
-        self.sigma2 = sigma2
+        self.sigma2 = float(SIGMA2.check("sigma2", sigma2))
 
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
         """The posterior's mean prediction `[..., K]` for features `[..., D]`, or with targets `[..., K]` the loss.

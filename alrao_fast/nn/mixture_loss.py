@@ -92,14 +92,14 @@ def _likelihood(head: LinearClones, prediction: Tensor, targets: Tensor) -> Tens
     weight = head.weight[:1]
     if isinstance(head, RegressorClones):
         values = Values(float(head.sigma2))
-        rows = values.rows(targets, prediction, weight)
+        rows = values.rows(targets, prediction.shape[:-1], weight)
         scale, constant = values.density(rows.size(1))
         squared = (rows - prediction.flatten(0, -2)).square().sum()
         loss = 0.5 * scale * squared + constant * len(rows)
         return loss / max(len(rows), 1) if head.reduction == "mean" else loss
     assert isinstance(head, ClassifierClones)
     ignored = head.ignore_index
-    rows = Classes(ignored).rows(targets, prediction, weight).long()
+    rows = Classes(ignored).rows(targets, prediction.shape[:-1], weight).long()
     loss = F.nll_loss(prediction.flatten(0, -2), rows, ignore_index=ignored, reduction="sum")
     # As the head: 0 where nothing counts.
     return loss / (rows != ignored).sum().clamp(min=1) if head.reduction == "mean" else loss

@@ -10,9 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from alrao_fast.arguments import COUNT, Device, Instance, Optional, checked
 from alrao_fast.nn.recomputation import first_value
-from alrao_fast.ops.switch_update import switch_update_
+from alrao_fast.ops.switch_update import THETA, switch_update_
 from alrao_fast.reference.switch_update import initial_state
+
+# The arguments of a switch; those of a head have them, too.
+SWITCH_KINDS = {
+    "num_clones": COUNT,
+    "theta": THETA,
+    "process_group": Optional(
+        Instance(getattr(dist, "ProcessGroup", object), "a process group of torch.distributed")
+    ),
+    "device": Optional(Device()),
+}
 
 
 def normalized(log_posterior: Tensor) -> Tensor:
@@ -49,7 +60,8 @@ class Switch(FixedDtypeBuffers):
 
     Buffers, float64 through every dtype conversion of the module, all in the state_dict: `logw [2, N]`, the log of the
     joint posterior over (may switch, stays) and clone; `log_posterior [N]`, the log posterior over clones; `t`, the
-    number of the next observation (int64 scalar, 1 at the start).
+    number of the next observation (int64 scalar, 1 at the start). TypeError or ValueError, naming the argument, for one
+    of another type or out of range.
 
     An average of several models' buffers, as `torch.optim.swa_utils.AveragedModel(use_buffers=True)` keeps one, is the
     geometric mean of their posteriors, whose sum is less than 1: what reads it normalises it, as an update does.
@@ -70,14 +82,11 @@ class Switch(FixedDtypeBuffers):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if num_clones < 1:
-            raise ValueError(f"num_clones: got {num_clones}, expected at least 1")
-        if not 0 < theta < 1:
-            raise ValueError(f"theta: got {theta}, expected 0 < theta < 1")
-        self.num_clones = num_clones
-        self.theta = theta
+        values = checked(SWITCH_KINDS, locals())
+        self.num_clones: int = values["num_clones"]
+        self.theta: float = values["theta"]
         self.process_group = process_group
-        logw, log_posterior, t = initial_state(num_clones, theta, device)
+        logw, log_posterior, t = initial_state(self.num_clones, self.theta, device)
         self.register_buffer("logw", logw)
         self.register_buffer("log_posterior", log_posterior)
         self.register_buffer("t", t)

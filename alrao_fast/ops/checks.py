@@ -5,9 +5,12 @@ caller that was compiled reaches it through the dispatcher, with no Python in be
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from alrao_fast.arguments import shown
 
 _NAMES = {
     torch.float64: "Double",
@@ -16,14 +19,39 @@ _NAMES = {
     torch.float16: "Half",
     torch.int64: "Long",
     torch.int32: "Int",
+    torch.int16: "Short",
+    torch.int8: "Char",
+    torch.uint8: "Byte",
+    torch.bool: "Bool",
+    torch.complex64: "ComplexFloat",
+    torch.complex128: "ComplexDouble",
 }
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-FLOATS = (torch.float32, torch.float64, *LOW_PRECISION)
 
 
 def check(condition: bool, message: str) -> None:
     if not condition:
         raise RuntimeError(message)
+
+
+def check_together(optional: str = "", /, **tensors: Any) -> None:
+    """TypeError for an argument that is no tensor (`optional` names one that may be None), RuntimeError for one that is
+    not on the device of the first.
+
+    It stands before every implementation: one on meta would make the dispatcher call the op's fake, which does nothing.
+    """
+    device = None
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            if tensor is None and name == optional:
+                continue
+            raise TypeError(f"{name}: got {shown(tensor)}, expected a tensor")
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise RuntimeError(
+                f"{name}: is on {tensor.device}, expected {device}, as {first}; move them to one device"
+            )
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -42,12 +70,17 @@ def check_tensor(
         list(tensor.shape) == list(shape),
         f"{name}: got shape {list(tensor.shape)}, expected {list(shape)}",
     )
-    check(
-        tensor.dtype in dtypes,
-        f"{name}: got dtype {dtype_name(tensor.dtype)}, expected {'one of ' if len(dtypes) > 1 else ''}"
-        f"{', '.join(map(dtype_name, dtypes))}",
-    )
+    check_dtype(name, tensor, dtypes)
     check(
         tensor.device == device,
         f"{name}: is on {tensor.device}, expected {device} as the others; move them to one device",
     )
+
+
+def check_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """Raise RuntimeError unless `tensor` has one of the dtypes."""
+    if tensor.dtype not in dtypes:
+        one = "one of " if len(dtypes) > 1 else ""
+        raise RuntimeError(
+            f"{name}: got dtype {dtype_name(tensor.dtype)}, expected {one}{', '.join(map(dtype_name, dtypes))}"
+        )

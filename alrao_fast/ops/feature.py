@@ -16,12 +16,20 @@ import torch
 from torch import Tensor
 
 from alrao_fast import _extension, backends
+from alrao_fast.arguments import Flag, Instance, Number, Optional, checked
 from alrao_fast.ops import dispatch, feature_checks
 
 # An optimizer's own options by name.
 Options = Mapping[str, float | bool]
 # Every optimizer's op by its stem.
 FEATURE_OPS: dict[str, FeatureOp] = {}
+LR = Number(low=0, live=True, words="a finite multiplier >= 0 of the rates")
+_SCALARS = {
+    "lr": LR,
+    "maximize": Flag(),
+    "grad_scale": Optional(Instance(Tensor, "a tensor of one element")),
+    "found_inf": Optional(Instance(Tensor, "a tensor of one element")),
+}
 
 
 class Lists(NamedTuple):
@@ -48,6 +56,15 @@ class Scalars(NamedTuple):
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
+    def checked(self) -> Scalars:
+        """The same; TypeError or ValueError, naming the argument, where one is of another type or out of range.
+
+        Of a tensor that is not one number the ops themselves say so.
+        """
+        one = not isinstance(self.lr, Tensor) or (self.lr.numel() == 1 and not self.lr.is_meta)
+        kinds = {name: kind for name, kind in _SCALARS.items() if one or name != "lr"}
+        return self._replace(**checked(kinds, self._asdict()))
+
     def arguments(self) -> dict[str, Any]:
         """The same as the ops take them: a multiplier in a tensor is an argument of its own."""
         in_tensor = isinstance(self.lr, Tensor)
@@ -66,7 +83,7 @@ class FeatureOp:
 
     stem: the op is `<stem>_`, its reference reference/<stem>.py; without "feature_" it names the files of the kernels.
     states: what is kept per parameter, by its name in an optimizer's state; the op's argument has the plural.
-    options: name and type, float or bool, of what the update depends on besides lr, maximize and the scalars of AMP.
+    options: name and kind, a number or a flag, of what the update depends on besides lr, maximize and AMP's scalars.
     fixed_states, switch: the first `fixed_states` states are there always, the others where the option `switch`, if
         there is one, is on.
     first_state: the state, if there is one, that the first update (count 0) sets whatever it holds.
@@ -74,7 +91,7 @@ class FeatureOp:
 
     stem: str
     states: tuple[str, ...]
-    options: dict[str, type]
+    options: dict[str, Number | Flag]
     fixed_states: int
     reference: Callable[..., None]
     switch: str = ""
@@ -87,7 +104,7 @@ class FeatureOp:
         lists = "".join(
             f"Tensor({letter}!)[] {state}s, " for letter, state in zip("bcdef", self.states)
         )
-        options = "".join(f"{kind.__name__} {name}, " for name, kind in self.options.items())
+        options = "".join(f"{kind.schema} {name}, " for name, kind in self.options.items())
         schema = (
             f"{self.stem}_(Tensor(a!)[] params, Tensor[] grads, {lists}Tensor(x!)[] masters, Tensor[] rates, "
             "int[] inners, int[] seeds, Tensor(y!) steps, *, float lr, Tensor? lr_tensor, bool maximize, "
@@ -105,7 +122,7 @@ class FeatureOp:
         if _extension.ERROR is not None:
             return
         tables = _extension.function("feature_tables")
-        options = "".join(f", {kind.__name__} {name}" for name, kind in self.options.items())
+        options = "".join(f", {kind.schema} {name}" for name, kind in self.options.items())
         own = f"{self.stem}_:{''.join(f' {state}s' for state in self.states)}{options}"
         found = [] if tables is None else tables().splitlines()
         if tables is None or any(
@@ -122,6 +139,13 @@ class FeatureOp:
         """How many of `states`, from the first on, the options need."""
         return len(self.states) if options.get(self.switch) else self.fixed_states
 
+    def numbers(self, options: Options) -> Options:
+        """The options as plain numbers: one in a tensor as its value of now."""
+        return {
+            name: float(value) if isinstance(value, Tensor) else value
+            for name, value in options.items()
+        }
+
     def select(self, params: Sequence[Tensor], impl: str = "auto") -> str:
         """The implementation that runs the op on these tensors."""
         return backends.select(self.stem, params[0].device, impl)
@@ -135,8 +159,8 @@ class FeatureOp:
     ) -> None:
         """Raise RuntimeError, naming the argument, unless all fit together: for the implementations in Python."""
         count, on = self.num_states(options), bool(options.get(self.switch))
-        kind = self.options.get(self.switch)
-        why = ("on" if on else "off") if kind is bool else ("not 0" if on else "0")
+        is_flag = isinstance(self.options.get(self.switch), Flag)
+        why = ("on" if on else "off") if is_flag else ("not 0" if on else "0")
         because = f"{self.switch} is {why}"
         states = {}
         for number, state in enumerate(self.states):
@@ -147,13 +171,28 @@ class FeatureOp:
         tensors = {"lr": lr, "grad_scale": scalars.grad_scale, "found_inf": scalars.found_inf}
         feature_checks.check_inputs(f"{self.stem}_", lists, grads, states, tensors)
 
+    def check_data(self, lists: Lists, grads: Sequence[Tensor] = ()) -> None:
+        """Raise RuntimeError for a tensor on meta: the dispatcher would call the op's fake, which does nothing."""
+        params, states, masters, rates, _inners, _seeds, steps = lists
+        kept = {f"{name}s": tensors for name, tensors in zip(self.states, states)}
+        named = {"params": params, "grads": grads, **kept, "masters": masters, "rates": rates}
+        for name, tensors in {**named, "steps": [steps]}.items():
+            for t, tensor in enumerate(tensors):
+                if tensor.is_meta:
+                    where = name if name == "steps" else f"{name}[{t}]"
+                    raise RuntimeError(
+                        f"{self.stem}_: {where} is on meta, expected a tensor with data"
+                    )
+
     def __call__(
         self, lists: Lists, grads: list[Tensor], options: Options, scalars: Scalars, impl: str
     ) -> None:
         """One step by the list op on the backend `impl`."""
         missing: list[list[Tensor]] = [[] for _ in self.states[len(lists.states) :]]
         args = (lists.params, grads, *lists.states, *missing, *lists[2:])
+        options = self.numbers(options)
         values = {**scalars.arguments(), **options}
+        self.check_data(lists, grads)
         with torch.no_grad():
             if impl == "reference":
                 self.check(lists, grads, options, scalars)

@@ -5,25 +5,35 @@ from typing import Literal
 
 from torch import Tensor
 
+from alrao_fast.arguments import RULE, Flag, Number, Several, checked
 from alrao_fast.ops.feature import FeatureOp, Scalars, as_lists
 from alrao_fast.reference.feature_adam import feature_adam_ as reference
 
+_BETA = Number(low=0, below=1, live=True)
 OP = FeatureOp(
     stem="feature_adam",
     states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     options={
-        "beta1": float,
-        "beta2": float,
-        "eps": float,
-        "weight_decay": float,
-        "amsgrad": bool,
-        "decoupled": bool,
-        "authors_eps": bool,
+        "beta1": _BETA,
+        "beta2": _BETA,
+        "eps": Number(low=0, live=True),
+        "weight_decay": Number(low=0, live=True),
+        "amsgrad": Flag(),
+        "decoupled": Flag(),
+        "authors_eps": Flag(),
     },
     fixed_states=2,
     switch="amsgrad",
     reference=reference,
 )
+# The same under the names by which users know them; whether v_max is kept says amsgrad.
+OPTIONS = {
+    "betas": Several(_BETA, 2),
+    "eps": OP.options["eps"],
+    "weight_decay": OP.options["weight_decay"],
+    "decoupled_weight_decay": OP.options["decoupled"],
+    "eps_rule": RULE,
+}
 
 
 def feature_adam_(
@@ -72,12 +82,13 @@ def feature_adam_(
         eps_rule: "authors" is the rule of the paper's code, whose eps is not rescaled:
             p = p - lr * r(i) * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps).
 
-    Raises:
-        RuntimeError: arguments that do not fit together; nothing has been written then.
+    Raises, with nothing written:
+        TypeError, ValueError: an option of another type or out of range, naming it.
+        RuntimeError: tensors that do not fit together.
         ValueError, alrao_fast.backends.BackendUnavailableError: `impl` is unknown or cannot run here.
     """
-    if eps_rule not in ("torch", "authors"):
-        raise ValueError(f"eps_rule: got {eps_rule!r}, expected 'torch' or 'authors'")
+    options = checked(OPTIONS, locals())
+    scalars = Scalars(lr, maximize, grad_scale, found_inf).checked()
     if not params:
         return
     states = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs or None]
@@ -85,14 +96,14 @@ def feature_adam_(
         as_lists(params, states, masters, rates, inners, seeds, steps),
         list(grads),
         {
-            "beta1": betas[0],
-            "beta2": betas[1],
-            "eps": eps,
-            "weight_decay": weight_decay,
+            "beta1": options["betas"][0],
+            "beta2": options["betas"][1],
+            "eps": options["eps"],
+            "weight_decay": options["weight_decay"],
             "amsgrad": bool(max_exp_avg_sqs),
-            "decoupled": decoupled_weight_decay,
-            "authors_eps": eps_rule == "authors",
+            "decoupled": options["decoupled_weight_decay"],
+            "authors_eps": options["eps_rule"] == "authors",
         },
-        Scalars(lr, maximize, grad_scale, found_inf),
+        scalars,
         OP.select(params, impl),
     )

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from alrao_fast.ops.checks import FLOATS, LOW_PRECISION
+from alrao_fast.arguments import FLOATS
+from alrao_fast.ops.checks import LOW_PRECISION
 
 if TYPE_CHECKING:
     from alrao_fast.ops.feature import Lists

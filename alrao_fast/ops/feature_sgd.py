@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from alrao_fast.arguments import RULE, Flag, Number, checked
 from alrao_fast.ops.feature import FeatureOp, Scalars, as_lists
 from alrao_fast.reference.feature_sgd import feature_sgd_ as reference
 
@@ -13,17 +14,22 @@ OP = FeatureOp(
     stem="feature_sgd",
     states=("momentum_buffer",),
     options={
-        "momentum": float,
-        "dampening": float,
-        "weight_decay": float,
-        "nesterov": bool,
-        "authors_momentum": bool,
+        "momentum": Number(low=0, live=True),
+        "dampening": Number(live=True),
+        "weight_decay": Number(low=0, live=True),
+        "nesterov": Flag(),
+        "authors_momentum": Flag(),
     },
     fixed_states=0,
     switch="momentum",
     first_state="momentum_buffer",
     reference=reference,
 )
+# The same under the names by which users know them.
+OPTIONS = {
+    **{name: OP.options[name] for name in ("momentum", "dampening", "weight_decay", "nesterov")},
+    "momentum_rule": RULE,
+}
 
 
 def feature_sgd_(
@@ -79,12 +85,14 @@ def feature_sgd_(
         found_inf: one float32 element; where it is not 0 nothing is written.
         impl: "auto", or the backend by name: "cuda", "triton", "cpu", "reference".
 
-    Raises:
-        RuntimeError: arguments that do not fit together; nothing has been written then.
+    Raises, with nothing written:
+        TypeError, ValueError: an option of another type or out of range, naming it.
+        RuntimeError: tensors that do not fit together.
         ValueError, alrao_fast.backends.BackendUnavailableError: `impl` is unknown or cannot run here.
     """
-    if momentum_rule not in ("torch", "authors"):
-        raise ValueError(f"momentum_rule: got {momentum_rule!r}, expected 'torch' or 'authors'")
+    options = checked(OPTIONS, locals())
+    authors = options.pop("momentum_rule") == "authors"
+    scalars = Scalars(lr, maximize, grad_scale, found_inf).checked()
     if not params:
         return
     if steps is None:
@@ -97,13 +105,7 @@ def feature_sgd_(
     OP(
         as_lists(params, [momentum_buffers], masters, rates, inners, seeds, steps),
         list(grads),
-        {
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "authors_momentum": momentum_rule == "authors",
-        },
-        Scalars(lr, maximize, grad_scale, found_inf),
+        {**options, "authors_momentum": authors},
+        scalars,
         OP.select(params, impl),
     )

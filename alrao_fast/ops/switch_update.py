@@ -4,11 +4,14 @@ import torch
 from torch import Tensor
 
 from alrao_fast import backends
+from alrao_fast.arguments import Flag, Number
 from alrao_fast.ops import dispatch
-from alrao_fast.ops.checks import check, check_tensor
+from alrao_fast.ops.checks import check, check_tensor, check_together
 from alrao_fast.reference import switch_update as reference
 
 OP = "switch_update"
+THETA = Number(above=0, below=1, words="0 < theta < 1")
+_MEAN = Flag()
 backends.OPS[OP] = "switch_update_"
 
 
@@ -91,8 +94,11 @@ def switch_update_(
         logw[k] = logaddexp(logw[k], log([theta, 1 - theta][k]) + pool - log N)
         logw -= logsumexp(logw);  log_posterior = logsumexp_k logw[k];  t += 1
     """
+    check_together(logw=logw, log_posterior=log_posterior, t=t, log_likelihood=log_likelihood)
+    theta = THETA.plain("theta", theta)
     backend = backends.select(OP, logw.device, impl)
     if backend == "reference":
+        _check(logw, log_posterior, t, log_likelihood, theta)
         reference.switch_update_(logw, log_posterior, t, log_likelihood, theta)
     else:
         op = dispatch.overload("switch_update_", backend)
@@ -118,11 +124,15 @@ def switch_observe_(
     `switch_update_`. The kernels do it in one call: for a small head the six small operations that it
     replaces take as long as the head's gradients.
     """
+    check_together(logw=logw, log_posterior=log_posterior, t=t, running=running, stats=stats)
+    theta = float(THETA.plain("theta", theta))
+    mean = _MEAN.check("mean", mean)
     backend = backends.select(OP, logw.device, impl)
     if backend != "reference":
         op = dispatch.overload("switch_observe_", backend)
         op(logw, log_posterior, t, running, stats.detach(), mean, theta)
         return
+    _check_observe(logw, log_posterior, t, running, stats, mean, theta)
     running.add_(stats)
     average = -stats[0] / stats[2]
     observed = average if mean else average * stats[2]

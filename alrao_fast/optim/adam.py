@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from alrao_fast.ops.feature import Options
-from alrao_fast.ops.feature_adam import OP
+from alrao_fast.ops.feature_adam import OP, OPTIONS
 from alrao_fast.optim.base import AlraoOptimizer
+from alrao_fast.optim.param_groups import SHARED
 from alrao_fast.optim.rates import Sampler
 
 
@@ -32,6 +33,7 @@ class AlraoAdam(AlraoOptimizer):
     """
 
     _op = OP
+    _kinds = {**SHARED, **OPTIONS, "amsgrad": OP.options["amsgrad"]}
     _rule_option = "eps_rule"
     _float32_states = True
 
@@ -59,16 +61,6 @@ class AlraoAdam(AlraoOptimizer):
         differentiable: bool = False,
     ) -> None:
         super().__init__(locals())
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        betas = group["betas"]
-        if not (isinstance(betas, tuple | list) and len(betas) == 2):
-            raise ValueError(f"betas is {betas!r}; expected two numbers")
-        for number, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"betas[{number}] is {beta}; expected 0 <= beta < 1")
-        if not group["eps"] >= 0.0:
-            raise ValueError(f"eps is {group['eps']}; expected a number >= 0")
 
     def _options(self, group: dict[str, Any]) -> Options:
         return options_of(group, authors=group["eps_rule"] == "authors")

@@ -6,7 +6,7 @@ once (binding.py) and kept until something changes: `step()` then only collects 
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,22 +20,31 @@ from torch.optim.optimizer import (
 )
 
 from alrao_fast import live
+from alrao_fast.arguments import Generator, Instance, Kind, Optional, checked
 from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import checkpoint
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
 from alrao_fast.optim.layouts import Layout, check_not_lazy, default_layout, resolve
 from alrao_fast.optim.owners import owners, warn_of_unobserved
 from alrao_fast.optim.param_groups import (
+    SAMPLER,
+    OptionChecks,
     as_groups,
-    check_options,
-    check_sampler,
+    check_shared,
     expanded,
     modules_of,
     tensor_of,
 )
 from alrao_fast.optim.places import Places
-from alrao_fast.optim.rates import LogUniform, Sampler, check_lr_range, draw, draw_clones
+from alrao_fast.optim.rates import LogUniform, Sampler, draw, draw_clones
 from alrao_fast.optim.states import complete
+
+# The arguments of a constructor that are no options of a param group.
+_OWN = {
+    "sampler": SAMPLER,
+    "generator": Optional(Generator()),
+    "model": Optional(Instance(nn.Module, "a torch.nn.Module")),
+}
 
 
 class AlraoOptimizer(Optimizer):
@@ -44,8 +53,9 @@ class AlraoOptimizer(Optimizer):
     # There under fused=True only, as in torch.optim: GradScaler then hands over grad_scale and found_inf instead of
     # unscaling and checking on the host, and whoever clips gradients must unscale them before.
     _step_supports_amp_scaling: bool
-    # The op, and the option that may name the authors' rule.
+    # The op, the options of a param group and what they may be, and which of them may name the authors' rule.
     _op: FeatureOp
+    _kinds: Mapping[str, Kind]
     _rule_option: str
     # Whether states of bf16 and fp16 parameters are float32 even without master weights.
     _float32_states = False
@@ -53,21 +63,13 @@ class AlraoOptimizer(Optimizer):
     def __init__(self, arguments: dict[str, Any]) -> None:
         """`arguments`: the `locals()` of a subclass's constructor, which has named and typed them."""
         defaults = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
-        defaults["lr_range"] = check_lr_range(defaults["lr_range"])
-        params, model = defaults.pop("params"), defaults.pop("model")
-        sampler, generator = defaults.pop("sampler"), defaults.pop("generator")
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(
-                f"model is a {type(model).__name__}; expected a torch.nn.Module or None"
-            )
-        if generator is not None and generator.device.type != "cpu":
-            raise ValueError(
-                f"generator is on {generator.device}; expected a CPU generator: rates are drawn on the CPU, so that a "
-                "seed gives the same ones on every device"
-            )
-        check_sampler(sampler)
-        self._sampler = sampler
-        self._generator = generator
+        self._option_checks = OptionChecks(self._kinds, self._check_group)
+        defaults |= self._option_checks.checked(defaults)
+        params = defaults.pop("params")
+        own = checked(_OWN, {name: defaults.pop(name) for name in _OWN})
+        model = own["model"]
+        self._sampler: Sampler | None = own["sampler"]
+        self._generator: torch.Generator | None = own["generator"]
         # The layout of every parameter met so far, in the order in which rates are drawn.
         self._layouts: dict[Tensor, Layout] = {}
         # What a state that was cleared begins with again.
@@ -94,9 +96,9 @@ class AlraoOptimizer(Optimizer):
         if self.defaults["fused"]:
             self._step_supports_amp_scaling = True
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise ValueError where an option of `group` (defaults filled in) is out of range."""
-        raise NotImplementedError
+    def _check_group(self, options: Mapping[str, Any]) -> None:
+        """Raise ValueError where options, each of which is valid, do not go together."""
+        check_shared(options)
 
     def _options(self, group: dict[str, Any]) -> Options:
         """The op's options as `group` has them."""
@@ -113,15 +115,12 @@ class AlraoOptimizer(Optimizer):
         Raises, and adds nothing, where an option or a parameter is not valid.
         """
         if not isinstance(param_group, dict):
-            raise TypeError(f"param_group is a {type(param_group).__name__}; expected a dict")
+            raise TypeError(f"param_group: got a {type(param_group).__name__}, expected a dict")
         group = dict(param_group)
-        sampler = group.pop("sampler", None)
-        check_sampler(sampler)
-        options = {**self.defaults, **group}
-        check_options(options, self._rule_option)
-        self._check_group(options)
+        sampler = SAMPLER.check("sampler", group.pop("sampler", None))
+        options = self._option_checks.checked({**self.defaults, **group})
+        group |= {name: value for name, value in options.items() if name in group}
         if "lr_range" in group:
-            group["lr_range"] = check_lr_range(group["lr_range"])
             sampler = sampler or LogUniform(*group["lr_range"])
         before = len(self.param_groups), dict(self._layouts)
         try:
@@ -205,11 +204,17 @@ class AlraoOptimizer(Optimizer):
         ]
         for owner in owners(bare) if bare else ():
             resolve(owner, self._layouts)
+        places: dict[Tensor, int] = {}
         for number, entry in enumerate(entries):
             param = tensor_of(entry)
             if not isinstance(param, Tensor):
                 # torch's own add_param_group has the message.
                 continue
+            if places.setdefault(param, number) != number:
+                raise ValueError(
+                    f"params: got {self._layouts[param].name!r} at {places[param]} and again at {number}, expected "
+                    "each parameter once: list(dict.fromkeys(params)) leaves out the repetitions"
+                )
             if param in self._layouts:
                 check_not_lazy(self._layouts[param].name, param)
                 continue
@@ -337,8 +342,7 @@ class AlraoOptimizer(Optimizer):
             ),
         )
         for group in groups:
-            check_options(group, self._rule_option)
-            self._check_group(group)
+            group |= self._option_checks.checked(group)
         self.param_groups, self.state, self._binding = groups, state, Binding()
         self._places.note(groups)
         for group in groups:
@@ -371,15 +375,18 @@ class AlraoOptimizer(Optimizer):
         super().__setstate__(state)
         self._follow_fused()
         self._binding = Binding()
+        self._option_checks = OptionChecks(self._kinds, self._check_group)
         self._tell_heads()
 
     # The step.
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
+        self._option_checks.follow(self.param_groups)
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            self._option_checks.follow(self.param_groups)
         # Set by GradScaler for the duration of its step.
         scaler_sets = self.__dict__
         grad_scale, found_inf = scaler_sets.get("grad_scale"), scaler_sets.get("found_inf")
@@ -390,13 +397,13 @@ class AlraoOptimizer(Optimizer):
             if not grads:
                 continue
             options = self._options(group)
-            needs = self._needs(group, options)
             scalars = Scalars(group["lr"], group["maximize"], grad_scale, found_inf)
-            make = partial(self._bind, group, needs)
             try:
+                needs = self._needs(group, options, grads)
+                make = partial(self._bind, group, needs)
                 self._binding.step(number, params, grads, needs, options, scalars, make)
-            except RuntimeError:
-                # A gradient that has turned sparse since the tensors were bound has a clearer message.
+            except (RuntimeError, ValueError):
+                # A gradient that has turned sparse since the tensors were bound, or is on meta, has a clearer message.
                 for param in params:
                     if param in self._layouts:
                         check_gradient(param, self._layouts[param].name)
@@ -407,13 +414,13 @@ class AlraoOptimizer(Optimizer):
         """The names of the states that these options need."""
         return self._op.states[: self._op.num_states(options)]
 
-    def _needs(self, group: dict[str, Any], options: Options) -> Needs:
+    def _needs(self, group: dict[str, Any], options: Options, grads: list[Tensor]) -> Needs:
         return Needs(
             self._kept(options),
             self._float32_states,
             group["master_weights"],
             group["rounding"],
-            "reference" if group["fused"] is False else self._op.select(group["params"]),
+            "reference" if group["fused"] is False else self._op.select(grads),
         )
 
     @torch.compiler.disable

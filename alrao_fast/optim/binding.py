@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from alrao_fast import _extension
-from alrao_fast.ops.checks import FLOATS, LOW_PRECISION
+from alrao_fast.arguments import FLOATS
+from alrao_fast.ops.checks import LOW_PRECISION
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
 from alrao_fast.ops.plan import ListPlan, make_plan, may_keep_handles
 from alrao_fast.optim.layouts import Layout, memory_rates
@@ -44,6 +45,7 @@ class Call:
         derived: Mapping[int, MakeRates] = MappingProxyType({}),
     ) -> None:
         self.lists, self.impl, self.positions = lists, impl, positions
+        op.check_data(lists)
         self._listed = ListPlan(op, lists, impl)
         self._plan = make_plan(op, lists, impl)
         self._derived = [(lists.rates[number], make) for number, make in derived.items()]
@@ -69,8 +71,11 @@ class Call:
         if not isinstance(lr, Tensor) and grad_scale is None and found_inf is None:
             return scalars
         device = self.lists.steps.device
-        if isinstance(lr, Tensor) and lr.device != device:
-            lr = float(lr) if lr.device.type == "cpu" else lr.to(device)
+        if isinstance(lr, Tensor):
+            if lr.device != device:
+                lr = float(lr) if lr.device.type == "cpu" else lr.to(device)
+            elif lr.dtype not in (torch.float32, torch.float64):
+                lr = lr.double()
         grad_scale = None if grad_scale is None else grad_scale.to(device)
         found_inf = None if found_inf is None else found_inf.to(device)
         return Scalars(lr, maximize, grad_scale, found_inf)
@@ -234,7 +239,13 @@ def bind(
     mask = [p.grad is not None and id(p) not in done for p in params]
     with_grad = [k for k, has_grad in enumerate(mask) if has_grad]
     for k in with_grad:
-        check_gradient(params[k], layouts[params[k]].name)
+        name = layouts[params[k]].name
+        check_gradient(params[k], name)
+        for key, value in state[params[k]].items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise RuntimeError(
+                    f"state {key!r} of parameter {name!r} is on meta: expected a tensor with data"
+                )
     calls = []
     for positions in by_device_and_dtype([params[k] for k in with_grad]):
         numbers = with_grad if positions is None else [with_grad[k] for k in positions]
@@ -265,6 +276,10 @@ def check_gradient(param: Tensor, name: str) -> None:
     if param.dtype not in FLOATS:
         raise TypeError(
             f"parameter {name!r} has dtype {param.dtype}; expected float32, float64, bfloat16 or float16"
+        )
+    if param.is_meta and param.grad is not None:
+        raise RuntimeError(
+            f"parameter {name!r} is on meta: expected one with data, which module.to_empty(device=...) makes room for"
         )
     if param.grad is not None and param.grad.layout != torch.strided:
         raise RuntimeError(

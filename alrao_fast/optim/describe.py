@@ -5,6 +5,7 @@ from typing import NamedTuple, TextIO
 
 from torch import Tensor, nn
 
+from alrao_fast.arguments import shown
 from alrao_fast.optim.base import AlraoOptimizer
 from alrao_fast.optim.layouts import Layout, memory_span, resolve_all
 
@@ -45,8 +46,7 @@ def describe_rates(
         rows = [_row(param, layout) for param, layout in table.items()]
     else:
         raise TypeError(
-            f"model_or_optimizer is a {type(model_or_optimizer).__name__}; expected a torch.nn.Module, AlraoSGD or "
-            "AlraoAdam"
+            f"model_or_optimizer: got {shown(model_or_optimizer)}, expected a torch.nn.Module, AlraoSGD or AlraoAdam"
         )
     print(_table(rows), file=file or sys.stdout)
     return rows

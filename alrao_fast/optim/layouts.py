@@ -12,7 +12,7 @@ rates, for any dense strides. `memory_rates` computes it from the parameter's st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -20,8 +20,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from alrao_fast.arguments import Choice, Instance, Integer, Kind, Optional, checked, shown
 
-class Feature(NamedTuple):
+
+class _Dims(Kind):
+    """A dimension, or several in ascending order."""
+
+    expected = "a dimension, or a tuple of dimensions"
+
+    def check(self, name: str, value: Any) -> int | tuple[int, ...]:
+        number = Integer(words=self.expected)
+        if isinstance(value, tuple | list):
+            return tuple([number.check(f"{name}[{k}]", dim) for k, dim in enumerate(value)])
+        return number.check(name, value)
+
+
+_FEATURE = {
+    "dim": _Dims(),
+    "num_features": Optional(Integer(low=0)),
+    "vector": Instance(str, "a string"),
+    "feature_of": Optional(Instance(Tensor, "an int64 tensor")),
+    "kind": Choice("feature", "clone"),
+}
+
+
+class _Feature(NamedTuple):
+    dim: int | tuple[int, ...]
+    num_features: int | None
+    vector: str
+    feature_of: Tensor | None
+    kind: Literal["feature", "clone"]
+
+
+class Feature(_Feature):
     """How the rates of one parameter are laid out.
 
     dim: the dimension, or several in ascending order, that runs over the features; () for one rate in all.
@@ -30,13 +61,22 @@ class Feature(NamedTuple):
     vector: parameters of one module that name the same vector share it.
     feature_of: for each position along `dim` (several dimensions: row by row) the feature it belongs to, int64.
     kind: "feature" draws the rates from the sampler; "clone" takes the sampler's clone rates, in order.
+
+    TypeError or ValueError, naming the field, for one of another type or an unknown kind.
     """
 
-    dim: int | tuple[int, ...] = 0
-    num_features: int | None = None
-    vector: str = "out"
-    feature_of: Tensor | None = None
-    kind: Literal["feature", "clone"] = "feature"
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        dim: int | tuple[int, ...] = 0,
+        num_features: int | None = None,
+        vector: str = "out",
+        feature_of: Tensor | None = None,
+        kind: Literal["feature", "clone"] = "feature",
+    ) -> Feature:
+        given = (dim, num_features, vector, feature_of, kind)
+        return super().__new__(cls, **checked(_FEATURE, dict(zip(_FEATURE, given))))
 
 
 Rule = Callable[[Any], "dict[str, Feature]"]
@@ -60,12 +100,14 @@ def register_feature_layout(module_type: type[nn.Module], rule: Rule | None) -> 
         register_feature_layout(MyDense, lambda m: {"kernel": Feature(dim=1), "bias": Feature(dim=0)})
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
-        raise TypeError(f"module_type is {module_type!r}; expected a subclass of torch.nn.Module")
+        raise TypeError(
+            f"module_type: got {shown(module_type)}, expected a subclass of torch.nn.Module"
+        )
     if rule is None:
         _RULES.pop(module_type, None)
         return
     if not callable(rule):
-        raise TypeError(f"rule is {rule!r}; expected a function of the module, or None")
+        raise TypeError(f"rule: got {shown(rule)}, expected a function of the module, or None")
     _RULES[module_type] = _Registered(rule, builtin=False)
 
 
@@ -150,6 +192,13 @@ def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Lay
     # Which entry has which rate is worked out on the CPU, whatever torch's default device is.
     with torch.device("cpu"):
         features = registered.rule(module) if registered else {}
+    if not isinstance(features, Mapping) or not all(
+        isinstance(feature, Feature) for feature in features.values()
+    ):
+        raise TypeError(
+            f"the feature layout registered for {type_name} returned {shown(features)}, expected a dict "
+            "{parameter's name: Feature}"
+        )
     rule = "registered" if registered and not registered.builtin else "built-in"
     vectors: dict[str, Vector] = {}
     for rule_name, feature in features.items():

@@ -16,18 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alrao_fast.arguments import Interval, Number, Rate
+
 Sampler = Callable[[int, "torch.Generator | None"], Tensor]
-
-
-def check_lr_range(lr_range: Any, name: str = "lr_range") -> tuple[float, float]:
-    """Returns `lr_range` as two floats; raises ValueError unless 0 < lo <= hi, both finite."""
-    try:
-        lo, hi = (float(bound) for bound in lr_range)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is {lr_range!r}; expected two numbers (lo, hi)") from None
-    if not (0.0 < lo <= hi < math.inf):
-        raise ValueError(f"{name} is ({lo}, {hi}); expected 0 < lo <= hi, both finite")
-    return lo, hi
+PROBABILITY = Number(low=0, high=1, words="a probability, from 0 to 1")
 
 
 def log_spaced(lo: float, hi: float, n: int) -> Tensor:
@@ -58,7 +50,7 @@ class LogUniform:
     per_weight = False
 
     def __init__(self, lo: float = 1e-5, hi: float = 10.0) -> None:
-        self.lo, self.hi = check_lr_range((lo, hi))
+        self.lo, self.hi = Interval().check("lr_range", (lo, hi))
 
     def __call__(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         u = _uniform(n, generator)
@@ -85,9 +77,7 @@ class Fraction:
     per_weight = False
 
     def __init__(self, p: float, lr: float) -> None:
-        if not 0.0 <= p <= 1.0:
-            raise ValueError(f"p is {p}; expected a probability, 0 <= p <= 1")
-        self.p, self.lr = float(p), _check_lr(lr)
+        self.p, self.lr = float(PROBABILITY.check("p", p)), float(Rate().check("lr", lr))
 
     def __call__(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         u = _uniform(n, generator)
@@ -106,7 +96,7 @@ class Constant:
     per_weight = False
 
     def __init__(self, lr: float) -> None:
-        self.lr = _check_lr(lr)
+        self.lr = float(Rate().check("lr", lr))
 
     def __call__(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return _full(n, self.lr)
@@ -116,12 +106,6 @@ class Constant:
 
     def __repr__(self) -> str:
         return f"Constant({self.lr:g})"
-
-
-def _check_lr(lr: float) -> float:
-    if not 0.0 <= lr < math.inf:
-        raise ValueError(f"lr is {lr}; expected a finite number >= 0")
-    return float(lr)
 
 
 def draw(sampler: Sampler, n: int, generator: torch.Generator | None) -> Tensor:

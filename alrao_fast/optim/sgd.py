@@ -1,13 +1,15 @@
 """SGD with one learning rate per feature."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alrao_fast.ops.feature import Options
-from alrao_fast.ops.feature_sgd import OP
+from alrao_fast.ops.feature_sgd import OP, OPTIONS
 from alrao_fast.optim.base import AlraoOptimizer
+from alrao_fast.optim.param_groups import SHARED
 from alrao_fast.optim.rates import Sampler
 
 
@@ -42,11 +44,15 @@ class AlraoSGD(AlraoOptimizer):
     foreach, differentiable: must not be true. capturable: always so; accepted for uniformity. Under a CUDA
         graph `lr` must be a tensor on the device for schedulers to move it: `GraphedStep` sees to it.
 
-    State per parameter: "rate" (float32), "step" (int64), "momentum_buffer", "master". Raises ValueError for options
-    out of range and for uninitialized lazy parameters, RuntimeError at `step()` for sparse gradients.
+    State per parameter: "rate" (float32), "step" (int64), "momentum_buffer", "master". Raises TypeError or ValueError,
+    naming the argument, for options of another type or out of range (a number that is not finite among them), for a set
+    of parameters, for one that is given twice or is uninitialized; RuntimeError at `step()` for sparse gradients.
+    Options that are assigned to a param group are checked by the next `step()`, which raises before it writes anything;
+    the value of a tensor on a GPU is not looked at.
     """
 
     _op = OP
+    _kinds = {**SHARED, **OPTIONS}
     _rule_option = "momentum_rule"
 
     def __init__(
@@ -73,21 +79,20 @@ class AlraoSGD(AlraoOptimizer):
     ) -> None:
         super().__init__(locals())
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        check_group(group)
+    def _check_group(self, options: Mapping[str, Any]) -> None:
+        super()._check_group(options)
+        check_group(options)
 
     def _options(self, group: dict[str, Any]) -> Options:
         return options_of(group, authors=group["momentum_rule"] == "authors")
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError where an option that torch.optim.SGD has, too, is out of range."""
-    momentum, dampening = group["momentum"], group["dampening"]
-    if not momentum >= 0.0:
-        raise ValueError(f"momentum is {momentum}; expected a number >= 0")
-    if group["nesterov"] and (momentum == 0 or dampening != 0):
+def check_group(options: Mapping[str, Any]) -> None:
+    """Raise ValueError where options that torch.optim.SGD has, too, do not go together."""
+    momentum, dampening = options["momentum"], options["dampening"]
+    if options["nesterov"] and (momentum == 0 or dampening != 0):
         raise ValueError(
-            f"nesterov is True with momentum={momentum}, dampening={dampening}; expected a momentum > 0 and no "
+            f"nesterov: got True with momentum={momentum}, dampening={dampening}, expected a momentum > 0 and no "
             "dampening"
         )
 

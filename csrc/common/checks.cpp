@@ -1,7 +1,5 @@
 #include "common/checks.h"
 
-#include <torch/headeronly/util/Exception.h>
-
 namespace alrao {
 namespace {
 
@@ -26,8 +24,7 @@ void check_shape(const char* name, const Tensor& tensor, std::initializer_list<i
     if (!same) break;
     same = tensor.size(dim++) == size;
   }
-  STD_TORCH_CHECK(same, name, ": got shape ", shape_of(tensor), ", expected ",
-                  in_brackets(expected));
+  ALRAO_CHECK(same, name, ": got shape ", shape_of(tensor), ", expected ", in_brackets(expected));
 }
 
 void check_dtype(const char* name, const Tensor& tensor,
@@ -38,27 +35,27 @@ void check_dtype(const char* name, const Tensor& tensor,
     if (got == dtype) return;
     names += (names.empty() ? "" : ", ") + std::string(torch::headeronly::toString(dtype));
   }
-  STD_TORCH_CHECK(false, name, ": got dtype ", torch::headeronly::toString(got), ", expected ",
-                  expected.size() > 1 ? "one of " : "", names);
+  ALRAO_CHECK(false, name, ": got dtype ", torch::headeronly::toString(got), ", expected ",
+              expected.size() > 1 ? "one of " : "", names);
 }
 
 void check_contiguous(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": got strides ", in_brackets(tensor.strides()),
-                  " for shape ", shape_of(tensor), ", expected a contiguous tensor");
+  ALRAO_CHECK(tensor.is_contiguous(), name, ": got strides ", in_brackets(tensor.strides()),
+              " for shape ", shape_of(tensor), ", expected a contiguous tensor");
 }
 
 void check_same_device(const char* name, const Tensor& tensor, const char* other_name,
                        const Tensor& other) {
   const auto got = tensor.device(), expected = other.device();
-  STD_TORCH_CHECK(got.type() == expected.type() && got.index() == expected.index(), name,
-                  ": is not on the device of ", other_name, "; move both to the same device");
+  ALRAO_CHECK(got.type() == expected.type() && got.index() == expected.index(), name,
+              ": is not on the device of ", other_name, "; move both to the same device");
 }
 
 void check_same_dtype(const char* name, const Tensor& tensor, const char* other_name,
                       const Tensor& other) {
-  STD_TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), name, ": got dtype ",
-                  torch::headeronly::toString(tensor.scalar_type()), ", expected ",
-                  torch::headeronly::toString(other.scalar_type()), ", that of ", other_name);
+  ALRAO_CHECK(tensor.scalar_type() == other.scalar_type(), name, ": got dtype ",
+              torch::headeronly::toString(tensor.scalar_type()), ", expected ",
+              torch::headeronly::toString(other.scalar_type()), ", that of ", other_name);
 }
 
 }  // namespace alrao

@@ -6,9 +6,26 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 namespace alrao {
+
+// Throws the message that the parts make.
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  throw std::runtime_error(out.str());
+}
+
+// For errors that the user can mend: the same words as Python's checks, without the function, file
+// and line that STD_TORCH_CHECK puts before them. The parts are evaluated where it fails.
+#define ALRAO_CHECK(condition, ...)                 \
+  do {                                              \
+    if (!(condition)) ::alrao::refuse(__VA_ARGS__); \
+  } while (false)
 
 std::string shape_of(const torch::stable::Tensor& tensor);
 

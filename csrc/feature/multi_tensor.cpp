@@ -3,6 +3,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <sstream>
 #include <utility>
 
 namespace alrao {

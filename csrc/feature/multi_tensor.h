@@ -13,24 +13,19 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "common/checks.h"
 #include "feature/record.h"
 
 namespace alrao {
 
 using torch::stable::Tensor;
 
-// Errors the user can mend: without the file and line that STD_TORCH_CHECK puts before the message.
 template <class... Parts>
 [[noreturn]] void fail(const std::string& op, const Parts&... parts) {
-  std::ostringstream out;
-  out << op << ": ";
-  (out << ... << parts);
-  throw std::runtime_error(out.str());
+  refuse(op, ": ", parts...);
 }
 
 // What messages call an op and the lists of its states.

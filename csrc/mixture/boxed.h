@@ -3,11 +3,11 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <tuple>
 #include <utility>
 
+#include "common/checks.h"
 #include "mixture/arguments.h"
 
 namespace alrao {
@@ -16,8 +16,7 @@ namespace alrao {
 class Stack {
  public:
   Stack(StableIValue* values, uint64_t given, uint64_t expected) : values_(values), next_(values) {
-    STD_TORCH_CHECK(given == expected, "the schema has ", given, " arguments, the kernel ",
-                    expected);
+    ALRAO_CHECK(given == expected, "the schema has ", given, " arguments, the kernel ", expected);
   }
 
   template <class T>

@@ -1,7 +1,6 @@
 #include "mixture/checks.h"
 
-#include <torch/headeronly/util/Exception.h>
-
+#include <cmath>
 #include <utility>
 
 #include "common/checks.h"
@@ -13,16 +12,14 @@ using torch::stable::Tensor;
 
 MixtureSizes check_mixture(const MixtureInputs& inputs, int64_t memory_budget) {
   const auto& [x, weight, bias, log_posterior] = inputs;
-  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(0) > 0 && weight.size(1) > 0,
-                  "weight: got shape ", shape_of(weight),
-                  ", expected [N, C, D] with N >= 1 and C >= 1");
+  ALRAO_CHECK(weight.dim() == 3 && weight.size(0) > 0 && weight.size(1) > 0, "weight: got shape ",
+              shape_of(weight), ", expected [N, C, D] with N >= 1 and C >= 1");
   check_dtype("weight", weight,
               {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half});
   const MixtureSizes sizes{x.dim() > 0 ? x.size(0) : 0, weight.size(2), weight.size(0),
                            weight.size(1)};
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == sizes.features, "x: got shape ", shape_of(x),
-                  ", expected [B, ", sizes.features, "], D being that of weight ",
-                  shape_of(weight));
+  ALRAO_CHECK(x.dim() == 2 && x.size(1) == sizes.features, "x: got shape ", shape_of(x),
+              ", expected [B, ", sizes.features, "], D being that of weight ", shape_of(weight));
   check_same_dtype("x", x, "weight", weight);
   check_same_device("x", x, "weight", weight);
   if (bias) {
@@ -33,8 +30,8 @@ MixtureSizes check_mixture(const MixtureInputs& inputs, int64_t memory_budget) {
   check_shape("log_posterior", log_posterior, {sizes.clones});
   check_dtype("log_posterior", log_posterior, {ScalarType::Float, ScalarType::Double});
   check_same_device("log_posterior", log_posterior, "weight", weight);
-  STD_TORCH_CHECK(memory_budget > 0, "memory_budget: got ", memory_budget,
-                  ", expected a positive number of bytes");
+  ALRAO_CHECK(memory_budget > 0, "memory_budget: got ", memory_budget,
+              ", expected a positive number of bytes");
   return sizes;
 }
 
@@ -51,7 +48,8 @@ MixtureSizes check_loss(const LossArguments& arguments) {
   check_same_device("target", target, "x", x);
   if (arguments.likelihood.gaussian) {
     const double sigma2 = arguments.likelihood.values.sigma2;
-    STD_TORCH_CHECK(sigma2 > 0, "sigma2: got ", sigma2, ", expected a positive variance");
+    ALRAO_CHECK(sigma2 > 0 && std::isfinite(sigma2), "sigma2: got ", sigma2,
+                ", expected a positive variance that is finite");
   }
   return sizes;
 }

@@ -1,7 +1,5 @@
 #include "switch/checks.h"
 
-#include <torch/headeronly/util/Exception.h>
-
 #include <utility>
 
 #include "common/checks.h"
@@ -13,8 +11,8 @@ using torch::stable::Tensor;
 
 void check_switch_update(const Tensor& logw, const Tensor& log_posterior, const Tensor& t,
                          const Tensor& log_likelihood, double theta) {
-  STD_TORCH_CHECK(logw.dim() == 2 && logw.size(0) == 2 && logw.size(1) > 0, "logw: got shape ",
-                  shape_of(logw), ", expected [2, N] with N >= 1");
+  ALRAO_CHECK(logw.dim() == 2 && logw.size(0) == 2 && logw.size(1) > 0, "logw: got shape ",
+              shape_of(logw), ", expected [2, N] with N >= 1");
   const int64_t num_clones = logw.size(1);
   check_dtype("logw", logw, {ScalarType::Double});
   check_shape("log_posterior", log_posterior, {num_clones});
@@ -28,7 +26,7 @@ void check_switch_update(const Tensor& logw, const Tensor& log_posterior, const 
   check_same_device("log_posterior", log_posterior, "logw", logw);
   check_same_device("t", t, "logw", logw);
   check_same_device("log_likelihood", log_likelihood, "logw", logw);
-  STD_TORCH_CHECK(theta > 0 && theta < 1, "theta: got ", theta, ", expected 0 < theta < 1");
+  ALRAO_CHECK(theta > 0 && theta < 1, "theta: got ", theta, ", expected 0 < theta < 1");
 }
 
 void check_switch_observe(const Tensor& logw, const Tensor& log_posterior, const Tensor& t,

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from alrao_fast import backends
-from alrao_fast.ops.checks import FLOATS, check, check_tensor
+from alrao_fast.arguments import FLOATS, Choice, Integer, Optional
+from alrao_fast.ops.checks import check, check_dtype, check_tensor
 
 OP = "switch_mixture"
 backends.OPS[OP] = "switch_mixture_nll"
@@ -19,17 +20,25 @@ def flat(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
     """The samples in rows, and all in the widest of the floating dtypes, as under autocast."""
     if x.dim() == 0:
         raise ValueError("x: got a scalar, expected [..., D]")
+    check_weight(weight)
+    for name, tensor in (("x", x), ("weight", weight)):
+        check_dtype(name, tensor, FLOATS)
     dtype = torch.promote_types(x.dtype, weight.dtype)
     if x.dtype != weight.dtype:
         x, weight = x.to(dtype), weight.to(dtype)
     if bias is not None and bias.dtype != dtype:
+        check_dtype("bias", bias, FLOATS)
         bias = bias.to(dtype)
     return (x if x.dim() == 2 else x.reshape(-1, x.size(-1))), weight, bias
 
 
+REDUCTION = Choice("mean", "sum")
+_BUDGET = Optional(Integer(words="a positive number of bytes"))
+
+
 def budget(x: Tensor, memory_budget: int | None) -> int:
     if memory_budget is not None:
-        return memory_budget
+        return _BUDGET.check("memory_budget", memory_budget)
     return CPU_MEMORY_BUDGET if x.device.type == "cpu" else GPU_MEMORY_BUDGET
 
 
@@ -61,13 +70,17 @@ def gradient_dtypes(
     )
 
 
+def check_weight(weight: Tensor) -> None:
+    if weight.dim() != 3 or weight.size(0) < 1 or weight.size(1) < 1:
+        raise RuntimeError(
+            f"weight: got shape {list(weight.shape)}, expected [N, C, D] with N >= 1 and C >= 1"
+        )
+
+
 def check_inputs(
     x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor, memory_budget: int
 ) -> None:
-    check(
-        weight.dim() == 3 and weight.size(0) > 0 and weight.size(1) > 0,
-        f"weight: got shape {list(weight.shape)}, expected [N, C, D] with N >= 1 and C >= 1",
-    )
+    check_weight(weight)
     clones, classes, features = weight.shape
     check_tensor("weight", weight, weight.shape, FLOATS, weight.device)
     check(

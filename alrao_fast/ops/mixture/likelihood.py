@@ -14,8 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from alrao_fast.ops.checks import check, check_tensor
+from alrao_fast.arguments import Integer, Number
+from alrao_fast.ops.checks import check, check_tensor, dtype_name
 from alrao_fast.ops.mixture import checks
+
+IGNORE_INDEX = Integer()
+SIGMA2 = Number(above=0, words="a finite variance > 0")
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class Likelihood:
         names: tuple[str, ...] = self.__match_args__
         return {name: getattr(self, name) for name in names}
 
-    def rows(self, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """The target of the samples in rows; ValueError unless it fits the samples."""
+    def rows(self, target: Tensor, samples: torch.Size, weight: Tensor) -> Tensor:
+        """The target of the samples `[...]` in rows, as the op takes it; ValueError unless it fits the samples."""
         raise NotImplementedError
 
     def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -77,20 +81,27 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Classes(Likelihood):
-    """A class `target [...]` int64 by softmax; a target `ignore_index` does not count."""
+    """A class `target [...]` by softmax, int64 for the op; a target `ignore_index` does not count."""
 
     OP: ClassVar[str] = "switch_mixture_nll"
 
     ignore_index: int
 
-    def rows(self, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        _check_shape(target, x.shape[:-1], ", that of x without the features")
+    @classmethod
+    def of(cls, ignore_index: Any) -> Classes:
+        """TypeError for an index that is no integer."""
+        return cls(IGNORE_INDEX.check("ignore_index", ignore_index))
+
+    def rows(self, target: Tensor, samples: torch.Size, weight: Tensor) -> Tensor:
+        _check_shape(target, samples, ", that of x without the features")
+        if target.dtype in (torch.uint8, torch.int32):
+            target = target.long()
         return target if target.dim() == 1 else target.reshape(-1)
 
     def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:
         check_tensor("target", target, x.shape[:1], (torch.int64,), x.device)
         # Reading classes on a GPU would wait for it: there the loss is inf.
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
             classes = weight.size(1)
             outside = ((target < 0) | (target >= classes)) & (target != self.ignore_index)
             if outside.any():
@@ -110,15 +121,26 @@ class Values(Likelihood):
 
     sigma2: float
 
-    def rows(self, target: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    @classmethod
+    def of(cls, sigma2: Any) -> Values:
+        """TypeError for a variance that is no number."""
+        return cls(float(SIGMA2.plain("sigma2", sigma2)))
+
+    def rows(self, target: Tensor, samples: torch.Size, weight: Tensor) -> Tensor:
         where = ": that of x with the clones' outputs in place of the features"
-        _check_shape(target, (*x.shape[:-1], weight.size(1)), where)
-        dtype = torch.promote_types(x.dtype, weight.dtype)
-        return target.detach().reshape(-1, weight.size(1)).to(dtype)
+        _check_shape(target, (*samples, weight.size(1)), where)
+        if target.is_complex():
+            raise RuntimeError(
+                f"target: got dtype {dtype_name(target.dtype)}, expected real numbers"
+            )
+        return target.detach().reshape(-1, weight.size(1)).to(weight.dtype)
 
     def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:
         check_tensor("target", target, (x.size(0), weight.size(1)), (x.dtype,), x.device)
-        check(self.sigma2 > 0, f"sigma2: got {self.sigma2:g}, expected a positive variance")
+        check(
+            0 < self.sigma2 < math.inf,
+            f"sigma2: got {self.sigma2:g}, expected a positive variance that is finite",
+        )
 
     def density(self, outputs: int) -> tuple[float, float]:
         """1 / sigma2 and minus the log of the density at its peak."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from alrao_fast import backends
 from alrao_fast.ops import derivatives, dispatch
-from alrao_fast.ops.checks import check_tensor
+from alrao_fast.ops.checks import check_tensor, check_together
 from alrao_fast.ops.dispatch import LIB, define
 from alrao_fast.ops.mixture import checks
 from alrao_fast.reference import switch_mixture as reference
@@ -111,13 +111,16 @@ def switch_mixture_log_prob(
     derivatives, and all inside transforms of torch.func, are plain PyTorch's, whatever `impl` says.
     Dead clones take no part; -inf where all are dead.
     """
+    check_together("bias", x=x, weight=weight, bias=bias, log_posterior=log_posterior)
     backend = backends.select(checks.OP, x.device, impl)
     rows, weight, bias = checks.flat(x, weight, bias)
+    memory = checks.budget(x, memory_budget)
     if backend == "reference" or derivatives.transformed():
+        checks.check_inputs(rows, weight, bias, log_posterior, memory)
         result = reference.switch_mixture_log_prob(rows, weight, bias, log_posterior)
     else:
         op = dispatch.overload("switch_mixture_log_prob", backend)
-        result = op(rows, weight, bias, log_posterior, checks.budget(x, memory_budget))
+        result = op(rows, weight, bias, log_posterior, memory)
     return result if x.dim() == 2 else result.reshape(*x.shape[:-1], weight.size(1))
 
 
@@ -135,7 +138,9 @@ def switch_mixture_mean(
     where every clone with posterior mass is. The plain PyTorch of the reference on every backend:
     there is nothing to fuse.
     """
+    check_together("bias", x=x, weight=weight, bias=bias, log_posterior=log_posterior)
     backends.select(checks.OP, x.device, impl)
     rows, weight, bias = checks.flat(x, weight, bias)
+    checks.check_inputs(rows, weight, bias, log_posterior, checks.budget(x, None))
     result = reference.switch_mixture_mean(rows, weight, bias, log_posterior)
     return result if x.dim() == 2 else result.reshape(*x.shape[:-1], weight.size(1))

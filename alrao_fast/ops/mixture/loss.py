@@ -15,9 +15,14 @@ from torch import Tensor
 
 from alrao_fast import backends
 from alrao_fast.ops import derivatives, dispatch
+from alrao_fast.ops.checks import check_together
 from alrao_fast.ops.dispatch import LIB, define, no_result
 from alrao_fast.ops.mixture import checks
-from alrao_fast.ops.mixture.likelihood import Classes, Likelihood, Values
+from alrao_fast.ops.mixture.likelihood import (
+    Classes,
+    Likelihood,
+    Values,
+)
 from alrao_fast.ops.switch_update import switch_observe_
 from alrao_fast.reference import switch_mixture as reference
 
@@ -188,13 +193,19 @@ def _stats(
     observer: Observer | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and statistics, which the observer takes."""
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction: got {reduction!r}, expected 'mean' or 'sum'")
+    checks.REDUCTION.check("reduction", reduction)
     x, weight, bias, log_posterior = inputs
-    target = likelihood.rows(target, x, weight)
+    check_together(
+        "bias", x=x, weight=weight, bias=bias, log_posterior=log_posterior, target=target
+    )
+    memory = checks.budget(x, memory_budget)
     backend = backends.select(checks.OP, x.device, impl)
+    samples = x.shape[:-1]
     x, weight, bias = checks.flat(x, weight, bias)
+    target = likelihood.rows(target, samples, weight)
     if backend == "reference" or derivatives.transformed():
+        checks.check_inputs(x, weight, bias, log_posterior, memory)
+        likelihood.check_target(target, x, weight)
         x, weight, bias = derivatives.once(NO_OTHER_DERIVATIVE, x, weight, bias)
         function, posterior = getattr(reference, likelihood.OP), log_posterior.detach()
         loss, stats = function(
@@ -210,7 +221,7 @@ def _stats(
         need_dx = x.requires_grad
         need_dw = weight.requires_grad or (bias is not None and bias.requires_grad)
     data = x, weight, bias, log_posterior, target
-    needs = reduction == "mean", need_dx, need_dw, checks.budget(x, memory_budget)
+    needs = reduction == "mean", need_dx, need_dw, memory
     if observer is not None and backend == "cuda" and not torch.compiler.is_compiling():
         # The update is the tail of the op's last kernel.
         logw, _, t, running, mean, theta = observer
@@ -249,7 +260,15 @@ def switch_mixture_stats(
     `switch_observe_` does after the mixture was computed; in C++/CUDA without a launch of its own.
     """
     inputs = x, weight, bias, log_posterior
-    return _stats(Classes(ignore_index), inputs, target, reduction, memory_budget, impl, observer)
+    return _stats(
+        Classes.of(ignore_index),
+        inputs,
+        target,
+        reduction,
+        memory_budget,
+        impl,
+        observer,
+    )
 
 
 def switch_mixture_nll(
@@ -292,7 +311,14 @@ def switch_mixture_nll(
     RuntimeError. Inside transforms of torch.func plain PyTorch computes, whatever `impl` says.
     """
     inputs = x, weight, bias, log_posterior
-    loss, stats = _stats(Classes(ignore_index), inputs, target, reduction, memory_budget, impl)
+    loss, stats = _stats(
+        Classes.of(ignore_index),
+        inputs,
+        target,
+        reduction,
+        memory_budget,
+        impl,
+    )
     return loss, stats[0] / stats[2]
 
 
@@ -314,7 +340,15 @@ def switch_mixture_gaussian_stats(
     As `switch_mixture_stats`; row 1 is the sum of squared errors.
     """
     inputs = x, weight, bias, log_posterior
-    return _stats(Values(float(sigma2)), inputs, target, reduction, memory_budget, impl, observer)
+    return _stats(
+        Values.of(sigma2),
+        inputs,
+        target,
+        reduction,
+        memory_budget,
+        impl,
+        observer,
+    )
 
 
 def switch_mixture_gaussian_nll(
@@ -336,5 +370,12 @@ def switch_mixture_gaussian_nll(
         logp[b,n] = -|y_b - f_n(x_b)|^2 / (2 sigma2) - K/2 log(2 pi sigma2)
     """
     inputs = x, weight, bias, log_posterior
-    loss, stats = _stats(Values(float(sigma2)), inputs, target, reduction, memory_budget, impl)
+    loss, stats = _stats(
+        Values.of(sigma2),
+        inputs,
+        target,
+        reduction,
+        memory_budget,
+        impl,
+    )
     return loss, stats[0] / stats[2]

@@ -1,7 +1,8 @@
 #include "common/cuda/stream.h"
 
 #include <dlfcn.h>
-#include <torch/headeronly/util/Exception.h>
+
+#include "common/checks.h"
 
 namespace alrao::cuda {
 namespace {
@@ -20,24 +21,24 @@ GetStream find_get_stream() {
 
 cudaStream_t current_stream(int32_t device_index) {
   static const GetStream get_stream = find_get_stream();
-  STD_TORCH_CHECK(get_stream != nullptr,
-                  "alrao_fast: this torch has no CUDA; install a CUDA build of torch");
+  ALRAO_CHECK(get_stream != nullptr,
+              "alrao_fast: this torch has no CUDA; install a CUDA build of torch");
   void* stream = nullptr;
-  STD_TORCH_CHECK(get_stream(device_index, &stream) == 0,
-                  "alrao_fast: torch gave no current stream for CUDA device ", device_index);
+  ALRAO_CHECK(get_stream(device_index, &stream) == 0,
+              "alrao_fast: torch gave no current stream for CUDA device ", device_index);
   return static_cast<cudaStream_t>(stream);
 }
 
 bool is_capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status;
   const cudaError_t error = cudaStreamIsCapturing(stream, &status);
-  STD_TORCH_CHECK(error == cudaSuccess, "alrao_fast: ", cudaGetErrorString(error));
+  ALRAO_CHECK(error == cudaSuccess, "alrao_fast: ", cudaGetErrorString(error));
   return status != cudaStreamCaptureStatusNone;
 }
 
 void check_launch(const char* kernel, cudaError_t status) {
-  STD_TORCH_CHECK(status == cudaSuccess, "alrao_fast: the CUDA kernel ", kernel,
-                  " did not start: ", cudaGetErrorString(status));
+  ALRAO_CHECK(status == cudaSuccess, "alrao_fast: the CUDA kernel ", kernel,
+              " did not start: ", cudaGetErrorString(status));
 }
 
 }  // namespace alrao::cuda

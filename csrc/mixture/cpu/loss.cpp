@@ -1,8 +1,8 @@
 // The CPU kernels of switch_mixture_nll and switch_mixture_gaussian_nll: checks, one floating type,
 // outputs, and the choice between the two ways through the clones.
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include "common/checks.h"
 #include "mixture/boxed.h"
 #include "mixture/cpu/problem.h"
 
@@ -21,9 +21,9 @@ int64_t count_targets(const Tensor& target, const ClassesOptions& options, int64
   int64_t counted = 0;
   for (int64_t b = 0; b < target.size(0); ++b) {
     if (!options.counts(y[b])) continue;
-    STD_TORCH_CHECK(y[b] >= 0 && y[b] < classes, "target: got ", y[b], " at position ", b,
-                    ", expected a class from 0 to ", classes - 1, " or ignore_index ",
-                    options.ignore_index);
+    ALRAO_CHECK(y[b] >= 0 && y[b] < classes, "target: got ", y[b], " at position ", b,
+                ", expected a class from 0 to ", classes - 1, " or ignore_index ",
+                options.ignore_index);
     ++counted;
   }
   return counted;
