@@ -203,7 +203,17 @@ def weight_alone(s, inputs):
 def of_a_function(s, inputs):
     """The clones' tensors may depend on the features."""
     (x,) = leaves_of(inputs[:1])
-    return torch.autograd.grad(s(x.tanh(), inputs[1] * x.sum(), inputs[2] + x.mean()), x)
+    features = x.tanh()
+    value = s(features, inputs[1] * features.sum(), inputs[2] + features.mean())
+    return torch.autograd.grad(value, x)
+
+
+def penalty_of_a_function(s, inputs):
+    (x,) = leaves_of(inputs[:1])
+    features = x.tanh()
+    value = s(features, inputs[1] * features.sum(), inputs[2] + features.mean()) ** 2
+    (found,) = torch.autograd.grad(value, x, create_graph=True)
+    return torch.autograd.grad(found.square().sum(), x)
 
 
 def hooked(s, inputs):
@@ -364,6 +374,7 @@ MODES = {
     ),
     "penalty": ("predictions", by_all(penalty)),
     "penalty by part": ("predictions", by_all(penalty_by_part)),
+    "penalty of a function": ("predictions", by_all(penalty_of_a_function)),
     "penalty of weight": ("predictions", by_all(penalty_of_weight)),
     "func.hessian": ("predictions", by_x(lambda f, x: hessian(lambda x: weighted(f(x)))(x))),
     "grad of grad": (

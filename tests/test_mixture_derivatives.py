@@ -141,6 +141,22 @@ def test_log_prob_of_inputs_that_changed(backend, device, changed):
     torch.testing.assert_close(torch.autograd.grad(result.sin().sum(), leaves), expected)
 
 
+@pytest.mark.emulated
+@pytest.mark.parametrize("function", [switch_mixture_nll, switch_mixture_log_prob])
+def test_the_posterior_is_a_constant(backend, device, function):
+    inputs = testing.mixture_inputs(B, D, C, N, dtype=torch.float64, device=device)
+    weight, a = leaves_of([inputs.weight, inputs.log_posterior])
+    target = [inputs.target] if function is switch_mixture_nll else []
+
+    def run(a):
+        result = function(inputs.x, weight, inputs.bias, a, *target, impl=backend)
+        return result[0] if target else result.sum()
+
+    assert torch.autograd.grad(run(a), [weight, a], allow_unused=True)[1] is None
+    assert not grad(run)(a).any()
+    assert not jvp(run, (a,), (a.cos(),))[1].any()
+
+
 def test_a_loss_holds_no_features_after_its_backward(backend, device):
     inputs = testing.mixture_inputs(B, D, C, N, device=device)
     features = (leaf := inputs.x.clone().requires_grad_()) * 2
