@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alrao_fast.arguments import Integer, Number
+from alrao_fast.ops import derivatives
 from alrao_fast.ops.checks import check, check_tensor, dtype_name
 from alrao_fast.ops.mixture import checks
 
@@ -100,8 +101,9 @@ class Classes(Likelihood):
 
     def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:
         check_tensor("target", target, x.shape[:1], (torch.int64,), x.device)
-        # Reading classes on a GPU would wait for it: there the loss is inf.
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Reading classes on a GPU would wait for it: there the loss is inf. A traced or batched tensor has none to read.
+        traced = torch.compiler.is_compiling() or derivatives.transformed()
+        if x.device.type == "cpu" and not traced:
             classes = weight.size(1)
             outside = ((target < 0) | (target >= classes)) & (target != self.ignore_index)
             if outside.any():
