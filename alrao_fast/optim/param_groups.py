@@ -136,7 +136,9 @@ class OptionChecks:
         if torch.compiler.is_compiling():
             # Traced once for the values that guard the graph.
             for group in groups:
-                self.checked(group)
+                for name, kind in self._kinds.items():
+                    if name in group:
+                        kind.check(name, group[name])
         elif self._groups is groups and self._objects.are_same():
             for name, value in self._live:
                 self._kinds[name].check(name, value)
