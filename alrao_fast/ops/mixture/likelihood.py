@@ -101,7 +101,7 @@ class Classes(Likelihood):
 
     def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:
         check_tensor("target", target, x.shape[:1], (torch.int64,), x.device)
-        # Reading classes on a GPU would wait for it: there the loss is inf. A traced or batched tensor has none to read.
+        # Reading classes on a GPU would wait for it: there the loss is inf. Traced tensors have none to read.
         traced = torch.compiler.is_compiling() or derivatives.transformed()
         if x.device.type == "cpu" and not traced:
             classes = weight.size(1)
