@@ -190,8 +190,8 @@ class AlraoOptimizer(Optimizer):
                 # Clearing the state forgets momentum, not the rates.
                 if own.get("rate") is None:
                     own["rate"] = self._rates[param]
-                if param.requires_grad or param.grad is not None:
-                    complete(self._op, own, param, *needs)
+            trained = [p for p in group["params"] if p.requires_grad or p.grad is not None]
+            complete(self._op, trained, self.state, *needs)
 
     def _lay_out(self, entries: list[Any]) -> None:
         """Give the tensors that no module has laid out one rate per index of dimension 0."""

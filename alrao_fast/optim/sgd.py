@@ -37,7 +37,8 @@ class AlraoSGD(AlraoOptimizer):
     foreach, differentiable: must not be true. capturable: always so; accepted for uniformity. Under a CUDA
         graph `lr` must be a tensor on the device for schedulers to move it: `GraphedStep` sees to it.
 
-    State per parameter: "rate" (float32), "step" (int64), "momentum_buffer", "master". Raises ValueError for options
+    State per parameter, made at construction: "rate" (float32), "step" (int64), "momentum_buffer", "master"; of frozen
+    ones only the rate. Raises ValueError for options
     out of range and for uninitialized lazy parameters, RuntimeError at `step()` for sparse gradients.
     """
 
