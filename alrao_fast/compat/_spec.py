@@ -105,6 +105,8 @@ class SpecOptimizer(Optimizer):
                 # Clearing the state forgets momentum, not the rates.
                 if state.get("rate") is None:
                     state["rate"], state["rate_dim"] = rate, dim
+                elif isinstance(state["rate"], Tensor):
+                    self._rates[param] = state["rate"], state.setdefault("rate_dim", dim)
             trained = [p for p in group["params"] if p.requires_grad or p.grad is not None]
             complete(self._op, trained, self.state, names, False, False)
 
