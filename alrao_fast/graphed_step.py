@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from alrao_fast.arguments import Function, Instance, Integer, Optional, checked
 from alrao_fast.optim.base import AlraoOptimizer
+from alrao_fast.optim.binding import Objects
 
 # Options of a param group that a captured step does not bake in, or that mean nothing to it.
 _FREE_OPTIONS = ("params", "lr", "initial_lr", "param_names")
@@ -56,9 +58,9 @@ class GraphedStep:
 
     Each group's `lr` becomes a float64 tensor on the device, which schedulers move in place and the graph reads; a
     number assigned to `group["lr"]` is taken over at the next call. Everything else that Python decides (other options
-    of the groups, hooks, branches in the forward, autocast) is as it was at the capture: a changed option, a loaded
-    optimizer state or a parameter that has moved raises, and asks for a new GraphedStep. Ordinary steps in between are
-    allowed.
+    of the groups, hooks, branches in the forward, autocast) is as it was at the capture: a changed option, an optimizer
+    state that was loaded or exchanged, or a parameter that was exchanged or has moved raises, and asks for a new
+    GraphedStep. Ordinary steps in between are allowed.
 
     Raises TypeError for an argument of another type; ValueError for a model that is not on one CUDA device or not in
     training mode, for data that do not have the example's structure, shapes and dtypes; RuntimeError where the capture
@@ -105,6 +107,8 @@ class GraphedStep:
             for group in opt.param_groups
         ]
         self._pointers = [p.data_ptr() for p in self._params]
+        self._lists = [group["params"] for group in opt.param_groups]
+        self._objects = Objects(*self._lists, opt.state, *opt.state.values())
 
     def __call__(self, inputs: Any, targets: Tensor) -> Any:
         """One training step on a batch like the example, from any device; returns the loss, or (loss, *extras)."""
@@ -175,6 +179,11 @@ class GraphedStep:
                         f"{name} of param group {number} is {group[name]}, the captured step has {value}: only lr may "
                         f"change under a graph; {again}"
                     )
+        same_lists = all(map(is_, self._lists, [group["params"] for group in groups]))
+        if not same_lists or not self._objects.are_same():
+            raise RuntimeError(
+                f"a parameter or a state of the optimizer was exchanged since the capture: {again}"
+            )
         if self._pointers != [p.data_ptr() for p in self._params]:
             raise RuntimeError(
                 f"a parameter has other memory than at the capture (net.to, param.data = ...): {again}"

@@ -306,12 +306,24 @@ def _group_added(net, opt):
 
 
 @pytest.mark.filterwarnings("ignore:1 bare tensors")
+def _state_exchanged(net, opt):
+    states = opt.state[net.head.weight]
+    states["momentum_buffer"] = states["momentum_buffer"].clone()
+
+
+def _params_exchanged(net, opt):
+    group = opt.param_groups[0]
+    group["params"] = list(group["params"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (_other_momentum, "momentum of param group 0 is 0.5, the captured step has 0.9"),
         (_loaded, "state was replaced since the capture"),
         (_moved, "other memory than at the capture"),
+        (_state_exchanged, "a parameter or a state of the optimizer was exchanged"),
+        (_params_exchanged, "a parameter or a state of the optimizer was exchanged"),
         (_group_added, "has 2 param groups, the captured step 1"),
     ],
 )

@@ -109,9 +109,12 @@ def test_rates_come_with_the_place_or_with_the_state():
     torch.testing.assert_close(third.detach(), -moved)
     # Nothing was drawn, and clearing the state forgets nothing of it.
     assert torch.equal(torch.get_rng_state(), before)
+    last = opt.state[weight]["rate"] = torch.rand(3)
+    step(opt)
     opt.state.clear()
     step(opt)
     assert torch.equal(opt.state[third]["rate"], moved)
+    assert torch.equal(opt.state[weight]["rate"], last)
 
 
 @bare

@@ -296,6 +296,21 @@ def test_states_whose_memory_changed(change, name, fused):
 
 
 @bare
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_momentum_of_none(fused):
+    for opt in (pair(momentum=0.9)[0], SGDSpec([nn.Parameter(torch.zeros(3))], [0.1], 0.9)):
+        param, group = only(opt)
+        group.update(momentum=None, fused=fused)
+        before = {
+            key: value.clone() for key, value in opt.state[param].items() if key != "rate_dim"
+        }
+        with pytest.raises(TypeError, match="momentum is None; expected a number"):
+            step(opt)
+        assert not param.any()
+        assert all(torch.equal(opt.state[param][key], value) for key, value in before.items())
+
+
+@bare
 def test_a_state_that_is_no_tensor():
     ours, _ = pair(momentum=0.9)
     param, _ = only(ours)

@@ -109,8 +109,10 @@ class SpecOptimizer(Optimizer):
                 # Clearing the state forgets momentum, not the rates.
                 if state.get("rate") is None:
                     state["rate"], state["rate_dim"] = rate, dim
-                if param.requires_grad or param.grad is not None:
-                    complete(self._op, state, param, names, False, False)
+                elif isinstance(state["rate"], Tensor):
+                    self._rates[param] = state["rate"], state.setdefault("rate_dim", dim)
+            trained = [p for p in group["params"] if p.requires_grad or p.grad is not None]
+            complete(self._op, trained, self.state, names, False, False)
 
     def _kept(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The names of the states that the group's options need."""

@@ -29,7 +29,8 @@ class AlraoAdam(AlraoOptimizer):
     params, lr_range, lr, sampler, generator, rounding, model, foreach, fused, capturable and differentiable are those
     of `AlraoSGD`. Alrao with Adam is less reliable than with SGD: of the drawn rates fewer are usable.
 
-    State per parameter: "rate" (float32), "step" (int64), "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master".
+    State per parameter, made at construction: "rate" (float32), "step" (int64), "exp_avg", "exp_avg_sq",
+    "max_exp_avg_sq", "master"; of frozen ones only the rate.
     """
 
     _op = OP

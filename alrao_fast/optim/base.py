@@ -138,6 +138,7 @@ class AlraoOptimizer(Optimizer):
         except Exception:
             del self.param_groups[before[0] :]
             self._layouts, self._undrawn, self._bare = before[1], {}, []
+            self._places.note(self.param_groups)
             raise
         if not self._constructing:
             self._warn_of_bare_tensors()
@@ -191,8 +192,10 @@ class AlraoOptimizer(Optimizer):
                 # Clearing the state forgets momentum, not the rates.
                 if own.get("rate") is None:
                     own["rate"] = self._rates[param]
-                if param.requires_grad or param.grad is not None:
-                    complete(self._op, own, param, *needs)
+                elif isinstance(own["rate"], Tensor):
+                    self._rates[param] = own["rate"]
+            trained = [p for p in group["params"] if p.requires_grad or p.grad is not None]
+            complete(self._op, trained, self.state, *needs)
 
     def _lay_out(self, entries: list[Any]) -> None:
         """Lay out the models and heads that bare tensors belong to, as if they had been passed.

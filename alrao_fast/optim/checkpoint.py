@@ -48,8 +48,9 @@ def fitted(
             without_rates.append((param, saved))
     for param, saved in without_rates:
         state[param]["rate"] = missing_rate(param, saved, state)
+    known = set(saved_ids)
     for key, value in saved_state.items():
-        if key not in saved_ids:
+        if key not in known:
             state[key] = value
     return new_groups, state
 
@@ -121,7 +122,10 @@ class _Reader:
 
     def _rate(self, value: Any) -> Tensor:
         rates = self._floats("rate", value, self._rate_shape)
-        copy = self._copied(rates, self._rate_dtype)
+        device = rates.device if self._param.is_meta else self._param.device
+        if (id(rates), device) in self._copies:
+            return self._copies[id(rates), device]
+        copy = self._copies[id(rates), device] = self._copied(rates, self._rate_dtype)
         if not bool((copy.isfinite() & (copy >= 0)).all()):
             raise ValueError(
                 f"{self._what('rate')} has a negative or non-finite entry; expected finite rates >= 0"
@@ -171,11 +175,7 @@ class _Reader:
 
     def _copied(self, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         device = value.device if self._param.is_meta else self._param.device
-        key = id(value), device
-        if key not in self._copies:
-            copy = value.detach().to(device=device, dtype=dtype or value.dtype, copy=True)
-            self._copies[key] = copy
-        return self._copies[key]
+        return value.detach().to(device=device, dtype=dtype or value.dtype, copy=True)
 
     def _what(self, key: str) -> str:
         return f"state {key!r} of parameter {self._name!r} in state_dict"

@@ -44,11 +44,11 @@ class AlraoSGD(AlraoOptimizer):
     foreach, differentiable: must not be true. capturable: always so; accepted for uniformity. Under a CUDA
         graph `lr` must be a tensor on the device for schedulers to move it: `GraphedStep` sees to it.
 
-    State per parameter: "rate" (float32), "step" (int64), "momentum_buffer", "master". Raises TypeError or ValueError,
-    naming the argument, for options of another type or out of range (a number that is not finite among them), for a set
-    of parameters, for one that is given twice or is uninitialized; RuntimeError at `step()` for sparse gradients.
-    Options that are assigned to a param group are checked by the next `step()`, which raises before it writes anything;
-    the value of a tensor on a GPU is not looked at.
+    State per parameter, made at construction: "rate" (float32), "step" (int64), "momentum_buffer", "master"; of frozen
+    ones only the rate. Raises TypeError or ValueError, naming the argument, for options of another type or out of range
+    (a number that is not finite among them), for a set of parameters, for one that is given twice or is uninitialized;
+    RuntimeError at `step()` for sparse gradients. Options that are assigned to a param group are checked by the next
+    `step()`, which raises before it writes anything; the value of a tensor on a GPU is not looked at.
     """
 
     _op = OP

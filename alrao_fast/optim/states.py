@@ -21,32 +21,37 @@ def state_dtype(param: Tensor, float32_states: bool, masters: bool) -> torch.dty
 
 def complete(
     op: FeatureOp,
-    own: dict[str, Any],
-    param: Tensor,
+    params: list[Tensor],
+    state: Any,
     names: tuple[str, ...],
     float32_states: bool,
     masters: bool,
 ) -> None:
-    """Make what `own`, a parameter's states, lacks of `names`, the count of steps, and the master if there is one.
+    """Make what the states of these parameters lack of `names`, the counts of steps, and the masters if there are any.
 
     Whether a step is the first for `op.first_state` follows that state, as in torch.optim: made anew it restarts the
     count, and one that no step has begun is dropped where it is not needed any more.
     """
-    first, device = op.first_state, torch.device("cpu") if param.is_meta else param.device
-    if first in own and first not in names and _is_unbegun(own, first):
-        del own[first]
-    if first in names and _is_missing(own.get(first), param):
-        own["step"] = torch.zeros((), dtype=torch.int64, device=device)
-    elif _is_missing(own.get("step"), param):
-        # Put there by hand, without a count: it is not the first step that comes.
-        count = int(first in names)
-        own["step"] = torch.full((), count, dtype=torch.int64, device=device)
-    dtype = state_dtype(param, float32_states, masters)
+    first = op.first_state
+    for param in params:
+        own, device = state[param], torch.device("cpu") if param.is_meta else param.device
+        if first in own and first not in names and _is_unbegun(own, first):
+            del own[first]
+        if first in names and _is_missing(own.get(first), param):
+            own["step"] = torch.zeros((), dtype=torch.int64, device=device)
+        elif _is_missing(own.get("step"), param):
+            # Put there by hand, without a count: it is not the first step that comes.
+            count = int(first in names)
+            own["step"] = torch.full((), count, dtype=torch.int64, device=device)
+    # One state of all parameters after the other: a step walks through them like that.
     for name in names:
-        if _is_missing(own.get(name), param):
-            own[name] = like(None, param, dtype)
-    if masters and param.dtype in LOW_PRECISION and _is_missing(own.get("master"), param):
-        own["master"] = like(param.detach(), param, torch.float32)
+        for param in params:
+            if _is_missing(state[param].get(name), param):
+                dtype = state_dtype(param, float32_states, masters)
+                state[param][name] = like(None, param, dtype)
+    for param in params if masters else ():
+        if param.dtype in LOW_PRECISION and _is_missing(state[param].get("master"), param):
+            state[param]["master"] = like(param.detach(), param, torch.float32)
 
 
 def _is_missing(value: Any, param: Tensor) -> bool:
