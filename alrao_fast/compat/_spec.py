@@ -168,7 +168,9 @@ class SpecOptimizer(Optimizer):
         for param in members:
             own = self.state[param]
             own.update({name: like(own[name], param, param.dtype) for name in names})
-        states = [[self.state[p][name] for p in members] for name in names]
+        owns = [self.state[param] for param in members]
+        states = [[own[name] for own in owns] for name in names]
+        steps = steps_of(owns, members[0].device, first)
         rates, inners = [], []
         derived: dict[int, MakeRates] = {}
         for k, param in enumerate(members):
@@ -179,9 +181,7 @@ class SpecOptimizer(Optimizer):
             inners.append(1 if dim is None or rates[k].numel() == 1 else param.stride(dim))
             if is_copy(rates[k], own["rate"]):
                 derived[k] = make
-        return Lists(
-            members, states, [], rates, inners, [], steps_of(members, self.state, first)
-        ), derived
+        return Lists(members, states, [], rates, inners, [], steps), derived
 
     def state_dict(self) -> dict[str, Any]:
         """The states, rates among them, and the groups' options, as torch's `state_dict`."""

@@ -137,10 +137,8 @@ class FeatureOp:
 
     def num_states(self, options: Options) -> int:
         """How many of `states`, from the first on, the options need. TypeError where that is not said."""
-        if not self.switch:
-            return self.fixed_states
-        on = options[self.switch]
-        if on is None:
+        on = options.get(self.switch)
+        if on is None and self.switch:
             kind = "number" if self.options[self.switch] is float else "bool"
             raise TypeError(f"{self.switch} is None; expected a {kind}")
         return len(self.states) if on else self.fixed_states

@@ -127,14 +127,19 @@ class ListPlan:
         params, states, masters, rates, _, _, steps = lists
         self._others = [*(tensor for state in states for tensor in state), *masters, *rates, steps]
         self._looks = [_look(param) for param in params]
-        self._other_looks = [_look(tensor) for tensor in self._others]
+        # Of the first step, in which nothing has changed yet: most of these plans take none.
+        self._other_looks: list[tuple[object, ...]] | None = None
 
     def step(self, grads: list[Tensor], options: Options, scalars: Scalars) -> bool:
         if not self.unchanged():
             return False
         # torch.compile guards what it has traced.
-        if not torch.compiler.is_compiling() and self._other_looks != [*map(_look, self._others)]:
-            return False
+        if not torch.compiler.is_compiling():
+            looks = [_look(tensor) for tensor in self._others]
+            if self._other_looks is None:
+                self._other_looks = looks
+            if looks != self._other_looks:
+                return False
         self._op(self._lists, grads, options, scalars, self._impl)
         return True
 
@@ -147,15 +152,13 @@ def _look(tensor: Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def may_keep_handles() -> bool:
-    """Whether plans may keep handles of C++ on tensors: `torch.utils.swap_tensors`, by which modules may be told to
-    convert their parameters, refuses a tensor that has one."""
-    return not torch.__future__.get_swap_module_params_on_conversion()
+# Whether modules convert their parameters by `torch.utils.swap_tensors`: it refuses one on which C++ has a handle.
+params_are_swapped = torch.__future__.get_swap_module_params_on_conversion
 
 
 def make_plan(op: FeatureOp, lists: Lists, impl: str) -> Plan:
     """The plan of `impl` for these tensors."""
-    if impl in ("cpu", "cuda") and may_keep_handles():
+    if impl in ("cpu", "cuda") and not params_are_swapped():
         return CompiledPlan(op, lists)
     if impl == "triton":
         return TritonPlan(op, lists)

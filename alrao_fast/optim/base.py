@@ -186,7 +186,8 @@ class AlraoOptimizer(Optimizer):
     def _complete(self, groups: Iterable[dict[str, Any]]) -> None:
         """Give all parameters of `groups` their rates, and those that are trained the states that they lack."""
         for group in groups:
-            needs = self._kept(self._options(group)), self._float32_states, group["master_weights"]
+            names = self._op.states[: self._op.num_states(self._options(group))]
+            precision = self._float32_states, group["master_weights"]
             for param in group["params"]:
                 own = self.state[param]
                 # Clearing the state forgets momentum, not the rates.
@@ -195,7 +196,7 @@ class AlraoOptimizer(Optimizer):
                 elif isinstance(own["rate"], Tensor):
                     self._rates[param] = own["rate"]
             trained = [p for p in group["params"] if p.requires_grad or p.grad is not None]
-            complete(self._op, trained, self.state, *needs)
+            complete(self._op, trained, self.state, names, *precision)
 
     def _lay_out(self, entries: list[Any]) -> None:
         """Lay out the models and heads that bare tensors belong to, as if they had been passed.
@@ -255,7 +256,7 @@ class AlraoOptimizer(Optimizer):
         own = self._sampler or LogUniform(*self.defaults["lr_range"])
         drawn: dict[Any, Tensor] = {}
         own_rates: dict[Tensor, Tensor] = {}
-        for param in [p for p in self._layouts if p in pending]:
+        for param in [p for p in self._layouts if p in pending] if pending else ():
             layout = self._layouts[param]
             group_sampler, lr_range = pending[param]
             sampler = group_sampler or own
@@ -413,17 +414,14 @@ class AlraoOptimizer(Optimizer):
                 raise
         return loss
 
-    def _kept(self, options: Options) -> tuple[str, ...]:
-        """The names of the states that these options need."""
-        return self._op.states[: self._op.num_states(options)]
-
     def _needs(self, group: dict[str, Any], options: Options, grads: list[Tensor]) -> Needs:
+        op = self._op
         return Needs(
-            self._kept(options),
+            op.states[: op.num_states(options)],
             self._float32_states,
             group["master_weights"],
             group["rounding"],
-            "reference" if group["fused"] is False else self._op.select(grads),
+            "reference" if group["fused"] is False else op.select(grads),
         )
 
     @torch.compiler.disable

@@ -9,6 +9,7 @@ import math
 from array import array
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from itertools import chain
 from operator import is_
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from alrao_fast import _extension
 from alrao_fast.arguments import FLOATS
 from alrao_fast.ops.checks import LOW_PRECISION
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
-from alrao_fast.ops.plan import ListPlan, make_plan, may_keep_handles
+from alrao_fast.ops.plan import ListPlan, make_plan, params_are_swapped
 from alrao_fast.optim.layouts import Layout, memory_rates
 from alrao_fast.optim.states import like, state_dtype, steps_of
 
@@ -120,7 +121,7 @@ class Objects:
 
 def _objects_in(container: Any) -> list[Any]:
     if isinstance(container, Mapping):
-        return [item for pair in container.items() for item in pair]
+        return [*chain.from_iterable(container.items())]
     return list(container)
 
 
@@ -152,15 +153,15 @@ class Binding:
         self.groups: dict[int, GroupBinding] = {}
         self._state: Any = {}
         self._count = 0
-        self._with_handles = True
+        self._swapped = False
         self._objects = Objects(self._state)
 
     def follow(self, state: Any) -> None:
         """Before the groups' steps: forget everything if `state`, or the dict of a parameter in it, was exchanged, or
         the plans have handles that they may not keep."""
-        with_handles = may_keep_handles()
+        swapped = params_are_swapped()
         if (
-            self._with_handles is with_handles
+            self._swapped is swapped
             and self._state is state
             and (
                 self._count == len(state)
@@ -170,7 +171,7 @@ class Binding:
         ):
             return
         self.groups.clear()
-        self._with_handles = with_handles
+        self._swapped = swapped
         self._look(state)
 
     def _look(self, state: Any) -> None:
@@ -300,10 +301,10 @@ def _lists(
     low_precision = params[0].dtype in LOW_PRECISION
     with_masters = needs.master_weights and low_precision
     dtype = state_dtype(params[0], needs.float32_states, needs.master_weights)
-    rates, inners = [], []
+    owns, rates, inners = [state[param] for param in params], [], []
     derived: dict[int, MakeRates] = {}
-    for number, param in enumerate(params):
-        layout, own = layouts[param], state[param]
+    for number, (param, own) in enumerate(zip(params, owns)):
+        layout = layouts[param]
         _check_shape(param, layout, own, needs)
         own["rate"] = own["rate"].to(param.device, torch.float32)
         # Without entries there are no features either; the ops expect at least one rate.
@@ -320,19 +321,21 @@ def _lists(
     stochastic = low_precision and not with_masters and needs.rounding != "nearest"
     lists = Lists(
         params=params,
-        states=[[state[p][key] for p in params] for key in needs.states],
-        masters=[state[p]["master"] for p in params] if with_masters else [],
+        states=[[own[key] for own in owns] for key in needs.states],
+        masters=[own["master"] for own in owns] if with_masters else [],
         rates=rates,
         inners=inners,
         seeds=seeds if stochastic else [],
-        steps=steps_of(params, state, op.first_state if op.first_state in needs.states else ""),
+        steps=steps_of(
+            owns, params[0].device, op.first_state if op.first_state in needs.states else ""
+        ),
     )
     return lists, derived
 
 
 def is_copy(tensor: Tensor, of: Tensor) -> bool:
     """Whether `tensor` has memory of its own."""
-    return tensor.untyped_storage().data_ptr() != of.untyped_storage().data_ptr()
+    return tensor is not of and tensor.data_ptr() != of.data_ptr()
 
 
 def _in_memory(rate: Tensor, param: Tensor, layout: Layout) -> Tensor:

@@ -32,9 +32,9 @@ def complete(
     Whether a step is the first for `op.first_state` follows that state, as in torch.optim: made anew it restarts the
     count, and one that no step has begun is dropped where it is not needed any more.
     """
-    first = op.first_state
-    for param in params:
-        own, device = state[param], torch.device("cpu") if param.is_meta else param.device
+    first, owns = op.first_state, [state[param] for param in params]
+    for param, own in zip(params, owns):
+        device = torch.device("cpu") if param.is_meta else param.device
         if first in own and first not in names and _is_unbegun(own, first):
             del own[first]
         if first in names and _is_missing(own.get(first), param):
@@ -45,13 +45,12 @@ def complete(
             own["step"] = torch.full((), count, dtype=torch.int64, device=device)
     # One state of all parameters after the other: a step walks through them like that.
     for name in names:
-        for param in params:
-            if _is_missing(state[param].get(name), param):
-                dtype = state_dtype(param, float32_states, masters)
-                state[param][name] = like(None, param, dtype)
-    for param in params if masters else ():
-        if param.dtype in LOW_PRECISION and _is_missing(state[param].get("master"), param):
-            state[param]["master"] = like(param.detach(), param, torch.float32)
+        for param, own in zip(params, owns):
+            if _is_missing(own.get(name), param):
+                own[name] = like(None, param, state_dtype(param, float32_states, masters))
+    for param, own in zip(params, owns) if masters else ():
+        if param.dtype in LOW_PRECISION and _is_missing(own.get("master"), param):
+            own["master"] = like(param.detach(), param, torch.float32)
 
 
 def _is_missing(value: Any, param: Tensor) -> bool:
@@ -81,13 +80,12 @@ def like(stored: Tensor | None, param: Tensor, dtype: torch.dtype) -> Tensor:
     return state.zero_() if stored is None else state.copy_(stored)
 
 
-def steps_of(params: list[Tensor], state: Any, first: str) -> Tensor:
+def steps_of(owns: list[dict[str, Any]], device: torch.device, first: str) -> Tensor:
     """The step counts as one int64 vector; each parameter's state has its own entry as a view.
 
     A state `first` that holds something although no step has been counted was loaded by hand: the next step is not
     its first. Once a count is an entry of such a vector, the steps themselves keep it right.
     """
-    device, owns = params[0].device, [state[param] for param in params]
     steps = torch.stack([as_count(own["step"], device) for own in owns])
     for number, own in enumerate(owns if first else ()):
         if not (isinstance(own["step"], Tensor) and own["step"]._is_view()):
