@@ -103,7 +103,6 @@ class SpecOptimizer(Optimizer):
                     )
         self._places.note(groups)
         for group in groups:
-            names = self._kept(group)
             for param in group["params"]:
                 state, (rate, dim) = self.state[param], self._rates[param]
                 # Clearing the state forgets momentum, not the rates.
@@ -111,8 +110,11 @@ class SpecOptimizer(Optimizer):
                     state["rate"], state["rate_dim"] = rate, dim
                 elif isinstance(state["rate"], Tensor):
                     self._rates[param] = state["rate"], state.setdefault("rate_dim", dim)
+            if not self._option_checks.hold(group):
+                # The next step says which option is not valid.
+                continue
             trained = [p for p in group["params"] if p.requires_grad or p.grad is not None]
-            complete(self._op, trained, self.state, names, False, False)
+            complete(self._op, trained, self.state, self._kept(group), False, False)
 
     def _kept(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The names of the states that the group's options need."""

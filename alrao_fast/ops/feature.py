@@ -136,12 +136,8 @@ class FeatureOp:
         return import_module(f"alrao_fast.kernels.feature.{self.stem.removeprefix('feature_')}")
 
     def num_states(self, options: Options) -> int:
-        """How many of `states`, from the first on, the options need. TypeError where that is not said."""
-        on = options.get(self.switch)
-        if on is None and self.switch:
-            kind = "number" if self.options[self.switch] is float else "bool"
-            raise TypeError(f"{self.switch} is None; expected a {kind}")
-        return len(self.states) if on else self.fixed_states
+        """How many of `states`, from the first on, the options need."""
+        return len(self.states) if options.get(self.switch) else self.fixed_states
 
     def numbers(self, options: Options) -> Options:
         """The options as plain numbers: one in a tensor as its value of now."""

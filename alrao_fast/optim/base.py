@@ -24,6 +24,7 @@ from alrao_fast.arguments import Generator, Instance, Kind, Optional, checked
 from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import checkpoint
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
+from alrao_fast.optim.drawing import draw_all
 from alrao_fast.optim.layouts import Layout, check_not_lazy, default_layout, resolve
 from alrao_fast.optim.owners import owners, warn_of_unobserved
 from alrao_fast.optim.param_groups import (
@@ -36,7 +37,7 @@ from alrao_fast.optim.param_groups import (
     tensor_of,
 )
 from alrao_fast.optim.places import Places
-from alrao_fast.optim.rates import LogUniform, Sampler, draw, draw_clones
+from alrao_fast.optim.rates import LogUniform, Sampler
 from alrao_fast.optim.states import complete
 
 # The arguments of a constructor that are no options of a param group.
@@ -186,8 +187,6 @@ class AlraoOptimizer(Optimizer):
     def _complete(self, groups: Iterable[dict[str, Any]]) -> None:
         """Give all parameters of `groups` their rates, and those that are trained the states that they lack."""
         for group in groups:
-            names = self._op.states[: self._op.num_states(self._options(group))]
-            precision = self._float32_states, group["master_weights"]
             for param in group["params"]:
                 own = self.state[param]
                 # Clearing the state forgets momentum, not the rates.
@@ -195,6 +194,11 @@ class AlraoOptimizer(Optimizer):
                     own["rate"] = self._rates[param]
                 elif isinstance(own["rate"], Tensor):
                     self._rates[param] = own["rate"]
+            if not self._option_checks.hold(group):
+                # The next step says which option is not valid.
+                continue
+            names = self._op.states[: self._op.num_states(self._options(group))]
+            precision = self._float32_states, group["master_weights"]
             trained = [p for p in group["params"] if p.requires_grad or p.grad is not None]
             complete(self._op, trained, self.state, names, *precision)
 
@@ -254,31 +258,13 @@ class AlraoOptimizer(Optimizer):
         """Draw the rates of the parameters that have none, in the model's order, and store them in the state."""
         pending, self._undrawn = self._undrawn, {}
         own = self._sampler or LogUniform(*self.defaults["lr_range"])
-        drawn: dict[Any, Tensor] = {}
-        own_rates: dict[Tensor, Tensor] = {}
-        for param in [p for p in self._layouts if p in pending] if pending else ():
-            layout = self._layouts[param]
-            group_sampler, lr_range = pending[param]
-            sampler = group_sampler or own
-            if layout.vector.kind != "clone" and getattr(sampler, "per_weight", False):
-                layout = self._layouts[param] = layout.per_entry(param)
-            cache: dict[Any, Tensor] = self._vectors if group_sampler is None else drawn
-            key = layout.vector if group_sampler is None else (layout.vector, id(group_sampler))
-            rates = cache.get(key)
-            if rates is None:
-                length = layout.vector.length
-                if layout.vector.kind == "clone":
-                    rates = draw_clones(sampler, lr_range, length)
-                else:
-                    rates = draw(sampler, length, self._generator)
-                cache[key] = rates
-            own_rates[param] = layout.rates(rates)
+        rates = draw_all(pending, own, self._generator, self._layouts, self._vectors)
         for group in self.param_groups:
             if "rounding_seed" not in group:
                 # The tensors of a group round with consecutive seeds, starting here.
                 seed = torch.randint(2**62, (), generator=self._generator, device="cpu")
                 group["rounding_seed"] = int(seed)
-        self._store(own_rates)
+        self._store(rates)
 
     def _store(self, rates: dict[Tensor, Tensor]) -> None:
         """Put drawn rates into the state, on their parameters' devices, shared vectors as one tensor."""

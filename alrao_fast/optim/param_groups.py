@@ -127,6 +127,14 @@ class OptionChecks:
         self._together({**group, **options})
         return options
 
+    def hold(self, group: Mapping[str, Any]) -> bool:
+        """Whether the options of `group` are valid."""
+        try:
+            self.checked(group)
+        except (TypeError, ValueError):
+            return False
+        return True
+
     def follow(self, groups: list[dict[str, Any]]) -> None:
         """Check what was assigned to `groups` since the last call; TypeError or ValueError, with nothing changed.
 
