@@ -55,7 +55,7 @@ class AlraoModel(nn.Module):
 
         The rates are `head.clone_lr`; clones with parameters that are not finite have no part in it. Raises
         RuntimeError before an optimizer has set the rates, while the switch has observed nothing, and where no living
-        clone or no finite posterior is left.
+        clone, no finite backbone or no finite posterior is left.
         """
         rates = self.head.clone_lr.double()
         if rates.isnan().any():
@@ -63,6 +63,11 @@ class AlraoModel(nn.Module):
                 "the clones have no learning rates yet: make an AlraoSGD or AlraoAdam of this model first"
             )
         self._check_observed("suggested_lr")
+        if not all(bool(p.isfinite().all()) for p in self.backbone.parameters()):
+            raise RuntimeError(
+                "suggested_lr: the backbone has parameters that are not finite, so the posterior tells nothing of "
+                "learning rates that train: go back to a checkpoint, and lower the upper end of lr_range"
+            )
         return float(torch.xlogy(self.head.living_posterior(), rates).sum().exp())
 
     def _check_observed(self, who: str) -> None:
