@@ -124,13 +124,11 @@ class LinearClones(WithRates):
         As there the loss has one backward, and no second or forward-mode derivative.
         """
         # Each branch detaches, and makes finite, what it has no gradient for: 0 * inf would be NaN in its backward.
-        features, weight, bias = derivatives.once(
-            NO_OTHER_DERIVATIVE, features, self.weight, self.bias
-        )
-        own_outputs = self._outputs(_finite_rows(features.detach(), -1), weight, bias)
+        x, weight, bias = derivatives.once(NO_OTHER_DERIVATIVE, features, self.weight, self.bias)
+        own_outputs = self._outputs(_finite_rows(x.detach(), -1), weight, bias)
         weight = _finite_rows(weight.detach(), (1, 2))
         bias = None if bias is None else _finite_rows(bias.detach(), 1)
-        mixture_outputs = self._outputs(features, weight, bias)
+        mixture_outputs = self._outputs(x, weight, bias)
         own = _per_sample(criterion(own_outputs), self.num_clones)
         mixture = _per_sample(criterion(mixture_outputs), self.num_clones)
         alive = own.detach().isfinite() & mixture.detach().isfinite()

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from alrao_fast.ops.derivatives import is_traced
+
 if TYPE_CHECKING:
     from alrao_fast.nn.clones import LinearClones
 
@@ -61,7 +63,7 @@ class Watch:
     def _value(self, loss: Tensor) -> float | None:
         """This loss, or on a GPU an earlier one that has arrived; None if there is none to be had without a wait."""
         if loss.is_cpu:
-            return None if _is_traced(loss) else loss.item()
+            return None if is_traced(loss) else loss.item()
         if not loss.is_cuda:
             return None
         self._observations += 1
@@ -83,15 +85,6 @@ class Watch:
             return None
         self._arrival = None
         return host.item()
-
-
-def _is_traced(loss: Tensor) -> bool:
-    """Whether the loss may have no value to look at: under torch.func, make_fx, FakeTensorMode and the like."""
-    return (
-        type(loss) is not Tensor
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
@@ -18,6 +18,16 @@ from torch.autograd import forward_ad
 def transformed() -> bool:
     """Whether torch.func or forward-mode AD may see this call: dispatched ops would drop what these keep of tensors."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether it may have no values to look at: under torch.compile, torch.func, make_fx, FakeTensorMode, ..."""
+    return (
+        torch.compiler.is_compiling()
+        or transformed()
+        or type(tensor) not in (Tensor, nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def is_batch(tensor: Tensor) -> bool:

@@ -56,7 +56,10 @@ class Twin:
         return self.opt.state[self.params[number]]
 
     def keys(self, number: int) -> list[str]:
+        """The states that torch's twin has, too: before a parameter's first step it has none."""
         own = self.opt.state.get(self.params[number], {})
+        if self.ours and not int(own.get("step", 0)):
+            return []
         return sorted(k for k, v in own.items() if isinstance(v, Tensor) and k not in NOT_TORCHS)
 
     def gradients(self, step: int, without: tuple[int, ...] = ()) -> None:

@@ -102,8 +102,7 @@ class Classes(Likelihood):
     def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:
         check_tensor("target", target, x.shape[:1], (torch.int64,), x.device)
         # Reading classes on a GPU would wait for it: there the loss is inf. Traced tensors have none to read.
-        traced = torch.compiler.is_compiling() or derivatives.transformed()
-        if x.device.type == "cpu" and not traced:
+        if x.device.type == "cpu" and not derivatives.is_traced(x):
             classes = weight.size(1)
             outside = ((target < 0) | (target >= classes)) & (target != self.ignore_index)
             if outside.any():
