@@ -37,6 +37,13 @@ def load_rows(base_ptr, rows, num_rows, num_features, D_P: tl.constexpr):
     )
 
 
+@triton.jit
+def softmax_of(z, peak, inverse):
+    """exp(z) over its sum, from the largest z and 1 over the sum of exp(z - largest)."""
+    # Logits are made anew by other tiles: huge ones may come out an ulp above the largest.
+    return tl.exp(tl.minimum(z - peak, 0.0)) * inverse
+
+
 @triton.jit(do_not_specialize=["num_samples", "tiles_per_split"])
 def mixture_statistics_kernel(
     x_ptr,
@@ -111,7 +118,7 @@ def mixture_merge_kernel(
     score_ptr,
     mix_ptr,
     dead_ptr,
-    lse_ptr,
+    softmax_ptr,
     joint_ptr,
     num_samples,
     num_clones,
@@ -120,8 +127,10 @@ def mixture_merge_kernel(
     ignore_index,
     BLOCK: tl.constexpr,
 ):
-    """Joins the splits and the clones of a block of samples. lse [N, B]: of a clone's logits, infinity where nothing
-    flows to it; joint [N + 1, B]: a_n + logp_n, and of all clones its log-sum-exp, 0 where all are dead."""
+    """Joins the splits and the clones of a block of samples. softmax [N, 2, B]: a clone's largest logit, infinity where
+    nothing flows to it, and 1 over the sum of exp(z - largest); joint [N + 2, B]: a_n + logp_n, of all clones the
+    largest, 0 where all are dead, and 1 over the sum of exp(joint - largest). In one number, largest + log sum, a huge
+    largest would swallow the logarithm."""
     infinity = float("inf")
     samples = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = samples < num_samples
@@ -149,8 +158,7 @@ def mixture_merge_kernel(
             total += tl.load(here + num_samples, mask=mask, other=0.0) * tl.exp(largest - higher)
             at_target += tl.load(here + 2 * num_samples, mask=mask, other=0.0)
             peak = higher
-        log_total = tl.log(total)
-        logp = at_target - peak - log_total
+        logp = at_target - peak - tl.log(total)
         alive = finite & is_class & (tl.abs(logp) < infinity)
         cell = clone * num_samples.to(tl.int64) + samples
         nll = tl.where(alive, -logp, infinity)
@@ -162,17 +170,21 @@ def mixture_merge_kernel(
             tl.store(dead_ptr + clone, 1)
         joint = tl.load(log_posterior_ptr + clone).to(tl.float32) + logp
         joint = tl.where(alive & counted, joint, -infinity)
-        tl.store(lse_ptr + cell, tl.where(alive & counted, peak + log_total, infinity), mask=mask)
         tl.store(joint_ptr + cell, joint, mask=mask)
+        softmax = softmax_ptr + clone * 2 * num_samples.to(tl.int64) + samples
+        tl.store(softmax, tl.where(alive & counted, peak, infinity), mask=mask)
+        tl.store(softmax + num_samples, 1.0 / total, mask=mask)
         higher = tl.maximum(top, joint)
         shift = tl.where(higher > -infinity, higher, 0.0)
         mass = mass * tl.exp(top - shift) + tl.exp(joint - shift)
         top = higher
     possible = top > -infinity
-    mixture = tl.where(possible, top + tl.log(tl.where(possible, mass, 1.0)), 0.0)
-    cell = num_clones * num_samples.to(tl.int64) + samples
-    tl.store(joint_ptr + cell, mixture, mask=mask)
-    mix = tl.where(possible, -mixture, infinity)
+    top = tl.where(possible, top, 0.0)
+    mass = tl.where(possible, mass, 1.0)
+    joint_ptr += num_clones * num_samples.to(tl.int64)
+    tl.store(joint_ptr + samples, top, mask=mask)
+    tl.store(joint_ptr + num_samples + samples, 1.0 / mass, mask=mask)
+    mix = tl.where(possible, -top - tl.log(mass), infinity)
     tl.store(mix_ptr + samples, tl.where(counted, mix, 0.0), mask=mask)
 
 
@@ -183,7 +195,7 @@ def clone_gradient_kernel(
     bias_ptr,
     target_ptr,
     norm_ptr,
-    lse_ptr,
+    softmax_ptr,
     dead_ptr,
     dweight_ptr,
     dbias_ptr,
@@ -202,7 +214,7 @@ def clone_gradient_kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < num_classes
     weight_ptr += clone * num_classes * num_features
-    lse_ptr += clone * num_samples
+    softmax_ptr += clone * 2 * num_samples
     weight = load_rows(weight_ptr, c, num_classes, num_features, D_P)
     bias = tl.zeros([BLOCK_C], tl.float32)
     if HAS_BIAS:
@@ -218,11 +230,13 @@ def clone_gradient_kernel(
         mask_m = samples < num_samples
         x = load_rows(x_ptr, samples, num_samples, num_features, D_P)
         target = tl.load(target_ptr + samples, mask=mask_m, other=-1)
-        lse = tl.load(lse_ptr + samples, mask=mask_m, other=float("inf"))
+        peak = tl.load(softmax_ptr + samples, mask=mask_m, other=float("inf"))
+        inverse = tl.load(softmax_ptr + num_samples + samples, mask=mask_m, other=0.0)
         # The classes in rows: so G is the left factor of the next product as it stands.
         z = multiply(weight, tl.trans(x), TF32) + bias[:, None]
-        flows = mask_c[:, None] & (lse < float("inf"))[None, :]
-        g = tl.exp(z - lse[None, :]) - tl.where(c[:, None] == target[None, :], 1.0, 0.0)
+        flows = mask_c[:, None] & (peak < float("inf"))[None, :]
+        g = softmax_of(z, peak[None, :], inverse[None, :])
+        g -= tl.where(c[:, None] == target[None, :], 1.0, 0.0)
         g = tl.where(flows, g, 0.0)
         row_sum += tl.sum(g, 1)
         g = round_to(g, x.dtype)
@@ -245,7 +259,7 @@ def features_gradient_kernel(
     bias_ptr,
     target_ptr,
     norm_ptr,
-    lse_ptr,
+    softmax_ptr,
     joint_ptr,
     part_ptr,
     num_samples,
@@ -266,9 +280,9 @@ def features_gradient_kernel(
     split = tl.program_id(1)
     x = load_rows(x_ptr, samples, num_samples, num_features, D_P)
     target = tl.load(target_ptr + samples, mask=mask_m, other=-1)
-    mixture = tl.load(
-        joint_ptr + num_clones.to(tl.int64) * num_samples + samples, mask=mask_m, other=0.0
-    )
+    mixture_ptr = joint_ptr + num_clones.to(tl.int64) * num_samples
+    top = tl.load(mixture_ptr + samples, mask=mask_m, other=0.0)
+    scale = tl.load(mixture_ptr + num_samples + samples, mask=mask_m, other=0.0)
     total = tl.zeros([BLOCK_M, D_P], tl.float32)
     tiles_per_clone = tl.cdiv(num_classes, BLOCK_C)
     first = split * tiles_per_split
@@ -278,7 +292,9 @@ def features_gradient_kernel(
         c = (tile % tiles_per_clone) * BLOCK_C + tl.arange(0, BLOCK_C)
         mask_c = c < num_classes
         cell = clone * num_samples + samples
-        lse = tl.load(lse_ptr + cell, mask=mask_m, other=float("inf"))
+        softmax = softmax_ptr + clone * 2 * num_samples + samples
+        peak = tl.load(softmax, mask=mask_m, other=float("inf"))
+        inverse = tl.load(softmax + num_samples, mask=mask_m, other=0.0)
         joint = tl.load(joint_ptr + cell, mask=mask_m, other=-float("inf"))
         weight = load_rows(
             weight_ptr + clone * num_classes * num_features, c, num_classes, num_features, D_P
@@ -287,9 +303,10 @@ def features_gradient_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + clone * num_classes + c, mask=mask_c, other=0.0)
             z += widen(bias, tl.float32)[None, :]
-        flows = mask_c[None, :] & (lse < float("inf"))[:, None]
-        g = tl.exp(z - lse[:, None]) - tl.where(c[None, :] == target[:, None], 1.0, 0.0)
-        g = tl.where(flows, g * tl.exp(joint - mixture)[:, None], 0.0)
+        flows = mask_c[None, :] & (peak < float("inf"))[:, None]
+        g = softmax_of(z, peak[:, None], inverse[:, None])
+        g -= tl.where(c[None, :] == target[:, None], 1.0, 0.0)
+        g = tl.where(flows, g * (tl.exp(joint - top) * scale)[:, None], 0.0)
         total += multiply(round_to(g, weight.dtype), only_finite(weight), TF32)
     d = tl.arange(0, D_P)
     row = split * num_samples.to(tl.int64) + samples
@@ -337,8 +354,8 @@ def mixture_fused(loss: Loss) -> None:
         BLOCK_C=OWNED,
         **constants,
     )
-    lse = x.new_empty((num_clones, num_samples), dtype=torch.float32)
-    joint = x.new_empty((num_clones + 1, num_samples), dtype=torch.float32)
+    softmax = x.new_empty((num_clones, 2, num_samples), dtype=torch.float32)
+    joint = x.new_empty((num_clones + 2, num_samples), dtype=torch.float32)
     launch(
         mixture_merge_kernel,
         (triton.cdiv(num_samples, 128),),
@@ -347,7 +364,7 @@ def mixture_fused(loss: Loss) -> None:
         log_posterior,
         loss.target,
         *loss.statistics,
-        lse,
+        softmax,
         joint,
         num_samples,
         num_clones,
@@ -363,7 +380,7 @@ def mixture_fused(loss: Loss) -> None:
             (triton.cdiv(num_classes, OWNED), num_clones),
             *common,
             loss.norm,
-            lse,
+            softmax,
             loss.dead,
             loss.dweight,
             loss.dbias,
@@ -385,7 +402,7 @@ def mixture_fused(loss: Loss) -> None:
             (blocks, splits),
             *common,
             loss.norm,
-            lse,
+            softmax,
             joint,
             parts,
             *sizes,

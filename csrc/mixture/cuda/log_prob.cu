@@ -1,8 +1,10 @@
-// Log-probabilities of the mixture, log sum_n exp(a_n + logp[n, c]), and the gradients to the
+// Log-probabilities of the mixture, log sum_n exp(a_n + logp[n, c]) - log_mass over the clones
+// alive for the sample, with log_mass = log sum_n exp(a_n) over them, and the gradients to the
 // logits.
 //
-// With w[n, c] = exp(a_n + logp[n, c] - out[c]), the clone's share in the probability of a class,
-// the gradient to the logits is dz[n, c] = w[n, c] grad[c] - p[n, c] sum_c w[n, c] grad[c].
+// With w[n, c] = exp(a_n + logp[n, c] - log_mass - out[c]), the clone's share in the probability of
+// a class, the gradient to the logits is dz[n, c] = w[n, c] grad[c] - p[n, c] sum_c w[n, c]
+// grad[c].
 //
 // Floor on an H200 (4.3 TB/s), per logit: 4 bytes read once where all clones of a sample fit into
 // shared memory; clone after clone 4 (twice, the second time from L2) and 8 for the result. 10 x
@@ -15,6 +17,21 @@ namespace alrao::cuda {
 namespace {
 
 constexpr int kRowThreads = 512;
+
+// log(e^a + e^b), -inf where both are.
+template <class T>
+__device__ T log_add(T a, T b) {
+  const T high = fmax(a, b);
+  return high > T(-INFINITY) ? high + std::log(std::exp(a - high) + std::exp(b - high)) : high;
+}
+
+// A clone's share in the probability of a class, of logarithm `log_prob`: at most 1, however large
+// the numbers are whose rounding may say otherwise.
+template <class T>
+__device__ T share_of(T joint, T log_mass, T log_prob) {
+  // In the order of the forward, so that both round alike.
+  return std::exp(fmin((joint - log_mass) - log_prob, T(0)));
+}
 
 // All clones of a sample by a block.
 template <class scalar_t>
@@ -54,7 +71,21 @@ struct LogProbSample {
     weight[clone] = is_alive(log_sum) ? 1 / sum : compute_type(0);
   }
 
-  __device__ void mix(compute_type* out) const {
+  // log sum e^a over the living clones, -inf without any; by every warp for itself.
+  __device__ compute_type log_mass() const {
+    compute_type sum = 0, peak = -INFINITY;
+    const auto posterior = [&](int n) {
+      return offset[n] > compute_type(-INFINITY) ? log_posterior_of<compute_type>(a.posterior, n)
+                                                 : compute_type(-INFINITY);
+    };
+    for (int n = threadIdx.x % kWarp; n < clones; n += kWarp) peak = fmax(peak, posterior(n));
+    peak = warp_reduce(peak, Max());
+    if (!(peak > compute_type(-INFINITY))) return peak;
+    for (int n = threadIdx.x % kWarp; n < clones; n += kWarp) sum += std::exp(posterior(n) - peak);
+    return peak + std::log(warp_reduce(sum, Sum()));
+  }
+
+  __device__ void mix(compute_type* out, compute_type log_mass) const {
     for (int c = threadIdx.x; c < classes; c += blockDim.x) {
       compute_type peak = -INFINITY;
       for (int n = 0; n < clones; ++n) {
@@ -66,19 +97,19 @@ struct LogProbSample {
         if (offset[n] > compute_type(-INFINITY))
           sum += std::exp(offset[n] + row[n * classes + c] - peak);
       }
-      out[c] = peak > compute_type(-INFINITY) ? peak + std::log(sum) : peak;
+      out[c] = peak > compute_type(-INFINITY) ? peak + std::log(sum) - log_mass : peak;
     }
   }
 
-  __device__ compute_type share(int n, int c, const compute_type* out,
+  __device__ compute_type share(int n, int c, const compute_type* out, compute_type log_mass,
                                 const compute_type* grad) const {
     // Where a class has no probability the gradient is cut.
     return out[c] > compute_type(-INFINITY)
-               ? std::exp(offset[n] + row[n * classes + c] - out[c]) * grad[c]
+               ? share_of(offset[n] + row[n * classes + c], log_mass, out[c]) * grad[c]
                : compute_type(0);
   }
 
-  __device__ void backward(compute_type* z, const compute_type* out,
+  __device__ void backward(compute_type* z, const compute_type* out, compute_type log_mass,
                            const compute_type* grad) const {
     const int lane = threadIdx.x % lanes, groups = blockDim.x / lanes;
     compute_type* total = weight + clones;
@@ -87,7 +118,8 @@ struct LogProbSample {
       // A clone without mass or alive nowhere has no share, and no gradient.
       const bool flows = clone < clones && offset[clone] > compute_type(-INFINITY);
       compute_type sum = 0;
-      for (int c = lane; c < (flows ? classes : 0); c += lanes) sum += share(clone, c, out, grad);
+      for (int c = lane; c < (flows ? classes : 0); c += lanes)
+        sum += share(clone, c, out, log_mass, grad);
       sum = lanes_reduce(sum, lanes, Sum());
       if (lane == 0 && clone < clones) total[clone] = sum;
     }
@@ -95,7 +127,7 @@ struct LogProbSample {
     for (int i = threadIdx.x; i < logits; i += blockDim.x) {
       const int n = i / classes, c = i - n * classes;
       z[i] = offset[n] > compute_type(-INFINITY)
-                 ? share(n, c, out, grad) - std::exp(row[i]) * weight[n] * total[n]
+                 ? share(n, c, out, log_mass, grad) - std::exp(row[i]) * weight[n] * total[n]
                  : compute_type(0);
     }
   }
@@ -117,11 +149,13 @@ __global__ void __launch_bounds__(kSampleThreads)
     sample.normalise(first + threadIdx.x / lanes);
   }
   __syncthreads();
-  const int64_t at = (a.first + blockIdx.x) * a.size.classes;
+  const int64_t number = a.first + blockIdx.x, at = number * a.size.classes;
   if (a.grad == nullptr) {
-    sample.mix(a.out + at);
+    const compute_type log_mass = sample.log_mass();
+    if (threadIdx.x == 0) a.log_mass[number] = log_mass;
+    sample.mix(a.out + at, log_mass);
   } else {
-    sample.backward(z, a.out + at, a.grad + at);
+    sample.backward(z, a.out + at, a.log_mass[number], a.grad + at);
   }
 }
 
@@ -148,6 +182,9 @@ __global__ void __launch_bounds__(kRowThreads)
     for (int j = 0; j < kCount; ++j) value[j] = pack.values[j] + offset[j];
   };
 
+  const compute_type none = -INFINITY;
+  // Of the clones before; all read it before the reduction, and one writes it after.
+  compute_type log_mass = a.clone > 0 || a.grad != nullptr ? a.log_mass[sample] : none;
   auto softmax = Softmax<compute_type>::none();
   for (int64_t i = threadIdx.x * kCount; i < classes; i += step) {
     compute_type value[kCount];
@@ -157,11 +194,16 @@ __global__ void __launch_bounds__(kRowThreads)
   softmax = block_reduce(softmax, Merge(), Softmax<compute_type>::none(), softmaxes);
   const compute_type largest = softmax.peak.value, log_sum = std::log(softmax.sum);
   const bool alive = is_alive(log_sum);
-  const compute_type none = -INFINITY;
-  const compute_type offset =
-      alive ? log_posterior_of<compute_type>(a.posterior, a.clone) - log_sum : none;
+  const compute_type posterior =
+      alive ? log_posterior_of<compute_type>(a.posterior, a.clone) : none;
+  const compute_type offset = posterior > none ? posterior - log_sum : none;
 
   if (a.grad == nullptr) {
+    log_mass = log_add(log_mass, posterior);
+    if (threadIdx.x == 0) a.log_mass[sample] = log_mass;
+    // Without any mass every class is at -inf already.
+    const bool normalise = a.clone + 1 == a.size.clones && log_mass > none;
+    const compute_type norm = normalise ? log_mass : compute_type(0);
     for (int64_t i = threadIdx.x * kCount; i < classes; i += step) {
       compute_type value[kCount], old[kCount];
       load(i, value);
@@ -170,11 +212,8 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
         // The largest is taken off before anything small is added: logits may be huge.
-        const compute_type added = alive ? offset + (value[j] - largest) : none;
-        const compute_type before = a.clone > 0 ? old[j] : none;
-        const compute_type high = fmax(before, added);
-        pack.values[j] =
-            high > none ? high + std::log(std::exp(before - high) + std::exp(added - high)) : none;
+        const compute_type added = offset > none ? offset + (value[j] - largest) : none;
+        pack.values[j] = log_add(a.clone > 0 ? old[j] : none, added) - norm;
       }
       store_some(out, i, classes, out_is_aligned, pack);
     }
@@ -191,7 +230,7 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       share[j] = offset > none && log_prob[j] > none && i + j < classes
-                     ? std::exp(offset + (value[j] - largest) - log_prob[j]) * upstream[j]
+                     ? share_of(offset + (value[j] - largest), log_mass, log_prob[j]) * upstream[j]
                      : compute_type(0);
     }
   };
