@@ -38,10 +38,11 @@ def load_rows(base_ptr, rows, num_rows, num_features, D_P: tl.constexpr):
 
 
 @triton.jit
-def softmax_of(z, peak, inverse):
-    """exp(z) over its sum, from the largest z and 1 over the sum of exp(z - largest)."""
-    # Logits are made anew by other tiles: huge ones may come out an ulp above the largest.
-    return tl.exp(tl.minimum(z - peak, 0.0)) * inverse
+def gradient_of(z, peak, inverse, hit):
+    """The gradient of -log p to the logits z from their largest and 1 over the sum of exp(z - largest); 0 where that is
+    0 and nothing is hit, whatever z is."""
+    # Logits are made anew by other tiles: huge ones may come out an ulp above the largest. NaN is not below it.
+    return tl.exp(tl.where(z < peak, z - peak, 0.0)) * inverse - tl.where(hit, 1.0, 0.0)
 
 
 @triton.jit(do_not_specialize=["num_samples", "tiles_per_split"])
@@ -118,6 +119,7 @@ def mixture_merge_kernel(
     score_ptr,
     mix_ptr,
     dead_ptr,
+    hit_ptr,
     softmax_ptr,
     joint_ptr,
     num_samples,
@@ -127,10 +129,13 @@ def mixture_merge_kernel(
     ignore_index,
     BLOCK: tl.constexpr,
 ):
-    """Joins the splits and the clones of a block of samples. softmax [N, 2, B]: a clone's largest logit, infinity where
-    nothing flows to it, and 1 over the sum of exp(z - largest); joint [N + 2, B]: a_n + logp_n, of all clones the
-    largest, 0 where all are dead, and 1 over the sum of exp(joint - largest). In one number, largest + log sum, a huge
-    largest would swallow the logarithm."""
+    """Joins the splits and the clones of a block of samples.
+
+    hit [B]: the target, -1 where it does not count. softmax [N, 2, B]: a clone's largest logit, and 1 over the sum of
+    exp(z - largest), 0 where nothing flows to it. joint [N + 2, B]: a_n + logp_n, of all clones the largest, 0 where
+    all are dead, and 1 over the sum of exp(joint - largest). In one number, largest + log sum, a huge largest would
+    swallow the logarithm.
+    """
     infinity = float("inf")
     samples = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = samples < num_samples
@@ -138,6 +143,7 @@ def mixture_merge_kernel(
     counted = mask & (target != ignore_index)
     # A target that is no class is impossible for every clone: the loss shows it.
     is_class = (target >= 0) & (target < num_classes)
+    tl.store(hit_ptr + samples, tl.where(counted & is_class, target, -1).to(tl.int32), mask=mask)
     top = tl.full([BLOCK], -infinity, tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
     for clone in range(num_clones):
@@ -172,8 +178,9 @@ def mixture_merge_kernel(
         joint = tl.where(alive & counted, joint, -infinity)
         tl.store(joint_ptr + cell, joint, mask=mask)
         softmax = softmax_ptr + clone * 2 * num_samples.to(tl.int64) + samples
-        tl.store(softmax, tl.where(alive & counted, peak, infinity), mask=mask)
-        tl.store(softmax + num_samples, 1.0 / total, mask=mask)
+        tl.store(softmax, peak, mask=mask)
+        inverse = tl.where(alive & counted, 1.0 / total, 0.0)
+        tl.store(softmax + num_samples, inverse, mask=mask)
         higher = tl.maximum(top, joint)
         shift = tl.where(higher > -infinity, higher, 0.0)
         mass = mass * tl.exp(top - shift) + tl.exp(joint - shift)
@@ -193,7 +200,7 @@ def clone_gradient_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
-    target_ptr,
+    hit_ptr,
     norm_ptr,
     softmax_ptr,
     dead_ptr,
@@ -229,15 +236,12 @@ def clone_gradient_kernel(
         samples = start + tl.arange(0, BLOCK_M)
         mask_m = samples < num_samples
         x = load_rows(x_ptr, samples, num_samples, num_features, D_P)
-        target = tl.load(target_ptr + samples, mask=mask_m, other=-1)
-        peak = tl.load(softmax_ptr + samples, mask=mask_m, other=float("inf"))
+        hit = tl.load(hit_ptr + samples, mask=mask_m, other=-1)
+        peak = tl.load(softmax_ptr + samples, mask=mask_m, other=0.0)
         inverse = tl.load(softmax_ptr + num_samples + samples, mask=mask_m, other=0.0)
         # The classes in rows: so G is the left factor of the next product as it stands.
         z = multiply(weight, tl.trans(x), TF32) + bias[:, None]
-        flows = mask_c[:, None] & (peak < float("inf"))[None, :]
-        g = softmax_of(z, peak[None, :], inverse[None, :])
-        g -= tl.where(c[:, None] == target[None, :], 1.0, 0.0)
-        g = tl.where(flows, g, 0.0)
+        g = gradient_of(z, peak[None, :], inverse[None, :], c[:, None] == hit[None, :])
         row_sum += tl.sum(g, 1)
         g = round_to(g, x.dtype)
         total += multiply(g, only_finite(x), TF32)
@@ -257,7 +261,7 @@ def features_gradient_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
-    target_ptr,
+    hit_ptr,
     norm_ptr,
     softmax_ptr,
     joint_ptr,
@@ -279,7 +283,7 @@ def features_gradient_kernel(
     mask_m = samples < num_samples
     split = tl.program_id(1)
     x = load_rows(x_ptr, samples, num_samples, num_features, D_P)
-    target = tl.load(target_ptr + samples, mask=mask_m, other=-1)
+    hit = tl.load(hit_ptr + samples, mask=mask_m, other=-1)
     mixture_ptr = joint_ptr + num_clones.to(tl.int64) * num_samples
     top = tl.load(mixture_ptr + samples, mask=mask_m, other=0.0)
     scale = tl.load(mixture_ptr + num_samples + samples, mask=mask_m, other=0.0)
@@ -293,7 +297,7 @@ def features_gradient_kernel(
         mask_c = c < num_classes
         cell = clone * num_samples + samples
         softmax = softmax_ptr + clone * 2 * num_samples + samples
-        peak = tl.load(softmax, mask=mask_m, other=float("inf"))
+        peak = tl.load(softmax, mask=mask_m, other=0.0)
         inverse = tl.load(softmax + num_samples, mask=mask_m, other=0.0)
         joint = tl.load(joint_ptr + cell, mask=mask_m, other=-float("inf"))
         weight = load_rows(
@@ -303,10 +307,9 @@ def features_gradient_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + clone * num_classes + c, mask=mask_c, other=0.0)
             z += widen(bias, tl.float32)[None, :]
-        flows = mask_c[None, :] & (peak < float("inf"))[:, None]
-        g = softmax_of(z, peak[:, None], inverse[:, None])
-        g -= tl.where(c[None, :] == target[:, None], 1.0, 0.0)
-        g = tl.where(flows, g * (tl.exp(joint - top) * scale)[:, None], 0.0)
+        g = gradient_of(z, peak[:, None], inverse[:, None], c[None, :] == hit[:, None])
+        # Beyond the last class the weights are 0.
+        g *= (tl.exp(joint - top) * scale)[:, None]
         total += multiply(round_to(g, weight.dtype), only_finite(weight), TF32)
     d = tl.arange(0, D_P)
     row = split * num_samples.to(tl.int64) + samples
@@ -332,7 +335,7 @@ def mixture_fused(loss: Loss) -> None:
         x, weight = (F.pad(tensor, (0, -width % 16)) for tensor in (x, weight))
     num_features = x.size(1)
     padded = max(triton.next_power_of_2(num_features), 16)
-    common = (x, weight, x if bias is None else bias, loss.target)
+    common = (x, weight, x if bias is None else bias)
     sizes = (num_samples, num_clones, num_classes, num_features)
     constants = {"TF32": tf32(x.dtype), "HAS_BIAS": bias is not None, "D_P": padded}
     constants["num_stages"] = 2
@@ -345,6 +348,7 @@ def mixture_fused(loss: Loss) -> None:
         mixture_statistics_kernel,
         (blocks, num_clones, splits),
         *common,
+        loss.target,
         part,
         place,
         *sizes,
@@ -354,6 +358,7 @@ def mixture_fused(loss: Loss) -> None:
         BLOCK_C=OWNED,
         **constants,
     )
+    hit = x.new_empty(num_samples, dtype=torch.int32)
     softmax = x.new_empty((num_clones, 2, num_samples), dtype=torch.float32)
     joint = x.new_empty((num_clones + 2, num_samples), dtype=torch.float32)
     launch(
@@ -364,6 +369,7 @@ def mixture_fused(loss: Loss) -> None:
         log_posterior,
         loss.target,
         *loss.statistics,
+        hit,
         softmax,
         joint,
         num_samples,
@@ -379,6 +385,7 @@ def mixture_fused(loss: Loss) -> None:
             clone_gradient_kernel,
             (triton.cdiv(num_classes, OWNED), num_clones),
             *common,
+            hit,
             loss.norm,
             softmax,
             loss.dead,
@@ -401,6 +408,7 @@ def mixture_fused(loss: Loss) -> None:
             features_gradient_kernel,
             (blocks, splits),
             *common,
+            hit,
             loss.norm,
             softmax,
             joint,

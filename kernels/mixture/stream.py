@@ -300,7 +300,7 @@ def log_add(a, b):
     return shift + tl.log(tl.exp(a - shift) + tl.exp(b - shift))
 
 
-@triton.jit(do_not_specialize=["clone"])
+@triton.jit(do_not_specialize=["clone", "num_clones"])
 def log_prob_row_kernel(
     z_ptr,
     bias_ptr,
@@ -308,9 +308,9 @@ def log_prob_row_kernel(
     out_ptr,
     mass_ptr,
     clone,
+    num_clones,
     num_classes,
     FIRST: tl.constexpr,
-    LAST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     LOWEST: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -331,6 +331,8 @@ def log_prob_row_kernel(
     if not FIRST:
         mass = log_add(tl.load(mass_ptr + sample), a)
     tl.store(mass_ptr + sample, mass)
+    # Without any mass every class is at -inf already.
+    norm = tl.where((clone == num_clones - 1) & (mass > -infinity), mass, 0.0)
     a -= tl.log(total)
     for base in range(0, num_classes, BLOCK):
         z, _, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
@@ -338,10 +340,7 @@ def log_prob_row_kernel(
         value = a + (z - largest)
         if not FIRST:
             value = log_add(tl.load(out_ptr + offs, mask=mask, other=0.0), value)
-        if LAST:
-            # Without any mass every class is at -inf already.
-            value -= tl.where(mass > -infinity, mass, 0.0)
-        tl.store(out_ptr + offs, value, mask=mask)
+        tl.store(out_ptr + offs, value - norm, mask=mask)
 
 
 @triton.jit(do_not_specialize=["clone", "first_sample", "num_samples"])
@@ -373,14 +372,13 @@ def log_prob_backward_row_kernel(
     largest, _best, total, alive = row_statistics(
         z_ptr, bias_ptr, num_classes, HAS_BIAS, LOWEST, ACC, BLOCK
     )
-    a = tl.load(log_posterior_ptr + clone).to(ACC) - tl.log(total)
-    log_mass = tl.load(mass_ptr + sample)
+    a = tl.load(log_posterior_ptr + clone).to(ACC) - tl.load(mass_ptr + sample) - tl.log(total)
     weighted_sum = tl.zeros([BLOCK], ACC)
     for base in range(0, num_classes, BLOCK):
         z, _, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
         out = tl.load(out_ptr + offs, mask=mask, other=-infinity)
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
-        share = share_of(a + (z - largest), log_mass, tl.where(out > -infinity, out, 0.0))
+        share = share_of(a + (z - largest), tl.where(out > -infinity, out, 0.0))
         weighted_sum += tl.where(out > -infinity, share * grad, 0.0)
     row_sum = tl.sum(weighted_sum, 0)
     for base in range(0, num_classes, BLOCK):
@@ -388,7 +386,7 @@ def log_prob_backward_row_kernel(
         out = tl.load(out_ptr + offs, mask=mask, other=-infinity)
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
         # Where a class has no probability the gradient is cut, as is the way to a dead clone.
-        share = share_of(a + (z - largest), log_mass, tl.where(out > -infinity, out, 0.0))
+        share = share_of(a + (z - largest), tl.where(out > -infinity, out, 0.0))
         dz = tl.where(out > -infinity, share * grad, 0.0) - tl.exp(z - largest) / total * row_sum
         tl.store(z_ptr + offs, tl.where(alive, dz, 0.0), mask=mask)
     one = tl.full([], 1.0, ACC)

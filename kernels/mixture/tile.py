@@ -29,10 +29,10 @@ def load_tile(z_ptr, bias_ptr, num_clones, num_classes, HAS_BIAS, N_P, C_P, ACC)
 
 
 @triton.jit
-def share_of(joint, log_mass, log_prob):
+def share_of(joint, log_prob):
     """A clone's share in the probability of a class, of logarithm `log_prob`: at most 1, however large the numbers are
-    whose rounding may say otherwise; in the forward's order, so that both round alike."""
-    return tl.exp(tl.minimum((joint - log_mass) - log_prob, 0.0))
+    whose rounding may say otherwise."""
+    return tl.exp(tl.minimum(joint - log_prob, 0.0))
 
 
 @triton.jit(do_not_specialize=["first_sample", "num_samples", "ignore_index"])
@@ -251,15 +251,14 @@ def log_prob_tile_kernel(
     if BACKWARD:
         e = tl.exp(z)
         total = tl.where(n < num_clones, tl.sum(e, 1), 1.0)
-        log_mass = tl.load(mass_ptr + sample)
+        a -= tl.load(mass_ptr + sample) + tl.log(total)
         out = tl.load(out_ptr + sample * num_classes + c, mask=c < num_classes, other=-infinity)
         grad = tl.load(grad_ptr + sample * num_classes + c, mask=c < num_classes, other=0.0)
         possible = out > -infinity
-        joint = (a - tl.log(total))[:, None] + z
-        weighted = share_of(joint, log_mass, tl.where(possible, out, 0.0)[None, :]) * grad[None, :]
+        share = share_of(a[:, None] + z, tl.where(possible, out, 0.0)[None, :])
         # Where a class has no probability the gradient is cut, as is the way to a dead clone.
         flows = mask & possible[None, :] & (alive != 0)[:, None]
-        weighted = tl.where(flows, weighted, 0.0)
+        weighted = tl.where(flows, share * grad[None, :], 0.0)
         dz = weighted - e / total[:, None] * tl.sum(weighted, 1)[:, None]
         tl.store(z_ptr + offs, dz, mask=mask)
     else:
@@ -269,7 +268,7 @@ def log_prob_tile_kernel(
         log_mass = most + tl.log(tl.where(most > -infinity, mass, 1.0))
         tl.store(mass_ptr + sample, log_mass)
         a -= tl.log(tl.where(n < num_clones, tl.sum(tl.exp(z), 1), 1.0))
-        joint = a[:, None] + tl.where(mask, z, -infinity)
+        joint = a[:, None] + z
         peak = tl.max(joint, 0)
         possible = peak > -infinity
         shift = tl.where(possible, peak, 0.0)

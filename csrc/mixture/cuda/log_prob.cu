@@ -28,9 +28,8 @@ __device__ T log_add(T a, T b) {
 // A clone's share in the probability of a class, of logarithm `log_prob`: at most 1, however large
 // the numbers are whose rounding may say otherwise.
 template <class T>
-__device__ T share_of(T joint, T log_mass, T log_prob) {
-  // In the order of the forward, so that both round alike.
-  return std::exp(fmin((joint - log_mass) - log_prob, T(0)));
+__device__ T share_of(T joint, T log_prob) {
+  return std::exp(fmin(joint - log_prob, T(0)));
 }
 
 // All clones of a sample by a block.
@@ -40,8 +39,8 @@ struct LogProbSample {
 
   const LogProbArguments<scalar_t>& a;
   const int clones, classes, logits, lanes;
-  compute_type* offset;  // [N]: a_n - log sum exp(z - max), -inf for the dead
-  compute_type* weight;  // [N]: 1 / sum, then sum_c w grad
+  compute_type* offset;  // [N]: a_n - log sum exp(z - max), backward less log_mass; -inf: dead
+  compute_type* weight;  // [N]: forward a_n, -inf for the dead; backward 1 / sum, sum_c w grad
   compute_type* row;     // [N C]: z - max
 
   __device__ void load(const compute_type* z) const {
@@ -66,22 +65,30 @@ struct LogProbSample {
     sum = lanes_reduce(sum, lanes, Sum());
     if (lane != 0 || clone >= clones) return;
     const compute_type log_sum = std::log(sum);
-    offset[clone] = is_alive(log_sum) ? log_posterior_of<compute_type>(a.posterior, clone) - log_sum
-                                      : compute_type(-INFINITY);
-    weight[clone] = is_alive(log_sum) ? 1 / sum : compute_type(0);
+    const bool alive = is_alive(log_sum);
+    const compute_type posterior =
+        alive ? log_posterior_of<compute_type>(a.posterior, clone) : compute_type(-INFINITY);
+    if (a.grad == nullptr) {
+      offset[clone] = alive ? posterior - log_sum : posterior;
+      weight[clone] = posterior;
+    } else {
+      const compute_type log_mass = a.log_mass[a.first + blockIdx.x];
+      // The mass is 0 where no clone has any.
+      offset[clone] =
+          posterior > compute_type(-INFINITY) ? posterior - log_mass - log_sum : posterior;
+      weight[clone] = alive ? 1 / sum : compute_type(0);
+    }
   }
 
   // log sum e^a over the living clones, -inf without any; by every warp for itself.
   __device__ compute_type log_mass() const {
-    compute_type sum = 0, peak = -INFINITY;
-    const auto posterior = [&](int n) {
-      return offset[n] > compute_type(-INFINITY) ? log_posterior_of<compute_type>(a.posterior, n)
-                                                 : compute_type(-INFINITY);
-    };
-    for (int n = threadIdx.x % kWarp; n < clones; n += kWarp) peak = fmax(peak, posterior(n));
+    compute_type peak = -INFINITY, sum = 0;
+    for (int n = threadIdx.x % kWarp; n < clones; n += kWarp) peak = fmax(peak, weight[n]);
     peak = warp_reduce(peak, Max());
-    if (!(peak > compute_type(-INFINITY))) return peak;
-    for (int n = threadIdx.x % kWarp; n < clones; n += kWarp) sum += std::exp(posterior(n) - peak);
+    const bool possible = peak > compute_type(-INFINITY);
+    for (int n = threadIdx.x % kWarp; n < clones; n += kWarp) {
+      sum += possible ? std::exp(weight[n] - peak) : compute_type(1);
+    }
     return peak + std::log(warp_reduce(sum, Sum()));
   }
 
@@ -101,15 +108,15 @@ struct LogProbSample {
     }
   }
 
-  __device__ compute_type share(int n, int c, const compute_type* out, compute_type log_mass,
+  __device__ compute_type share(int n, int c, const compute_type* out,
                                 const compute_type* grad) const {
     // Where a class has no probability the gradient is cut.
     return out[c] > compute_type(-INFINITY)
-               ? share_of(offset[n] + row[n * classes + c], log_mass, out[c]) * grad[c]
+               ? share_of(offset[n] + row[n * classes + c], out[c]) * grad[c]
                : compute_type(0);
   }
 
-  __device__ void backward(compute_type* z, const compute_type* out, compute_type log_mass,
+  __device__ void backward(compute_type* z, const compute_type* out,
                            const compute_type* grad) const {
     const int lane = threadIdx.x % lanes, groups = blockDim.x / lanes;
     compute_type* total = weight + clones;
@@ -118,8 +125,7 @@ struct LogProbSample {
       // A clone without mass or alive nowhere has no share, and no gradient.
       const bool flows = clone < clones && offset[clone] > compute_type(-INFINITY);
       compute_type sum = 0;
-      for (int c = lane; c < (flows ? classes : 0); c += lanes)
-        sum += share(clone, c, out, log_mass, grad);
+      for (int c = lane; c < (flows ? classes : 0); c += lanes) sum += share(clone, c, out, grad);
       sum = lanes_reduce(sum, lanes, Sum());
       if (lane == 0 && clone < clones) total[clone] = sum;
     }
@@ -127,7 +133,7 @@ struct LogProbSample {
     for (int i = threadIdx.x; i < logits; i += blockDim.x) {
       const int n = i / classes, c = i - n * classes;
       z[i] = offset[n] > compute_type(-INFINITY)
-                 ? share(n, c, out, log_mass, grad) - std::exp(row[i]) * weight[n] * total[n]
+                 ? share(n, c, out, grad) - std::exp(row[i]) * weight[n] * total[n]
                  : compute_type(0);
     }
   }
@@ -155,7 +161,7 @@ __global__ void __launch_bounds__(kSampleThreads)
     if (threadIdx.x == 0) a.log_mass[number] = log_mass;
     sample.mix(a.out + at, log_mass);
   } else {
-    sample.backward(z, a.out + at, a.log_mass[number], a.grad + at);
+    sample.backward(z, a.out + at, a.grad + at);
   }
 }
 
@@ -184,7 +190,7 @@ __global__ void __launch_bounds__(kRowThreads)
 
   const compute_type none = -INFINITY;
   // Of the clones before; all read it before the reduction, and one writes it after.
-  compute_type log_mass = a.clone > 0 || a.grad != nullptr ? a.log_mass[sample] : none;
+  const compute_type mass_before = a.clone > 0 && a.grad == nullptr ? a.log_mass[sample] : none;
   auto softmax = Softmax<compute_type>::none();
   for (int64_t i = threadIdx.x * kCount; i < classes; i += step) {
     compute_type value[kCount];
@@ -196,10 +202,10 @@ __global__ void __launch_bounds__(kRowThreads)
   const bool alive = is_alive(log_sum);
   const compute_type posterior =
       alive ? log_posterior_of<compute_type>(a.posterior, a.clone) : none;
-  const compute_type offset = posterior > none ? posterior - log_sum : none;
 
   if (a.grad == nullptr) {
-    log_mass = log_add(log_mass, posterior);
+    const compute_type offset = alive ? posterior - log_sum : none;
+    const compute_type log_mass = log_add(mass_before, posterior);
     if (threadIdx.x == 0) a.log_mass[sample] = log_mass;
     // Without any mass every class is at -inf already.
     const bool normalise = a.clone + 1 == a.size.clones && log_mass > none;
@@ -212,7 +218,7 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
         // The largest is taken off before anything small is added: logits may be huge.
-        const compute_type added = offset > none ? offset + (value[j] - largest) : none;
+        const compute_type added = alive ? offset + (value[j] - largest) : none;
         pack.values[j] = log_add(a.clone > 0 ? old[j] : none, added) - norm;
       }
       store_some(out, i, classes, out_is_aligned, pack);
@@ -220,6 +226,7 @@ __global__ void __launch_bounds__(kRowThreads)
     return;
   }
 
+  const compute_type offset = posterior > none ? posterior - a.log_mass[sample] - log_sum : none;
   const compute_type* grad = a.grad + sample * classes;
   const bool grad_is_aligned = is_aligned<compute_type, kCount>(grad);
   // What w and grad give, 0 where a class has no probability or the clone no share.
@@ -230,7 +237,7 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       share[j] = offset > none && log_prob[j] > none && i + j < classes
-                     ? share_of(offset + (value[j] - largest), log_mass, log_prob[j]) * upstream[j]
+                     ? share_of(offset + (value[j] - largest), log_prob[j]) * upstream[j]
                      : compute_type(0);
     }
   };
