@@ -300,7 +300,7 @@ def log_add(a, b):
     return shift + tl.log(tl.exp(a - shift) + tl.exp(b - shift))
 
 
-@triton.jit(do_not_specialize=["clone", "num_clones"])
+@triton.jit(do_not_specialize=["clone", "first_sample", "num_clones"])
 def log_prob_row_kernel(
     z_ptr,
     bias_ptr,
@@ -308,6 +308,7 @@ def log_prob_row_kernel(
     out_ptr,
     mass_ptr,
     clone,
+    first_sample,
     num_clones,
     num_classes,
     FIRST: tl.constexpr,
@@ -316,12 +317,13 @@ def log_prob_row_kernel(
     BLOCK: tl.constexpr,
 ):
     """out = log(exp(out) + exp(a_n + logp_n)) for one sample, mass = log(exp(mass) + exp(a_n)) if the clone is alive
-    for it; the last clone's out is normalised by the mass. out and mass hold the chunk."""
+    for it; the last clone's out is normalised by the mass. out holds the chunk, mass the batch."""
     ACC: tl.constexpr = z_ptr.dtype.element_ty
     infinity = float("inf")
     sample = tl.program_id(0).to(tl.int64)
     z_ptr += sample * num_classes
     out_ptr += sample * num_classes
+    mass_ptr += first_sample + sample
     bias_ptr += clone.to(tl.int64) * num_classes
     largest, _best, total, alive = row_statistics(
         z_ptr, bias_ptr, num_classes, HAS_BIAS, LOWEST, ACC, BLOCK
@@ -329,8 +331,8 @@ def log_prob_row_kernel(
     a = tl.where(alive, tl.load(log_posterior_ptr + clone).to(ACC), -infinity)
     mass = a
     if not FIRST:
-        mass = log_add(tl.load(mass_ptr + sample), a)
-    tl.store(mass_ptr + sample, mass)
+        mass = log_add(tl.load(mass_ptr), a)
+    tl.store(mass_ptr, mass)
     # Without any mass every class is at -inf already.
     norm = tl.where((clone == num_clones - 1) & (mass > -infinity), mass, 0.0)
     a -= tl.log(total)

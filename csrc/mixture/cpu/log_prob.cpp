@@ -27,8 +27,7 @@ class LogProb {
         blocks_(ceil_div(size.classes, kBlockRows)),
         ld_(lanes(memory_budget, backward)),
         z_(size.clones * size.classes * ld_),
-        block_(size.clones * blocks_ * ld_ * 3),
-        share_sum_(size.clones * ld_),
+        block_(size.clones * (3 * blocks_ + 1) * ld_),
         mass_(ld_),
         health_(size.clones),
         finite_weight_(static_cast<const T*>(weight_.const_data_ptr()), size.clones,
@@ -108,7 +107,7 @@ class LogProb {
   // mixture: -inf where it is dead.
   T* log_scale(int64_t n, int64_t block) { return block_value(n, block, 0); }
   T* offset(int64_t n, int64_t block) { return block_value(n, block, 1); }
-  T* share_sum(int64_t n) { return share_sum_.data() + n * ld_; }
+  T* share_sum(int64_t n) { return block_.data() + (3 * size_.clones * blocks_ + n) * ld_; }
   const T* x() const { return static_cast<const T*>(x_.const_data_ptr()); }
   const T* weight() const { return static_cast<const T*>(weight_.const_data_ptr()); }
   int64_t row_of(int64_t n, int64_t block) const { return n * size_.classes + block * kBlockRows; }
@@ -161,8 +160,8 @@ class LogProb {
     double sum = 0;
     for (int64_t k = 0; k < blocks_; ++k) max = std::max(max, block_value(n, k, 0)[lane]);
     for (int64_t k = 0; k < blocks_; ++k) {
-      sum += block_value(n, k, 1)[lane] *
-             std::exp(static_cast<double>(block_value(n, k, 0)[lane]) - max);
+      const double lag = static_cast<double>(block_value(n, k, 0)[lane]) - max;
+      sum += block_value(n, k, 1)[lane] * (lag == 0 ? 1 : std::exp(lag));
     }
     const double log_sum = std::log(sum);
     const bool alive = is_sample && is_alive(log_sum);
@@ -236,9 +235,9 @@ class LogProb {
   std::vector<double> log_posterior_;  // normalised; `whole_` is what was taken off
   double whole_;
   int64_t blocks_, ld_;
-  Buffer<T> z_;               // [N C][ld]
-  Buffer<T> block_;           // [N][blocks][log_scale, offset, sum of shares][ld]
-  Buffer<T> share_sum_;       // [N][ld]
+  Buffer<T> z_;  // [N C][ld]
+  // [N][blocks][log_scale, offset, sum of shares][ld], then the clones' sums of shares [N][ld]
+  Buffer<T> block_;
   std::vector<double> mass_;  // [ld]: log of the normalised posterior's mass on the living clones
   std::vector<CloneHealth> health_;
   FiniteWeight<T> finite_weight_;
