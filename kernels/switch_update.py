@@ -18,10 +18,13 @@ def update_state(logw_ptr, log_posterior_ptr, t_ptr, evidence, clones, num_clone
     mask = clones < num_clones
     infinity = float("inf")
     evidence = tl.where(evidence < infinity, evidence, -infinity)
-    informative = tl.max((evidence > -infinity).to(tl.int32), 0) > 0
+    # What all clones have in common cancels; beside 1e12 of it the weights would lose their digits.
+    best = tl.max(evidence, 0)
+    evidence -= tl.where(best > -infinity, best, 0.0)
     unstable = tl.load(logw_ptr + clones, mask=mask, other=-infinity) + evidence
     stable = tl.load(logw_ptr + num_clones + clones, mask=mask, other=-infinity) + evidence
     largest = tl.maximum(tl.max(unstable, 0), tl.max(stable, 0))
+    informative = largest > -infinity
     unstable = tl.exp(unstable - largest)
     stable = tl.exp(stable - largest)
 
@@ -31,7 +34,7 @@ def update_state(logw_ptr, log_posterior_ptr, t_ptr, evidence, clones, num_clone
     unstable = unstable * (t.to(tl.float64) / observations) + tl.full([], theta, tl.float64) * share
     stable = stable + tl.full([], rest, tl.float64) * share
     total = tl.sum(tl.where(mask, unstable + stable, 0.0), 0)
-    # None of them where every clone is dead: the state stays.
+    # None of them where every clone with mass is dead: the state stays.
     write = clones < tl.where(informative, num_clones, 0)
     tl.store(logw_ptr + clones, tl.log(unstable / total), mask=write)
     tl.store(logw_ptr + num_clones + clones, tl.log(stable / total), mask=write)

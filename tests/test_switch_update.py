@@ -2,7 +2,7 @@
 
 - One step by hand; the posterior against a direct enumeration of the Bayesian mixture over all
   switching sequences; 500 steps against the float64 reference, with clones at -inf.
-- What must leave the state alone, what counts as -inf, extreme evidence, one clone.
+- What must leave the state alone, what counts as -inf, extreme evidence (up to the largest numbers), one clone.
 - opcheck, torch.compile, messages; nothing is written when a check fails.
 """
 
@@ -169,6 +169,65 @@ def test_gaps_of_hundreds_of_nats_and_a_common_offset(backend, device, offset):
     for one, two in zip(current, plain):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
     assert current[0].isfinite().all()
+
+
+# What the log-likelihoods have in common, and how far below the best ones the clones are.
+HUGE = {
+    "1e10": (-1e10, (0, 1, 2)),
+    "1e12": (-1e12, (0, 0.5, 3)),
+    "1e15": (1e15, (1, 0, 4)),
+    "1e18": (-1e18, (0, 0, 256)),
+    "1e100": (1e100, (0, 0, 0)),
+    "1e300": (-1e300, (0, 0, 0)),
+    "mixed": (0.0, (1e10, 2, 0)),
+    "mixed, 1e300": (-2.0, (0, 1e300, 1e12)),
+    "opposite, 1e308": (0.0, (1.7e308, -1.7e308, -1.7e308)),
+    "a dead one": (-1e14, (INF, 0, 2)),
+    "float32's largest": (-3e38, (0, 0, 0)),
+}
+
+
+def expected_update(logw, t, lags, theta):
+    """The masses after one step, from log-likelihoods relative to the best: no cancellation."""
+    lags = torch.tensor(lags, dtype=torch.float64)
+    mass = logw.exp() * torch.exp(lags.min() - lags)
+    pool = mass[0].sum() / (t + 1) / len(lags)
+    mass = torch.stack([mass[0] * t / (t + 1) + theta * pool, mass[1] + (1 - theta) * pool])
+    return mass / mass.sum()
+
+
+@pytest.mark.sanitized(name=["1e12", "mixed, 1e300", "a dead one"])
+@pytest.mark.parametrize("name", HUGE)
+def test_the_posterior_stays_normalised_for_huge_log_likelihoods(backend, device, name):
+    common, lags = HUGE[name]
+    current = state(3, device=device)
+    likelihood = torch.tensor([common - lag for lag in lags], dtype=torch.float64, device=device)
+    # What of the lags is left in float64.
+    lags = [common - value for value in likelihood.tolist()]
+    for step in range(3):
+        expected = expected_update(current[0].cpu(), 1 + step, lags, 0.999)
+        if name == "float32's largest":
+            likelihood = likelihood.float()
+        switch_update_(*current, likelihood, impl=backend)
+        mass = current[0].cpu().exp()
+        torch.testing.assert_close(mass, expected, rtol=1e-12, atol=1e-300)
+        torch.testing.assert_close(current[1].cpu().exp(), expected.sum(0), rtol=1e-12, atol=1e-300)
+        assert abs(current[1].exp().sum().item() - 1) < 1e-12
+    running, stats = (torch.zeros(3, 3, dtype=torch.float64, device=device) for _ in range(2))
+    stats[0] = -likelihood.double()
+    stats[2] = 1
+    expected = expected_update(current[0].cpu(), 4, lags, 0.999)
+    switch_observe_(*current, running, stats, impl=backend)
+    torch.testing.assert_close(current[0].cpu().exp(), expected, rtol=1e-12, atol=1e-300)
+
+
+def test_nothing_is_learned_of_clones_without_mass(backend, device):
+    logw = torch.tensor([[0.0, -INF], [-1.0, -INF]], dtype=torch.float64, device=device)
+    current = [logw - logw.flatten().logsumexp(0), logw.logsumexp(0), torch.tensor(5).to(device)]
+    before = [t.clone() for t in current]
+    likelihood = torch.tensor([-INF, -1.0], dtype=torch.float64, device=device)
+    switch_update_(*current, likelihood, impl=backend)
+    assert all(torch.equal(one, two) for one, two in zip(before, current))
 
 
 @pytest.mark.sanitized

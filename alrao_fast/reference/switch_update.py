@@ -31,14 +31,19 @@ def switch_update_(
 ) -> None:
     """Update `logw [2, N]`, `log_posterior [N]` and `t` in place by one observation, `log_likelihood [N]`.
 
-    A log-likelihood that is NaN or +inf counts as -inf (a clone that diverged). If all are -inf the observation says
-    nothing and the state stays as it was.
+    A log-likelihood that is NaN or +inf counts as -inf (a clone that diverged). If all clones with mass are at -inf the
+    observation says nothing and the state stays as it was.
     """
     num_clones = logw.size(1)
     evidence = log_likelihood.to(logw.dtype)
     evidence = torch.where(evidence < math.inf, evidence, -math.inf)
 
+    # What all clones have in common cancels; beside 1e12 of it the weights would lose their digits.
+    largest = evidence.max()
+    evidence = evidence - torch.where(largest > -math.inf, largest, 0)
+
     new = logw + evidence
+    informative = (new > -math.inf).any()
     pi = 1 / (t.to(logw.dtype) + 1)
     pool = torch.logsumexp(new[0], dim=0) + pi.log() - math.log(num_clones)
     unstable = torch.logaddexp(new[0] + torch.log1p(-pi), math.log(theta) + pool)
@@ -46,7 +51,6 @@ def switch_update_(
     new = torch.stack([unstable, stable])
     new = new - torch.logsumexp(new.flatten(), dim=0)
 
-    informative = (evidence > -math.inf).any()
     logw.copy_(torch.where(informative, new, logw))
     log_posterior.copy_(
         torch.where(informative, torch.logsumexp(new, dim=0), log_posterior.to(new.dtype))

@@ -1,8 +1,9 @@
 // One clone's part in an update of the switch posterior. All in double.
 //
-// The masses of one step are taken relative to the largest, exp(logw + l - max), so that nothing
-// overflows and a clone at -inf is an ordinary zero. What underflows is below the share that every
-// clone gets back from the pool.
+// A constant that all log-likelihoods have in common cancels, so the largest is taken off them
+// before anything else: beside 1e12 of it logw would lose its digits. The masses of one step are
+// taken relative to the largest, exp(logw + l - max), so that nothing overflows and a clone at -inf
+// is an ordinary zero. What underflows is below the share that every clone gets back from the pool.
 #pragma once
 
 #include <cmath>
@@ -29,9 +30,14 @@ ALRAO_HOST_DEVICE static inline double switch_observed(double nll_sum, double co
   return mean ? average : average * count;
 }
 
-// The mass of one hypothesis after the observation, `reference` being the largest logw + evidence.
-ALRAO_HOST_DEVICE static inline double switch_mass(double logw, double evidence, double reference) {
-  return exp(logw + evidence - reference);
+// The evidence for a clone beside the largest of all, 0 at most; -inf if all are.
+ALRAO_HOST_DEVICE static inline double switch_lag(double evidence, double largest) {
+  return evidence > -INFINITY ? evidence - largest : -INFINITY;
+}
+
+// The mass of one hypothesis after the observation, `reference` being the largest logw + lag.
+ALRAO_HOST_DEVICE static inline double switch_mass(double logw, double lag, double reference) {
+  return exp(logw + lag - reference);
 }
 
 // What each clone receives from the pool: the instability 1 / (t + 1) of the unstable mass, divided

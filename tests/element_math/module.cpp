@@ -178,8 +178,11 @@ PYBIND11_MODULE(ELEMENT_MATH, m) {
   m.def("switch_observed", py::vectorize([](double nll_sum, double count, bool mean) {
           return switch_observed(nll_sum, count, mean);
         }));
-  m.def("switch_mass", py::vectorize([](double logw, double evidence, double reference) {
-          return switch_mass(logw, evidence, reference);
+  m.def("switch_lag", py::vectorize([](double evidence, double largest) {
+          return switch_lag(evidence, largest);
+        }));
+  m.def("switch_mass", py::vectorize([](double logw, double lag, double reference) {
+          return switch_mass(logw, lag, reference);
         }));
   m.def("switch_share", &switch_share);
   m.def("switch_redistribute", [](const Array<double>& unstable, const Array<double>& stable,

@@ -18,12 +18,16 @@ void update(double* logw, double* log_posterior, int64_t* t, std::vector<double>
   const int64_t n = static_cast<int64_t>(evidence.size());
   double* unstable_logw = logw;
   double* stable_logw = logw + n;
-  double reference = -INFINITY;
+  double largest = -INFINITY, reference = -INFINITY;
+  for (double& l : evidence) {
+    l = switch_evidence(l);
+    largest = std::max(largest, l);
+  }
   for (int64_t i = 0; i < n; ++i) {
-    evidence[i] = switch_evidence(evidence[i]);
+    evidence[i] = switch_lag(evidence[i], largest);
     reference = std::max(reference, evidence[i] + std::max(unstable_logw[i], stable_logw[i]));
   }
-  // Every clone is at -inf: the observation says nothing.
+  // Every clone with mass is at -inf: the observation says nothing.
   if (reference == -INFINITY) return;
 
   std::vector<SwitchMass> mass(n);

@@ -18,20 +18,26 @@ __device__ void update_switch(const SwitchState& state, LogLikelihood log_likeli
   double* stable_logw = state.logw + num_clones;
   const int64_t step = *state.t;
 
-  double reference = -INFINITY;
+  double largest = -INFINITY, reference = -INFINITY;
   for (int64_t i = threadIdx.x; i < num_clones; i += blockDim.x) {
-    const double evidence = switch_evidence(log_likelihood(i));
-    reference = fmax(reference, evidence + fmax(unstable_logw[i], stable_logw[i]));
+    largest = fmax(largest, switch_evidence(log_likelihood(i)));
+  }
+  largest = block_reduce(largest, Max(), -INFINITY, scratch);
+  const auto lag_of = [&](int64_t i) {
+    return switch_lag(switch_evidence(log_likelihood(i)), largest);
+  };
+  for (int64_t i = threadIdx.x; i < num_clones; i += blockDim.x) {
+    reference = fmax(reference, lag_of(i) + fmax(unstable_logw[i], stable_logw[i]));
   }
   reference = block_reduce(reference, Max(), -INFINITY, scratch);
-  // Every clone is at -inf: the observation says nothing.
+  // Every clone with mass is at -inf: the observation says nothing.
   if (reference == -INFINITY) return;
 
   double unstable = 0, stable = 0;
   for (int64_t i = threadIdx.x; i < num_clones; i += blockDim.x) {
-    const double evidence = switch_evidence(log_likelihood(i));
-    unstable += switch_mass(unstable_logw[i], evidence, reference);
-    stable += switch_mass(stable_logw[i], evidence, reference);
+    const double lag = lag_of(i);
+    unstable += switch_mass(unstable_logw[i], lag, reference);
+    stable += switch_mass(stable_logw[i], lag, reference);
   }
   unstable = block_reduce(unstable, Sum(), 0.0, scratch);
   stable = block_reduce(stable, Sum(), 0.0, scratch);
@@ -42,9 +48,9 @@ __device__ void update_switch(const SwitchState& state, LogLikelihood log_likeli
   const double total = sums.unstable + sums.stable;
 
   for (int64_t i = threadIdx.x; i < num_clones; i += blockDim.x) {
-    const double evidence = switch_evidence(log_likelihood(i));
-    const SwitchMass mass = switch_redistribute({switch_mass(unstable_logw[i], evidence, reference),
-                                                 switch_mass(stable_logw[i], evidence, reference)},
+    const double lag = lag_of(i);
+    const SwitchMass mass = switch_redistribute({switch_mass(unstable_logw[i], lag, reference),
+                                                 switch_mass(stable_logw[i], lag, reference)},
                                                 share, step, state.theta);
     unstable_logw[i] = log(mass.unstable / total);
     stable_logw[i] = log(mass.stable / total);
