@@ -338,7 +338,7 @@ def huge_losses() -> None:
             for k in range(3):
                 seen = [-size * (1 + 0.5 * ((n + k) % 4)) for n in range(4)]
                 with alrao.use_backend(backend):
-                    switch.update(torch.tensor(seen).double())
+                    switch.update(torch.tensor(seen, dtype=torch.float64))
                 state.update(seen)
             total = float(switch.posterior().sum())
             assert abs(total - 1) < 1e-9, (
