@@ -17,7 +17,7 @@ from alrao_fast import backends
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Slack over the reference's own error, in units of the largest true magnitude: a few roundings of that dtype.
-_SLACK = {
+SLACK = {
     torch.float64: 1e-13,
     torch.float32: 4e-6,
     torch.bfloat16: 1.6e-2,
@@ -48,7 +48,7 @@ def assert_within_budget(
 ) -> None:
     """Fail unless `actual` is as near to the float64 `truth` as `reference`, of the same dtype, plus a small slack."""
     if slack is None:
-        slack = _SLACK[actual.dtype]
+        slack = SLACK[actual.dtype]
     error, own = relative_error(actual, truth), relative_error(reference, truth)
     if not error <= 1.5 * own + slack:
         raise AssertionError(

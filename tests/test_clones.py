@@ -182,6 +182,20 @@ def test_any_criterion_with_a_bad_sample():
     assert_same(state(head.switch), before)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_losses_whose_sum_overflows(reduction):
+    head = classifier(reduction=reduction)
+    x, _ = batch(3)
+    size = torch.tensor(2e38)
+    loss = head.clone_loss(x, lambda out: size + out.sum(-1))
+    torch.testing.assert_close(loss.item(), 2e38 if reduction == "mean" else math.inf)
+    loss.backward()
+    weight = 1 if reduction == "mean" else 3
+    torch.testing.assert_close(head.weight.grad, x.detach().mean(0).expand(N, C, D) * weight)
+    assert x.grad.isfinite().all()
+    torch.testing.assert_close(head.switch.posterior(), torch.full((N,), 1 / N).double())
+
+
 def test_criterion_that_reduces_is_refused():
     x, _ = batch(4)
     with pytest.raises(
@@ -345,6 +359,18 @@ def test_dead_clone_is_as_if_it_had_no_weight(backend, make, poison):
     assert posterior.argmin() == 1
     metrics = net[2].clone_metrics()
     assert metrics["loss"].isinf().tolist() == [False, True, False]
+
+
+def test_probabilities_sum_to_1_whichever_clones_are_dead(backend):
+    head = classifier()
+    x, y = batch(6)
+    for n in range(N):
+        head(x, y)
+        probabilities = head.eval()(x).exp()
+        torch.testing.assert_close(probabilities.sum(1), torch.ones(6))
+        with torch.no_grad():
+            head.train().weight[n] = math.nan
+    assert head.eval()(x).tolist() == [[-math.inf] * C] * 6
 
 
 @pytest.mark.parametrize("make", [classifier, regressor])

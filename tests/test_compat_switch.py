@@ -44,6 +44,26 @@ def test_a_diverged_layer_harms_nobody_else(layer, backend):
         assert net(x).isfinite().all()
 
 
+@pytest.mark.parametrize("layer", [alrao.LinearClassifier, Deep])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_the_average_keeps_the_mass_of_a_diverged_layer(layer, backend):
+    x, _ = batch()
+    with backends.use_backend(backend):
+        net = model(layer)
+        net.switch.logposterior.copy_(torch.tensor([0.4, 0.3, 0.2, 0.1]).log())
+        outputs = [net.last_layer(k)(net.internal_nn(x)) for k in (0, 2, 3)]
+        list(net.last_layer_1.parameters())[-2].data[0, 0] = math.nan
+        joint = torch.stack(
+            [a + out for a, out in zip(net.switch.logposterior[[0, 2, 3]], outputs)]
+        )
+        expected = torch.logsumexp(joint, 0)
+        torch.testing.assert_close(net(x), expected)
+        wanted = torch.autograd.grad(expected[:, 0].sum(), net.internal_nn[0].weight)
+        torch.testing.assert_close(
+            torch.autograd.grad(net(x)[:, 0].sum(), net.internal_nn[0].weight), wanted
+        )
+
+
 def test_a_diverged_layer_without_remove_non_numerical():
     net, (x, y) = model(), batch()
     net.last_layer_1.fc.weight.data[0, 0] = math.nan

@@ -73,6 +73,7 @@ def test_opcheck(compiled, op, dtype):
                 *inputs[:3],
                 a,
                 torch.randn(7, 3, device=device),
+                torch.randn(7, device=device),
                 True,
                 True,
                 1 << 20,

@@ -113,6 +113,12 @@ def test_mean_is_the_posterior_mean_over_living_clones(backend, device):
     p = a[keep].exp()
     expected = direct(weight[keep], bias[keep], p / p.sum())
     torch.testing.assert_close(switch_mixture_mean(x, dead, bias, a, impl=backend), expected)
+    # Neither a sum other than 1 nor one below the smallest number counts.
+    for shift in (1.0, -1e3):
+        shifted = switch_mixture_mean(x, weight, bias, a + shift, impl=backend)
+        torch.testing.assert_close(shifted, actual)
+    dead[keep] = NAN
+    assert switch_mixture_mean(x, dead, bias, a, impl=backend).isnan().all()
     shaped = switch_mixture_mean(x.view(2, 3, 4), weight, bias, a, impl=backend)
     torch.testing.assert_close(shaped.view(6, 3), actual)
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]

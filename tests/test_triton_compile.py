@@ -115,7 +115,8 @@ def mixture(
         mixture_loss.switch_mixture_nll(*common, target, -100, True, *needs, budget)
         if log_prob:
             out = mixture_log_prob.switch_mixture_log_prob(*common, budget)
-            mixture_log_prob.switch_mixture_log_prob_backward(out, *common, out, *needs, budget)
+            backward = mixture_log_prob.switch_mixture_log_prob_backward
+            backward(out[0], *common, *out, *needs, budget)
 
     before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
     try:

@@ -40,10 +40,11 @@ PARTS = {
             "test_switch_mixture_dead.py",
             "test_switch_mixture_log_prob.py",
             "test_switch_mixture_autograd.py",
+            "test_switch_mixture_extremes.py",
         ],
-        20,
+        75,
     ),
-    "switch": (["test_switch_update.py", "test_compat_golden.py"], 30),
+    "switch": (["test_switch_update.py", "test_compat_golden.py"], 40),
 }
 
 

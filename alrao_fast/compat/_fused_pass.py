@@ -50,19 +50,22 @@ class FusedPass(LinearPass):
         """The mixture's log-probabilities [M, C]."""
         with _BelowAutograd():
             op = overload("switch_mixture_log_prob", self._backend)
-            log_prob = op(*self._inputs(log_prior), CPU_MEMORY_BUDGET)
+            log_prob, log_mass = op(*self._inputs(log_prior), CPU_MEMORY_BUDGET)
+        # The op normalises the posterior over the layers that are alive, the authors' average does not.
+        average = log_prob + log_mass.unsqueeze(1)
         # The posterior moves on in place; the way back is from the one that was used.
-        return log_prob, (log_prior.clone(), log_prob)
+        return average, (log_prior.clone(), log_prob, log_mass)
 
     def pull_mixture(
         self, grad: Tensor, kept: tuple[Tensor, ...], *, features: bool
     ) -> tuple[Tensor | None, Slots]:
-        log_prior, log_prob = kept
+        log_prior, log_prob, log_mass = kept
         with _BelowAutograd():
             dx, *slots = overload("switch_mixture_log_prob_backward", self._backend)(
                 grad.contiguous(),
                 *self._inputs(log_prior),
                 log_prob,
+                log_mass,
                 features,
                 True,
                 CPU_MEMORY_BUDGET,

@@ -254,11 +254,14 @@ class ClassifierClones(LinearClones):
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
         """Mixture log-probabilities `[..., C]` of features `[..., D]`, or with targets `[...]` the mixture's loss.
 
-        The log-probabilities are differentiable in the features and in all clones. The loss is a scalar whose
-        gradient is the mixture's for the features and each clone's own for the clone. In training mode, with targets,
-        the switch is updated after the loss was computed: also under `torch.no_grad()`, as BatchNorm's statistics
-        are, and once per call, so with gradient accumulation every micro-batch is one observation. In eval mode
-        nothing changes.
+        The log-probabilities are differentiable in the features and in all clones. The probabilities sum to 1: a clone
+        that is dead for a sample (an output is not finite) leaves its posterior mass to the others; where all are,
+        every class has -inf.
+
+        The loss is a scalar whose gradient is the mixture's for the features and each clone's own for the clone. In
+        training mode, with targets, the switch is updated after the loss was computed: also under `torch.no_grad()`, as
+        BatchNorm's statistics are, and once per call, so with gradient accumulation every micro-batch is one
+        observation. In eval mode nothing changes.
         """
         if targets is None:
             # A copy: a later training step may update the posterior before this result's backward.
@@ -303,6 +306,8 @@ class RegressorClones(LinearClones):
 
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
         """The posterior's mean prediction `[..., K]` for features `[..., D]`, or with targets `[..., K]` the loss.
+
+        Clones that are dead for a sample leave their posterior mass to the others; NaN where all are.
 
         The loss is the negative log-likelihood of the mixture of Gaussians; gradients and the switch as in
         `ClassifierClones.forward`.

@@ -8,10 +8,23 @@ With `logp[b,n] = log p_n(y_b | x_b)` the log-likelihood of sample b under clone
 One returned scalar carries both gradients: the mixture is built on detached weights, the clones' own losses on
 detached features, and their value is subtracted again.
 
+The prediction is another mixture, over the clones that are alive for the sample (below):
+
+    log_prob = log sum_n exp(a_n + logp[b,n,c]) - log sum_n exp(a_n)
+
+A dead clone predicts nothing, so its posterior mass is shared out among the living; so is what the mass of an average
+of log-posteriors lacks or exceeds 1 by. In the loss a dead clone has the likelihood 0 and keeps its mass, as the switch
+counts it: what it takes from the mixture's likelihood shows that it died, and the gradients are the same. Which clones
+are alive is no function of the parameters, so the second term has no gradient.
+
 Clones that are not finite. A clone with a non-finite output (or log-likelihood) for a sample is dead there: its
 log-likelihood is -inf, so its responsibility is 0. A clone that is dead for any counted sample gets no gradient from
 the batch. To keep 0 * inf out of autograd, everything below runs on operands in which non-finite rows are replaced by
-zeros, and the replaced results are masked.
+zeros, and the replaced results are masked. Where all clones with posterior mass are dead the loss is +inf, and no
+class has a probability (-inf, of which the loss is +inf, too); a mean of values has none to return, and is NaN.
+
+Logits and log-likelihoods may be as large as numbers are. exp(z - (max + log sum)) loses the sum's logarithm where max
+is large, so the maximum comes off first wherever a difference is taken: exp((z - max) - log sum).
 """
 
 import math
@@ -77,6 +90,21 @@ def _gaussian(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, si
     return logp, alive, torch.where(alive, squared.detach(), math.inf).double()
 
 
+def _log_mixture(joint: Tensor) -> Tensor:
+    """logsumexp [B, 1] of `joint [B, N]` over the clones: -inf, without a gradient, where all are."""
+    peak = joint.detach().amax(1, keepdim=True)
+    possible = peak > -math.inf
+    # Relative to the largest, or the gradients of log-likelihoods in the millions would not sum to 1.
+    shifted = torch.where(possible, joint - torch.where(possible, peak, 0), 0)
+    return torch.where(possible, peak + torch.logsumexp(shifted, dim=1, keepdim=True), -math.inf)
+
+
+def _posterior(log_posterior: Tensor, alive: Tensor) -> Tensor:
+    """Log-posterior [B, N] over the clones `alive [B, N]`, float64: -inf for the dead, NaN where none has any mass."""
+    a = log_posterior.detach().double()
+    return torch.where(alive, a, -math.inf).log_softmax(1)
+
+
 def combine(
     mixture_logp: Tensor,
     own_logp: Tensor,
@@ -93,18 +121,16 @@ def combine(
     """
     counted = counted.unsqueeze(1)
     count = counted.sum()
-    norm = count.clamp(min=1).to(mixture_logp.dtype) if reduction == "mean" else 1
+    # In float64 a sum of finite losses stays finite.
+    norm = count.clamp(min=1).double() if reduction == "mean" else 1
 
-    joint = log_posterior.to(mixture_logp.dtype) + mixture_logp
-    # A sample on which every clone with posterior mass is dead: the loss is +inf, visible, with zero gradient.
-    possible = (joint.detach() > -math.inf).any(1, keepdim=True)
-    log_mixture = torch.logsumexp(torch.where(possible, joint, 0), dim=1, keepdim=True)
-    log_mixture = torch.where(possible, log_mixture, -math.inf)
-    loss = -torch.where(counted, log_mixture, 0).sum() / norm
+    # +inf, visible, and without a gradient where every clone with posterior mass is dead.
+    log_mixture = _log_mixture(log_posterior.to(mixture_logp.dtype) + mixture_logp)
+    total = -torch.where(counted, log_mixture, 0).sum(dtype=torch.float64)
 
     never_dead = (alive | ~counted).all(0)
-    own = -torch.where(never_dead & counted, own_logp, 0).sum() / norm
-    loss = loss + (own - own.detach())
+    own = torch.where(never_dead & counted, own_logp, 0)
+    loss = (total + (own.detach() - own).sum(dtype=torch.float64)) / norm
 
     stats = torch.stack(
         [
@@ -113,7 +139,7 @@ def combine(
             count.double().expand(score.size(1)),
         ]
     )
-    return loss, stats
+    return loss.to(mixture_logp.dtype), stats
 
 
 def switch_mixture_nll(
@@ -172,15 +198,16 @@ def switch_mixture_gaussian_nll(
 def switch_mixture_log_prob(
     x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor
 ) -> Tensor:
-    """Mixture log-probabilities [B, C]: `log sum_n exp(a_n + logp[b,n,c])`; dead clones contribute nothing.
+    """Mixture log-probabilities [B, C]: `log sum_n exp(a_n + logp[b,n,c])` over the living clones, `a` normalised to
+    them.
 
     A sample on which every clone is dead gets -inf everywhere.
     """
     dtype = _accumulator(x, weight)
     bias = None if bias is None else bias.to(dtype)
     logits, alive = _safe_outputs(x.to(dtype), weight.to(dtype), bias)
-    joint = log_posterior.detach().to(dtype).view(1, -1, 1) + F.log_softmax(logits, dim=2)
-    joint = torch.where(alive.unsqueeze(2), joint, -math.inf)
+    posterior = _posterior(log_posterior, alive)
+    joint = posterior.to(dtype).unsqueeze(2) + F.log_softmax(logits, dim=2)
     possible = (joint.detach() > -math.inf).any(1)
     mixture = torch.logsumexp(torch.where(possible.unsqueeze(1), joint, 0), dim=1)
     return torch.where(possible, mixture, -math.inf)
@@ -189,13 +216,12 @@ def switch_mixture_log_prob(
 def switch_mixture_mean(
     x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor
 ) -> Tensor:
-    """Posterior mean [B, K] of the regressors: `sum_n p_n f_n(x)` over the living clones, p renormalised to them.
+    """Posterior mean [B, K] of the regressors: `sum_n p_n f_n(x)` over the living clones, p normalised to them.
 
     NaN where every clone with posterior mass is dead.
     """
     dtype = _accumulator(x, weight)
     bias = None if bias is None else bias.to(dtype)
     means, alive = _safe_outputs(x.to(dtype), weight.to(dtype), bias)
-    p = torch.where(alive, log_posterior.detach().to(dtype).exp(), 0)
-    p = p / p.sum(1, keepdim=True)
+    p = _posterior(log_posterior, alive).exp().to(dtype)
     return (p.unsqueeze(2) * means).sum(1)

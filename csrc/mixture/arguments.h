@@ -38,11 +38,15 @@ struct LossArguments {
   std::optional<SwitchObserver> observer;
 };
 
+// Log-probabilities [B, C], and log_mass [B]: the logarithm of what the posterior of the clones
+// alive for the sample adds up to, by which it was normalised.
+using LogProbOutputs = std::tuple<torch::stable::Tensor, torch::stable::Tensor>;
+
 // Of log_prob's backward.
 struct LogProbGradient {
   torch::stable::Tensor grad;
   MixtureInputs inputs;
-  torch::stable::Tensor log_prob;
+  torch::stable::Tensor log_prob, log_mass;
   bool need_dx, need_dw;
   int64_t memory_budget;
 };

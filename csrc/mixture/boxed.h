@@ -70,19 +70,20 @@ void boxed_loss(StableIValue* values, uint64_t num_arguments, uint64_t) {
   stack.put(kRun({std::move(inputs), std::move(target), likelihood, options, std::move(observer)}));
 }
 
-template <torch::stable::Tensor (*kRun)(const MixtureInputs&, int64_t memory_budget)>
+template <LogProbOutputs (*kRun)(const MixtureInputs&, int64_t memory_budget)>
 void boxed_log_prob(StableIValue* values, uint64_t num_arguments, uint64_t) {
   Stack stack(values, num_arguments, 5);
   const MixtureInputs inputs = stack.take_inputs();
-  stack.put(std::tuple(kRun(inputs, stack.take<int64_t>())));
+  stack.put(kRun(inputs, stack.take<int64_t>()));
 }
 
 template <MixtureGradients (*kRun)(const LogProbGradient&)>
 void boxed_log_prob_backward(StableIValue* values, uint64_t num_arguments, uint64_t) {
   using torch::stable::Tensor;
-  Stack stack(values, num_arguments, 9);
-  stack.put(kRun({stack.take<Tensor>(), stack.take_inputs(), stack.take<Tensor>(),
-                  stack.take<bool>(), stack.take<bool>(), stack.take<int64_t>()}));
+  Stack stack(values, num_arguments, 10);
+  stack.put(
+      kRun({stack.take<Tensor>(), stack.take_inputs(), stack.take<Tensor>(), stack.take<Tensor>(),
+            stack.take<bool>(), stack.take<bool>(), stack.take<int64_t>()}));
 }
 
 }  // namespace alrao

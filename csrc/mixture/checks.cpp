@@ -60,9 +60,12 @@ MixtureSizes check_log_prob_gradient(const LogProbGradient& arguments) {
   const MixtureSizes sizes = check_mixture(arguments.inputs, arguments.memory_budget);
   const Tensor& x = arguments.inputs.x;
   const bool is_double = x.scalar_type() == ScalarType::Double;
+  check_shape("grad", arguments.grad, {sizes.samples, sizes.classes});
+  check_shape("log_prob", arguments.log_prob, {sizes.samples, sizes.classes});
+  check_shape("log_mass", arguments.log_mass, {sizes.samples});
   for (const auto& [name, tensor] :
-       {std::pair{"grad", &arguments.grad}, std::pair{"log_prob", &arguments.log_prob}}) {
-    check_shape(name, *tensor, {sizes.samples, sizes.classes});
+       {std::pair{"grad", &arguments.grad}, std::pair{"log_prob", &arguments.log_prob},
+        std::pair{"log_mass", &arguments.log_mass}}) {
     check_dtype(name, *tensor, {is_double ? ScalarType::Double : ScalarType::Float});
     check_same_device(name, *tensor, "x", x);
   }

@@ -13,7 +13,7 @@ MixtureSizes check_mixture(const MixtureInputs& inputs, int64_t memory_budget);
 // The targets are classes [B] int64, or values [B, K] of x's dtype.
 MixtureSizes check_loss(const LossArguments& arguments);
 
-// `grad` and `log_prob` are [B, C] of the type that x is computed in.
+// `grad` and `log_prob` are [B, C], `log_mass` is [B], of the type that x is computed in.
 MixtureSizes check_log_prob_gradient(const LogProbGradient& arguments);
 
 }  // namespace alrao

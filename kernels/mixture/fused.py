@@ -37,6 +37,14 @@ def load_rows(base_ptr, rows, num_rows, num_features, D_P: tl.constexpr):
     )
 
 
+@triton.jit
+def gradient_of(z, peak, inverse, hit):
+    """The gradient of -log p to the logits z from their largest and 1 over the sum of exp(z - largest); 0 where that is
+    0 and nothing is hit, whatever z is."""
+    # Logits are made anew by other tiles: huge ones may come out an ulp above the largest. NaN is not below it.
+    return tl.exp(tl.where(z < peak, z - peak, 0.0)) * inverse - tl.where(hit, 1.0, 0.0)
+
+
 @triton.jit(do_not_specialize=["num_samples", "tiles_per_split"])
 def mixture_statistics_kernel(
     x_ptr,
@@ -111,7 +119,8 @@ def mixture_merge_kernel(
     score_ptr,
     mix_ptr,
     dead_ptr,
-    lse_ptr,
+    hit_ptr,
+    softmax_ptr,
     joint_ptr,
     num_samples,
     num_clones,
@@ -120,8 +129,13 @@ def mixture_merge_kernel(
     ignore_index,
     BLOCK: tl.constexpr,
 ):
-    """Joins the splits and the clones of a block of samples. lse [N, B]: of a clone's logits, infinity where nothing
-    flows to it; joint [N + 1, B]: a_n + logp_n, and of all clones its log-sum-exp, 0 where all are dead."""
+    """Joins the splits and the clones of a block of samples.
+
+    hit [B]: the target, -1 where it does not count. softmax [N, 2, B]: a clone's largest logit, and 1 over the sum of
+    exp(z - largest), 0 where nothing flows to it. joint [N + 2, B]: a_n + logp_n, of all clones the largest, 0 where
+    all are dead, and 1 over the sum of exp(joint - largest). In one number, largest + log sum, a huge largest would
+    swallow the logarithm.
+    """
     infinity = float("inf")
     samples = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = samples < num_samples
@@ -129,6 +143,7 @@ def mixture_merge_kernel(
     counted = mask & (target != ignore_index)
     # A target that is no class is impossible for every clone: the loss shows it.
     is_class = (target >= 0) & (target < num_classes)
+    tl.store(hit_ptr + samples, tl.where(counted & is_class, target, -1).to(tl.int32), mask=mask)
     top = tl.full([BLOCK], -infinity, tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
     for clone in range(num_clones):
@@ -149,8 +164,7 @@ def mixture_merge_kernel(
             total += tl.load(here + num_samples, mask=mask, other=0.0) * tl.exp(largest - higher)
             at_target += tl.load(here + 2 * num_samples, mask=mask, other=0.0)
             peak = higher
-        log_total = tl.log(total)
-        logp = at_target - peak - log_total
+        logp = at_target - peak - tl.log(total)
         alive = finite & is_class & (tl.abs(logp) < infinity)
         cell = clone * num_samples.to(tl.int64) + samples
         nll = tl.where(alive, -logp, infinity)
@@ -162,17 +176,22 @@ def mixture_merge_kernel(
             tl.store(dead_ptr + clone, 1)
         joint = tl.load(log_posterior_ptr + clone).to(tl.float32) + logp
         joint = tl.where(alive & counted, joint, -infinity)
-        tl.store(lse_ptr + cell, tl.where(alive & counted, peak + log_total, infinity), mask=mask)
         tl.store(joint_ptr + cell, joint, mask=mask)
+        softmax = softmax_ptr + clone * 2 * num_samples.to(tl.int64) + samples
+        tl.store(softmax, peak, mask=mask)
+        inverse = tl.where(alive & counted, 1.0 / total, 0.0)
+        tl.store(softmax + num_samples, inverse, mask=mask)
         higher = tl.maximum(top, joint)
         shift = tl.where(higher > -infinity, higher, 0.0)
         mass = mass * tl.exp(top - shift) + tl.exp(joint - shift)
         top = higher
     possible = top > -infinity
-    mixture = tl.where(possible, top + tl.log(tl.where(possible, mass, 1.0)), 0.0)
-    cell = num_clones * num_samples.to(tl.int64) + samples
-    tl.store(joint_ptr + cell, mixture, mask=mask)
-    mix = tl.where(possible, -mixture, infinity)
+    top = tl.where(possible, top, 0.0)
+    mass = tl.where(possible, mass, 1.0)
+    joint_ptr += num_clones * num_samples.to(tl.int64)
+    tl.store(joint_ptr + samples, top, mask=mask)
+    tl.store(joint_ptr + num_samples + samples, 1.0 / mass, mask=mask)
+    mix = tl.where(possible, -top - tl.log(mass), infinity)
     tl.store(mix_ptr + samples, tl.where(counted, mix, 0.0), mask=mask)
 
 
@@ -181,9 +200,9 @@ def clone_gradient_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
-    target_ptr,
+    hit_ptr,
     norm_ptr,
-    lse_ptr,
+    softmax_ptr,
     dead_ptr,
     dweight_ptr,
     dbias_ptr,
@@ -202,7 +221,7 @@ def clone_gradient_kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < num_classes
     weight_ptr += clone * num_classes * num_features
-    lse_ptr += clone * num_samples
+    softmax_ptr += clone * 2 * num_samples
     weight = load_rows(weight_ptr, c, num_classes, num_features, D_P)
     bias = tl.zeros([BLOCK_C], tl.float32)
     if HAS_BIAS:
@@ -217,13 +236,12 @@ def clone_gradient_kernel(
         samples = start + tl.arange(0, BLOCK_M)
         mask_m = samples < num_samples
         x = load_rows(x_ptr, samples, num_samples, num_features, D_P)
-        target = tl.load(target_ptr + samples, mask=mask_m, other=-1)
-        lse = tl.load(lse_ptr + samples, mask=mask_m, other=float("inf"))
+        hit = tl.load(hit_ptr + samples, mask=mask_m, other=-1)
+        peak = tl.load(softmax_ptr + samples, mask=mask_m, other=0.0)
+        inverse = tl.load(softmax_ptr + num_samples + samples, mask=mask_m, other=0.0)
         # The classes in rows: so G is the left factor of the next product as it stands.
         z = multiply(weight, tl.trans(x), TF32) + bias[:, None]
-        flows = mask_c[:, None] & (lse < float("inf"))[None, :]
-        g = tl.exp(z - lse[None, :]) - tl.where(c[:, None] == target[None, :], 1.0, 0.0)
-        g = tl.where(flows, g, 0.0)
+        g = gradient_of(z, peak[None, :], inverse[None, :], c[:, None] == hit[None, :])
         row_sum += tl.sum(g, 1)
         g = round_to(g, x.dtype)
         total += multiply(g, only_finite(x), TF32)
@@ -243,9 +261,9 @@ def features_gradient_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
-    target_ptr,
+    hit_ptr,
     norm_ptr,
-    lse_ptr,
+    softmax_ptr,
     joint_ptr,
     part_ptr,
     num_samples,
@@ -265,10 +283,10 @@ def features_gradient_kernel(
     mask_m = samples < num_samples
     split = tl.program_id(1)
     x = load_rows(x_ptr, samples, num_samples, num_features, D_P)
-    target = tl.load(target_ptr + samples, mask=mask_m, other=-1)
-    mixture = tl.load(
-        joint_ptr + num_clones.to(tl.int64) * num_samples + samples, mask=mask_m, other=0.0
-    )
+    hit = tl.load(hit_ptr + samples, mask=mask_m, other=-1)
+    mixture_ptr = joint_ptr + num_clones.to(tl.int64) * num_samples
+    top = tl.load(mixture_ptr + samples, mask=mask_m, other=0.0)
+    scale = tl.load(mixture_ptr + num_samples + samples, mask=mask_m, other=0.0)
     total = tl.zeros([BLOCK_M, D_P], tl.float32)
     tiles_per_clone = tl.cdiv(num_classes, BLOCK_C)
     first = split * tiles_per_split
@@ -278,7 +296,9 @@ def features_gradient_kernel(
         c = (tile % tiles_per_clone) * BLOCK_C + tl.arange(0, BLOCK_C)
         mask_c = c < num_classes
         cell = clone * num_samples + samples
-        lse = tl.load(lse_ptr + cell, mask=mask_m, other=float("inf"))
+        softmax = softmax_ptr + clone * 2 * num_samples + samples
+        peak = tl.load(softmax, mask=mask_m, other=0.0)
+        inverse = tl.load(softmax + num_samples, mask=mask_m, other=0.0)
         joint = tl.load(joint_ptr + cell, mask=mask_m, other=-float("inf"))
         weight = load_rows(
             weight_ptr + clone * num_classes * num_features, c, num_classes, num_features, D_P
@@ -287,9 +307,9 @@ def features_gradient_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + clone * num_classes + c, mask=mask_c, other=0.0)
             z += widen(bias, tl.float32)[None, :]
-        flows = mask_c[None, :] & (lse < float("inf"))[:, None]
-        g = tl.exp(z - lse[:, None]) - tl.where(c[None, :] == target[:, None], 1.0, 0.0)
-        g = tl.where(flows, g * tl.exp(joint - mixture)[:, None], 0.0)
+        g = gradient_of(z, peak[:, None], inverse[:, None], c[None, :] == hit[:, None])
+        # Beyond the last class the weights are 0.
+        g *= (tl.exp(joint - top) * scale)[:, None]
         total += multiply(round_to(g, weight.dtype), only_finite(weight), TF32)
     d = tl.arange(0, D_P)
     row = split * num_samples.to(tl.int64) + samples
@@ -315,7 +335,7 @@ def mixture_fused(loss: Loss) -> None:
         x, weight = (F.pad(tensor, (0, -width % 16)) for tensor in (x, weight))
     num_features = x.size(1)
     padded = max(triton.next_power_of_2(num_features), 16)
-    common = (x, weight, x if bias is None else bias, loss.target)
+    common = (x, weight, x if bias is None else bias)
     sizes = (num_samples, num_clones, num_classes, num_features)
     constants = {"TF32": tf32(x.dtype), "HAS_BIAS": bias is not None, "D_P": padded}
     constants["num_stages"] = 2
@@ -328,6 +348,7 @@ def mixture_fused(loss: Loss) -> None:
         mixture_statistics_kernel,
         (blocks, num_clones, splits),
         *common,
+        loss.target,
         part,
         place,
         *sizes,
@@ -337,8 +358,9 @@ def mixture_fused(loss: Loss) -> None:
         BLOCK_C=OWNED,
         **constants,
     )
-    lse = x.new_empty((num_clones, num_samples), dtype=torch.float32)
-    joint = x.new_empty((num_clones + 1, num_samples), dtype=torch.float32)
+    hit = x.new_empty(num_samples, dtype=torch.int32)
+    softmax = x.new_empty((num_clones, 2, num_samples), dtype=torch.float32)
+    joint = x.new_empty((num_clones + 2, num_samples), dtype=torch.float32)
     launch(
         mixture_merge_kernel,
         (triton.cdiv(num_samples, 128),),
@@ -347,7 +369,8 @@ def mixture_fused(loss: Loss) -> None:
         log_posterior,
         loss.target,
         *loss.statistics,
-        lse,
+        hit,
+        softmax,
         joint,
         num_samples,
         num_clones,
@@ -362,8 +385,9 @@ def mixture_fused(loss: Loss) -> None:
             clone_gradient_kernel,
             (triton.cdiv(num_classes, OWNED), num_clones),
             *common,
+            hit,
             loss.norm,
-            lse,
+            softmax,
             loss.dead,
             loss.dweight,
             loss.dbias,
@@ -384,8 +408,9 @@ def mixture_fused(loss: Loss) -> None:
             features_gradient_kernel,
             (blocks, splits),
             *common,
+            hit,
             loss.norm,
-            lse,
+            softmax,
             joint,
             parts,
             *sizes,

@@ -21,7 +21,12 @@ def _chunks(inputs: Inputs, memory_budget: int) -> list[slice]:
 
 
 def _tile(
-    inputs: Inputs, part: slice, out: Tensor, grad: Tensor | None = None, flag: Tensor | None = None
+    inputs: Inputs,
+    part: slice,
+    out: Tensor,
+    mass: Tensor,
+    grad: Tensor | None = None,
+    flag: Tensor | None = None,
 ) -> Tensor:
     """All clones of some samples; returns their logits, or with `grad` the gradient to them."""
     _, _, num_clones, num_classes = inputs.sizes
@@ -33,6 +38,7 @@ def _tile(
         z,
         *others,
         out[part],
+        mass[part],
         out if grad is None else grad[part],
         z if flag is None else flag,
         num_clones,
@@ -48,15 +54,16 @@ def _tile(
 
 def switch_mixture_log_prob(
     x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor, memory_budget: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The op, on checked arguments."""
     inputs = Inputs.of(x, weight, bias, log_posterior)
     num_samples, _, num_clones, num_classes = inputs.sizes
     out = x.new_empty((num_samples, num_classes), dtype=inputs.dtype)
+    mass = out.new_empty(num_samples)
     block, warps = row_block(num_classes, x.dtype)
     for part in _chunks(inputs, memory_budget):
         if tile_of(num_clones, num_classes) is not None:
-            _tile(inputs, part, out)
+            _tile(inputs, part, out, mass)
         else:
             for clone in range(num_clones):
                 launch(
@@ -64,7 +71,10 @@ def switch_mixture_log_prob(
                     (part.stop - part.start,),
                     *inputs.logits(part, clone),
                     out[part],
+                    mass,
                     clone,
+                    part.start,
+                    num_clones,
                     num_classes,
                     num_warps=warps,
                     FIRST=clone == 0,
@@ -72,7 +82,7 @@ def switch_mixture_log_prob(
                     LOWEST=lowest(x.dtype),
                     BLOCK=block,
                 )
-    return out
+    return out, mass
 
 
 def switch_mixture_log_prob_backward(
@@ -82,6 +92,7 @@ def switch_mixture_log_prob_backward(
     bias: Tensor | None,
     log_posterior: Tensor,
     log_prob: Tensor,
+    log_mass: Tensor,
     need_dx: bool,
     need_dw: bool,
     memory_budget: int,
@@ -98,15 +109,16 @@ def switch_mixture_log_prob_backward(
         run = _backward_stream if tile_of(num_clones, num_classes) is None else _backward_tile
         gradients = dx if need_dx else None, dweight if need_dw else None, dbias
         chunks = _chunks(inputs, memory_budget)
-        run(inputs, samples, chunks, grad.contiguous(), log_prob, *gradients)
+        given = grad.contiguous(), log_prob.contiguous(), log_mass.contiguous()
+        run(inputs, samples, chunks, *given, *gradients)
     return dx, dweight, dbias
 
 
-def _backward_tile(inputs, samples, chunks, grad, log_prob, dx, dweight, dbias) -> None:
+def _backward_tile(inputs, samples, chunks, grad, log_prob, log_mass, dx, dweight, dbias) -> None:
     wide = inputs.matrix.to(inputs.dtype)
     flag = torch.zeros(1, dtype=torch.int32, device=samples.device)
     for part in chunks:
-        z = _tile(inputs, part, log_prob, grad, flag)
+        z = _tile(inputs, part, log_prob, log_mass, grad, flag)
         if dx is not None:
             input_gradient(z, wide, flag, dx[part])
         if dweight is not None:
@@ -114,7 +126,7 @@ def _backward_tile(inputs, samples, chunks, grad, log_prob, dx, dweight, dbias) 
             dbias.view(-1).add_(z.sum(0))
 
 
-def _backward_stream(inputs, samples, chunks, grad, log_prob, dx, dweight, dbias) -> None:
+def _backward_stream(inputs, samples, chunks, grad, log_prob, log_mass, dx, dweight, dbias) -> None:
     num_samples, _, num_clones, num_classes = inputs.sizes
     block, warps = row_block(num_classes, inputs.x.dtype)
     state = grad.new_empty((4, num_samples))
@@ -129,6 +141,7 @@ def _backward_stream(inputs, samples, chunks, grad, log_prob, dx, dweight, dbias
                 z,
                 *others,
                 log_prob,
+                log_mass,
                 grad,
                 state,
                 clone,

@@ -28,6 +28,13 @@ def load_tile(z_ptr, bias_ptr, num_clones, num_classes, HAS_BIAS, N_P, C_P, ACC)
     return tl.where(alive[:, None] != 0, z, 0.0), alive, offs, mask
 
 
+@triton.jit
+def share_of(joint, log_prob):
+    """A clone's share in the probability of a class, of logarithm `log_prob`: at most 1, however large the numbers are
+    whose rounding may say otherwise."""
+    return tl.exp(tl.minimum(joint - log_prob, 0.0))
+
+
 @triton.jit(do_not_specialize=["first_sample", "num_samples", "ignore_index"])
 def mixture_tile_kernel(
     z_ptr,
@@ -209,6 +216,7 @@ def log_prob_tile_kernel(
     bias_ptr,
     log_posterior_ptr,
     out_ptr,
+    mass_ptr,
     grad_ptr,
     flag_ptr,
     num_clones,
@@ -218,7 +226,8 @@ def log_prob_tile_kernel(
     N_P: tl.constexpr,
     C_P: tl.constexpr,
 ):
-    """Mixture log-probabilities of one sample; z, out and grad hold the chunk.
+    """Mixture log-probabilities of one sample, and the log of the posterior mass of the clones that are alive for it,
+    by which they are normalised; z, out, mass and grad hold the chunk.
 
     BACKWARD overwrites the logits by the gradient to them.
     """
@@ -238,27 +247,31 @@ def log_prob_tile_kernel(
     largest = tl.where(n < num_clones, tl.max(z, 1), 0.0)
     # The largest is taken off before anything small is added: logits may be huge.
     z -= largest[:, None]
+    a = tl.load(log_posterior_ptr + n, mask=n < num_clones, other=-infinity).to(ACC)
     if BACKWARD:
         e = tl.exp(z)
         total = tl.where(n < num_clones, tl.sum(e, 1), 1.0)
-        a = tl.load(log_posterior_ptr + n, mask=n < num_clones, other=-infinity).to(ACC)
+        a -= tl.load(mass_ptr + sample) + tl.log(total)
         out = tl.load(out_ptr + sample * num_classes + c, mask=c < num_classes, other=-infinity)
         grad = tl.load(grad_ptr + sample * num_classes + c, mask=c < num_classes, other=0.0)
         possible = out > -infinity
-        log_share = (a - tl.log(total))[:, None] + z - tl.where(possible, out, 0.0)[None, :]
+        share = share_of(a[:, None] + z, tl.where(possible, out, 0.0)[None, :])
         # Where a class has no probability the gradient is cut, as is the way to a dead clone.
         flows = mask & possible[None, :] & (alive != 0)[:, None]
-        weighted = tl.where(flows, tl.exp(log_share) * grad[None, :], 0.0)
+        weighted = tl.where(flows, share * grad[None, :], 0.0)
         dz = weighted - e / total[:, None] * tl.sum(weighted, 1)[:, None]
         tl.store(z_ptr + offs, dz, mask=mask)
     else:
-        a = tl.load(log_posterior_ptr + n, mask=n < num_clones, other=0.0).to(ACC)
-        a -= tl.log(tl.sum(tl.exp(z), 1))
-        living = (alive != 0) & (n < num_clones)
-        joint = tl.where(living[:, None], a[:, None] + z, -infinity)
+        a = tl.where(alive != 0, a, -infinity)
+        most = tl.max(a, 0)
+        mass = tl.sum(tl.exp(a - tl.where(most > -infinity, most, 0.0)), 0)
+        log_mass = most + tl.log(tl.where(most > -infinity, mass, 1.0))
+        tl.store(mass_ptr + sample, log_mass)
+        a -= tl.log(tl.where(n < num_clones, tl.sum(tl.exp(z), 1), 1.0))
+        joint = a[:, None] + z
         peak = tl.max(joint, 0)
         possible = peak > -infinity
         shift = tl.where(possible, peak, 0.0)
-        out = shift + tl.log(tl.sum(tl.exp(joint - shift[None, :]), 0))
+        out = shift + tl.log(tl.sum(tl.exp(joint - shift[None, :]), 0)) - log_mass
         out = tl.where(possible, out, -infinity)
         tl.store(out_ptr + sample * num_classes + c, out, mask=c < num_classes)

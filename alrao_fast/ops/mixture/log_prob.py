@@ -16,40 +16,45 @@ from alrao_fast.reference import switch_mixture as reference
 
 
 def _fake(x, weight, bias, log_posterior, memory_budget):
-    return x.new_empty((x.size(0), weight.size(1)), dtype=checks.accumulator(x.dtype))
+    wide = checks.accumulator(x.dtype)
+    return x.new_empty((x.size(0), weight.size(1)), dtype=wide), x.new_empty(x.size(0), dtype=wide)
 
 
-def _fake_backward(grad, x, weight, bias, log_posterior, log_prob, need_dx, need_dw, memory_budget):
+def _fake_backward(
+    grad, x, weight, bias, log_posterior, log_prob, log_mass, need_dx, need_dw, memory_budget
+):
     return checks.empty_gradients(x, weight, need_dx, need_dw)
 
 
 def _check_backward(
-    grad, x, weight, bias, log_posterior, log_prob, need_dx, need_dw, memory_budget
+    grad, x, weight, bias, log_posterior, log_prob, log_mass, need_dx, need_dw, memory_budget
 ):
     checks.check_inputs(x, weight, bias, log_posterior, memory_budget)
+    samples, dtypes = x.size(0), (checks.accumulator(x.dtype),)
     for name, tensor in (("grad", grad), ("log_prob", log_prob)):
-        shape, dtypes = (x.size(0), weight.size(1)), (checks.accumulator(x.dtype),)
-        check_tensor(name, tensor, shape, dtypes, x.device)
+        check_tensor(name, tensor, (samples, weight.size(1)), dtypes, x.device)
+    check_tensor("log_mass", log_mass, (samples,), dtypes, x.device)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.memory_budget = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output)
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _differentiate(backward: str) -> Callable[..., tuple[Tensor | None, ...]]:
     """The backward of log_prob by the op of this name."""
 
     @once_differentiable
-    def run(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def run(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 5
-        x, weight, bias, log_posterior, log_prob = ctx.saved_tensors
+        x, weight, bias, log_posterior, *outputs = ctx.saved_tensors
         need_dx, *need_own = ctx.needs_input_grad[:3]
         needs = need_dx, any(need_own)
         gradients = getattr(torch.ops.alrao_fast, backward)(
-            grad.contiguous(), x, weight, bias, log_posterior, log_prob, *needs, ctx.memory_budget
+            grad.contiguous(), x, weight, bias, log_posterior, *outputs, *needs, ctx.memory_budget
         )
         dtypes = checks.gradient_dtypes(x, weight, bias, *needs)
         typed = zip(gradients, dtypes, strict=True)
@@ -58,10 +63,14 @@ def _differentiate(backward: str) -> Callable[..., tuple[Tensor | None, ...]]:
     return run
 
 
-_SCHEMA = f"switch_mixture_log_prob({checks.INPUTS}, int memory_budget) -> Tensor"
+# log_mass [B]: the logarithm of what the posterior of the clones alive for the sample adds up to.
+_SCHEMA = (
+    f"switch_mixture_log_prob({checks.INPUTS}, int memory_budget) -> "
+    "(Tensor log_prob, Tensor log_mass)"
+)
 _BACKWARD_SCHEMA = (
-    f"switch_mixture_log_prob_backward(Tensor grad, {checks.INPUTS}, Tensor log_prob, bool need_dx, "
-    "bool need_dw, int memory_budget) -> (Tensor, Tensor, Tensor)"
+    f"switch_mixture_log_prob_backward(Tensor grad, {checks.INPUTS}, Tensor log_prob, "
+    "Tensor log_mass, bool need_dx, bool need_dw, int memory_budget) -> (Tensor, Tensor, Tensor)"
 )
 _MODULE = "mixture.log_prob"
 for _name, _backward in (
@@ -88,10 +97,16 @@ def switch_mixture_log_prob(
     memory_budget: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Log-probabilities `[..., C]` of the mixture: `log sum_n exp(a_n + logp[b,n,c])`.
+    """Log-probabilities `[..., C]` of the mixture, `log sum_n p_n softmax_c(W_n x_b + b_n)`.
 
-    Arguments as in `switch_mixture_nll`. float32, or float64 for float64 inputs; differentiable in
-    x, weight and bias in the ordinary sense. Dead clones take no part; -inf where all are dead.
+    Arguments as in `switch_mixture_nll`; `p` is the posterior `exp(log_posterior)`, normalised over
+    the clones that are alive for the sample: neither a dead clone nor a log-posterior that is not
+    normalised leaves probabilities that do not sum to 1. (In the loss a dead clone has the
+    likelihood 0 and keeps its mass.) -inf for every class, of which `nll_loss` is +inf as the loss
+    is, where all clones with posterior mass are dead.
+
+    float32, or float64 for float64 inputs; differentiable in x, weight and bias in the ordinary
+    sense.
     """
     backend = backends.select(checks.OP, x.device, impl)
     rows, weight, bias = checks.flat(x, weight, bias)
@@ -99,7 +114,7 @@ def switch_mixture_log_prob(
         result = reference.switch_mixture_log_prob(rows, weight, bias, log_posterior)
     else:
         op = dispatch.overload("switch_mixture_log_prob", backend)
-        result = op(rows, weight, bias, log_posterior, checks.budget(x, memory_budget))
+        result, _ = op(rows, weight, bias, log_posterior, checks.budget(x, memory_budget))
     return result if x.dim() == 2 else result.reshape(*x.shape[:-1], weight.size(1))
 
 
@@ -113,9 +128,9 @@ def switch_mixture_mean(
 ) -> Tensor:
     """Posterior mean `[..., K]` of N linear regressors: `sum_n p_n f_n(x)`, p the posterior.
 
-    A clone with an output that is not finite for a sample is left out there and p renormalised; NaN
-    where every clone with posterior mass is. The plain PyTorch of the reference on every backend:
-    there is nothing to fuse.
+    As in `switch_mixture_log_prob` p is normalised over the clones that are alive for the sample,
+    those whose outputs are finite. NaN where all clones with posterior mass are dead: no value is a
+    mean of none. The plain PyTorch of the reference on every backend: there is nothing to fuse.
     """
     backends.select(checks.OP, x.device, impl)
     rows, weight, bias = checks.flat(x, weight, bias)

@@ -27,25 +27,33 @@ class LogProb {
         blocks_(ceil_div(size.classes, kBlockRows)),
         ld_(lanes(memory_budget, backward)),
         z_(size.clones * size.classes * ld_),
-        block_(size.clones * blocks_ * ld_ * 3),
-        clone_(size.clones * ld_ * 3),
+        block_(size.clones * (3 * blocks_ + 1) * ld_),
+        mass_(ld_),
         health_(size.clones),
         finite_weight_(static_cast<const T*>(weight_.const_data_ptr()), size.clones,
                        size.classes * size.features) {
     if (inputs.bias) bias_ = in_type<T>(*inputs.bias);
     log_posterior_ = as_doubles(inputs.log_posterior);
+    whole_ = log_mass([](int64_t) { return true; });
+    if (whole_ == -INFINITY) return;
+    for (double& a : log_posterior_) a -= whole_;
   }
 
-  void forward(T* out) {
+  // `log_mass` receives the logarithm of what the posterior of the living clones adds up to.
+  void forward(T* out, T* log_mass) {
     Buffer<T> transposed(size_.classes * ld_);
     for (int64_t begin = 0; begin < size_.samples; begin += ld_) {
       const int64_t count = std::min(ld_, size_.samples - begin);
       logits(begin, count);
+      for (int64_t lane = 0; lane < count; ++lane) {
+        log_mass[begin + lane] = static_cast<T>(whole_ + mass_[lane]);
+      }
       run_tasks(blocks_, [&](int64_t block) {
         const int64_t row = block * kBlockRows;
         T* tile = transposed.data() + row * ld_;
         log_mixture_rows(LogMixtureRows<T>{tile, z_.data() + row * ld_, size_.clones,
-                                           size_.classes * ld_, rows(block), ld_, ld_, offset(0)});
+                                           size_.classes * ld_, rows(block), ld_, ld_,
+                                           offset(0, block), blocks_ * 3 * ld_});
         for (int64_t lane = 0; lane < count; ++lane) {
           T* to = out + (begin + lane) * size_.classes + row;
           for (int64_t i = 0; i < rows(block); ++i) to[i] = tile[i * ld_ + lane];
@@ -92,12 +100,14 @@ class LogProb {
   int64_t rows(int64_t block) const {
     return std::min(kBlockRows, size_.classes - block * kBlockRows);
   }
-  T* offset(int64_t n) { return clone_.data() + n * ld_; }
-  T* norm(int64_t n) { return clone_.data() + (size_.clones + n) * ld_; }
-  T* share_sum(int64_t n) { return clone_.data() + (2 * size_.clones + n) * ld_; }
   T* block_value(int64_t n, int64_t block, int64_t which) {
     return block_.data() + ((n * blocks_ + block) * 3 + which) * ld_;
   }
+  // What to add to the block's logits for log-probabilities of the clone, and for its part in the
+  // mixture: -inf where it is dead.
+  T* log_scale(int64_t n, int64_t block) { return block_value(n, block, 0); }
+  T* offset(int64_t n, int64_t block) { return block_value(n, block, 1); }
+  T* share_sum(int64_t n) { return block_.data() + (3 * size_.clones * blocks_ + n) * ld_; }
   const T* x() const { return static_cast<const T*>(x_.const_data_ptr()); }
   const T* weight() const { return static_cast<const T*>(weight_.const_data_ptr()); }
   int64_t row_of(int64_t n, int64_t block) const { return n * size_.classes + block * kBlockRows; }
@@ -107,7 +117,17 @@ class LogProb {
     run_tasks(size_.clones * blocks_, [&](int64_t i) { body(i / blocks_, i % blocks_); });
   }
 
-  // Logits of all clones; per clone and lane the normaliser, and offset = log_posterior - norm.
+  // log sum e^a over the clones that are alive, -inf without any.
+  template <class Alive>
+  double log_mass(const Alive& alive) const {
+    auto mass = empty_mixture<double>();
+    for (int64_t n = 0; n < size_.clones; ++n) {
+      if (alive(n)) take_in(mass, log_posterior_[n]);
+    }
+    return -mixture_nll(mass);
+  }
+
+  // Logits of all clones, less the largest of the block; `log_scale` and `offset` for them.
   void logits(int64_t begin, int64_t count) {
     const int64_t features = size_.features;
     for_each_block([&](int64_t n, int64_t block) {
@@ -120,20 +140,49 @@ class LogProb {
       log_sum_rows(LogSumRows<T>{z, rows(block), ld_, ld_, bias, block_value(n, block, 0),
                                  block_value(n, block, 1)});
     });
+    std::fill(mass_.begin(), mass_.end(), 0.0);
     for (int64_t n = 0; n < size_.clones; ++n) {
       for (int64_t lane = 0; lane < ld_; ++lane) {
-        T max = -INFINITY;
-        double sum = 0;
-        for (int64_t k = 0; k < blocks_; ++k) max = std::max(max, block_value(n, k, 0)[lane]);
-        for (int64_t k = 0; k < blocks_; ++k) {
-          sum += block_value(n, k, 1)[lane] *
-                 std::exp(static_cast<double>(block_value(n, k, 0)[lane]) - max);
-        }
-        const double log_norm = max + std::log(sum);
-        const bool alive = lane < count && std::isfinite(log_norm);
-        if (lane < count && !alive) health_[n].suspect = true;
-        norm(n)[lane] = static_cast<T>(log_norm);
-        offset(n)[lane] = alive ? static_cast<T>(log_posterior_[n] - log_norm) : T(-INFINITY);
+        if (set_scales(n, lane, lane < count)) continue;
+        health_[n].suspect = true;
+        mass_[lane] = NAN;
+      }
+    }
+    for (int64_t lane = 0; lane < count; ++lane) {
+      if (std::isnan(mass_[lane])) leave_out_the_dead(lane);
+    }
+  }
+
+  // From the maxima and sums of the clone's blocks. False for a sample that it is dead for, where
+  // the scales are NaN and the offsets -inf.
+  bool set_scales(int64_t n, int64_t lane, bool is_sample) {
+    T max = -INFINITY;
+    double sum = 0;
+    for (int64_t k = 0; k < blocks_; ++k) max = std::max(max, block_value(n, k, 0)[lane]);
+    for (int64_t k = 0; k < blocks_; ++k) {
+      const double lag = static_cast<double>(block_value(n, k, 0)[lane]) - max;
+      sum += block_value(n, k, 1)[lane] * (lag == 0 ? 1 : std::exp(lag));
+    }
+    const double log_sum = std::log(sum);
+    const bool alive = is_sample && is_alive(log_sum);
+    for (int64_t k = 0; k < blocks_; ++k) {
+      // The difference of the maxima first: they may be huge, and the logarithm is small.
+      const double scale = static_cast<double>(block_value(n, k, 0)[lane]) - max - log_sum;
+      log_scale(n, k)[lane] = static_cast<T>(alive ? scale : NAN);
+      offset(n, k)[lane] = static_cast<T>(alive ? log_posterior_[n] + scale : -INFINITY);
+    }
+    return alive || !is_sample;
+  }
+
+  // What a dead clone has of the posterior's mass goes to the living.
+  void leave_out_the_dead(int64_t lane) {
+    mass_[lane] = log_mass([&](int64_t n) { return !std::isnan(log_scale(n, 0)[lane]); });
+    if (mass_[lane] == -INFINITY) return;
+    for (int64_t n = 0; n < size_.clones; ++n) {
+      for (int64_t k = 0; k < blocks_; ++k) {
+        const double scale = log_scale(n, k)[lane];
+        if (std::isnan(scale)) continue;
+        offset(n, k)[lane] = static_cast<T>(log_posterior_[n] - mass_[lane] + scale);
       }
     }
   }
@@ -150,8 +199,9 @@ class LogProb {
   void shares(const T* grad, const T* log_prob) {
     for_each_block([&](int64_t n, int64_t block) {
       const int64_t row = block * kBlockRows;
-      share_rows(ShareRows<T>{z_.data() + row_of(n, block) * ld_, rows(block), ld_, ld_, offset(n),
-                              log_prob + row * ld_, grad + row * ld_, block_value(n, block, 2)});
+      share_rows(ShareRows<T>{z_.data() + row_of(n, block) * ld_, rows(block), ld_, ld_,
+                              offset(n, block), log_prob + row * ld_, grad + row * ld_,
+                              block_value(n, block, 2)});
     });
     for (int64_t n = 0; n < size_.clones; ++n) {
       std::fill_n(share_sum(n), ld_, T(0));
@@ -169,9 +219,9 @@ class LogProb {
     for_each_block([&](int64_t n, int64_t block) {
       const int64_t row = block * kBlockRows, at = row_of(n, block);
       T* z = z_.data() + at * ld_;
-      share_gradient_rows(ShareGradientRows<T>{z, rows(block), ld_, ld_, offset(n), norm(n),
-                                               log_prob + row * ld_, grad + row * ld_, share_sum(n),
-                                               dbias ? dbias + at : nullptr, begin > 0});
+      share_gradient_rows(ShareGradientRows<T>{
+          z, rows(block), ld_, ld_, offset(n, block), log_scale(n, block), log_prob + row * ld_,
+          grad + row * ld_, share_sum(n), dbias ? dbias + at : nullptr, begin > 0});
       if (!dweight) return;
       gemm<T>(row_major(dweight + at * features, rows(block), features, features),
               row_major<const T>(z, rows(block), count, ld_),
@@ -182,25 +232,31 @@ class LogProb {
   MixtureSizes size_;
   Tensor x_, weight_;
   std::optional<Tensor> bias_;
-  std::vector<double> log_posterior_;
+  std::vector<double> log_posterior_;  // normalised; `whole_` is what was taken off
+  double whole_;
   int64_t blocks_, ld_;
-  Buffer<T> z_;      // [N C][ld]
-  Buffer<T> block_;  // [N][blocks][max, sum of exponentials, sum of shares][ld]
-  Buffer<T> clone_;  // [offset, norm, sum of shares][N][ld]
+  Buffer<T> z_;  // [N C][ld]
+  // [N][blocks][log_scale, offset, sum of shares][ld], then the clones' sums of shares [N][ld]
+  Buffer<T> block_;
+  std::vector<double> mass_;  // [ld]: log of the normalised posterior's mass on the living clones
   std::vector<CloneHealth> health_;
   FiniteWeight<T> finite_weight_;
 };
 
 template <class T>
-Tensor forward(const MixtureInputs& inputs, const MixtureSizes& size, int64_t memory_budget) {
+LogProbOutputs forward(const MixtureInputs& inputs, const MixtureSizes& size,
+                       int64_t memory_budget) {
   const Tensor out = empty_tensor<T>({size.samples, size.classes});
+  const Tensor log_mass = empty_tensor<T>({size.samples});
   if (size.samples > 0) {
-    LogProb<T>(inputs, size, memory_budget, false).forward(static_cast<T*>(out.mutable_data_ptr()));
+    LogProb<T>(inputs, size, memory_budget, false)
+        .forward(static_cast<T*>(out.mutable_data_ptr()),
+                 static_cast<T*>(log_mass.mutable_data_ptr()));
   }
-  return out;
+  return {out, log_mass};
 }
 
-Tensor log_prob(const MixtureInputs& inputs, int64_t memory_budget) {
+LogProbOutputs log_prob(const MixtureInputs& inputs, int64_t memory_budget) {
   const MixtureSizes size = check_mixture(inputs, memory_budget);
   const bool is_double = inputs.x.scalar_type() == ScalarType::Double;
   return is_double ? forward<double>(inputs, size, memory_budget)

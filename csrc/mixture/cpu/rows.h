@@ -83,7 +83,7 @@ struct BlendRows {
   const T* beta;
 };
 
-// z becomes z + bias, in place; max and sum as in SoftmaxRows.
+// z becomes z + bias - max, in place; max and sum as in SoftmaxRows.
 template <class T>
 struct LogSumRows {
   T* z;
@@ -100,7 +100,8 @@ struct LogMixtureRows {
   T* out;  // [rows][ld]
   const T* z;
   int64_t clones, clone_stride, rows, ld, lanes;
-  const T* offset;  // [clones][ld]
+  const T* offset;  // [clones][ld], clones offset_stride apart
+  int64_t offset_stride;
 };
 
 // With w = exp(z + offset - log_mixture), the clone's share in the mixture's probability:
@@ -115,13 +116,14 @@ struct ShareRows {
   T* sum;
 };
 
-// z becomes the gradient to the logits, grad * w - exp(z - norm) * sum; 0 where offset is -inf.
+// z becomes the gradient to the logits, grad * w - exp(z + log_scale) * sum; 0 where offset is
+// -inf.
 template <class T>
 struct ShareGradientRows {
   T* z;
   int64_t rows, ld, lanes;
   const T* offset;
-  const T* norm;  // [lanes]: log sum exp of the clone's logits
+  const T* log_scale;  // [lanes]: makes log-probabilities of the clone's z
   const T* log_mixture;
   const T* grad;
   const T* sum;

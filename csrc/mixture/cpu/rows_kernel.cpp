@@ -31,8 +31,9 @@ ALRAO_INLINE void max_of_rows(const T* z, int64_t rows, int64_t ld, const T* bia
   }
 }
 
-// `sum` holds 0, or NaN to be kept, and receives the sum of the exponentials.
-template <class T, int64_t K, bool kStore>
+// z becomes z + bias - max, or its exponential. `sum` holds 0, or NaN to be kept, and receives the
+// sum of the exponentials.
+template <class T, int64_t K, bool kExponential>
 ALRAO_INLINE void exp_of_rows(T* z, int64_t rows, int64_t ld, const T* bias, const T* max, T* sum) {
   constexpr int64_t width = Simd<T>::kWidth;
   Vector<T> m[K], s[K];
@@ -44,25 +45,25 @@ ALRAO_INLINE void exp_of_rows(T* z, int64_t rows, int64_t ld, const T* bias, con
     const Vector<T> offset = splat(bias ? bias[i] : T(0));
     for (int64_t k = 0; k < K; ++k) {
       T* p = z + i * ld + k * width;
-      const Vector<T> v = load(p) + offset;
-      const Vector<T> e = exp_below(v - m[k]);
+      const Vector<T> below = load(p) + offset - m[k];
+      const Vector<T> e = exp_below(below);
       s[k] += e;
-      store(p, kStore ? e : v);
+      store(p, kExponential ? e : below);
     }
   }
   for (int64_t k = 0; k < K; ++k) store(sum + k * width, s[k]);
 }
 
-template <class T, bool kStore>
+template <class T, bool kExponential>
 ALRAO_INLINE void exp_of_tile(T* z, int64_t rows, int64_t ld, int64_t lanes, const T* bias,
                               const T* max, T* sum) {
   constexpr int64_t width = Simd<T>::kWidth;
   int64_t lane = 0;
   for (; lane + kGroup * width <= lanes; lane += kGroup * width) {
-    exp_of_rows<T, kGroup, kStore>(z + lane, rows, ld, bias, max + lane, sum + lane);
+    exp_of_rows<T, kGroup, kExponential>(z + lane, rows, ld, bias, max + lane, sum + lane);
   }
   for (; lane < lanes; lane += width) {
-    exp_of_rows<T, 1, kStore>(z + lane, rows, ld, bias, max + lane, sum + lane);
+    exp_of_rows<T, 1, kExponential>(z + lane, rows, ld, bias, max + lane, sum + lane);
   }
 }
 
@@ -215,14 +216,23 @@ ALRAO_INLINE void log_mixture(const LogMixtureRows<T>& a) {
       const T* z = a.z + i * a.ld + lane;
       Vector<T> m = none, s = splat(T(0));
       for (int64_t n = 0; n < a.clones; ++n) {
-        m = greater(load(z + n * a.clone_stride) + load(a.offset + n * a.ld + lane), m);
+        m = greater(load(z + n * a.clone_stride) + load(a.offset + n * a.offset_stride + lane), m);
       }
       for (int64_t n = 0; n < a.clones; ++n) {
-        s += exp_below(load(z + n * a.clone_stride) + load(a.offset + n * a.ld + lane) - m);
+        s += exp_below(load(z + n * a.clone_stride) + load(a.offset + n * a.offset_stride + lane) -
+                       m);
       }
       store(a.out + i * a.ld + lane, m > none ? m + log_positive(s) : none);
     }
   }
+}
+
+// A clone's share in the probability of a class, of logarithm `log_mixture`: at most 1, however
+// large the numbers are whose rounding may say otherwise.
+template <class V>
+ALRAO_INLINE V share_of(V joint, V log_mixture) {
+  const V below = joint - log_mixture;
+  return exp_below(below > V{} ? V{} : below);
 }
 
 template <class T>
@@ -233,7 +243,7 @@ ALRAO_INLINE void share(const ShareRows<T>& a) {
     Vector<T> s = splat(T(0));
     for (int64_t i = 0; i < a.rows; ++i) {
       const int64_t at = i * a.ld + lane;
-      s += load(a.grad + at) * exp_below(load(a.z + at) + offset - load(a.log_mixture + at));
+      s += load(a.grad + at) * share_of(load(a.z + at) + offset, load(a.log_mixture + at));
     }
     store(a.sum + lane, s);
   }
@@ -248,8 +258,8 @@ ALRAO_INLINE void share_gradient(const ShareGradientRows<T>& a) {
     for (int64_t lane = 0; lane < a.lanes; lane += width) {
       const int64_t at = i * a.ld + lane;
       const Vector<T> z = load(a.z + at), offset = load(a.offset + lane);
-      const Vector<T> w = exp_below(z + offset - load(a.log_mixture + at));
-      const Vector<T> p = exp_below(z - load(a.norm + lane));
+      const Vector<T> w = share_of(z + offset, load(a.log_mixture + at));
+      const Vector<T> p = exp_below(z + load(a.log_scale + lane));
       const Vector<T> g = offset > none ? load(a.grad + at) * w - p * load(a.sum + lane) : zero;
       total += g;
       store(a.z + at, g);

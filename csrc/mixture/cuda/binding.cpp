@@ -22,7 +22,7 @@ MixtureOutputs loss(const LossArguments& arguments) {
   return mixture_loss(arguments, observation, on.stream);
 }
 
-Tensor log_prob(const MixtureInputs& inputs, int64_t memory_budget) {
+LogProbOutputs log_prob(const MixtureInputs& inputs, int64_t memory_budget) {
   const OnDevice on(inputs.x);
   return mixture_log_prob(inputs, memory_budget, on.stream);
 }

@@ -184,13 +184,15 @@ cudaError_t launch_mixture_finish(const FinishArguments<scalar_t>& arguments, cu
 
 // ---- log-probabilities (log_prob.cu) ----
 
-// A chunk of logits, of all clones (`clone` -1) or of one. Forward: out receives the mixture's
-// log-probabilities, or takes one clone into them. Backward, where `grad` is given: out holds them,
-// and z is overwritten by the gradients to the logits.
+// A chunk of logits, of all clones (`clone` -1) or of one. Forward: out and log_mass receive the
+// mixture's log-probabilities and the posterior mass of the living clones, or take one clone into
+// them; the last one normalises. Backward, where `grad` is given: they hold them, and z is
+// overwritten by the gradients to the logits.
 template <class scalar_t>
 struct LogProbArguments : Chunk<scalar_t> {
   int64_t clone;
   compute_t<scalar_t>* out;                 // [B, C]
+  compute_t<scalar_t>* log_mass;            // [B]
   const compute_t<scalar_t>* grad;          // [B, C] or null
   MixtureState<compute_t<scalar_t>> state;  // one clone's backward: keep all, take the living
 };

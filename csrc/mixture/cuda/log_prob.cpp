@@ -9,16 +9,18 @@ namespace {
 using torch::stable::Tensor;
 
 template <class T>
-Tensor forward(const MixtureInputs& inputs, const MixtureSizes& size, int64_t memory_budget,
-               cudaStream_t stream) {
+LogProbOutputs forward(const MixtureInputs& inputs, const MixtureSizes& size, int64_t memory_budget,
+                       cudaStream_t stream) {
   using Compute = compute_t<T>;
   const MixtureProblem<T> p(inputs, size, memory_budget, stream);
   const auto out = p.gemm.template empty<Compute>({size.samples, size.classes});
+  const auto log_mass = p.gemm.template empty<Compute>({size.samples});
   const bool joint = p.is_joint();
   const int64_t chunk = p.chunk(p.row_distance(joint) * sizeof(Compute));
   const auto z = p.gemm.template empty<Compute>({chunk, p.row_distance(joint)});
   auto a = p.template chunk_arguments<LogProbArguments<T>>(z, joint);
   a.out = data_of<Compute>(out);
+  a.log_mass = data_of<Compute>(log_mass);
   for (a.first = 0; a.first < size.samples; a.first += chunk) {
     a.chunk = std::min(chunk, size.samples - a.first);
     for (int64_t clone = 0; clone < (joint ? 1 : size.clones); ++clone) {
@@ -27,7 +29,7 @@ Tensor forward(const MixtureInputs& inputs, const MixtureSizes& size, int64_t me
       check_launch("log_prob", launch_log_prob(a, stream));
     }
   }
-  return out;
+  return {out, log_mass};
 }
 
 template <class T>
@@ -44,6 +46,7 @@ MixtureGradients backward(const LogProbGradient& arguments, const MixtureSizes& 
     return {dx, dweight, dbias};
   }
   const Tensor upstream = dense(arguments.grad), value = dense(arguments.log_prob);
+  const Tensor log_mass = dense(arguments.log_mass);
   const bool joint = p.is_joint();
   const int64_t columns = p.columns(joint), ld = p.row_distance(joint);
   const bool needs_term = need_dx && !joint;
@@ -54,6 +57,7 @@ MixtureGradients backward(const LogProbGradient& arguments, const MixtureSizes& 
   const StateMemory<Compute> state(p.gemm, joint ? 0 : samples);
   auto a = p.template chunk_arguments<LogProbArguments<T>>(z, joint);
   a.out = data_of<Compute>(value);
+  a.log_mass = data_of<Compute>(log_mass);
   a.grad = data_of<const Compute>(upstream);
   a.state = state.get();
   for (int64_t clone = 0; clone < (joint ? 1 : clones); ++clone) {
@@ -91,7 +95,8 @@ MixtureGradients backward(const LogProbGradient& arguments, const MixtureSizes& 
 
 }  // namespace
 
-Tensor mixture_log_prob(const MixtureInputs& inputs, int64_t memory_budget, cudaStream_t stream) {
+LogProbOutputs mixture_log_prob(const MixtureInputs& inputs, int64_t memory_budget,
+                                cudaStream_t stream) {
   const MixtureSizes size = check_mixture(inputs, memory_budget);
   return in_type_of(inputs, [&](auto zero) {
     return forward<decltype(zero)>(inputs, size, memory_budget, stream);

@@ -1,8 +1,10 @@
-// Log-probabilities of the mixture, log sum_n exp(a_n + logp[n, c]), and the gradients to the
+// Log-probabilities of the mixture, log sum_n exp(a_n + logp[n, c]) - log_mass over the clones
+// alive for the sample, with log_mass = log sum_n exp(a_n) over them, and the gradients to the
 // logits.
 //
-// With w[n, c] = exp(a_n + logp[n, c] - out[c]), the clone's share in the probability of a class,
-// the gradient to the logits is dz[n, c] = w[n, c] grad[c] - p[n, c] sum_c w[n, c] grad[c].
+// With w[n, c] = exp(a_n + logp[n, c] - log_mass - out[c]), the clone's share in the probability of
+// a class, the gradient to the logits is dz[n, c] = w[n, c] grad[c] - p[n, c] sum_c w[n, c]
+// grad[c].
 //
 // Floor on an H200 (4.3 TB/s), per logit: 4 bytes read once where all clones of a sample fit into
 // shared memory; clone after clone 4 (twice, the second time from L2) and 8 for the result. 10 x
@@ -16,6 +18,20 @@ namespace {
 
 constexpr int kRowThreads = 512;
 
+// log(e^a + e^b), -inf where both are.
+template <class T>
+__device__ T log_add(T a, T b) {
+  const T high = fmax(a, b);
+  return high > T(-INFINITY) ? high + std::log(std::exp(a - high) + std::exp(b - high)) : high;
+}
+
+// A clone's share in the probability of a class, of logarithm `log_prob`: at most 1, however large
+// the numbers are whose rounding may say otherwise.
+template <class T>
+__device__ T share_of(T joint, T log_prob) {
+  return std::exp(fmin(joint - log_prob, T(0)));
+}
+
 // All clones of a sample by a block.
 template <class scalar_t>
 struct LogProbSample {
@@ -23,8 +39,8 @@ struct LogProbSample {
 
   const LogProbArguments<scalar_t>& a;
   const int clones, classes, logits, lanes;
-  compute_type* offset;  // [N]: a_n - log sum exp(z - max), -inf for the dead
-  compute_type* weight;  // [N]: 1 / sum, then sum_c w grad
+  compute_type* offset;  // [N]: a_n - log sum exp(z - max), backward less log_mass; -inf: dead
+  compute_type* weight;  // [N]: forward a_n, -inf for the dead; backward 1 / sum, sum_c w grad
   compute_type* row;     // [N C]: z - max
 
   __device__ void load(const compute_type* z) const {
@@ -49,12 +65,34 @@ struct LogProbSample {
     sum = lanes_reduce(sum, lanes, Sum());
     if (lane != 0 || clone >= clones) return;
     const compute_type log_sum = std::log(sum);
-    offset[clone] = is_alive(log_sum) ? log_posterior_of<compute_type>(a.posterior, clone) - log_sum
-                                      : compute_type(-INFINITY);
-    weight[clone] = is_alive(log_sum) ? 1 / sum : compute_type(0);
+    const bool alive = is_alive(log_sum);
+    const compute_type posterior =
+        alive ? log_posterior_of<compute_type>(a.posterior, clone) : compute_type(-INFINITY);
+    if (a.grad == nullptr) {
+      offset[clone] = alive ? posterior - log_sum : posterior;
+      weight[clone] = posterior;
+    } else {
+      const compute_type log_mass = a.log_mass[a.first + blockIdx.x];
+      // The mass is 0 where no clone has any.
+      offset[clone] =
+          posterior > compute_type(-INFINITY) ? posterior - log_mass - log_sum : posterior;
+      weight[clone] = alive ? 1 / sum : compute_type(0);
+    }
   }
 
-  __device__ void mix(compute_type* out) const {
+  // log sum e^a over the living clones, -inf without any; by every warp for itself.
+  __device__ compute_type log_mass() const {
+    compute_type peak = -INFINITY, sum = 0;
+    for (int n = threadIdx.x % kWarp; n < clones; n += kWarp) peak = fmax(peak, weight[n]);
+    peak = warp_reduce(peak, Max());
+    const bool possible = peak > compute_type(-INFINITY);
+    for (int n = threadIdx.x % kWarp; n < clones; n += kWarp) {
+      sum += possible ? std::exp(weight[n] - peak) : compute_type(1);
+    }
+    return peak + std::log(warp_reduce(sum, Sum()));
+  }
+
+  __device__ void mix(compute_type* out, compute_type log_mass) const {
     for (int c = threadIdx.x; c < classes; c += blockDim.x) {
       compute_type peak = -INFINITY;
       for (int n = 0; n < clones; ++n) {
@@ -66,7 +104,7 @@ struct LogProbSample {
         if (offset[n] > compute_type(-INFINITY))
           sum += std::exp(offset[n] + row[n * classes + c] - peak);
       }
-      out[c] = peak > compute_type(-INFINITY) ? peak + std::log(sum) : peak;
+      out[c] = peak > compute_type(-INFINITY) ? peak + std::log(sum) - log_mass : peak;
     }
   }
 
@@ -74,7 +112,7 @@ struct LogProbSample {
                                 const compute_type* grad) const {
     // Where a class has no probability the gradient is cut.
     return out[c] > compute_type(-INFINITY)
-               ? std::exp(offset[n] + row[n * classes + c] - out[c]) * grad[c]
+               ? share_of(offset[n] + row[n * classes + c], out[c]) * grad[c]
                : compute_type(0);
   }
 
@@ -117,9 +155,11 @@ __global__ void __launch_bounds__(kSampleThreads)
     sample.normalise(first + threadIdx.x / lanes);
   }
   __syncthreads();
-  const int64_t at = (a.first + blockIdx.x) * a.size.classes;
+  const int64_t number = a.first + blockIdx.x, at = number * a.size.classes;
   if (a.grad == nullptr) {
-    sample.mix(a.out + at);
+    const compute_type log_mass = sample.log_mass();
+    if (threadIdx.x == 0) a.log_mass[number] = log_mass;
+    sample.mix(a.out + at, log_mass);
   } else {
     sample.backward(z, a.out + at, a.grad + at);
   }
@@ -148,6 +188,9 @@ __global__ void __launch_bounds__(kRowThreads)
     for (int j = 0; j < kCount; ++j) value[j] = pack.values[j] + offset[j];
   };
 
+  const compute_type none = -INFINITY;
+  // Of the clones before; all read it before the reduction, and one writes it after.
+  const compute_type mass_before = a.clone > 0 && a.grad == nullptr ? a.log_mass[sample] : none;
   auto softmax = Softmax<compute_type>::none();
   for (int64_t i = threadIdx.x * kCount; i < classes; i += step) {
     compute_type value[kCount];
@@ -157,11 +200,16 @@ __global__ void __launch_bounds__(kRowThreads)
   softmax = block_reduce(softmax, Merge(), Softmax<compute_type>::none(), softmaxes);
   const compute_type largest = softmax.peak.value, log_sum = std::log(softmax.sum);
   const bool alive = is_alive(log_sum);
-  const compute_type none = -INFINITY;
-  const compute_type offset =
-      alive ? log_posterior_of<compute_type>(a.posterior, a.clone) - log_sum : none;
+  const compute_type posterior =
+      alive ? log_posterior_of<compute_type>(a.posterior, a.clone) : none;
 
   if (a.grad == nullptr) {
+    const compute_type offset = alive ? posterior - log_sum : none;
+    const compute_type log_mass = log_add(mass_before, posterior);
+    if (threadIdx.x == 0) a.log_mass[sample] = log_mass;
+    // Without any mass every class is at -inf already.
+    const bool normalise = a.clone + 1 == a.size.clones && log_mass > none;
+    const compute_type norm = normalise ? log_mass : compute_type(0);
     for (int64_t i = threadIdx.x * kCount; i < classes; i += step) {
       compute_type value[kCount], old[kCount];
       load(i, value);
@@ -171,16 +219,14 @@ __global__ void __launch_bounds__(kRowThreads)
       for (int j = 0; j < kCount; ++j) {
         // The largest is taken off before anything small is added: logits may be huge.
         const compute_type added = alive ? offset + (value[j] - largest) : none;
-        const compute_type before = a.clone > 0 ? old[j] : none;
-        const compute_type high = fmax(before, added);
-        pack.values[j] =
-            high > none ? high + std::log(std::exp(before - high) + std::exp(added - high)) : none;
+        pack.values[j] = log_add(a.clone > 0 ? old[j] : none, added) - norm;
       }
       store_some(out, i, classes, out_is_aligned, pack);
     }
     return;
   }
 
+  const compute_type offset = posterior > none ? posterior - a.log_mass[sample] - log_sum : none;
   const compute_type* grad = a.grad + sample * classes;
   const bool grad_is_aligned = is_aligned<compute_type, kCount>(grad);
   // What w and grad give, 0 where a class has no probability or the clone no share.
@@ -191,7 +237,7 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       share[j] = offset > none && log_prob[j] > none && i + j < classes
-                     ? std::exp(offset + (value[j] - largest) - log_prob[j]) * upstream[j]
+                     ? share_of(offset + (value[j] - largest), log_prob[j]) * upstream[j]
                      : compute_type(0);
     }
   };

@@ -197,8 +197,8 @@ Unfinished<T> run_streamed(const NllProblem<T>& p);
 MixtureOutputs mixture_loss(const LossArguments& arguments, const SwitchObservation& observation,
                             cudaStream_t stream);
 
-torch::stable::Tensor mixture_log_prob(const MixtureInputs& inputs, int64_t memory_budget,
-                                       cudaStream_t stream);
+LogProbOutputs mixture_log_prob(const MixtureInputs& inputs, int64_t memory_budget,
+                                cudaStream_t stream);
 
 MixtureGradients mixture_log_prob_backward(const LogProbGradient& arguments, cudaStream_t stream);
 
