@@ -42,7 +42,7 @@ PARTS = {
             "test_switch_mixture_autograd.py",
             "test_switch_mixture_extremes.py",
         ],
-        75,
+        62,
     ),
     "switch": (["test_switch_update.py", "test_compat_golden.py"], 40),
 }
