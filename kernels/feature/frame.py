@@ -107,7 +107,7 @@ def chunk_update(
         if STATES > 2:
             s3 = read(s3_ptr, offs, mask, ACC, MASKED)
         if HAS_MASTER:
-            # Read last: in another order some kernels spill.
+            # Read last: in another order more kernels spill.
             p = master_value(read(master_ptr, offs, mask, ACC, MASKED), p, P_DTYPE)
         p, s1, s2, s3 = UPDATE(p, g, s1, s2, s3, rate, ready, A, B, C)
         if STATES > 0:
@@ -256,8 +256,9 @@ def run_plan(
     for group in plan.groups:
         own = group.constants["P_DTYPE"]
         constants = {f"S{k}_DTYPE": own for k in (1, 2, 3)} | group.constants
-        # With a third state of float32 registers spill in blocks of 1024 (Triton 3.6).
-        if len(lists.states) == 3 and own is tl.float32:
+        # With a third state of float32, or a master and one state, registers spill in blocks of 1024 (Triton 3.6).
+        states = len(lists.states)
+        if (states == 3 and own is tl.float32) or (states == 1 and constants["HAS_MASTER"]):
             constants["BLOCK"] = 512
         launch(
             feature_kernel,
@@ -278,7 +279,7 @@ def run_plan(
             fuse=False,
             PREPARE=update.prepare,
             UPDATE=update.update,
-            STATES=len(lists.states),
+            STATES=states,
             HAS_LR=lr_tensor is not None,
             HAS_SCALE=grad_scale is not None,
             HAS_FOUND=found_inf is not None,
