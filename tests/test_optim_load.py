@@ -141,7 +141,7 @@ WRONG = {
         broken(lambda s: s["state"].update({5: torch.ones(3)})),
         "state of parameter 'head.bias' in state_dict is a Tensor; expected a dict",
     ),
-    "option": (broken(lambda s: s["param_groups"][0].update(momentum=-1)), "momentum is -1"),
+    "option": (broken(lambda s: s["param_groups"][0].update(momentum=-1)), "momentum: got -1"),
     "nothing": (lambda s: {}, "state_dict has no 'param_groups'"),
     "no groups": (lambda s: {"state": {}}, "state_dict has no 'param_groups'"),
 }
@@ -265,7 +265,7 @@ WRONG_AUTHORS = {
     ),
     "weight_decay": (
         lambda s: s["opt_internal_nn"]["param_groups"][0].update(weight_decay=-1.0),
-        "weight_decay is -1",
+        "weight_decay: got -1",
     ),
     "last layer": (
         lambda s: s["opt_last_layers"][1].update(param_groups=[]),

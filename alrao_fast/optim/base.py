@@ -24,7 +24,7 @@ from alrao_fast.arguments import Generator, Instance, Kind, Optional, checked
 from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import checkpoint
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
-from alrao_fast.optim.layouts import Layout, check_not_lazy, default_layout, resolve
+from alrao_fast.optim.layouts import Layout, check_param, default_layout, resolve
 from alrao_fast.optim.owners import owners, warn_of_unobserved
 from alrao_fast.optim.param_groups import (
     SAMPLER,
@@ -186,7 +186,6 @@ class AlraoOptimizer(Optimizer):
     def _complete(self, groups: Iterable[dict[str, Any]]) -> None:
         """Give all parameters of `groups` their rates, and those that are trained the states that they lack."""
         for group in groups:
-            needs = self._kept(self._options(group)), self._float32_states, group["master_weights"]
             for param in group["params"]:
                 own = self.state[param]
                 # Clearing the state forgets momentum, not the rates.
@@ -194,6 +193,12 @@ class AlraoOptimizer(Optimizer):
                     own["rate"] = self._rates[param]
                 elif isinstance(own["rate"], Tensor):
                     self._rates[param] = own["rate"]
+            try:
+                self._option_checks.checked(group)
+            except (TypeError, ValueError):
+                # The next step says so; until then, as in torch.optim, the group can be saved as it is.
+                continue
+            needs = self._kept(self._options(group)), self._float32_states, group["master_weights"]
             trained = [p for p in group["params"] if p.requires_grad or p.grad is not None]
             complete(self._op, trained, self.state, *needs)
 
@@ -219,7 +224,7 @@ class AlraoOptimizer(Optimizer):
                     "each parameter once: list(dict.fromkeys(params)) leaves out the repetitions"
                 )
             if param in self._layouts:
-                check_not_lazy(self._layouts[param].name, param)
+                check_param(self._layouts[param].name, param)
                 continue
             name = entry[0] if isinstance(entry, tuple) else f"params[{number}]"
             self._layouts[param] = default_layout(name, param)

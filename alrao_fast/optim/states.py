@@ -37,26 +37,30 @@ def complete(
         own, device = state[param], torch.device("cpu") if param.is_meta else param.device
         if first in own and first not in names and _is_unbegun(own, first):
             del own[first]
-        if first in names and _is_missing(own.get(first), param):
+        if first in names and _is_missing(own, first, param):
             own["step"] = torch.zeros((), dtype=torch.int64, device=device)
-        elif _is_missing(own.get("step"), param):
+        elif own.get("step") is None:
             # Put there by hand, without a count: it is not the first step that comes.
             count = int(first in names)
             own["step"] = torch.full((), count, dtype=torch.int64, device=device)
     # One state of all parameters after the other: a step walks through them like that.
     for name in names:
         for param in params:
-            if _is_missing(state[param].get(name), param):
+            if _is_missing(state[param], name, param):
                 dtype = state_dtype(param, float32_states, masters)
                 state[param][name] = like(None, param, dtype)
     for param in params if masters else ():
-        if param.dtype in LOW_PRECISION and _is_missing(state[param].get("master"), param):
+        if param.dtype in LOW_PRECISION and _is_missing(state[param], "master", param):
             state[param]["master"] = like(param.detach(), param, torch.float32)
 
 
-def _is_missing(value: Any, param: Tensor) -> bool:
-    """What was made for a parameter on the meta device has no values for it elsewhere."""
-    return value is None or (isinstance(value, Tensor) and value.is_meta and not param.is_meta)
+def _is_missing(own: dict[str, Any], name: str, param: Tensor) -> bool:
+    """What was made for a parameter on the meta device, where it has no step, has no values for it elsewhere."""
+    value = own.get(name)
+    if not isinstance(value, Tensor) or not value.is_meta or param.is_meta:
+        return value is None
+    step = own.get("step")
+    return step is None or (not (isinstance(step, Tensor) and step.is_meta) and int(step) == 0)
 
 
 def _is_unbegun(own: dict[str, Any], name: str) -> bool:
