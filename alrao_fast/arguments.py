@@ -24,11 +24,17 @@ def shown(value: Any) -> str:
     if isinstance(value, Tensor):
         if value.numel() == 1 and value.device.type == "cpu" and value.layout == torch.strided:
             return f"a tensor of {value.item()!r}"
-        return f"a tensor of shape {list(value.shape)}, {value.dtype} on {value.device}"
+        layout = "" if value.layout == torch.strided else f", {value.layout}"
+        return f"a tensor of shape {list(value.shape)}, {value.dtype}{layout} on {value.device}"
     if isinstance(value, torch.nn.Module):
         return f"a {type(value).__name__}"
-    text = repr(value)
+    text = " ".join(line.strip() for line in repr(value).splitlines())
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def has_value(tensor: Tensor) -> bool:
+    """Whether a tensor stands for one number."""
+    return tensor.numel() == 1 and not tensor.is_meta and tensor.layout is torch.strided
 
 
 class Kind:
@@ -77,7 +83,7 @@ class Number(Kind):
         kind = type(value)
         if kind is float or kind is int:
             return value
-        one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+        one = isinstance(value, Tensor) and has_value(value) and not value.is_complex()
         if not one and not _is_number(value):
             raise self.refuse(TypeError, name, value)
         return float(value)
@@ -86,15 +92,15 @@ class Number(Kind):
         if self.live and isinstance(value, Tensor):
             self._check_live(name, value)
             return value
-        value = self.plain(name, value)
-        if not self.holds(value):
+        number = self.plain(name, value)
+        if not self.holds(number):
             raise self.refuse(ValueError, name, value)
-        return value
+        return number
 
     def _check_live(self, name: str, value: Tensor) -> None:
         if value.is_complex():
             raise self.refuse(TypeError, name, value)
-        if value.numel() != 1 or value.is_meta:
+        if not has_value(value):
             one = "with data and a single element"
             raise ValueError(
                 f"{name}: got {shown(value)}, expected {self.expected}, or a tensor {one}"
@@ -180,7 +186,7 @@ class Flag(Kind):
         if value is True or value is False:
             return value
         if isinstance(value, Tensor):
-            one = value.dtype == torch.bool and value.numel() == 1 and not value.is_meta
+            one = value.dtype == torch.bool and has_value(value)
         else:
             one = _is_numpy_bool(value) or (isinstance(value, int) and value in (0, 1))
         if not one:
@@ -213,6 +219,19 @@ class Instance(Kind):
     def check(self, name: str, value: Any) -> Any:
         if not isinstance(value, self.types):
             raise self.refuse(TypeError, name, value)
+        return value
+
+
+class Data(Instance):
+    """A tensor whose values can be read: an ordinary one, not on meta."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__(Tensor, f"{words}, strided and with data")
+
+    def check(self, name: str, value: Any) -> Tensor:
+        super().check(name, value)
+        if value.is_meta or value.layout is not torch.strided:
+            raise self.refuse(ValueError, name, value)
         return value
 
 

@@ -8,11 +8,11 @@ replaced silently.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from importlib.util import find_spec
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,12 +42,11 @@ class BackendUnavailableError(RuntimeError):
 def status(op: str, backend: str) -> Status:
     """Can `backend` (one of `BACKENDS`) run `op` (one of `OPS`) on this machine?
 
-    Asking about `cuda` or `triton` initialises no device, but may ask the driver how many there are.
+    Asking about `cuda` or `triton` initialises no device, but may ask the driver how many there are. ValueError or
+    TypeError, naming it, for an op or backend that there is not.
     """
-    if op not in OPS:
-        raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
+    _check_word("op", op, OPS)
+    _check_word("backend", backend, BACKENDS)
     if backend == "reference":
         return Status(True, "plain PyTorch")
     if backend == "triton":
@@ -66,6 +65,13 @@ def status(op: str, backend: str) -> Status:
     if backend == "cuda" and not torch.cuda.is_available():
         return Status(False, "the kernels are built, but torch sees no CUDA device here")
     return Status(True, "built")
+
+
+def _check_word(argument: str, word: Any, words: Iterable[str], other: str = "") -> None:
+    """Raise ValueError unless `word` is one of `words`, TypeError for what is no string."""
+    if not isinstance(word, str) or word not in words:
+        error = ValueError if isinstance(word, str) else TypeError
+        raise error(f"{argument}: got {word!r}, expected {other}one of {', '.join(words)}")
 
 
 def _triton_status() -> Status:
@@ -133,9 +139,8 @@ def _choose(op: str, device_type: str, name: str, impl: str) -> str:
 
 
 def _check_name(source: str, name: str) -> None:
-    if name != "auto" and name not in BACKENDS:
-        error = ValueError if isinstance(name, str) else TypeError
-        raise error(f"{source}: got {name!r}, expected auto or one of {', '.join(BACKENDS)}")
+    if not (isinstance(name, str) and name == "auto"):
+        _check_word(source, name, BACKENDS, "auto or ")
 
 
 # torch.compile takes the answer as a constant instead of tracing the look-ups (the attribute that

@@ -20,6 +20,7 @@ from alrao_fast.arguments import (
     shown,
 )
 from alrao_fast.nn import AlraoModel
+from alrao_fast.optim.base import AlraoOptimizer
 
 
 class _Head(Function):
@@ -34,13 +35,26 @@ class _Head(Function):
         return super().check(name, value)
 
 
+class _MakeOptimizer(Function):
+    """A function that makes an optimizer; not the class of another package's, whose second argument is a rate."""
+
+    def __init__(self) -> None:
+        super().__init__("a function (model, generator) -> AlraoSGD or AlraoAdam")
+
+    def check(self, name: str, value: Any) -> Any:
+        other = isinstance(value, type) and not issubclass(value, AlraoOptimizer)
+        if other and issubclass(value, torch.optim.Optimizer):
+            raise self.refuse(TypeError, name, value)
+        return super().check(name, value)
+
+
 KINDS = {
     "num_classes": Optional(COUNT),
     "head": Optional(_Head()),
     "epochs": COUNT,
     "patience": Optional(COUNT),
     "lr_range": Interval(),
-    "optimizer": Optional(Function("a function (model, generator) -> AlraoSGD or AlraoAdam")),
+    "optimizer": Optional(_MakeOptimizer()),
     "clip_grad_norm": Optional(Number(above=0, high=math.inf, words="a norm > 0")),
     "device": Optional(Device()),
     "progress": Flag(),
@@ -114,6 +128,8 @@ def check_batch(loader: str, batch: Any) -> None:
     if not all(isinstance(part, Tensor) for part in batch):
         kinds = ", ".join(type(part).__name__ for part in batch)
         raise TypeError(f"{loader}: a batch holds {kinds}; expected tensors")
+    if any(part.is_meta for part in batch):
+        raise ValueError(f"{loader}: a batch holds a tensor on meta, expected tensors with data")
     if not batch[-1].numel():
         raise ValueError(f"{loader}: a batch is empty, expected targets in each")
 

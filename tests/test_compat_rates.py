@@ -146,7 +146,7 @@ def test_losses_by_hand():
     assert loss.item() == pytest.approx(expected)
     assert alrao.L2LossAdditional()((means, torch.tensor([0.0, 1.0])), target).isfinite()
     for cls in (alrao.L2LossLog, alrao.L2LossAdditional):
-        with pytest.raises(ValueError, match="sigma2 is 0"):
+        with pytest.raises(ValueError, match="sigma2: got 0"):
             cls(sigma2=0.0)
 
 
@@ -176,9 +176,9 @@ def test_early_stopping(options, metrics, stop):
 
 
 def test_early_stopping_refuses_unknown_modes():
-    with pytest.raises(ValueError, match="mode is 'best'"):
+    with pytest.raises(ValueError, match="mode: got 'best'"):
         alrao.EarlyStopping(mode="best")
-    with pytest.raises(ValueError, match="threshold_mode is 'x'"):
+    with pytest.raises(ValueError, match="threshold_mode: got 'x'"):
         alrao.EarlyStopping(threshold_mode="x")
 
 

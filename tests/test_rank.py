@@ -199,8 +199,8 @@ X, Y = VALID[0]
         ({"models": {"a": Empty}}, ValueError, r"models\['a'\]: the function failed: 'missing'"),
         (
             {"optimizer": torch.optim.SGD},
-            ValueError,
-            r"models\['a'\]: optimizer failed: ",
+            TypeError,
+            "optimizer: got <class 'torch.optim.sgd.SGD'>, expected a function",
         ),
         (
             {"optimizer": lambda net, generator: None},

@@ -49,7 +49,7 @@ def test_invalid_options(options, message):
         ([], {}, ValueError, "params: got none"),
         (torch.zeros(2), {}, TypeError, "params: got a tensor"),
         ([3], {}, TypeError, "can only optimize Tensors"),
-        (nn.Linear(2, 3), {"sampler": 1.0}, TypeError, "sampler: got 1.0, expected LogUniform"),
+        (nn.Linear(2, 3), {"sampler": 1.0}, TypeError, "sampler: got 1.0, expected LogUniform\\("),
         (nn.Linear(2, 3), {"model": 1}, TypeError, "model: got 1, expected a torch.nn.Module"),
         (nn.Linear(2, 3), {"sampler": lambda n, g: -torch.ones(n)}, ValueError, "negative"),
     ],

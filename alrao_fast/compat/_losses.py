@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alrao_fast.arguments import shown
 from alrao_fast.compat.custom_layers import L2LossLog
 
 Criterion = Callable[[Any, Any], Tensor]
@@ -94,6 +95,12 @@ def clone_losses(
     with torch.enable_grad():
         leaf = outputs.detach().requires_grad_(need_grad)
         each = [criterion(output, targets) for output in leaf.unbind(0)]
+        for loss in each:
+            if not isinstance(loss, Tensor):
+                raise TypeError(
+                    f"criterion: returned {shown(loss)}, expected a tensor of one element, such as the mean over the "
+                    "batch"
+                )
         if any(loss.numel() != 1 for loss in each):
             raise ValueError(
                 f"criterion returned a tensor of shape {list(each[0].shape)}; expected a scalar, such as the mean "

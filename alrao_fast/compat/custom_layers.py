@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alrao_fast.ops.mixture.likelihood import SIGMA2
+
 
 class LinearClassifier(nn.Module):
     """Log-probabilities of `n_classes` classes: a linear layer `fc` and log_softmax over dim 1."""
@@ -54,9 +56,7 @@ class LinearRegressor(nn.Module):
 class _GaussianLoss(nn.Module):
     def __init__(self, sigma2: float = 1.0) -> None:
         super().__init__()
-        if not 0 < sigma2 < math.inf:
-            raise ValueError(f"sigma2 is {sigma2}; expected a variance, finite and above 0")
-        self.sigma2 = float(sigma2)
+        self.sigma2 = float(SIGMA2.check("sigma2", sigma2))
 
     def constant(self) -> float:
         return 0.5 * math.log(2 * math.pi * self.sigma2)

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from alrao_fast.arguments import Choice
+
 
 class EarlyStopping:
     """`step(metric)` after each epoch; `stop` is true after more than `patience` steps without improvement.
@@ -18,11 +20,8 @@ class EarlyStopping:
         threshold: float = 1e-4,
         threshold_mode: str = "rel",
     ) -> None:
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode is {mode!r}; expected 'min' or 'max'")
-        if threshold_mode not in ("rel", "abs"):
-            raise ValueError(f"threshold_mode is {threshold_mode!r}; expected 'rel' or 'abs'")
-        self.mode = mode
+        self.mode = Choice("min", "max").check("mode", mode)
+        threshold_mode = Choice("rel", "abs").check("threshold_mode", threshold_mode)
         self.patience = patience
         self.threshold = threshold
         self.threshold_mode = threshold_mode

@@ -12,12 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alrao_fast import live
-from alrao_fast.arguments import COUNT, Flag, FloatDtype, Integer, Optional, checked
+from alrao_fast.arguments import (
+    COUNT,
+    Flag,
+    FloatDtype,
+    Function,
+    Integer,
+    Optional,
+    checked,
+    shown,
+)
 from alrao_fast.nn.clone_rates import WithRates
 from alrao_fast.nn.predictions import remember
 from alrao_fast.nn.switch import SWITCH_KINDS, Switch
 from alrao_fast.nn.watch import Watch
 from alrao_fast.ops import derivatives
+from alrao_fast.ops.checks import check_together
 from alrao_fast.ops.mixture import (
     switch_mixture_gaussian_stats,
     switch_mixture_log_prob,
@@ -30,6 +40,7 @@ from alrao_fast.ops.mixture.loss import NO_OTHER_DERIVATIVE, Observer
 from alrao_fast.reference import switch_mixture as reference
 
 Reduction = Literal["mean", "sum"]
+_CRITERION = Function("a function outputs [N, ..., C] -> losses [N, ...]")
 _CHOICES = {"evidence": REDUCTION, "reduction": REDUCTION}
 _KINDS = {
     **SWITCH_KINDS,
@@ -121,8 +132,11 @@ class LinearClones(WithRates):
         Returns the mixture's loss `-reduction_b logsumexp_n(log_posterior[n] - losses[n, b])`. Its gradient goes to
         the features; each clone gets the gradient of its own mean (or sum) loss. In training mode the switch is
         updated, as by `forward`. A clone with a non-finite loss or output gradient is dead for the sample, as there.
-        As there the loss has one backward, and no second or forward-mode derivative.
+        As there the loss has one backward, and no second or forward-mode derivative. TypeError or ValueError for a
+        criterion, or losses, of another kind.
         """
+        _CRITERION.check("criterion", criterion)
+        check_together("bias", features=features, weight=self.weight, bias=self.bias)
         # Each branch detaches, and makes finite, what it has no gradient for: 0 * inf would be NaN in its backward.
         x, weight, bias = derivatives.once(NO_OTHER_DERIVATIVE, features, self.weight, self.bias)
         own_outputs = self._outputs(_finite_rows(x.detach(), -1), weight, bias)
@@ -251,12 +265,16 @@ def _finite_rows(tensor: Tensor, dims: int | tuple[int, ...]) -> Tensor:
     return torch.where(tensor.isfinite().all(dims, keepdim=True), tensor, 0)
 
 
-def _per_sample(losses: Tensor, num_clones: int) -> Tensor:
+def _per_sample(losses: Any, num_clones: int) -> Tensor:
     """The criterion's losses as `[B, N]`, float32 at least."""
+    expected = f"[{num_clones}, ...]: one per clone and sample, without reduction"
+    if not isinstance(losses, Tensor) or losses.is_complex() or losses.layout is not torch.strided:
+        raise TypeError(
+            f"criterion: returned {shown(losses)}, expected a tensor of real losses {expected}"
+        )
     if losses.dim() < 2 or losses.size(0) != num_clones:
         raise ValueError(
-            f"criterion: returned losses of shape {list(losses.shape)}, expected [{num_clones}, ...]: one per clone "
-            "and sample, without reduction"
+            f"criterion: returned losses of shape {list(losses.shape)}, expected {expected}"
         )
     return losses.flatten(1).t().to(torch.promote_types(losses.dtype, torch.float32))
 

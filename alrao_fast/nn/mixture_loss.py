@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from alrao_fast.nn.clones import ClassifierClones, LinearClones, RegressorClones
 from alrao_fast.nn.predictions import origin_of
+from alrao_fast.ops.checks import check_together
 from alrao_fast.ops.mixture.likelihood import Classes, Values
 
 
@@ -58,9 +59,7 @@ class MixtureLoss(nn.Module):
     def forward(self, prediction: Tensor | tuple[Any, ...], targets: Tensor) -> Tensor:
         if isinstance(prediction, tuple) and prediction:
             prediction = prediction[0]
-        for name, value in (("prediction", prediction), ("targets", targets)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+        check_together(prediction=prediction, targets=targets)
         return self._loss(prediction, targets)
 
     # What a prediction is made of is Python's business: under torch.compile a break of the graph.

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from alrao_fast import live
+from alrao_fast.arguments import Instance, shown
 from alrao_fast.nn.clones import LinearClones
 from alrao_fast.nn.collapse import collapse
+
+_BACKBONE = Instance(nn.Module, "a torch.nn.Module")
 
 
 class AlraoModel(nn.Module):
@@ -19,11 +22,13 @@ class AlraoModel(nn.Module):
 
     `net(x, targets=y)` returns the mixture's loss and, in training mode, updates the switch; `net(x)` returns the
     mixture's log-probabilities (regression: its mean). With extras the result is a tuple, (loss or prediction,
-    *extras). All other arguments go to the backbone.
+    *extras). All other arguments go to the backbone. TypeError for a backbone or head of another type, and for a
+    backbone that returns something else.
     """
 
     def __init__(self, backbone: nn.Module, head: LinearClones) -> None:
         super().__init__()
+        _BACKBONE.check("backbone", backbone)
         if not isinstance(head, LinearClones):
             raise TypeError(
                 f"head: got {type(head).__name__}, expected ClassifierClones or RegressorClones"
@@ -39,12 +44,18 @@ class AlraoModel(nn.Module):
 
     def forward(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
         out = self.backbone(*args, **kwargs)
-        if isinstance(out, tuple):
-            # Past nn.Module's __setattr__, which costs microseconds.
+        # What the attribute is set by goes past nn.Module's __setattr__, which costs microseconds.
+        if isinstance(out, Tensor):
+            self.__dict__["_num_extras"] = 0
+            return self.head(out, targets)
+        if isinstance(out, tuple) and out and isinstance(out[0], Tensor):
             self.__dict__["_num_extras"] = len(out) - 1
             return (self.head(out[0], targets), *out[1:])
-        self.__dict__["_num_extras"] = 0
-        return self.head(out, targets)
+        got = f"a tuple of {shown(out[0])}, ..." if isinstance(out, tuple) and out else shown(out)
+        raise TypeError(
+            f"backbone: the {type(self.backbone).__name__} returned {got}, expected features [..., D] or a tuple "
+            "(features, *extras)"
+        )
 
     def posterior(self) -> Tensor:
         """Probabilities `[N]` of the clones, float64."""

@@ -36,7 +36,7 @@ def check(condition: bool, message: str) -> None:
 
 def check_together(optional: str = "", /, **tensors: Any) -> None:
     """TypeError for an argument that is no tensor (`optional` names one that may be None), RuntimeError for one that is
-    not on the device of the first.
+    sparse or not on the device of the first.
 
     It stands before every implementation: one on meta would make the dispatcher call the op's fake, which does nothing.
     """
@@ -46,6 +46,10 @@ def check_together(optional: str = "", /, **tensors: Any) -> None:
             if tensor is None and name == optional:
                 continue
             raise TypeError(f"{name}: got {shown(tensor)}, expected a tensor")
+        if tensor.layout is not torch.strided:
+            raise RuntimeError(
+                f"{name}: got layout {tensor.layout}, expected an ordinary (strided) tensor: use {name}.to_dense()"
+            )
         if device is None:
             first, device = name, tensor.device
         elif tensor.device != device:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alrao_fast import _extension, backends
-from alrao_fast.arguments import Flag, Instance, Number, Optional, checked
+from alrao_fast.arguments import Data, Flag, Number, Optional, checked
 from alrao_fast.ops import dispatch, feature_checks
 
 # An optimizer's own options by name.
@@ -27,8 +27,8 @@ LR = Number(low=0, live=True, words="a finite multiplier >= 0 of the rates")
 _SCALARS = {
     "lr": LR,
     "maximize": Flag(),
-    "grad_scale": Optional(Instance(Tensor, "a tensor of one element")),
-    "found_inf": Optional(Instance(Tensor, "a tensor of one element")),
+    "grad_scale": Optional(Data("a tensor of one element")),
+    "found_inf": Optional(Data("a tensor of one element")),
 }
 
 
@@ -61,7 +61,7 @@ class Scalars(NamedTuple):
 
         Of a tensor that is not one number the ops themselves say so.
         """
-        one = not isinstance(self.lr, Tensor) or (self.lr.numel() == 1 and not self.lr.is_meta)
+        one = not isinstance(self.lr, Tensor) or self.lr.numel() == 1
         kinds = {name: kind for name, kind in _SCALARS.items() if one or name != "lr"}
         return self._replace(**checked(kinds, self._asdict()))
 
@@ -237,28 +237,31 @@ def _bump_versions(lists: Lists) -> None:
             torch.autograd.graph.increment_version(tensors)
 
 
-def as_lists(
-    params: Sequence[Tensor],
-    states: Sequence[Sequence[Tensor] | None],
-    masters: Sequence[Tensor] | None,
-    rates: Sequence[Tensor],
-    inners: Sequence[int] | None,
-    seeds: Sequence[int] | None,
-    steps: Tensor,
-) -> Lists:
-    """What a public function was given; without `inners` features run along dim 0, or there is a single rate."""
-    if inners is None:
-        inners = [
+def as_lists(op: FeatureOp, arguments: Mapping[str, Any]) -> tuple[Lists, list[Tensor]]:
+    """What a public function was given as its lists, and the gradients; raises as `feature_checks.as_list` does.
+
+    Without `inners` features run along dim 0, or there is a single rate.
+    """
+    lists = {name: arguments[name] for name in ("params", "grads", "rates")}
+    states = {f"{state}s": arguments[f"{state}s"] for state in op.states}
+    may_lack = {"masters", "inners", "seeds", *list(states)[op.fixed_states :]}
+    numbers = {name: arguments[name] for name in ("inners", "seeds")}
+    given = {
+        name: feature_checks.as_list(
+            f"{op.stem}_", name, values, optional=name in may_lack, integers=name in numbers
+        )
+        for name, values in {**lists, **states, "masters": arguments["masters"], **numbers}.items()
+    }
+    params, rates = given["params"], given["rates"]
+    if arguments["inners"] is None:
+        given["inners"] = [
             param.stride(0) if param.dim() and rate.numel() != 1 else 1
             for param, rate in zip(params, rates, strict=False)
         ]
-    present = [list(state) for state in states if state is not None]
-    return Lists(
-        list(params),
-        present,
-        list(masters or ()),
-        list(rates),
-        list(inners),
-        list(seeds or ()),
-        steps,
-    )
+    present = [given[name] for k, name in enumerate(states) if k < op.fixed_states or given[name]]
+    steps = arguments["steps"]
+    # Without states that are there always, the caller has steps of its own.
+    if steps is not None or op.fixed_states:
+        feature_checks.check_entry(f"{op.stem}_", "steps", steps)
+    masters, inners, seeds = (given[name] for name in ("masters", "inners", "seeds"))
+    return Lists(params, present, masters, rates, inners, seeds, steps), given["grads"]

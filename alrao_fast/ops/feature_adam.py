@@ -83,27 +83,28 @@ def feature_adam_(
             p = p - lr * r(i) * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps).
 
     Raises, with nothing written:
-        TypeError, ValueError: an option of another type or out of range, naming it.
+        TypeError, ValueError: an option of another type or out of range, a list or an entry of another type, naming it.
         RuntimeError: tensors that do not fit together.
         ValueError, alrao_fast.backends.BackendUnavailableError: `impl` is unknown or cannot run here.
     """
-    options = checked(OPTIONS, locals())
+    arguments = locals()
+    options = checked(OPTIONS, arguments)
     scalars = Scalars(lr, maximize, grad_scale, found_inf).checked()
-    if not params:
+    lists, gradients = as_lists(OP, arguments)
+    if not lists.params:
         return
-    states = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs or None]
     OP(
-        as_lists(params, states, masters, rates, inners, seeds, steps),
-        list(grads),
+        lists,
+        gradients,
         {
             "beta1": options["betas"][0],
             "beta2": options["betas"][1],
             "eps": options["eps"],
             "weight_decay": options["weight_decay"],
-            "amsgrad": bool(max_exp_avg_sqs),
+            "amsgrad": len(lists.states) == len(OP.states),
             "decoupled": options["decoupled_weight_decay"],
             "authors_eps": options["eps_rule"] == "authors",
         },
         scalars,
-        OP.select(params, impl),
+        OP.select(lists.params, impl),
     )

@@ -6,17 +6,25 @@ csrc/feature/multi_tensor.cpp words them alike for the compiled ones, which are 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from alrao_fast.arguments import FLOATS
+from alrao_fast.arguments import FLOATS, Integer, shown
 from alrao_fast.ops.checks import LOW_PRECISION
 
 if TYPE_CHECKING:
     from alrao_fast.ops.feature import Lists
+
+
+_INTEGER = Integer()
+# What is expected of a parameter or state, and of a gradient, in place of a sparse tensor.
+_DENSE = (
+    " or of another layout, expected an ordinary strided tensor",
+    ", expected an ordinary (dense) gradient: sparse=False in the embedding, or grad.to_dense()",
+)
 
 
 def _layout(tensor: Tensor) -> list[tuple[int, int]]:
@@ -35,6 +43,42 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def _text(tensor: Tensor) -> str:
     return f"shape {list(tensor.shape)} with strides {list(tensor.stride())}"
+
+
+def as_list(
+    op: str, name: str, values: Any, *, optional: bool = False, integers: bool = False
+) -> list[Any]:
+    """A public function's argument as a list; `optional`: empty for None, `integers`: of these, not of tensors.
+
+    TypeError for what is no list, or for an entry of another type, naming it; RuntimeError for a tensor that is sparse
+    or on meta.
+    """
+    if values is None and optional:
+        return []
+    if not isinstance(values, (list, tuple)) and (
+        isinstance(values, (Tensor, str, bytes, Mapping)) or not isinstance(values, Iterable)
+    ):
+        what = "integers" if integers else "tensors"
+        raise TypeError(
+            f"{op}: {name}: got {shown(values)}, expected a list of {what}, one for each of params"
+        )
+    entries = list(values)
+    for t, entry in enumerate(entries):
+        if integers:
+            entries[t] = _INTEGER.check(f"{op}: {name}[{t}]", entry)
+        else:
+            check_entry(op, f"{name}[{t}]", entry)
+    return entries
+
+
+def check_entry(op: str, name: str, tensor: Any) -> None:
+    """Raise TypeError or RuntimeError unless `tensor` is an ordinary one, with data."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name}: got {shown(tensor)}, expected a tensor")
+    if tensor.is_meta:
+        raise RuntimeError(f"{op}: {name} is on meta, expected a tensor with data")
+    if tensor.layout is not torch.strided:
+        raise RuntimeError(f"{op}: {name} is sparse{_DENSE[name.startswith('grads')]}")
 
 
 class State(NamedTuple):
@@ -107,7 +151,7 @@ def check_inputs(
         for name, tensor in {f"params[{t}]": param, **tensors, f"rates[{t}]": rates[t]}.items():
             check(
                 tensor.layout == torch.strided,
-                f"{name} is sparse or of another layout, expected an ordinary strided tensor",
+                f"{name} is sparse{_DENSE[0]}",
             )
             check(
                 tensor.device == params[0].device,
@@ -162,8 +206,7 @@ def check_inputs(
         grad = grads[t]
         check(
             grad.layout == torch.strided,
-            f"grads[{t}] is sparse, expected an ordinary (dense) gradient: sparse=False in the embedding, or "
-            "grad.to_dense()",
+            f"grads[{t}] is sparse{_DENSE[1]}",
         )
         check(
             grad.device == param.device,

@@ -86,26 +86,24 @@ def feature_sgd_(
         impl: "auto", or the backend by name: "cuda", "triton", "cpu", "reference".
 
     Raises, with nothing written:
-        TypeError, ValueError: an option of another type or out of range, naming it.
+        TypeError, ValueError: an option of another type or out of range, a list or an entry of another type, naming it.
         RuntimeError: tensors that do not fit together.
         ValueError, alrao_fast.backends.BackendUnavailableError: `impl` is unknown or cannot run here.
     """
-    options = checked(OPTIONS, locals())
+    arguments = locals()
+    options = checked(OPTIONS, arguments)
     authors = options.pop("momentum_rule") == "authors"
     scalars = Scalars(lr, maximize, grad_scale, found_inf).checked()
-    if not params:
+    lists, gradients = as_lists(OP, arguments)
+    if not lists.params:
         return
     if steps is None:
-        if momentum or seeds:
+        if momentum or lists.seeds:
             raise RuntimeError(
                 "feature_sgd_: steps is None, expected an int64 tensor with one entry for each of params, because "
                 "momentum or stochastic rounding is on"
             )
-        steps = torch.zeros(len(params), dtype=torch.int64, device=params[0].device)
-    OP(
-        as_lists(params, [momentum_buffers], masters, rates, inners, seeds, steps),
-        list(grads),
-        {**options, "authors_momentum": authors},
-        scalars,
-        OP.select(params, impl),
-    )
+        zeros = torch.zeros(len(lists.params), dtype=torch.int64, device=lists.params[0].device)
+        lists = lists._replace(steps=zeros)
+    options["authors_momentum"] = authors
+    OP(lists, gradients, options, scalars, OP.select(lists.params, impl))

@@ -1,5 +1,7 @@
 """switch_update_: one Bayesian update of the switch posterior (reference/switch_update.py)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,23 +17,27 @@ _MEAN = Flag()
 backends.OPS[OP] = "switch_update_"
 
 
-def _check(
-    logw: Tensor, log_posterior: Tensor, t: Tensor, log_likelihood: Tensor, theta: float
-) -> None:
-    """For Triton; the compiled implementations check by themselves (csrc/switch/checks.cpp)."""
+def _check_logw(logw: Tensor, log_posterior: Tensor, name: str, other_shape: Sequence[int]) -> None:
+    """N is that of `logw`, unless the two others agree on another."""
     check(
         logw.dim() == 2 and logw.size(0) == 2 and logw.size(1) > 0,
         f"logw: got shape {list(logw.shape)}, expected [2, N] with N >= 1",
     )
-    clones = [logw.size(1)]
-    double, single, integer = torch.float64, torch.float32, torch.int64
-    for name, tensor, shape, dtypes in (
-        ("logw", logw, [2, *clones], (double,)),
-        ("log_posterior", log_posterior, clones, (double,)),
-        ("t", t, [], (integer,)),
-        ("log_likelihood", log_likelihood, clones, (single, double)),
+    outvoted = log_posterior.dim() == 1 and log_posterior.shape == other_shape != logw.shape[1:]
+    check(
+        not outvoted,
+        f"logw: got shape {list(logw.shape)}, expected {[2, *log_posterior.shape]}, as log_posterior and {name} have "
+        "it",
+    )
+
+
+def _check_state(logw: Tensor, log_posterior: Tensor, t: Tensor, theta: float) -> None:
+    for name, tensor, shape, dtype in (
+        ("logw", logw, logw.shape, torch.float64),
+        ("log_posterior", log_posterior, logw.shape[1:], torch.float64),
+        ("t", t, (), torch.int64),
     ):
-        check_tensor(name, tensor, shape, dtypes, logw.device)
+        check_tensor(name, tensor, shape, (dtype,), logw.device)
     for name, tensor in (("logw", logw), ("log_posterior", log_posterior)):
         check(
             tensor.is_contiguous(),
@@ -39,6 +45,16 @@ def _check(
             "a contiguous tensor",
         )
     check(0 < theta < 1, f"theta: got {theta:g}, expected 0 < theta < 1")
+
+
+def _check(
+    logw: Tensor, log_posterior: Tensor, t: Tensor, log_likelihood: Tensor, theta: float
+) -> None:
+    """For Triton; the compiled implementations check by themselves (csrc/switch/checks.cpp)."""
+    _check_logw(logw, log_posterior, "log_likelihood", log_likelihood.shape)
+    _check_state(logw, log_posterior, t, theta)
+    dtypes = torch.float32, torch.float64
+    check_tensor("log_likelihood", log_likelihood, logw.shape[1:], dtypes, logw.device)
 
 
 def _check_observe(
@@ -50,11 +66,11 @@ def _check_observe(
     mean: bool,
     theta: float,
 ) -> None:
-    shape, double = [3, log_posterior.numel()], (torch.float64,)
+    _check_logw(logw, log_posterior, "stats", stats.shape[1:])
+    _check_state(logw, log_posterior, t, theta)
     for name, tensor in (("running", running), ("stats", stats)):
-        check_tensor(name, tensor, shape, double, logw.device)
+        check_tensor(name, tensor, (3, logw.size(1)), (torch.float64,), logw.device)
     check(running.is_contiguous(), "running: got a strided tensor, expected a contiguous one")
-    _check(logw, log_posterior, t, stats[0], theta)
 
 
 _STATE = "Tensor(a!) logw, Tensor(b!) log_posterior, Tensor(c!) t"

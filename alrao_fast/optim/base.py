@@ -25,7 +25,7 @@ from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import checkpoint
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
 from alrao_fast.optim.drawing import draw_all
-from alrao_fast.optim.layouts import Layout, check_not_lazy, default_layout, resolve
+from alrao_fast.optim.layouts import Layout, check_param, default_layout, resolve
 from alrao_fast.optim.owners import owners, warn_of_unobserved
 from alrao_fast.optim.param_groups import (
     SAMPLER,
@@ -224,7 +224,7 @@ class AlraoOptimizer(Optimizer):
                     "each parameter once: list(dict.fromkeys(params)) leaves out the repetitions"
                 )
             if param in self._layouts:
-                check_not_lazy(self._layouts[param].name, param)
+                check_param(self._layouts[param].name, param)
                 continue
             name = entry[0] if isinstance(entry, tuple) else f"params[{number}]"
             self._layouts[param] = default_layout(name, param)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from alrao_fast.arguments import Choice, Instance, Integer, Kind, Optional, checked, shown
+from alrao_fast.arguments import Choice, Data, Instance, Integer, Kind, Optional, checked, shown
 
 
 class _Dims(Kind):
@@ -39,7 +39,7 @@ _FEATURE = {
     "dim": _Dims(),
     "num_features": Optional(Integer(low=0)),
     "vector": Instance(str, "a string"),
-    "feature_of": Optional(Instance(Tensor, "an int64 tensor")),
+    "feature_of": Optional(Data("an int64 tensor")),
     "kind": Choice("feature", "clone"),
 }
 
@@ -167,7 +167,7 @@ class Layout:
 
 def default_layout(name: str, param: Tensor, module: str = "") -> Layout:
     """One rate per index of dimension 0 (one rate for a 0-dim parameter)."""
-    check_not_lazy(name, param, module)
+    check_param(name, param, module)
     dims = (0,) if param.dim() else ()
     length = param.size(0) if param.dim() else 1
     return Layout(name, module, "default", dims, Vector(name, length, "feature"))
@@ -187,13 +187,13 @@ def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Lay
     own = dict(own_parameters(module))
     type_name = type(module).__name__
     for name, param in own.items():
-        check_not_lazy(_join(module_name, name), param, type_name)
+        check_param(_join(module_name, name), param, type_name)
     registered = next((_RULES[c] for c in type(module).__mro__ if c in _RULES), None)
     # Which entry has which rate is worked out on the CPU, whatever torch's default device is.
     with torch.device("cpu"):
-        features = registered.rule(module) if registered else {}
+        features = _features(registered.rule, module) if registered else {}
     if not isinstance(features, Mapping) or not all(
-        isinstance(feature, Feature) for feature in features.values()
+        isinstance(name, str) and isinstance(feature, Feature) for name, feature in features.items()
     ):
         raise TypeError(
             f"the feature layout registered for {type_name} returned {shown(features)}, expected a dict "
@@ -229,6 +229,19 @@ def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Lay
             table[param] = default_layout(_join(module_name, name), param, type_name)
 
 
+def _features(rule: Rule, module: nn.Module) -> Any:
+    """What the rule says of the module; its own errors pass as they are."""
+    try:
+        return rule(module)
+    except TypeError as problem:
+        if problem.__traceback__ is None or problem.__traceback__.tb_next is not None:
+            raise
+        raise TypeError(
+            f"the feature layout registered for {type(module).__name__}: the rule {shown(rule)} cannot be called with "
+            "the module, expected a function of the module that returns a dict {parameter's name: Feature}"
+        ) from problem
+
+
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The parameters registered on the module itself and the originals of its parametrized ones, with dotted names."""
     yield from ((n, p) for n, p in module._parameters.items() if p is not None)
@@ -253,12 +266,16 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def check_not_lazy(name: str, param: Tensor, module: str = "") -> None:
-    """Raises ValueError for an uninitialized parameter: without a shape it can have no rates."""
+def check_param(name: str, param: Tensor, module: str = "") -> None:
+    """Raises ValueError for an uninitialized parameter, which has no shape, and for a sparse one that is trained."""
+    where = f"parameter {name!r}{f' of {module}' if module else ''}"
     if is_lazy(param):
         raise ValueError(
-            f"parameter {name!r}{f' of {module}' if module else ''} is uninitialized: run one batch through the model "
-            "first, then construct the optimizer"
+            f"{where} is uninitialized: run one batch through the model first, then construct the optimizer"
+        )
+    if param.layout is not torch.strided and param.requires_grad:
+        raise ValueError(
+            f"{where} has layout {param.layout}, expected an ordinary (strided) tensor: its rates follow its memory"
         )
 
 

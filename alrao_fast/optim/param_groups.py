@@ -6,16 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alrao_fast.arguments import Choice, Flag, Function, Interval, Kind, Optional, shown
+from alrao_fast.arguments import Choice, Flag, Function, Instance, Interval, Kind, Optional, shown
 from alrao_fast.ops.feature import LR
 from alrao_fast.optim.binding import Objects
 
 _NOTHING: dict[str, Any] = {}
+_NAME = Instance(str, "a string, in a pair (name, tensor)")
 
 
 def as_groups(params: Any) -> list[Any]:
     """`params` of a constructor as a list of param groups."""
     if isinstance(params, nn.Module):
+        _check_any(params, [params])
         return [{"params": params}]
     expected = "a module, or an iterable of tensors, (name, tensor) pairs, modules or groups"
     if isinstance(params, Tensor):
@@ -24,9 +26,15 @@ def as_groups(params: Any) -> list[Any]:
     if not isinstance(params, Iterable):
         raise TypeError(f"params: got {shown(params)}, expected {expected}")
     entries = list(params)
-    if not entries:
-        raise ValueError("params: got none, expected at least one parameter")
+    _check_any(params, entries)
     return entries if isinstance(entries[0], dict) else [{"params": entries}]
+
+
+def _check_any(params: Any, entries: list[Any]) -> None:
+    """Raises ValueError for no entry, and for modules alone that have no parameter."""
+    if all(isinstance(e, nn.Module) and next(e.parameters(), None) is None for e in entries):
+        got = shown(params) if entries else "none"
+        raise ValueError(f"params: got {got}, expected at least one parameter")
 
 
 def _check_ordered(params: Any) -> None:
@@ -62,14 +70,28 @@ def expanded(params: Any) -> list[Any]:
         if isinstance(item, nn.Module):
             known = {id(tensor_of(entry)) for entry in entries}
             entries += [p for p in item.parameters() if id(p) not in known]
-        else:
-            entries.append(item)
+            continue
+        if isinstance(tensor_of(item), Tensor) and isinstance(item, tuple):
+            _NAME.check(f"name of params[{len(entries)}]", item[0])
+        entries.append(item)
     return entries
 
 
-SAMPLER = Optional(
-    Function("LogUniform, PerWeight, Fraction, Constant or a function (n, generator) -> rates")
-)
+class _Sampler(Function):
+    """A function that draws rates; not the class of one, though it can be called."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "LogUniform(...), PerWeight(...), Fraction(...), Constant(...) or a function (n, generator) -> rates"
+        )
+
+    def check(self, name: str, value: Any) -> Any:
+        if isinstance(value, type):
+            raise self.refuse(TypeError, name, value)
+        return super().check(name, value)
+
+
+SAMPLER = Optional(_Sampler())
 # The options that all optimizers have.
 SHARED: dict[str, Kind] = {
     "lr": LR,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alrao_fast.arguments import Interval, Number, Rate
+from alrao_fast.arguments import Interval, Number, Rate, shown
 
 Sampler = Callable[[int, "torch.Generator | None"], Tensor]
 PROBABILITY = Number(low=0, high=1, words="a probability, from 0 to 1")
@@ -133,6 +133,8 @@ def _checked(rates: Any, n: int, source: str) -> Tensor:
         raise TypeError(
             f"{source} returned {type(rates).__name__}; expected a float32 tensor of shape [{n}]"
         )
+    if rates.is_meta or rates.layout is not torch.strided:
+        raise ValueError(f"{source} returned {shown(rates)}; expected rates, strided and with data")
     if rates.shape != (n,) or not rates.is_floating_point():
         raise ValueError(
             f"{source} returned {rates.dtype} of shape {list(rates.shape)}; expected float32 of shape [{n}]"

@@ -146,7 +146,10 @@ MultiTensor::MultiTensor(OpNames names, TensorLists lists)
   const auto num_params = static_cast<int64_t>(lists_.params.size());
   records_.reserve(num_params);
   seen_.reserve(num_params * (num_states() + 3));
-  for (const Tensor& param : lists_.params) see(param);
+  for (int64_t t = 0; t < num_params; ++t) {
+    check_strided(entry("params", t), lists_.params[t].get());
+    see(lists_.params[t]);
+  }
   for (int64_t t = 0; t < num_params; ++t) add_record(t);
   shape_starts_.push_back(static_cast<int64_t>(shapes_.size()));
   see(*lists_.steps);
@@ -186,6 +189,11 @@ void MultiTensor::check_states(int64_t expected, const char* because) const {
        " because ", because);
 }
 
+void MultiTensor::check_strided(const std::string& name, AtenTensorHandle tensor) const {
+  if (!is_strided(tensor))
+    fail(op(), name, " is sparse or of another layout, expected an ordinary strided tensor");
+}
+
 void MultiTensor::see(const Tensor& tensor) {
   const AtenTensorHandle handle = tensor.get();
   seen_.push_back({handle, data_of(handle), numel_of(handle)});
@@ -194,8 +202,7 @@ void MultiTensor::see(const Tensor& tensor) {
 void MultiTensor::add_record(int64_t t) {
   const AtenTensorHandle param = lists_.params[t].get();
   const auto check_device = [&](const std::string& name, AtenTensorHandle tensor) {
-    if (!is_strided(tensor))
-      fail(op(), name, " is sparse or of another layout, expected an ordinary strided tensor");
+    check_strided(name, tensor);
     int32_t type, index;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &type));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &index));

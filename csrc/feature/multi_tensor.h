@@ -149,6 +149,7 @@ class MultiTensor {
   void check_lists() const;
   bool is_here(AtenTensorHandle tensor) const;
   void add_record(int64_t t);
+  void check_strided(const std::string& name, AtenTensorHandle tensor) const;
   void see(const Tensor& tensor);
   void check_overlap() const;
   void cut();
