@@ -28,7 +28,11 @@ def shown(value: Any) -> str:
         return f"a tensor of shape {list(value.shape)}, {value.dtype}{layout} on {value.device}"
     if isinstance(value, torch.nn.Module):
         return f"a {type(value).__name__}"
-    text = " ".join(line.strip() for line in repr(value).splitlines())
+    text = repr(value)
+    if ("\n" in text or len(text) > 80) and hasattr(value, "shape") and hasattr(value, "dtype"):
+        kind = type(value)
+        return f"a {kind.__module__}.{kind.__name__} of shape {list(value.shape)}, {value.dtype}"
+    text = " ".join(line.strip() for line in text.splitlines())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

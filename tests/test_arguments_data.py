@@ -124,7 +124,7 @@ ENTRIES = {
     "none": (lambda t: None, TypeError, "got None, expected a tensor"),
     "text": (lambda t: "t", TypeError, "got 't', expected a tensor"),
     "nested": (lambda t: [t], TypeError, r"got \[.*, expected a tensor"),
-    "numpy": (lambda t: t.numpy(), TypeError, "got array.*, expected a tensor"),
+    "numpy": (lambda t: t.numpy(), TypeError, r"got array\(.*, expected a tensor"),
     "meta": (lambda t: t.to("meta"), RuntimeError, "is on meta, expected a tensor with data"),
     "sparse": (lambda t: t.to_sparse(), RuntimeError, "is sparse.*, expected an ordinary"),
 }
@@ -197,7 +197,7 @@ class Returns(nn.Module):
     [
         ((), r"\(\)"),
         (None, "None"),
-        (X.numpy(), "array"),
+        (X.numpy(), "a numpy.ndarray of shape"),
         (3.0, "3.0"),
         ("x", "'x'"),
         ([X], r"\[tensor"),

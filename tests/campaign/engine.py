@@ -230,7 +230,10 @@ def _tokens(value: Any) -> list[str]:
         tokens += [str(value.device), str(value.layout), "sparse", "strides", "device", "complex"]
         tokens += [] if value.dim() else ["scalar"]
         if value.layout == torch.strided and not value.is_meta and value.numel() < 20:
-            tokens += [str(entry) for entry in value.flatten().tolist()]
+            entries = value.flatten().tolist()
+            tokens += [str(entry) for entry in entries]
+            # As of a number.
+            tokens += [f"{entry:g}" for entry in entries if isinstance(entry, float)]
     if isinstance(value, list | tuple):
         tokens += [str(len(value)), *(token for entry in value for token in _tokens(entry))]
     if callable(value):
