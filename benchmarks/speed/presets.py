@@ -106,7 +106,7 @@ def _gpu_optimizers(tiny: bool) -> Iterator[Case]:
         yield case("GPT 124M", momentum=momentum, keep=few, targets=third)
     for network in ("GPT 124M", "GPT 1.3B"):
         yield case(network, "bfloat16", momentum=0.9, keep=few, targets=fourth)
-    # The scaled gradients are unscaled after the update, which torch's kernel does within it: 28 bytes an entry to its 24,
+    # Gradients are unscaled after the update, which torch's kernel does within it: 28 bytes an entry to its 24,
     # and 36 to 32 with momentum.
     for momentum, limit in ((0.0, 1.20), (0.9, 1.16)):
         fifth = _row("A5", ("gpu", FUSED, limit))
