@@ -53,9 +53,9 @@ def test_master_takes_the_update_and_is_rounded_to_nearest(backend, device, dtyp
     values = values[values.abs() > 1e-36]
     master = values / 2
     param = master.to(dtype)
-    grad, one = torch.zeros_like(param), torch.ones(1, device=device)
-    options = {"weight_decay": 1.0, "lr": -1.0, "impl": backend}
-    feature_sgd_([param], [grad], [one], masters=[master], **options)
+    grad, rate = torch.zeros_like(param), torch.full((1,), -1.0, device=device)
+    options = {"weight_decay": 1.0, "impl": backend}
+    feature_sgd_([param], [grad], [rate], masters=[master], **options)
     assert torch.equal(master, values)
     assert torch.equal(param.float(), values.to(dtype).float())
 
