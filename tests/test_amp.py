@@ -208,6 +208,24 @@ def test_only_fused_steps_take_the_scale(kind, fused):
         assert getattr(made, "_step_supports_amp_scaling", False) is bool(fused)
 
 
+def test_fp16_parameters_need_no_fused():
+    """GradScaler refuses to unscale their gradients: the kernels do."""
+    assert not hasattr(
+        alrao.AlraoSGD(nn.Linear(2, 2).half(), fused=False), "_step_supports_amp_scaling"
+    )
+    net = nn.Linear(2, 2).half()
+    opt = alrao.AlraoSGD(net, sampler=alrao.Constant(0.5), master_weights=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    before = [p.detach().float() for p in net.parameters()]
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 2.0**11)
+    scaler.scale(torch.ones(()))
+    scaler.step(opt)
+    for p, old in zip(net.parameters(), before):
+        torch.testing.assert_close(p.detach(), (old - 0.25).half())
+        torch.testing.assert_close(p.grad, torch.full_like(p, 0.5))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_lightning_clips(backend, device, tmp_path, precision):

@@ -343,3 +343,19 @@ def test_default_that_source_cannot_spell_stays_the_backbones():
 def test_invalid(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_regressor_that_is_far_off_is_left_out():
+    """Its posterior never falls to 0: an output of 1e20 would be all that is seen of the mean."""
+    net = trained(regressor())
+    net.eval()
+    x = torch.randn(5, 3)
+    with torch.no_grad():
+        weight = net.head.weight
+        weight[-1] = 1e25
+        posterior = net.posterior()
+    assert posterior[-1] > 0
+    rest = sum(p * y for p, y in zip(posterior[:-1], net.head.clone_outputs(net.backbone(x))[:-1]))
+    expected = (rest / posterior[:-1].sum()).float()
+    for predict in (net, net.collapse("mixture")):
+        torch.testing.assert_close(predict(x), expected)

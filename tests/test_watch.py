@@ -313,3 +313,21 @@ def test_a_large_vocabulary_is_diagnosed_without_its_logits():
     head.clone_outputs = None
     with pytest.warns(RuntimeWarning, match="every clone is dead"):
         head(torch.randn(4, 2), torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.filterwarnings("ignore:the loss is not finite:RuntimeWarning")
+def test_no_rate_is_suggested_where_every_clone_overflows():
+    net, (x, y) = model(), batch()
+    AlraoSGD(net)
+    net(x, targets=y)
+    assert math.isfinite(net.suggested_lr())
+    with torch.no_grad():
+        kept = net.head.weight.clone()
+        net.head.weight.fill_(3e38)
+    net(x, targets=y)
+    with pytest.raises(RuntimeError, match="suggested_lr: the last observed loss is not finite"):
+        net.suggested_lr()
+    with torch.no_grad():
+        net.head.weight.copy_(kept)
+    net(x, targets=y)
+    assert math.isfinite(net.suggested_lr())

@@ -106,7 +106,7 @@ class LinearClones(WithRates):
                 self.weight[n].uniform_(-bound, bound)
                 if self.bias is not None:
                     self.bias[n].uniform_(-bound, bound)
-        self._watch = Watch()
+        self.watch = Watch()
         self.get_buffer("clone_lr").fill_(math.nan)
         self.running.zero_()
         self.switch.reset_parameters()
@@ -167,7 +167,7 @@ class LinearClones(WithRates):
         )
         if observing:
             self._observe(stats)
-            self._watch.look(self, loss, features, None)
+            self.watch.look(self, loss, features, None)
         return loss
 
     def _observer(self) -> Observer:
@@ -211,7 +211,7 @@ class LinearClones(WithRates):
         if observing:
             if not alone:
                 self._observe(stats)
-            self._watch.look(self, loss, features, targets)
+            self.watch.look(self, loss, features, targets)
         return loss
 
     def finite_clones(self) -> Tensor:

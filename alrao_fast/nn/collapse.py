@@ -22,8 +22,6 @@ def collapse(
     backbone: nn.Module, head: LinearClones, which: str, num_extras: int
 ) -> fx.GraphModule:
     """Backbone and the best clone, or the mixture of all, in eval mode (see `AlraoModel.collapse`)."""
-    if which not in _WHICH:
-        raise ValueError(f"which: got {which!r}, expected one of {', '.join(_WHICH)}")
     _check_num_extras(num_extras)
     # The clones' outputs are float32 at least, even where their parameters are not.
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
@@ -54,6 +52,12 @@ def collapse(
     return fx.GraphModule(root, graph, class_name="CollapsedModel").eval()
 
 
+def check_which(which: Any) -> None:
+    """Raises ValueError unless it is one of what `collapse` makes."""
+    if which not in _WHICH:
+        raise ValueError(f"which: got {which!r}, expected one of {', '.join(_WHICH)}")
+
+
 def _check_num_extras(num_extras: int) -> None:
     expected = "expected how many values the backbone returns beside the features, 0 or more"
     if isinstance(num_extras, bool) or not isinstance(num_extras, int):
@@ -63,12 +67,13 @@ def _check_num_extras(num_extras: int) -> None:
 
 
 def _mixture(graph: fx.Graph, outputs: fx.Node, classify: bool) -> fx.Node:
-    """The mixture of the outputs `[..., N, C]`, for each sample of the clones whose outputs are finite there."""
+    """The mixture of the outputs `[..., N, C]`, for each sample of the clones that are alive there."""
 
     def call(function: Callable[..., Any], *args: Any) -> fx.Node:
         return graph.call_function(function, args)
 
-    finite = call(torch.isfinite, outputs)
+    # A regressor is dead already where the square of its output is not finite, as its likelihood is not.
+    finite = call(torch.isfinite, outputs if classify else call(torch.square, outputs))
     alive = graph.call_method("all", (finite, -1), {"keepdim": True})
     outputs = call(torch.where, alive, outputs, 0.0)
     mass = call(torch.where, alive, graph.get_attr("log_posterior"), -math.inf)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from alrao_fast import live
 from alrao_fast.arguments import Instance, shown
 from alrao_fast.nn.clones import LinearClones
-from alrao_fast.nn.collapse import collapse
+from alrao_fast.nn.collapse import check_which, collapse
 
 _BACKBONE = Instance(nn.Module, "a torch.nn.Module")
 
@@ -66,7 +66,7 @@ class AlraoModel(nn.Module):
 
         The rates are `head.clone_lr`; clones with parameters that are not finite have no part in it. Raises
         RuntimeError before an optimizer has set the rates, while the switch has observed nothing, and where no living
-        clone, no finite backbone or no finite posterior is left.
+        clone, no finite backbone or no finite posterior is left, or every clone was dead for the last loss.
         """
         rates = self.head.clone_lr.double()
         if rates.isnan().any():
@@ -78,6 +78,10 @@ class AlraoModel(nn.Module):
             raise RuntimeError(
                 "suggested_lr: the backbone has parameters that are not finite, so the posterior tells nothing of "
                 "learning rates that train: go back to a checkpoint, and lower the upper end of lr_range"
+            )
+        if self.head.watch.dead:
+            raise RuntimeError(
+                f"suggested_lr: the last observed loss is not finite: {self.head.watch.dead}"
             )
         return float(torch.xlogy(self.head.living_posterior(), rates).sum().exp())
 
@@ -110,6 +114,7 @@ class AlraoModel(nn.Module):
         backbone's forward names. Clones with non-finite weights are left out, and "best" is not one that overflows on
         features between -1 and 1. ValueError if no clone is finite.
         """
+        check_which(which)
         num_extras = self._num_extras if num_extras is None else num_extras
         if num_extras is None:
             raise RuntimeError(

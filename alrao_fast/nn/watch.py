@@ -32,6 +32,8 @@ class Watch:
     """
 
     def __init__(self) -> None:
+        # What is dead at the last look, if backbone or clones are.
+        self.dead = ""
         self._observations = 0
         self._failures = 0
         self._told: set[str] = set()
@@ -49,11 +51,13 @@ class Watch:
             return
         value = self._value(loss)
         if value is None or math.isfinite(value):
+            self.dead = self.dead if value is None else ""
             return
         self._failures += 1
         # What is wrong takes time to find, and a training may go on in vain.
         if self._failures & (self._failures - 1) == 0:
             cause, what = _diagnose(head, loss, features, targets)
+            self.dead = what if cause in ("backbone", "clones") else ""
             if cause not in self._told:
                 self._told.add(cause)
                 at = "at" if loss.is_cpu else "by"
