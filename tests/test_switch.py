@@ -170,3 +170,20 @@ def test_invalid_arguments(arguments, message):
 
 def test_repr():
     assert repr(Switch(3, 0.9)) == "Switch(num_clones=3, theta=0.9)"
+
+
+def test_means_leave_out_what_has_only_its_share():
+    switch = Switch(4)
+    # Before any observation all are alike, and all count.
+    torch.testing.assert_close(switch.log_posterior_of_means(), switch.log_posterior)
+    for number in range(3):
+        switch.update(torch.tensor([-1.0, -1.5, -1e31, -math.inf]))
+        means, posterior = switch.log_posterior_of_means().exp(), switch.posterior()
+        torch.testing.assert_close(means[:2], posterior[:2])
+        assert not means[2:].any() and posterior[2:].all(), number
+    # One that comes back counts again.
+    switch.update(torch.tensor([-1.0, -1.0, -math.inf, -1.0]))
+    assert switch.log_posterior_of_means().exp().bool().tolist() == [True, True, False, True]
+    alone = Switch(1)
+    alone.update(torch.tensor([-1e31]))
+    assert alone.log_posterior_of_means().exp().tolist() == [1.0]

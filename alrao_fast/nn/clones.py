@@ -389,13 +389,16 @@ class RegressorClones(LinearClones):
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
         """The posterior's mean prediction `[..., K]` for features `[..., D]`, or with targets `[..., K]` the loss.
 
+        Clones to which the last observation has left no evidence of their own have no part in the mean: the least share
+        of one that has diverged would be all that is seen of it.
+
         Clones that are dead for a sample leave their posterior mass to the others; NaN where all are.
 
         The loss is the negative log-likelihood of the mixture of Gaussians; gradients and the switch as in
         `ClassifierClones.forward`.
         """
         if targets is None:
-            posterior, _ = self.switch.mixing_posterior(observing=False)
+            posterior, _ = self.switch.mixing_posterior(observing=False, means=True)
             mean = switch_mixture_mean(features, self.weight, self.bias, posterior)
             return remember(self, features, mean)
         return self.loss(features, targets, observe=True)

@@ -93,7 +93,12 @@ def _living(head: LinearClones, dtype: torch.dtype) -> tuple[Tensor, Tensor | No
     if not finite.any():
         raise ValueError("every clone has non-finite weights: there is nothing to collapse to")
     bias = None if head.bias is None else head.bias.detach()[finite].to(dtype)
-    log_posterior = normalized(head.switch.log_posterior[finite])
+    switch = head.switch
+    if isinstance(head, ClassifierClones):
+        log_posterior = switch.log_posterior
+    else:
+        log_posterior = switch.log_posterior_of_means()
+    log_posterior = normalized(log_posterior[finite])
     return head.weight.detach()[finite].to(dtype), bias, log_posterior
 
 

@@ -114,14 +114,29 @@ class Switch(FixedDtypeBuffers):
         """Whether an observation has told the clones apart; t, averaged as an integer, may stay at 1."""
         return bool(self.t > 1) or bool(self.log_posterior.min() < self.log_posterior.max())
 
-    def mixing_posterior(self, *, observing: bool) -> tuple[Tensor, bool]:
-        """The log-posterior `[N]` by which the present forward mixes, and whether this forward observes.
+    def log_posterior_of_means(self) -> Tensor:
+        """`log_posterior` without the clones that have nothing but their share of the redistributed mass.
 
-        One that is to observe gets `log_posterior` itself, the others a fresh tensor. The second run of a forward
-        inside an activation checkpoint gets what the first one had, and observes nothing.
+        That share, about 1 / (N t), never falls to 0. It does no harm to probabilities, but in a mean of outputs a
+        clone that has diverged to 1e16 would be all that is seen. It shows by its logw: they are to each other as theta
+        to 1 - theta. Before the first observation all are, and all count.
         """
         own: dict[str, Any] = self._buffers
-        log_posterior, again = first_value(self, own["log_posterior"])
+        log_odds = math.log(self.theta) - math.log1p(-self.theta)
+        informed = (own["logw"][0] - own["logw"][1] - log_odds).abs() > 1e-9
+        counts = informed | ~informed.any()
+        return torch.where(counts, own["log_posterior"], -math.inf)
+
+    def mixing_posterior(self, *, observing: bool, means: bool = False) -> tuple[Tensor, bool]:
+        """The log-posterior `[N]` by which the present forward mixes, and whether this forward observes.
+
+        One that is to observe gets `log_posterior` itself, the others a fresh tensor, `means` that of
+        `log_posterior_of_means`. The second run of a forward inside an activation checkpoint gets what the first one
+        had, and observes nothing.
+        """
+        own: dict[str, Any] = self._buffers
+        present = self.log_posterior_of_means() if means else own["log_posterior"]
+        log_posterior, again = first_value(self, present)
         return log_posterior if observing else normalized(log_posterior), observing and not again
 
     def update(self, log_likelihood: Tensor) -> None:
