@@ -217,6 +217,30 @@ def test_compiled_from_the_first_step():
     assert_same(eager, compiled)
 
 
+@pytest.mark.parametrize("key", ["momentum_buffer", "rate", "the dict"])
+def test_states_exchanged_between_compiled_steps(key):
+    """What stands in the optimizer is what runs: torch.compile has to notice by its guards."""
+    torch._dynamo.reset()
+    eager, compiled = net(), net()
+    ours = AlraoSGD(eager, momentum=0.9, generator=generator())
+    other = AlraoSGD(compiled, momentum=0.9, generator=generator())
+    step_of_other = torch.compile(other.step, backend="eager")
+    for step in range(6):
+        backward(eager, step)
+        ours.step()
+        backward(compiled, step)
+        step_of_other()
+        if step in (2, 3):
+            for m, optimizer in ((eager, ours), (compiled, other)):
+                state = optimizer.state[m[0].weight]
+                if key == "the dict":
+                    new = torch.ones_like(state["momentum_buffer"])
+                    optimizer.state[m[0].weight] = {**state, "momentum_buffer": new}
+                else:
+                    state[key] = state[key] * 0.5
+    assert_same(eager, compiled)
+
+
 def test_copies():
     model = net()
     optimizer = AlraoSGD(model, momentum=0.9, generator=generator())

@@ -110,7 +110,8 @@ class Objects:
 
     def are_same(self) -> bool:
         """Whether the containers still hold exactly these, in this order."""
-        if self._plain and _compiled_comparison is not None:
+        # torch.compile traces the comparison in Python, and its guards watch for what that has seen.
+        if not torch.compiler.is_compiling() and self._plain and _compiled_comparison is not None:
             return _compiled_comparison(self._containers, self._ids)
         for container, held in zip(self._containers, self._held):
             objects = _objects_in(container)
@@ -140,8 +141,7 @@ class GroupBinding:
         """Whether the calls still serve a step in which `count` of `params` have gradients."""
         if self._count != count or self._params is not params or self._key != key:
             return False
-        # torch.compile guards the objects that it has traced.
-        if not torch.compiler.is_compiling() and not self._objects.are_same():
+        if not self._objects.are_same():
             return False
         return count == len(params) or self._mask == [p.grad is not None for p in params]
 
@@ -152,7 +152,6 @@ class Binding:
     def __init__(self) -> None:
         self.groups: dict[int, GroupBinding] = {}
         self._state: Any = {}
-        self._count = 0
         self._swapped = False
         self._objects = Objects(self._state)
 
@@ -160,22 +159,15 @@ class Binding:
         """Before the groups' steps: forget everything if `state`, or the dict of a parameter in it, was exchanged, or
         the plans have handles that they may not keep."""
         swapped = params_are_swapped()
-        if (
-            self._swapped is swapped
-            and self._state is state
-            and (
-                self._count == len(state)
-                if torch.compiler.is_compiling()
-                else self._objects.are_same()
-            )
-        ):
+        if self._swapped is swapped and self._state is state and self._objects.are_same():
             return
         self.groups.clear()
         self._swapped = swapped
         self._look(state)
 
+    @torch.compiler.disable(reason="the optimizer's tensors are bound anew")
     def _look(self, state: Any) -> None:
-        self._state, self._count, self._objects = state, len(state), Objects(state)
+        self._state, self._objects = state, Objects(state)
 
     def step(
         self,

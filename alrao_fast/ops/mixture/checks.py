@@ -21,10 +21,11 @@ def flat(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
     if x.dim() == 0:
         raise ValueError("x: got a scalar, expected [..., D]")
     check_weight(weight)
-    for name, tensor in (("x", x), ("weight", weight)):
-        check_dtype(name, tensor, FLOATS)
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    if x.dtype != weight.dtype:
+    dtype = x.dtype
+    check_dtype("x", x, FLOATS)
+    if weight.dtype != dtype:
+        check_dtype("weight", weight, FLOATS)
+        dtype = torch.promote_types(dtype, weight.dtype)
         x, weight = x.to(dtype), weight.to(dtype)
     if bias is not None and bias.dtype != dtype:
         check_dtype("bias", bias, FLOATS)
