@@ -278,3 +278,29 @@ def test_a_whole_model_on_meta_has_shapes():
     x = torch.empty(4, 3, device="meta")
     assert head.eval()(x).shape == (4, 5)
     assert head(x, torch.empty(4, dtype=torch.int64, device="meta")).shape == ()
+
+
+def test_an_interval_assigned_after_the_draw():
+    for kind in ("sgd", "adam"):
+        model, optimizer = stepped(kind)
+        before = copy.deepcopy(model.state_dict())
+        drawn = optimizer.param_groups[0]["lr_range"]
+        optimizer.param_groups[0]["lr_range"] = (1e-3, 1e-2)
+        with pytest.raises(ValueError, match=r"^lr_range: got \(0.001, 0.01\), expected"):
+            optimizer.step()
+        assert str(model.state_dict()) == str(before)
+        optimizer.param_groups[0]["lr_range"] = drawn
+        optimizer.step()
+
+
+def test_states_of_another_optimizer():
+    model, sgd = stepped("sgd")
+    adam = alrao.AlraoAdam(model)
+    with pytest.raises(
+        ValueError, match="has 'momentum_buffer'; expected the states of feature_adam"
+    ):
+        adam.load_state_dict(sgd.state_dict())
+    plain = alrao.AlraoSGD(model)
+    plain.step()
+    with pytest.raises(ValueError, match="has taken steps without 'exp_avg'; expected the states"):
+        adam.load_state_dict(plain.state_dict())

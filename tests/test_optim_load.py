@@ -141,6 +141,10 @@ WRONG = {
         broken(lambda s: s["state"].update({5: torch.ones(3)})),
         "state of parameter 'head.bias' in state_dict is a Tensor; expected a dict",
     ),
+    "of Adam": (
+        lambda s: AlraoAdam(build()).state_dict(),
+        "has 'exp_avg'; expected the states of feature_sgd",
+    ),
     "option": (broken(lambda s: s["param_groups"][0].update(momentum=-1)), "momentum: got -1"),
     "nothing": (lambda s: {}, "state_dict has no 'param_groups'"),
     "no groups": (lambda s: {"state": {}}, "state_dict has no 'param_groups'"),

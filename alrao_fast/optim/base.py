@@ -71,7 +71,7 @@ class AlraoOptimizer(Optimizer):
         model = own["model"]
         self._sampler: Sampler | None = own["sampler"]
         self._generator: torch.Generator | None = own["generator"]
-        # The layout of every parameter met so far, in the order in which rates are drawn.
+        # Of every parameter met so far, in the order in which rates are drawn.
         self._layouts: dict[Tensor, Layout] = {}
         # What a state that was cleared begins with again.
         self._rates: dict[Tensor, Tensor] = {}
@@ -84,7 +84,7 @@ class AlraoOptimizer(Optimizer):
         self._constructing = True
         self._bare: list[str] = []
         groups = as_groups(params)
-        for root in [model] if model is not None else modules_of(groups):
+        for root in modules_of(groups) if model is None else [model]:
             resolve(root, self._layouts)
         super().__init__(groups, defaults)
         self._follow_fused()
@@ -92,6 +92,7 @@ class AlraoOptimizer(Optimizer):
         self._warn_of_bare_tensors()
         self._constructing = False
         self._complete(self.param_groups)
+        self._option_checks.follow(self.param_groups)
 
     def _follow_fused(self) -> None:
         fused = self.defaults["fused"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alrao_fast.ops.feature import FeatureOp
+from alrao_fast.ops.feature import FEATURE_OPS, FeatureOp
 from alrao_fast.optim.layouts import Layout
 
 # The rates of a parameter for which a state_dict has none: (param, its state there, the states read so far).
@@ -44,6 +44,7 @@ def fitted(
             for key, value in saved.items()
             if value is not None or key not in op.states
         }
+        _check_op(op, state[param], param, name)
         if "rate" not in saved:
             without_rates.append((param, saved))
     for param, saved in without_rates:
@@ -53,6 +54,20 @@ def fitted(
         if key not in known:
             state[key] = value
     return new_groups, state
+
+
+def _check_op(op: FeatureOp, own: Mapping[str, Any], param: Tensor, name: str) -> None:
+    """Raise ValueError for states of another optimizer: a count of steps would stand beside states that saw none."""
+    others = {key for other in FEATURE_OPS.values() for key in other.states}.difference(op.states)
+    foreign = sorted(others.intersection(own))
+    begun = param.requires_grad and own.get("step")
+    lacking = [key for key in op.states[: op.fixed_states] if begun and key not in own]
+    if foreign or lacking:
+        what = f"has {foreign[0]!r}" if foreign else f"has taken steps without {lacking[0]!r}"
+        raise ValueError(
+            f"the state of parameter {name!r} in state_dict {what}; expected the states of {op.stem}: it was written "
+            "by another optimizer"
+        )
 
 
 def _expect(what: str, value: Any, kind: Any, expected: str) -> None:

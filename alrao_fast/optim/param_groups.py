@@ -178,6 +178,13 @@ class OptionChecks:
     def _follow_changes(self, groups: list[dict[str, Any]]) -> None:
         known = self._seen if len(self._seen) == len(groups) else [_NOTHING] * len(groups)
         changed = [self.checked(group, seen) for group, seen in zip(groups, known)]
+        for options, seen in zip(changed, known):
+            drawn = seen.get("lr_range")
+            if drawn and self._groups is groups and options.get("lr_range", drawn) != drawn:
+                raise ValueError(
+                    f"lr_range: got {options['lr_range']}, expected {drawn}, between which the rates were drawn: lr "
+                    "multiplies them, another interval needs a new optimizer"
+                )
         for group, options in zip(groups, changed):
             group.update(options)
         if self._live or any(_is_live(value) for each in changed for value in each.values()):
