@@ -115,17 +115,17 @@ class Switch(FixedDtypeBuffers):
         return bool(self.t > 1) or bool(self.log_posterior.min() < self.log_posterior.max())
 
     def log_posterior_of_means(self) -> Tensor:
-        """`log_posterior` without the clones that have nothing but their share of the redistributed mass.
+        """`log_posterior`, lower by 1000 for clones that have nothing but their share of the redistributed mass.
 
         That share, about 1 / (N t), never falls to 0. It does no harm to probabilities, but in a mean of outputs a
-        clone that has diverged to 1e16 would be all that is seen. It shows by its logw: they are to each other as theta
-        to 1 - theta. Before the first observation all are, and all count.
+        clone that has diverged to 1e16 would be all that is seen: it counts only where no other is alive. It shows by
+        its logw: they are to each other as theta to 1 - theta. Before the first observation all are, and all count.
         """
         own: dict[str, Any] = self._buffers
         log_odds = math.log(self.theta) - math.log1p(-self.theta)
         informed = (own["logw"][0] - own["logw"][1] - log_odds).abs() > 1e-9
         counts = informed | ~informed.any()
-        return torch.where(counts, own["log_posterior"], -math.inf)
+        return torch.where(counts, own["log_posterior"], own["log_posterior"] - 1000)
 
     def mixing_posterior(self, *, observing: bool, means: bool = False) -> tuple[Tensor, bool]:
         """The log-posterior `[N]` by which the present forward mixes, and whether this forward observes.
