@@ -67,13 +67,12 @@ def _check_num_extras(num_extras: int) -> None:
 
 
 def _mixture(graph: fx.Graph, outputs: fx.Node, classify: bool) -> fx.Node:
-    """The mixture of the outputs `[..., N, C]`, for each sample of the clones that are alive there."""
+    """The mixture of the outputs `[..., N, C]`, for each sample of the clones whose outputs are finite there."""
 
     def call(function: Callable[..., Any], *args: Any) -> fx.Node:
         return graph.call_function(function, args)
 
-    # A regressor is dead already where the square of its output is not finite, as its likelihood is not.
-    finite = call(torch.isfinite, outputs if classify else call(torch.square, outputs))
+    finite = call(torch.isfinite, outputs)
     alive = graph.call_method("all", (finite, -1), {"keepdim": True})
     outputs = call(torch.where, alive, outputs, 0.0)
     mass = call(torch.where, alive, graph.get_attr("log_posterior"), -math.inf)

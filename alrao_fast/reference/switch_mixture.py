@@ -218,14 +218,10 @@ def switch_mixture_mean(
 ) -> Tensor:
     """Posterior mean [B, K] of the regressors: `sum_n p_n f_n(x)` over the living clones, p normalised to them.
 
-    A clone is dead for a sample, as in the loss, where the square of its output is not finite: by the little posterior
-    that the switch leaves to every clone, 1e20 would be all that is seen of the mean. NaN where every clone with
-    posterior mass is dead.
+    NaN where every clone with posterior mass is dead.
     """
     dtype = _accumulator(x, weight)
     bias = None if bias is None else bias.to(dtype)
     means, alive = _safe_outputs(x.to(dtype), weight.to(dtype), bias)
-    alive = alive & means.detach().square().sum(2).isfinite()
-    means = torch.where(alive.unsqueeze(2), means, 0)
     p = _posterior(log_posterior, alive).exp().to(dtype)
     return (p.unsqueeze(2) * means).sum(1)

@@ -154,7 +154,9 @@ def collapse(rng: Random) -> Trial:
             result = plain(x)
             if options["which"] == "mixture":
                 assert_near(result, net(x), "collapse('mixture') against eval", 1e-4)
-                assert_near(result, prediction(net, x), "collapse('mixture')", 1e-4)
+                # Where float32 overflows halfway the sum in float64 does not.
+                if options.get("dead") != "huge weight":
+                    assert_near(result, prediction(net, x), "collapse('mixture')", 1e-4)
                 return
             alive = net.head.clone_outputs(net.backbone(x)).isfinite().flatten(1).all(1)
             own = torch.where(alive, net.head.switch.log_posterior, -torch.inf)

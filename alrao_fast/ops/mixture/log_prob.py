@@ -149,9 +149,8 @@ def switch_mixture_mean(
     """Posterior mean `[..., K]` of N linear regressors: `sum_n p_n f_n(x)`, p the posterior.
 
     As in `switch_mixture_log_prob` p is normalised over the clones that are alive for the sample,
-    here those whose outputs have a finite square, as their likelihood has. NaN where all clones
-    with posterior mass are dead: no value is a mean of none. The plain PyTorch of the reference on
-    every backend: there is nothing to fuse.
+    those whose outputs are finite. NaN where all clones with posterior mass are dead: no value is a
+    mean of none. The plain PyTorch of the reference on every backend: there is nothing to fuse.
     """
     check_together("bias", x=x, weight=weight, bias=bias, log_posterior=log_posterior)
     backends.select(checks.OP, x.device, impl)
