@@ -304,7 +304,7 @@ def test_default_that_source_cannot_spell_stays_the_backbones():
         (
             lambda: trained(classifier()).collapse("worst"),
             ValueError,
-            "which: got 'worst', expected one of best",
+            "which: got 'worst', expected 'best' or 'mixture'",
         ),
         (
             lambda: AlraoModel(nn.Identity(), classifier()).collapse(),

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from alrao_fast.arguments import Choice
 from alrao_fast.nn.clones import ClassifierClones, LinearClones
 from alrao_fast.nn.switch import normalized
 
-_WHICH = ("best", "mixture")
+WHICH = Choice("best", "mixture")
 # What a generated signature can spell out.
 _LITERALS = (type(None), bool, int, float, str)
 
@@ -50,12 +51,6 @@ def collapse(
     extras = [graph.call_function(operator.getitem, (out, i + 1)) for i in range(num_extras)]
     graph.output((result, *extras) if extras else result)
     return fx.GraphModule(root, graph, class_name="CollapsedModel").eval()
-
-
-def check_which(which: Any) -> None:
-    """Raises ValueError unless it is one of what `collapse` makes."""
-    if which not in _WHICH:
-        raise ValueError(f"which: got {which!r}, expected one of {', '.join(_WHICH)}")
 
 
 def _check_num_extras(num_extras: int) -> None:

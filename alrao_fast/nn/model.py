@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from alrao_fast import live
 from alrao_fast.arguments import Instance, shown
 from alrao_fast.nn.clones import LinearClones
-from alrao_fast.nn.collapse import check_which, collapse
+from alrao_fast.nn.collapse import WHICH, collapse
 
 _BACKBONE = Instance(nn.Module, "a torch.nn.Module")
 
@@ -114,7 +114,7 @@ class AlraoModel(nn.Module):
         backbone's forward names. Clones with non-finite weights are left out, and "best" is not one that overflows on
         features between -1 and 1. ValueError if no clone is finite.
         """
-        check_which(which)
+        WHICH.check("which", which)
         num_extras = self._num_extras if num_extras is None else num_extras
         if num_extras is None:
             raise RuntimeError(
