@@ -51,8 +51,7 @@ _OWN = {
 class AlraoOptimizer(Optimizer):
     """Base class: not for use on its own."""
 
-    # There with fused=True, as in torch.optim, and by default for fp16 parameters, whose gradients GradScaler does not
-    # unscale: it then hands over grad_scale and found_inf, and whoever clips gradients must unscale them before.
+    # With fused=True, as in torch.optim, and by default for fp16 parameters, whose gradients GradScaler refuses.
     _step_supports_amp_scaling: bool
     # The op, the options of a param group and what they may be, and which of them may name the authors' rule.
     _op: FeatureOp
@@ -96,8 +95,8 @@ class AlraoOptimizer(Optimizer):
 
     def _follow_fused(self) -> None:
         fused = self.defaults["fused"]
-        params = [p for group in self.param_groups for p in group["params"]]
-        if fused or (fused is None and any(p.dtype == torch.float16 for p in params)):
+        halves = (p.dtype == torch.float16 for group in self.param_groups for p in group["params"])
+        if fused or (fused is None and any(halves)):
             self._step_supports_amp_scaling = True
 
     def _check_group(self, options: Mapping[str, Any]) -> None:

@@ -40,7 +40,8 @@ class AlraoSGD(AlraoOptimizer):
         get one rate per index of dimension 0, and a warning says so.
     fused: None or True for the best implementation available, False for the plain PyTorch reference. With True, as in
         torch.optim, a GradScaler leaves loss scaling to the kernels and never waits for the device; unscale gradients
-        before clipping then. Otherwise it unscales and checks them itself.
+        before clipping then. Otherwise it unscales and checks them itself, except for float16 parameters, whose
+        gradients it refuses: None is True for them in this respect.
     foreach, differentiable: must not be true. capturable: always so; accepted for uniformity. Under a CUDA
         graph `lr` must be a tensor on the device for schedulers to move it: `GraphedStep` sees to it.
 

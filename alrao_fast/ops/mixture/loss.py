@@ -18,11 +18,7 @@ from alrao_fast.ops import derivatives, dispatch
 from alrao_fast.ops.checks import check_together
 from alrao_fast.ops.dispatch import LIB, define, no_result
 from alrao_fast.ops.mixture import checks
-from alrao_fast.ops.mixture.likelihood import (
-    Classes,
-    Likelihood,
-    Values,
-)
+from alrao_fast.ops.mixture.likelihood import Classes, Likelihood, Values
 from alrao_fast.ops.switch_update import switch_observe_
 from alrao_fast.reference import switch_mixture as reference
 
@@ -261,13 +257,7 @@ def switch_mixture_stats(
     """
     inputs = x, weight, bias, log_posterior
     return _stats(
-        Classes.of(ignore_index),
-        inputs,
-        target,
-        reduction,
-        memory_budget,
-        impl,
-        observer,
+        Classes.of(ignore_index), inputs, target, reduction, memory_budget, impl, observer
     )
 
 
@@ -311,14 +301,7 @@ def switch_mixture_nll(
     RuntimeError. Inside transforms of torch.func plain PyTorch computes, whatever `impl` says.
     """
     inputs = x, weight, bias, log_posterior
-    loss, stats = _stats(
-        Classes.of(ignore_index),
-        inputs,
-        target,
-        reduction,
-        memory_budget,
-        impl,
-    )
+    loss, stats = _stats(Classes.of(ignore_index), inputs, target, reduction, memory_budget, impl)
     return loss, stats[0] / stats[2]
 
 
@@ -340,15 +323,7 @@ def switch_mixture_gaussian_stats(
     As `switch_mixture_stats`; row 1 is the sum of squared errors.
     """
     inputs = x, weight, bias, log_posterior
-    return _stats(
-        Values.of(sigma2),
-        inputs,
-        target,
-        reduction,
-        memory_budget,
-        impl,
-        observer,
-    )
+    return _stats(Values.of(sigma2), inputs, target, reduction, memory_budget, impl, observer)
 
 
 def switch_mixture_gaussian_nll(
@@ -370,12 +345,5 @@ def switch_mixture_gaussian_nll(
         logp[b,n] = -|y_b - f_n(x_b)|^2 / (2 sigma2) - K/2 log(2 pi sigma2)
     """
     inputs = x, weight, bias, log_posterior
-    loss, stats = _stats(
-        Values.of(sigma2),
-        inputs,
-        target,
-        reduction,
-        memory_budget,
-        impl,
-    )
+    loss, stats = _stats(Values.of(sigma2), inputs, target, reduction, memory_budget, impl)
     return loss, stats[0] / stats[2]
