@@ -82,8 +82,9 @@ def feature_adam_(
         eps_rule: "authors" is the rule of the paper's code, whose eps is not rescaled:
             p = p - lr * r(i) * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps).
 
-    Raises, with nothing written:
+    Raises:
         TypeError, ValueError: an option of another type or out of range, a list or an entry of another type, naming it.
+            Nothing was written then, nor in the other cases.
         RuntimeError: tensors that do not fit together.
         ValueError, alrao_fast.backends.BackendUnavailableError: `impl` is unknown or cannot run here.
     """

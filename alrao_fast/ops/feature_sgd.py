@@ -85,8 +85,9 @@ def feature_sgd_(
         found_inf: one float32 element; where it is not 0 nothing is written.
         impl: "auto", or the backend by name: "cuda", "triton", "cpu", "reference".
 
-    Raises, with nothing written:
+    Raises:
         TypeError, ValueError: an option of another type or out of range, a list or an entry of another type, naming it.
+            Nothing was written then, nor in the other cases.
         RuntimeError: tensors that do not fit together.
         ValueError, alrao_fast.backends.BackendUnavailableError: `impl` is unknown or cannot run here.
     """
