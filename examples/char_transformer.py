@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--clones", type=int, default=6)
+    parser.add_argument("--sample", type=int, default=200, help="characters to write at the end")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
@@ -117,8 +118,8 @@ def main() -> None:
             losses.append(net(x, targets=y))
     print(f"validation: {torch.stack(losses).mean() / math.log(2):.3f} bits per character")
     print(f"posterior of the clones: {[round(p, 3) for p in net.posterior().tolist()]}")
-    written = sample(net, valid[None, : args.context], 200, args.context)[0, args.context :]
-    print("".join(alphabet[k] for k in written.tolist()))
+    written = sample(net, valid[None, : args.context], args.sample, args.context)
+    print("".join(alphabet[k] for k in written[0, args.context :].tolist()))
 
 
 if __name__ == "__main__":

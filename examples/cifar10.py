@@ -18,9 +18,9 @@ import alrao_fast as alrao
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 
 
-def resnet18(width: int) -> tuple[nn.Module, int]:
-    """torchvision's ResNet-18 for pictures of 32 x 32 as a backbone, and the number of its features."""
-    net = models.ResNet(models.resnet.BasicBlock, [2, 2, 2, 2], width_per_group=width)
+def resnet(blocks: int) -> tuple[nn.Module, int]:
+    """torchvision's ResNet for pictures of 32 x 32 as a backbone (2 blocks: ResNet-18), and the number of features."""
+    net = models.ResNet(models.resnet.BasicBlock, [blocks] * 4)
     net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
     features = net.fc.in_features
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--fake", type=int, metavar="N", help="N random pictures instead")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--blocks", type=int, default=2, help="in each of four stages")
     parser.add_argument("--clones", type=int, default=10)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -59,7 +60,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     train, test = loaders(args)
-    backbone, features = resnet18(64)
+    backbone, features = resnet(args.blocks)
     head = alrao.ClassifierClones(features, 10, num_clones=args.clones)
     net = alrao.AlraoModel(backbone, head).to(args.device, memory_format=torch.channels_last)
     opt = alrao.AlraoSGD(
