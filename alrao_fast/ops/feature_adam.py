@@ -61,7 +61,7 @@ def feature_adam_(
 ) -> None:
     """One step of Adam or AdamW with one learning rate per feature, in place, for all of `params`.
 
-    With r(i) the rate of entry i and t the number of this update, from 1::
+    With r(i) the rate of entry i and t the number of this update, from 1:
 
         g = (-g if maximize else g) / grad_scale
         p = p * (1 - lr * r(i) * weight_decay) if decoupled_weight_decay, else g = g + weight_decay * p

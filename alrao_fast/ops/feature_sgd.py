@@ -55,7 +55,7 @@ def feature_sgd_(
 ) -> None:
     """One step of SGD with one learning rate per feature, in place, for all of `params`.
 
-    With r(i) the rate of entry i (paper, section 3.1)::
+    With r(i) the rate of entry i (paper, section 3.1):
 
         g   = (-g if maximize else g) / grad_scale + weight_decay * p
         buf = g on the first step, else momentum * buf + (1 - dampening) * g

@@ -16,7 +16,9 @@ from alrao_fast.optim.rates import Sampler
 class AlraoSGD(AlraoOptimizer):
     """torch.optim.SGD in which every feature has its own learning rate, drawn once (arXiv 1810.01322, section 3).
 
-        p = p - lr * r(i) * d,    log r ~ U(log lo, log hi) per feature;  d: gradient, momentum and decay as in SGD
+        p = p - lr * r(i) * d,    log r ~ U(log lo, log hi) per feature
+
+    where d is the gradient with momentum and decay as in SGD.
 
     Args:
         params: an `AlraoModel` or any module, an iterable of tensors or (name, tensor) pairs, or param groups whose
