@@ -48,6 +48,8 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     source = code(page)
     for package in re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE):
         pytest.importorskip(package)
+    # Plots are drawn, not shown.
+    monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     with warnings.catch_warnings():
