@@ -111,7 +111,7 @@ kernels:
 # $(STAMPS)/demo is the project with the extra [demo], and so on; "build" is the project alone.
 $(STAMPS)/%: pyproject.toml setup.py toolchain.py $(STAMPS)/torch
 	@# What an extra asks for must not exchange the torch that is there.
-	@$(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")' >$(STAMPS)/constraints.txt
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >$(STAMPS)/constraints.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c $(STAMPS)/constraints.txt \
 		-e ".$(if $(filter-out build,$*),[$*])"
 	@touch $@
