@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from alrao_fast import live
 from alrao_fast.arguments import (
     COUNT,
+    Choice,
     Flag,
     FloatDtype,
     Function,
@@ -41,7 +42,7 @@ from alrao_fast.reference import switch_mixture as reference
 
 Reduction = Literal["mean", "sum"]
 _CRITERION = Function("a function outputs [N, ..., C] -> losses [N, ...]")
-_CHOICES = {"evidence": REDUCTION, "reduction": REDUCTION}
+_CHOICES = {"evidence": Choice("mean", "sum"), "reduction": REDUCTION}
 _KINDS = {
     **SWITCH_KINDS,
     **_CHOICES,
@@ -211,7 +212,8 @@ class LinearClones(WithRates):
         if observing:
             if not alone:
                 self._observe(stats)
-            self.watch.look(self, loss, features, targets)
+            seen = loss if loss.dim() == 0 else loss.detach().sum()
+            self.watch.look(self, seen, features, targets)
         return loss
 
     def finite_clones(self) -> Tensor:
