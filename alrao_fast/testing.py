@@ -155,7 +155,7 @@ _OPTIONS: dict[str, Callable[[MixtureInputs, torch.Generator], dict[str, Any]]] 
         "class_weight": _uniform(inputs.weight.size(1), inputs, generator)
     },
     "a class of weight 0": lambda inputs, generator: {
-        "class_weight": (torch.arange(inputs.weight.size(1), device=inputs.x.device) % 3).double()
+        "class_weight": (torch.arange(inputs.weight.size(1)) % 3 + 1).fmod(3).to(inputs.weight)
     },
     "sample weights": lambda inputs, generator: {
         "sample_weight": _uniform(len(inputs.x), inputs, generator)

@@ -92,6 +92,27 @@ def _expected(logp: Tensor, distribution: Tensor) -> Tensor:
     return torch.where(p == 0, 0, p * logp).sum(2)
 
 
+def likelihoods(
+    logp: Tensor, target: Tensor, class_weight: Tensor | None, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Of `logp [B, N, C]`, each [B, N]: the log-likelihood of the target, a class [B] or a distribution [B, C], and
+    what stands for it in the loss.
+    """
+    classes = logp.size(2)
+    if target.dim() == 2:
+        likelihood = _expected(logp, target)
+    else:
+        index = target.view(-1, 1, 1).expand(-1, logp.size(1), 1)
+        likelihood = logp.gather(2, index).squeeze(2)
+    if class_weight is None and label_smoothing == 0:
+        return likelihood, likelihood
+    q = target if target.dim() == 2 else F.one_hot(target, classes).to(logp)
+    t = (1 - label_smoothing) * q + label_smoothing / classes
+    t = t if class_weight is None else class_weight * t
+    total = t.sum(1, keepdim=True)
+    return likelihood, _expected(logp, t / torch.where(total == 0, 1, total))
+
+
 def _categorical(
     x: Tensor,
     weight: Tensor,
@@ -114,18 +135,9 @@ def _categorical(
         alive = alive & finite
         target = torch.where(finite, target, 0)
         classes = target.argmax(1)
-        likelihood = _expected(logp, target)
     else:
         classes = target
-        index = target.view(-1, 1, 1).expand(-1, weight.size(0), 1)
-        likelihood = logp.gather(2, index).squeeze(2)
-    objective = likelihood
-    if class_weight is not None or label_smoothing != 0:
-        q = target if target.dim() == 2 else F.one_hot(target, weight.size(1)).to(logp)
-        t = (1 - label_smoothing) * q + label_smoothing / weight.size(1)
-        t = t if class_weight is None else class_weight * t
-        total = t.sum(1, keepdim=True)
-        objective = _expected(logp, t / torch.where(total == 0, 1, total))
+    likelihood, objective = likelihoods(logp, target, class_weight, label_smoothing)
     if z_loss != 0:
         objective = objective - z_loss * logits.logsumexp(2).square()
     objective, alive = _masked_log_likelihood(objective, alive)

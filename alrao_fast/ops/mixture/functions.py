@@ -2,9 +2,11 @@
 
 from torch import Tensor
 
+from alrao_fast.ops.checks import check_together
+from alrao_fast.ops.mixture.checks import check_weight
 from alrao_fast.ops.mixture.likelihood import Classes, Values
 from alrao_fast.ops.mixture.loss import Observer, mixture_stats
-from alrao_fast.ops.mixture.weighting import Weighting
+from alrao_fast.ops.mixture.weighting import ClassWeight, Weighting
 
 
 def switch_mixture_stats(
@@ -33,6 +35,10 @@ def switch_mixture_stats(
     counted samples. An `observer`, whose log-posterior must be the one given, takes them as
     `switch_observe_` does after the mixture was computed; in C++/CUDA without a launch of its own.
     """
+    if class_weight is not None:
+        check_together(x=x, class_weight=class_weight)
+        check_weight(weight)
+        class_weight = ClassWeight(weight.size(1)).check("class_weight", class_weight)
     likelihood = Classes.of(ignore_index, class_weight, label_smoothing, z_loss, logit_softcap)
     return mixture_stats(
         likelihood,

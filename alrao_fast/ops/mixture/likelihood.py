@@ -18,7 +18,7 @@ from alrao_fast.arguments import Integer, Number
 from alrao_fast.ops import derivatives
 from alrao_fast.ops.checks import check, check_tensor, dtype_name
 from alrao_fast.ops.mixture import checks
-from alrao_fast.ops.mixture.weighting import Weighting, class_weights, distributions
+from alrao_fast.ops.mixture.weighting import Weighting, distributions
 
 IGNORE_INDEX = Integer()
 SIGMA2 = Number(above=0, words="a finite variance > 0")
@@ -174,7 +174,7 @@ class Classes(Likelihood):
         if not soft and self.class_weight is None and weighting.is_plain:
             return self, target, weighting.reduction == "mean"
         wide, smoothing, size = checks.accumulator(weight.dtype), self.label_smoothing, len(target)
-        weights = class_weights(self.class_weight, weight.size(1), wide)
+        weights = None if self.class_weight is None else self.class_weight.to(wide)
         share: Tensor | None
         if soft:
             divided = weighting.of_samples(None, wide)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alrao_fast.arguments import Number
+from alrao_fast.arguments import Kind, Number, shown
+from alrao_fast.ops import derivatives
 from alrao_fast.ops.checks import check_together
 from alrao_fast.ops.mixture.checks import REDUCTION
 
@@ -88,15 +89,38 @@ class Weighting(NamedTuple):
         return like.new_full((rows,), 1 / (norm or 1)) if share is None else share / norm
 
 
-def class_weights(weight: Tensor | None, num_classes: int, dtype: torch.dtype) -> Tensor | None:
-    """The weights `[C]` of the classes in the dtype of the arithmetic; ValueError for another shape."""
-    if weight is None:
-        return None
-    if weight.shape != (num_classes,):
-        raise ValueError(
-            f"class_weight: got shape {list(weight.shape)}, expected [{num_classes}], one for each class"
+def no_loss(sample_weight: Any, num_items: Any, reduction: Any) -> None:
+    """ValueError where there are no targets, but something for their loss."""
+    names = (
+        ("sample_weight", sample_weight),
+        ("num_items_in_batch", num_items),
+        ("reduction", reduction),
+    )
+    for name, value in names:
+        if value is not None:
+            raise ValueError(
+                f"{name}: got {shown(value)} without targets, expected None: there is no loss"
+            )
+
+
+class ClassWeight(Kind):
+    """The weights of the classes; what they are is looked at on the CPU only."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.expected = (
+            f"{num_classes} finite weights >= 0 in a tensor, one for each class, not all 0"
         )
-    return weight.detach().to(dtype)
+
+    def check(self, name: str, value: Any) -> Tensor:
+        if not isinstance(value, Tensor) or value.is_complex():
+            raise self.refuse(TypeError, name, value)
+        if value.shape != (self.num_classes,) or value.layout is not torch.strided:
+            raise self.refuse(ValueError, name, value)
+        if value.device.type == "cpu" and not derivatives.is_traced(value):
+            if not (value >= 0).all() or not value.isfinite().all() or not value.any():
+                raise ValueError(f"{name}: got {value.tolist()}, expected {self.expected}")
+        return value.detach()
 
 
 def distributions(
