@@ -6,9 +6,10 @@ tolerance is guessed per test.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,6 +137,132 @@ def mixture_inputs(
         log_posterior.to(device),
         target.to(device),
     )
+
+
+# What each adds to the inputs and to the options of switch_mixture_stats.
+_OPTIONS: dict[str, Callable[[MixtureInputs, torch.Generator], dict[str, Any]]] = {
+    "sum": lambda inputs, generator: {"reduction": "sum"},
+    "none": lambda inputs, generator: {"reduction": "none"},
+    "num_items": lambda inputs, generator: {"num_items_in_batch": 7},
+    "num_items in a tensor": lambda inputs, generator: {
+        "num_items_in_batch": torch.tensor(7, device=inputs.x.device)
+    },
+    "label smoothing": lambda inputs, generator: {"label_smoothing": 0.1},
+    "label smoothing of 1": lambda inputs, generator: {"label_smoothing": 1.0},
+    "z-loss": lambda inputs, generator: {"z_loss": 0.02},
+    "softcap": lambda inputs, generator: {"logit_softcap": 2.5},
+    "class weights": lambda inputs, generator: {
+        "class_weight": _uniform(inputs.weight.size(1), inputs, generator)
+    },
+    "a class of weight 0": lambda inputs, generator: {
+        "class_weight": (torch.arange(inputs.weight.size(1)) % 3 + 1).fmod(3).to(inputs.weight)
+    },
+    "sample weights": lambda inputs, generator: {
+        "sample_weight": _uniform(len(inputs.x), inputs, generator)
+    },
+    "negative weights": lambda inputs, generator: {
+        "sample_weight": _uniform(len(inputs.x), inputs, generator) - 1
+    },
+    "weights of 0 or 1": lambda inputs, generator: {
+        "sample_weight": _uniform(len(inputs.x), inputs, generator) > 1
+    },
+    "ignored": lambda inputs, generator: {"ignore_index": 0},
+    "probabilities": lambda inputs, generator: {},
+    "probabilities of other sums": lambda inputs, generator: {},
+}
+# Cases of the loss's options: combinations of the above.
+LOSS_CASES: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in _OPTIONS},
+    "weighted classes, smoothed": ("class weights", "label smoothing"),
+    "weighted classes and samples, smoothed": (
+        "class weights",
+        "label smoothing",
+        "weights of 0 or 1",
+        "ignored",
+    ),
+    "a class of weight 0, smoothed": ("a class of weight 0", "label smoothing"),
+    "smoothed probabilities": ("probabilities", "label smoothing"),
+    "weighted probabilities": ("probabilities", "class weights"),
+    "capped z-loss": ("z-loss", "softcap"),
+    "losses one by one": ("none", "sample weights", "ignored"),
+    "all": (
+        "ignored",
+        "class weights",
+        "label smoothing",
+        "z-loss",
+        "softcap",
+        "sample weights",
+        "num_items",
+    ),
+    "all, one by one": (
+        "none",
+        "a class of weight 0",
+        "label smoothing",
+        "z-loss",
+        "softcap",
+        "weights of 0 or 1",
+    ),
+    "all of probabilities": (
+        "probabilities of other sums",
+        "class weights",
+        "label smoothing",
+        "z-loss",
+        "softcap",
+        "weights of 0 or 1",
+    ),
+    "all of probabilities, one by one": (
+        "none",
+        "probabilities",
+        "class weights",
+        "label smoothing",
+        "z-loss",
+        "softcap",
+        "negative weights",
+    ),
+}
+
+
+def loss_case(
+    name: str, inputs: MixtureInputs, *, seed: int = 0
+) -> tuple[MixtureInputs, dict[str, Any]]:
+    """The inputs of a case of `LOSS_CASES`, and the options of `switch_mixture_stats`.
+
+    What does not count has features that are NaN. ValueError for a name that is not one of `LOSS_CASES`.
+    """
+    if name not in LOSS_CASES:
+        raise ValueError(f"name: got {name!r}, expected one of LOSS_CASES")
+    generator = torch.Generator().manual_seed(seed)
+    options: dict[str, Any] = {}
+    for part in LOSS_CASES[name]:
+        options |= _OPTIONS[part](inputs, generator)
+        if part.startswith("probabilities"):
+            inputs = inputs._replace(target=_distributions(inputs, generator, part))
+    unseen = torch.zeros(len(inputs.x), dtype=torch.bool, device=inputs.x.device)
+    if "ignore_index" in options:
+        unseen |= inputs.target == options["ignore_index"]
+    if "sample_weight" in options:
+        unseen |= options["sample_weight"] == 0
+    if unseen.any():
+        inputs = inputs._replace(x=inputs.x.masked_fill(unseen.unsqueeze(1), math.nan))
+    return inputs, options
+
+
+def _uniform(size: int, inputs: MixtureInputs, generator: torch.Generator) -> Tensor:
+    values = 2 * torch.rand(size, generator=generator, dtype=torch.float64)
+    return values.to(inputs.x.device)
+
+
+def _distributions(inputs: MixtureInputs, generator: torch.Generator, name: str) -> Tensor:
+    """Probabilities `[B, C]`, float32, with one impossible class; of other sums: rows up to 2, the last of zeros."""
+    shape = len(inputs.x), inputs.weight.size(1)
+    target = torch.randn(shape, generator=generator).softmax(1)
+    if shape[1] > 1:
+        target[:, 0] = 0
+        target /= target.sum(1, keepdim=True)
+    if "sums" in name:
+        target *= 2 * torch.rand(shape[0], 1, generator=generator)
+        target[-1:] = 0
+    return target.to(inputs.x.device)
 
 
 class FeatureProblem(NamedTuple):

@@ -301,7 +301,7 @@ HEAD = {
     "bias": NO_FLAG,
     "theta": [*NO_NUMBER, *NOT_FINITE, (0.0, ValueError), (1, ValueError)],
     "evidence": [*NO_WORD, (None, ValueError)],
-    "reduction": [("none", ValueError), (None, ValueError), (3, TypeError)],
+    "reduction": [("average", ValueError), (None, ValueError), (3, TypeError)],
     "memory_budget": [(0, ValueError), (2.5, TypeError), ("1", TypeError), (True, TypeError)],
     "process_group": [(3, TypeError)],
     "device": NO_DEVICE,

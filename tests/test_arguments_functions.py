@@ -110,7 +110,7 @@ TARGETS = {
 NO_NUMBER = [("1", TypeError), (None, TypeError), (1j, TypeError)]
 NO_INTEGER = [(0.5, TypeError), ("x", TypeError), (True, TypeError)]
 OPTIONS = {
-    "reduction": [("none", ValueError), (None, ValueError), (3, TypeError)],
+    "reduction": [("average", ValueError), (None, ValueError), (3, TypeError)],
     "ignore_index": [*NO_INTEGER, (None, TypeError)],
     "memory_budget": [*NO_INTEGER, (0, RuntimeError), (-1, RuntimeError)],
     "sigma2": [*NO_NUMBER, (0, RuntimeError), (INF, RuntimeError), (NAN, RuntimeError)],

@@ -133,7 +133,10 @@ def test_state_dict():
         (lambda: RegressorClones(2, 1, sigma2=math.nan), "sigma2: got nan"),
         (lambda: classifier(theta=1.5), "theta: got 1.5"),
         (lambda: classifier(evidence="max"), "evidence: got 'max', expected 'mean' or 'sum'"),
-        (lambda: regressor(reduction="none"), "reduction: got 'none', expected 'mean' or 'sum'"),
+        (
+            lambda: regressor(reduction="average"),
+            "reduction: got 'average', expected 'mean', 'sum' or 'none'",
+        ),
         (lambda: classifier(memory_budget=0), "memory_budget: got 0"),
         (
             lambda: classifier()(torch.randn(2, 5, D), torch.zeros(5, 2, dtype=torch.long)),

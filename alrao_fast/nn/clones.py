@@ -12,36 +12,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alrao_fast import live
-from alrao_fast.arguments import (
-    COUNT,
-    Flag,
-    FloatDtype,
-    Function,
-    Integer,
-    Optional,
-    checked,
-    shown,
-)
+from alrao_fast.arguments import COUNT, Choice, Flag, FloatDtype, Integer, Optional, checked
+from alrao_fast.nn.clone_loss import CRITERION, mixture_of_losses
 from alrao_fast.nn.clone_rates import WithRates
+from alrao_fast.nn.log_likelihood import log_likelihood
 from alrao_fast.nn.predictions import remember
 from alrao_fast.nn.switch import SWITCH_KINDS, Switch
 from alrao_fast.nn.watch import Watch
-from alrao_fast.ops import derivatives
 from alrao_fast.ops.checks import check_together
-from alrao_fast.ops.mixture import (
-    switch_mixture_gaussian_stats,
-    switch_mixture_log_prob,
-    switch_mixture_mean,
-    switch_mixture_stats,
+from alrao_fast.ops.mixture import switch_mixture_log_prob
+from alrao_fast.ops.mixture.checks import REDUCTION, SOFTCAP, accumulator
+from alrao_fast.ops.mixture.likelihood import (
+    IGNORE_INDEX,
+    LABEL_SMOOTHING,
+    Z_LOSS,
+    Classes,
+    Likelihood,
 )
-from alrao_fast.ops.mixture.checks import REDUCTION
-from alrao_fast.ops.mixture.likelihood import IGNORE_INDEX, SIGMA2
-from alrao_fast.ops.mixture.loss import NO_OTHER_DERIVATIVE, Observer
-from alrao_fast.reference import switch_mixture as reference
+from alrao_fast.ops.mixture.loss import Observer, mixture_stats
+from alrao_fast.ops.mixture.weighting import ClassWeight, Weighting, no_loss
+from alrao_fast.reference.switch_mixture import soft_capped
 
-Reduction = Literal["mean", "sum"]
-_CRITERION = Function("a function outputs [N, ..., C] -> losses [N, ...]")
-_CHOICES = {"evidence": REDUCTION, "reduction": REDUCTION}
+Evidence = Literal["mean", "sum"]
+Reduction = Literal["mean", "sum", "none"]
+_CHOICES = {"evidence": Choice("mean", "sum"), "reduction": REDUCTION}
 _KINDS = {
     **SWITCH_KINDS,
     **_CHOICES,
@@ -62,7 +56,7 @@ class LinearClones(WithRates):
 
     in_features: int
     num_clones: int
-    evidence: Reduction
+    evidence: Evidence
     reduction: Reduction
     memory_budget: int | None
     running: Tensor
@@ -70,8 +64,6 @@ class LinearClones(WithRates):
     _width: str
     # Name of the second row of the statistics, divided by the number of samples.
     _score: str
-    # The mixture's loss and statistics, by its likelihood.
-    _stats: Callable[..., tuple[Tensor, Tensor]]
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         """`arguments`: the `locals()` of a subclass's constructor, which has named and typed them."""
@@ -113,10 +105,15 @@ class LinearClones(WithRates):
 
     def clone_outputs(self, features: Tensor) -> Tensor:
         """Outputs `[N, ..., C]` of every clone for features `[..., D]`, by one matrix product, with plain gradients."""
-        return self._outputs(features, self.weight, self.bias)
+        return self.capped(self.linear_outputs(features, self.weight, self.bias))
+
+    def capped(self, outputs: Tensor) -> Tensor:
+        """The clones' outputs from those of their linear layers; what is not finite stays so."""
+        return outputs
 
     @staticmethod
-    def _outputs(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def linear_outputs(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Outputs `[N, ..., C]` of the linear layers of these weights `[N, C, D]` and biases `[N, C]`."""
         joint = F.linear(features, weight.flatten(0, 1), None if bias is None else bias.flatten())
         return joint.unflatten(-1, weight.shape[:2]).movedim(-2, 0)
 
@@ -129,45 +126,20 @@ class LinearClones(WithRates):
 
             loss = head.clone_loss(backbone(x), lambda out: (out - y).abs().sum(-1))
 
-        Returns the mixture's loss `-reduction_b logsumexp_n(log_posterior[n] - losses[n, b])`. Its gradient goes to
-        the features; each clone gets the gradient of its own mean (or sum) loss. In training mode the switch is
+        Returns the mixture's loss `-reduction_b logsumexp_n(log_posterior[n] - losses[n, b])`, with the reduction
+        "none" `[...]`. Its gradient goes to the features; each clone gets the gradient of its own mean (or sum) loss.
+        Of the head's other options only `logit_softcap` has a part in it. In training mode the switch is
         updated, as by `forward`. A clone with a non-finite loss or output gradient is dead for the sample, as there.
         As there the loss has one backward, and no second or forward-mode derivative. TypeError or ValueError for a
         criterion, or losses, of another kind.
         """
-        _CRITERION.check("criterion", criterion)
+        CRITERION.check("criterion", criterion)
         check_together("bias", features=features, weight=self.weight, bias=self.bias)
-        # Each branch detaches, and makes finite, what it has no gradient for: 0 * inf would be NaN in its backward.
-        x, weight, bias = derivatives.once(NO_OTHER_DERIVATIVE, features, self.weight, self.bias)
-        own_outputs = self._outputs(_finite_rows(x.detach(), -1), weight, bias)
-        weight = _finite_rows(weight.detach(), (1, 2))
-        bias = None if bias is None else _finite_rows(bias.detach(), 1)
-        mixture_outputs = self._outputs(x, weight, bias)
-        own = _per_sample(criterion(own_outputs), self.num_clones)
-        mixture = _per_sample(criterion(mixture_outputs), self.num_clones)
-        alive = own.detach().isfinite() & mixture.detach().isfinite()
-        never_dead = alive.all(0).view(-1, *[1] * (own_outputs.dim() - 1))
         posterior, observing = self.switch.mixing_posterior(observing=self.training)
-
-        # A masked loss sends a zero gradient back through the criterion, which may make it 0 * inf = NaN.
-        if own_outputs.requires_grad:
-            own_outputs.register_hook(lambda grad: torch.where(never_dead, grad, 0))
-        if mixture_outputs.requires_grad:
-            mixture_outputs.register_hook(
-                lambda grad: torch.where(never_dead | grad.isfinite(), grad, 0)
-            )
-        loss, stats = reference.combine(
-            torch.where(alive, -mixture, -math.inf),
-            torch.where(alive, -own, -math.inf),
-            alive,
-            torch.full_like(own, math.nan, dtype=torch.float64),
-            torch.ones_like(alive[:, 0]),
-            posterior,
-            self.reduction,
-        )
+        loss, stats = mixture_of_losses(self, features, criterion, posterior)
         if observing:
             self._observe(stats)
-            self.watch.look(self, loss, features, None)
+            self._look(loss, features, None)
         return loss
 
     def _observer(self) -> Observer:
@@ -188,30 +160,49 @@ class LinearClones(WithRates):
         """One observation of the switch from the statistics `[3, N]` of a batch."""
         self._observer().observe(self.switch.sum_over_processes(stats))
 
-    def loss(self, features: Tensor, targets: Tensor, *, observe: bool) -> Tensor:
-        """What `forward` returns with targets; `observe`: in training mode, update the switch."""
+    def _look(
+        self,
+        loss: Tensor,
+        features: Tensor,
+        targets: Tensor | None,
+        sample_weight: Tensor | None = None,
+    ) -> None:
+        seen = loss if loss.dim() == 0 else loss.detach().sum()
+        self.watch.look(self, seen, features, targets, sample_weight)
+
+    def likelihood(self) -> Likelihood:
+        """The likelihood of the targets, and what the loss is made of, as the options are now."""
         raise NotImplementedError
 
-    def _loss(self, features: Tensor, targets: Tensor, observe: bool, **options: Any) -> Tensor:
+    def loss(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        *,
+        observe: bool,
+        sample_weight: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+        reduction: Reduction | None = None,
+    ) -> Tensor:
+        """What `forward` returns with targets; `observe`: in training mode, update the switch."""
         switch = self.switch
+        reduction = self.reduction if reduction is None else reduction
+        weighting = Weighting.of(reduction, sample_weight, num_items_in_batch, features)
         posterior, observing = switch.mixing_posterior(observing=observe and self.training)
         # With other processes the statistics must be summed first.
         alone = observing and switch.is_alone()
-        loss, stats = self._stats(
-            features,
-            self.weight,
-            self.bias,
-            posterior,
+        loss, stats = mixture_stats(
+            self.likelihood(),
+            (features, self.weight, self.bias, posterior),
             targets,
-            reduction=self.reduction,
-            memory_budget=self.memory_budget,
+            weighting,
+            self.memory_budget,
             observer=self._observer() if alone else None,
-            **options,
         )
         if observing:
             if not alone:
                 self._observe(stats)
-            self.watch.look(self, loss, features, targets)
+            self._look(loss, features, targets, sample_weight)
         return loss
 
     def finite_clones(self) -> Tensor:
@@ -235,9 +226,11 @@ class LinearClones(WithRates):
             )
         return p / p.sum()
 
-    def counted(self, features: Tensor, targets: Tensor | None) -> Tensor:
+    def counted(
+        self, features: Tensor, targets: Tensor | None, sample_weight: Tensor | None
+    ) -> Tensor:
         """Those of the features `[B, D]` that count in the loss with `targets`."""
-        return features
+        return features if sample_weight is None else features[sample_weight.flatten() != 0]
 
     def describe_targets(self, targets: Tensor | None) -> str:
         """Why finite features and clones may have no finite loss with `targets`, None those of a user's criterion."""
@@ -260,25 +253,6 @@ class LinearClones(WithRates):
         return f"{sizes}, num_clones={self.num_clones}, bias={self.bias is not None}"
 
 
-def _finite_rows(tensor: Tensor, dims: int | tuple[int, ...]) -> Tensor:
-    """`tensor` with zeros in place of every row along `dims` that holds a non-finite entry."""
-    return torch.where(tensor.isfinite().all(dims, keepdim=True), tensor, 0)
-
-
-def _per_sample(losses: Any, num_clones: int) -> Tensor:
-    """The criterion's losses as `[B, N]`, float32 at least."""
-    expected = f"[{num_clones}, ...]: one per clone and sample, without reduction"
-    if not isinstance(losses, Tensor) or losses.is_complex() or losses.layout is not torch.strided:
-        raise TypeError(
-            f"criterion: returned {shown(losses)}, expected a tensor of real losses {expected}"
-        )
-    if losses.dim() < 2 or losses.size(0) != num_clones:
-        raise ValueError(
-            f"criterion: returned losses of shape {list(losses.shape)}, expected {expected}"
-        )
-    return losses.flatten(1).t().to(torch.promote_types(losses.dtype, torch.float32))
-
-
 class ClassifierClones(LinearClones):
     """N linear softmax classifiers in place of one last layer.
 
@@ -290,7 +264,13 @@ class ClassifierClones(LinearClones):
         theta: see `Switch`.
         evidence: what the switch observes of a batch: the "mean" of the log-likelihoods (the default), or their "sum".
         ignore_index: samples with this target count nowhere.
-        reduction: of the loss over the counted samples, "mean" or "sum".
+        reduction: of the loss over the counted samples, "mean", "sum" or "none": one loss for each sample, 0
+            for what does not count. A mean is the weighted one of F.cross_entropy.
+        label_smoothing: 0 to 1, the share of the target that is spread evenly over the classes.
+        class_weight: `[C]` factors >= 0 of the classes, as the weight of F.cross_entropy; a buffer, float32 at least. A
+            sample whose loss they make 0 counts nowhere.
+        z_loss: factor >= 0 of the square of the logits' logsumexp.
+        logit_softcap: k > 0 makes the logits `k tanh(logits / k)`, in predictions, too.
         memory_budget: bytes that the logits of a chunk may take; None is the backend's default.
         process_group: see `Switch`.
         device, dtype: of the parameters; float64, float32, bfloat16 or float16.
@@ -299,9 +279,9 @@ class ClassifierClones(LinearClones):
     """
 
     num_classes: int
+    class_weight: Tensor | None
     _width = "num_classes"
     _score = "accuracy"
-    _stats = staticmethod(switch_mixture_stats)
 
     def __init__(
         self,
@@ -311,9 +291,13 @@ class ClassifierClones(LinearClones):
         bias: bool = True,
         *,
         theta: float = 0.999,
-        evidence: Reduction = "mean",
+        evidence: Evidence = "mean",
         ignore_index: int = -100,
         reduction: Reduction = "mean",
+        label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
+        z_loss: float = 0.0,
+        logit_softcap: float | None = None,
         memory_budget: int | None = None,
         process_group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
@@ -321,9 +305,29 @@ class ClassifierClones(LinearClones):
     ) -> None:
         super().__init__(locals())
         self.ignore_index = IGNORE_INDEX.check("ignore_index", ignore_index)
+        self.label_smoothing = LABEL_SMOOTHING.check("label_smoothing", label_smoothing)
+        self.z_loss = Z_LOSS.check("z_loss", z_loss)
+        self.logit_softcap = SOFTCAP.check("logit_softcap", logit_softcap)
+        if class_weight is not None:
+            kind = ClassWeight(self.num_classes)
+            like = self.weight
+            wide = accumulator(like.dtype)
+            class_weight = kind.check("class_weight", class_weight).to(like.device, wide, copy=True)
+        self.register_buffer("class_weight", class_weight)
 
-    def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Mixture log-probabilities `[..., C]` of features `[..., D]`, or with targets `[...]` the mixture's loss.
+    def forward(
+        self,
+        features: Tensor,
+        targets: Tensor | None = None,
+        *,
+        sample_weight: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+        reduction: Reduction | None = None,
+    ) -> Tensor:
+        """Mixture log-probabilities `[..., C]` of features `[..., D]`, or with targets the mixture's loss.
+
+        The targets are classes `[...]`, or probabilities `[..., C]` in any floating dtype: a row that sums to S stands
+        for its normalised with the weight S, a row of zeros for a sample that does not count.
 
         The log-probabilities are differentiable in the features and in all clones. The probabilities sum to 1: a clone
         that is dead for a sample (an output is not finite) leaves its posterior mass to the others; where all are,
@@ -334,83 +338,87 @@ class ClassifierClones(LinearClones):
         BatchNorm's statistics are, and once per call, so with gradient accumulation every micro-batch is one
         observation. In eval mode nothing changes. The loss has one backward: a second or forward-mode derivative of it
         raises RuntimeError, and in training mode so does torch.func.vmap.
+
+        `sample_weight [...]` (any real dtype) are factors of the samples' losses; where it is 0 the sample does not
+        count. `num_items_in_batch`, a number or a tensor of one, is what the sum is divided by in place of the mean's
+        divisor: the items of all the micro-batches of a step. `reduction` stands for the head's in this call. What the
+        switch observes, and `clone_metrics` show, is the likelihood of the targets that count: no weight, smoothing or
+        z-loss changes it.
         """
         if targets is None:
+            no_loss(sample_weight, num_items_in_batch, reduction)
             # A fresh tensor: a later training step may update the posterior before this result's backward.
             posterior, _ = self.switch.mixing_posterior(observing=False)
             log_prob = switch_mixture_log_prob(
-                features, self.weight, self.bias, posterior, memory_budget=self.memory_budget
+                features,
+                self.weight,
+                self.bias,
+                posterior,
+                logit_softcap=self.logit_softcap,
+                memory_budget=self.memory_budget,
             )
             return remember(self, features, log_prob)
-        return self.loss(features, targets, observe=True)
+        return self.loss(
+            features,
+            targets,
+            observe=True,
+            sample_weight=sample_weight,
+            num_items_in_batch=num_items_in_batch,
+            reduction=reduction,
+        )
 
-    def loss(self, features: Tensor, targets: Tensor, *, observe: bool) -> Tensor:
-        return self._loss(features, targets, observe, ignore_index=self.ignore_index)
+    def likelihood(self) -> Classes:
+        # This runs in every training step: past nn.Module's __getattr__, which costs as much as a small kernel.
+        class_weight = self._buffers["class_weight"]
+        return Classes.of(
+            self.ignore_index, class_weight, self.label_smoothing, self.z_loss, self.logit_softcap
+        )
 
-    def counted(self, features: Tensor, targets: Tensor | None) -> Tensor:
-        return features if targets is None else features[targets.flatten() != self.ignore_index]
+    def capped(self, outputs: Tensor) -> Tensor:
+        bounded = soft_capped(outputs, self.logit_softcap)
+        return bounded if bounded is outputs else torch.where(outputs.isfinite(), bounded, outputs)
+
+    def log_likelihood(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities `[...]` of the targets under the mixture, and entropies `[...]` of its predictions (nats).
+
+        `targets [...]` are classes, or probabilities `[..., C]` (of which it is the expected log-probability). Both are
+        differentiable as the log-probabilities of `forward` are, float32 at least, and 0 for targets `ignore_index`;
+        -inf and 0 where every clone is dead. Computed in chunks of `memory_budget`, never of all samples and classes at
+        once. No option of the loss but `logit_softcap` has a part in them, and the switch observes nothing.
+        """
+        posterior, _ = self.switch.mixing_posterior(observing=False)
+        return log_likelihood(
+            features,
+            self.weight,
+            self.bias,
+            posterior,
+            targets,
+            self.likelihood(),
+            self.memory_budget,
+        )
+
+    def counted(
+        self, features: Tensor, targets: Tensor | None, sample_weight: Tensor | None
+    ) -> Tensor:
+        kept = torch.ones(len(features), dtype=torch.bool, device=features.device)
+        if targets is not None and targets.is_floating_point():
+            kept = targets.flatten(0, -2).sum(1) != 0
+        elif targets is not None:
+            kept = targets.flatten() != self.ignore_index
+        return features[kept if sample_weight is None else kept & (sample_weight.flatten() != 0)]
 
     def describe_targets(self, targets: Tensor | None) -> str:
         if targets is None:
             return super().describe_targets(targets)
+        if targets.is_floating_point():
+            return "Look for probabilities that are negative or not finite, and for weights that are not finite"
         return f"Look for targets outside of the classes 0 to {self.num_classes - 1}"
 
-
-class RegressorClones(LinearClones):
-    """N linear regressors with Gaussian noise of variance `sigma2` on each of the `out_features` outputs.
-
-    The other arguments are those of `ClassifierClones`.
-    """
-
-    out_features: int
-    _width = "out_features"
-    _score = "squared_error"
-    _stats = staticmethod(switch_mixture_gaussian_stats)
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        num_clones: int = 10,
-        bias: bool = True,
-        *,
-        sigma2: float = 1.0,
-        theta: float = 0.999,
-        evidence: Reduction = "mean",
-        reduction: Reduction = "mean",
-        memory_budget: int | None = None,
-        process_group: dist.ProcessGroup | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(locals())
-        self.sigma2 = float(SIGMA2.check("sigma2", sigma2))
-
-    def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The posterior's mean prediction `[..., K]` for features `[..., D]`, or with targets `[..., K]` the loss.
-
-        Clones to which the last observation has left no evidence of their own have no part in the mean: the least share
-        of one that has diverged would be all that is seen of it.
-
-        Clones that are dead for a sample leave their posterior mass to the others; NaN where all are.
-
-        The loss is the negative log-likelihood of the mixture of Gaussians; gradients and the switch as in
-        `ClassifierClones.forward`.
-        """
-        if targets is None:
-            posterior, _ = self.switch.mixing_posterior(observing=False, means=True)
-            mean = switch_mixture_mean(features, self.weight, self.bias, posterior)
-            return remember(self, features, mean)
-        return self.loss(features, targets, observe=True)
-
-    def loss(self, features: Tensor, targets: Tensor, *, observe: bool) -> Tensor:
-        return self._loss(features, targets, observe, sigma2=self.sigma2)
-
-    def describe_targets(self, targets: Tensor | None) -> str:
-        if targets is None:
-            return super().describe_targets(targets)
-        bad = int((~targets.isfinite().flatten(0, -2).all(1)).sum())
-        return f"{bad} samples have targets that are not finite"
-
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sigma2={self.sigma2}"
+        options = [
+            f"{name}={getattr(self, name)}"
+            for name in ("label_smoothing", "z_loss", "logit_softcap")
+            if getattr(self, name)
+        ]
+        weighted = [] if self.class_weight is None else ["class_weight=True"]
+        return ", ".join([super().extra_repr(), *options, *weighted])

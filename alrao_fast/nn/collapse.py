@@ -81,8 +81,9 @@ def add_head(
     if which == "mixture":
         root["log_posterior"] = log_posterior.to(dtype).unsqueeze(1)
         result = graph.call_method("unflatten", (result, -1, tuple(weight.shape[:2])))
-        result = _mixture(graph, result, classify)
+        result = _mixture(graph, result, classify, _softcap(head))
     elif classify:
+        result = _capped(graph, result, _softcap(head))
         result = graph.call_method("log_softmax", (result, -1))
     return result
 
@@ -102,7 +103,21 @@ def best_layer(head: LinearClones) -> nn.Linear:
     return _linear(weight[best], None if bias is None else bias[best])
 
 
-def _mixture(graph: fx.Graph, outputs: fx.Node, classify: bool) -> fx.Node:
+def _softcap(head: LinearClones) -> float | None:
+    return head.logit_softcap if isinstance(head, ClassifierClones) else None
+
+
+def _capped(graph: fx.Graph, outputs: fx.Node, softcap: float | None) -> fx.Node:
+    """What `head.capped` makes of finite outputs."""
+    if softcap is None:
+        return outputs
+    bounded = graph.call_method(
+        "tanh", (graph.call_function(operator.truediv, (outputs, softcap)),)
+    )
+    return graph.call_function(operator.mul, (bounded, softcap))
+
+
+def _mixture(graph: fx.Graph, outputs: fx.Node, classify: bool, softcap: float | None) -> fx.Node:
     """The mixture of the outputs `[..., N, C]`, for each sample of the clones whose outputs are finite there."""
 
     def call(function: Callable[..., Any], *args: Any) -> fx.Node:
@@ -115,6 +130,7 @@ def _mixture(graph: fx.Graph, outputs: fx.Node, classify: bool) -> fx.Node:
     if not classify:
         p = call(torch.softmax, mass, -2)
         return call(torch.sum, call(torch.mul, p, outputs), -2)
+    outputs = _capped(graph, outputs, softcap)
     joint = call(torch.add, call(torch.log_softmax, outputs, -1), call(torch.log_softmax, mass, -2))
     result = call(torch.logsumexp, joint, -2)
     # Where every clone is dead no class has a probability.

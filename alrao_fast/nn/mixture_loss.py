@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alrao_fast.nn.clones import ClassifierClones, LinearClones, RegressorClones
+from alrao_fast.nn.clones import LinearClones, Reduction
 from alrao_fast.nn.predictions import origin_of
 from alrao_fast.ops.checks import check_together
 from alrao_fast.ops.mixture.likelihood import Classes, Values
+from alrao_fast.ops.mixture.weighting import Weighting
+from alrao_fast.reference import switch_mixture as reference
 
 
 class MixtureLoss(nn.Module):
@@ -29,8 +30,9 @@ class MixtureLoss(nn.Module):
 
     In eval mode, and for other tensors while the head is in eval mode, it is the negative log-likelihood of the
     prediction itself, reduced as the head says: of the given log-probabilities `[..., C]`, without the targets
-    `ignore_index`; in regression of a Gaussian around the given mean `[..., K]` with variance `sigma2`. Nothing is
-    observed.
+    `ignore_index`, with the head's `label_smoothing` and `class_weight`; in regression of a Gaussian around the given
+    mean `[..., K]` with variance `sigma2`. Nothing is observed. `sample_weight`, `num_items_in_batch` and `reduction`
+    are those of the head's forward.
 
     Raises RuntimeError in training mode for a tensor that is no prediction of a head any more (indexed, reshaped,
     copied, as `DistributedDataParallel(find_unused_parameters=True)` does, changed in place, or made under
@@ -56,15 +58,29 @@ class MixtureLoss(nn.Module):
             )
         return heads[0]
 
-    def forward(self, prediction: Tensor | tuple[Any, ...], targets: Tensor) -> Tensor:
+    def forward(
+        self,
+        prediction: Tensor | tuple[Any, ...],
+        targets: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+        reduction: Reduction | None = None,
+    ) -> Tensor:
         if isinstance(prediction, tuple) and prediction:
             prediction = prediction[0]
         check_together(prediction=prediction, targets=targets)
-        return self._loss(prediction, targets)
+        return self._loss(
+            prediction,
+            targets,
+            sample_weight=sample_weight,
+            num_items_in_batch=num_items_in_batch,
+            reduction=reduction,
+        )
 
     # What a prediction is made of is Python's business: under torch.compile a break of the graph.
     @torch.compiler.disable
-    def _loss(self, prediction: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, prediction: Tensor, targets: Tensor, **given: Any) -> Tensor:
         origin = origin_of(prediction)
         head = self._head() if origin is None else origin.head
         if origin is None or origin.features is None:
@@ -74,31 +90,47 @@ class MixtureLoss(nn.Module):
                     "pass net(x) as it is (not indexed, reshaped, converted or copied), and compile net.backbone in "
                     "place of net; or use net(x, targets=y)"
                 )
-            return _likelihood(head, prediction, targets)
+            return _likelihood(head, prediction, targets, **given)
         if not origin.describes(prediction):
             raise RuntimeError(
                 "prediction: it or its features were changed in place, or recomputed, since the head returned it; use "
                 "net(x, targets=y)"
             )
-        loss = head.loss(origin.features, targets, observe=not origin.observed)
+        loss = head.loss(origin.features, targets, observe=not origin.observed, **given)
         origin.observed = True
         return loss
 
 
-def _likelihood(head: LinearClones, prediction: Tensor, targets: Tensor) -> Tensor:
-    """-log of the targets' likelihood under a prediction, reduced as the head's loss is."""
+def _likelihood(head: LinearClones, prediction: Tensor, targets: Tensor, **given: Any) -> Tensor:
+    """-log of the targets' likelihood under a prediction, weighted and reduced as the head's loss is."""
     # The targets' check asks a clone's weight for the number of outputs.
-    weight = head.weight[:1]
-    if isinstance(head, RegressorClones):
-        values = Values(float(head.sigma2))
-        rows = values.rows(targets, prediction.shape[:-1], weight)
-        scale, constant = values.density(rows.size(1))
-        squared = (rows - prediction.flatten(0, -2)).square().sum()
-        loss = 0.5 * scale * squared + constant * len(rows)
-        return loss / max(len(rows), 1) if head.reduction == "mean" else loss
-    assert isinstance(head, ClassifierClones)
-    ignored = head.ignore_index
-    rows = Classes(ignored).rows(targets, prediction.shape[:-1], weight).long()
-    loss = F.nll_loss(prediction.flatten(0, -2), rows, ignore_index=ignored, reduction="sum")
+    weight = head.weight[:1].detach().to(prediction.dtype)
+    likelihood, samples = head.likelihood(), prediction.shape[:-1]
+    weighting = Weighting.of(
+        given["reduction"] or head.reduction,
+        given["sample_weight"],
+        given["num_items_in_batch"],
+        prediction,
+    )
+    target = likelihood.rows(targets, samples, weight)
+    likelihood, target, mean = likelihood.weighed(target, weight, weighting)
+    outputs = prediction.reshape(-1, prediction.size(-1))
+    if isinstance(likelihood, Values):
+        scale, constant = likelihood.density(target.size(1))
+        each = 0.5 * scale * (target - outputs).square().sum(1) + constant
+        counted = torch.ones_like(each, dtype=torch.bool)
+    else:
+        assert isinstance(likelihood, Classes)
+        counted = target != likelihood.ignore_index if target.dim() == 1 else (target != 0).any(1)
+        target = torch.where(counted.view(-1, *[1] * (target.dim() - 1)), target, 0)
+        options = likelihood.class_weight, likelihood.label_smoothing
+        each = -reference.likelihoods(outputs.unsqueeze(1), target, *options)[1].squeeze(1)
+    factors = likelihood.row_weight
+    if factors is not None:
+        counted = counted & (factors != 0)
+        each = factors * each
+    each = torch.where(counted, each, 0)
+    if weighting.per_sample:
+        return each.view(samples)
     # As the head: 0 where nothing counts.
-    return loss / (rows != ignored).sum().clamp(min=1) if head.reduction == "mean" else loss
+    return each.sum() / counted.sum().clamp(min=1) if mean else each.sum()

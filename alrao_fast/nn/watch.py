@@ -44,9 +44,14 @@ class Watch:
         return Watch, ()
 
     def look(
-        self, head: LinearClones, loss: Tensor, features: Tensor, targets: Tensor | None
+        self,
+        head: LinearClones,
+        loss: Tensor,
+        features: Tensor,
+        targets: Tensor | None,
+        sample_weight: Tensor | None = None,
     ) -> None:
-        """Take note of an observed loss, with the features and targets that it is of."""
+        """Take note of an observed loss, with the features, targets and weights that it is of."""
         if torch.compiler.is_compiling():
             return
         value = self._value(loss)
@@ -56,7 +61,7 @@ class Watch:
         self._failures += 1
         # What is wrong takes time to find, and a training may go on in vain.
         if self._failures & (self._failures - 1) == 0:
-            cause, what = _diagnose(head, loss, features, targets)
+            cause, what = _diagnose(head, loss, features, targets, sample_weight)
             self.dead = what if cause in ("backbone", "clones") else ""
             if cause not in self._told:
                 self._told.add(cause)
@@ -93,14 +98,18 @@ class Watch:
 
 @torch.no_grad()
 def _diagnose(
-    head: LinearClones, loss: Tensor, features: Tensor, targets: Tensor | None
+    head: LinearClones,
+    loss: Tensor,
+    features: Tensor,
+    targets: Tensor | None,
+    sample_weight: Tensor | None,
 ) -> tuple[str, str]:
     """The cause of a loss that is not finite, and a sentence about it. Waits for the device."""
     if math.isfinite(loss.item()):
         return "passing", (
             "this step's loss is finite again, so backbone and clones live; look for single bad inputs or targets"
         )
-    counted = head.counted(features.detach().flatten(0, -2), targets)
+    counted = head.counted(features.detach().flatten(0, -2), targets, sample_weight)
     bad = int((~counted.isfinite().all(1)).sum())
     if bad:
         return _diagnose_backbone(features, f"{bad} of {len(counted)} samples have features that")

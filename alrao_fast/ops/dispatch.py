@@ -58,8 +58,14 @@ def define_triton(
 
 def finder(schema: str, *names: str) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """A function that finds the arguments of these names among all of an op's, in the order of its schema."""
-    order = [argument.name for argument in torch._C.parse_schema(schema).arguments]
+    order, _ = arguments_of(schema)
     return itemgetter(*map(order.index, names))
+
+
+def arguments_of(schema: str) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """The names of an op's arguments and their defaults (None without), in the order of its schema."""
+    arguments = torch._C.parse_schema(schema).arguments
+    return tuple(a.name for a in arguments), tuple(a.default_value for a in arguments)
 
 
 def overload(name: str, backend: str | None = None) -> Any:

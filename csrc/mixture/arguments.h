@@ -30,11 +30,25 @@ struct SwitchObserver {
   double theta;
 };
 
+// Options at the end of the schemas (alrao_fast/ops/mixture/likelihood.py). row_weight [B] and
+// class_weight [C] are of the type that x is computed in. Values have row_weight and per_sample.
+struct LossExtras {
+  std::optional<torch::stable::Tensor> row_weight, class_weight;
+  double label_smoothing = 0, z_loss = 0, softcap = 0;
+  bool per_sample = false;
+
+  bool any() const {
+    return row_weight || class_weight || label_smoothing != 0 || z_loss != 0 || softcap != 0 ||
+           per_sample;
+  }
+};
+
 struct LossArguments {
   MixtureInputs inputs;
   torch::stable::Tensor target;
   Likelihood likelihood;
   LossOptions options;
+  LossExtras extras;
   std::optional<SwitchObserver> observer;
 };
 
@@ -49,6 +63,7 @@ struct LogProbGradient {
   torch::stable::Tensor log_prob, log_mass;
   bool need_dx, need_dw;
   int64_t memory_budget;
+  double softcap;
 };
 
 // dx, dweight and dbias: empty where they are not needed.

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "common/checks.h"
@@ -42,15 +43,21 @@ class Stack {
   StableIValue* next_;
 };
 
-// The loss by the likelihood with these options; kObserved: of the op that ends with the
-// observation. The first of the options follows the target, those added later stand at the end.
+inline void check_no_softcap(double softcap) {
+  ALRAO_CHECK(softcap == 0, "softcap: got ", softcap,
+              ", expected 0: this backend has no softcap; use impl=\"reference\"");
+}
+
+// The loss by the likelihood with these options; kObserved: of the op that observes. The first of
+// the options follows the target, those added later stand at the end.
 template <class Options, bool kObserved, MixtureOutputs (*kRun)(const LossArguments&)>
 void boxed_loss(StableIValue* values, uint64_t num_arguments, uint64_t) {
   using torch::stable::Tensor;
   Options likelihood;
   const auto fields = likelihood.fields();
-  constexpr uint64_t kOptions = std::tuple_size_v<decltype(likelihood.fields())>;
-  Stack stack(values, num_arguments, 9 + kOptions + (kObserved ? 5 : 0));
+  static_assert(std::tuple_size_v<decltype(likelihood.fields())> == 1);
+  constexpr bool kClasses = std::is_same_v<Options, ClassesOptions>;
+  Stack stack(values, num_arguments, 10 + (kObserved ? 5 : 0) + (kClasses ? 6 : 2));
   const auto take_into = [&](auto& option) {
     option = stack.take<std::decay_t<decltype(option)>>();
   };
@@ -65,24 +72,37 @@ void boxed_loss(StableIValue* values, uint64_t num_arguments, uint64_t) {
     observer = SwitchObserver{stack.take<Tensor>(), stack.take<Tensor>(), stack.take<Tensor>(),
                               stack.take<bool>(), stack.take<double>()};
   }
-  std::apply([&](auto&, auto&... added) { (take_into(added), ...); }, fields);
-  stack.put(kRun({std::move(inputs), std::move(target), likelihood, options, std::move(observer)}));
+  LossExtras extras;
+  take_into(extras.row_weight);
+  if constexpr (kClasses) {
+    take_into(extras.class_weight);
+    take_into(extras.label_smoothing);
+    take_into(extras.z_loss);
+    take_into(extras.softcap);
+  }
+  take_into(extras.per_sample);
+  stack.put(kRun({std::move(inputs), std::move(target), likelihood, options, std::move(extras),
+                  std::move(observer)}));
 }
 
 template <LogProbOutputs (*kRun)(const MixtureInputs&, int64_t memory_budget)>
 void boxed_log_prob(StableIValue* values, uint64_t num_arguments, uint64_t) {
-  Stack stack(values, num_arguments, 5);
+  Stack stack(values, num_arguments, 6);
   const MixtureInputs inputs = stack.take_inputs();
-  stack.put(kRun(inputs, stack.take<int64_t>()));
+  const int64_t memory_budget = stack.take<int64_t>();
+  check_no_softcap(stack.take<double>());
+  stack.put(kRun(inputs, memory_budget));
 }
 
 template <MixtureGradients (*kRun)(const LogProbGradient&)>
 void boxed_log_prob_backward(StableIValue* values, uint64_t num_arguments, uint64_t) {
   using torch::stable::Tensor;
-  Stack stack(values, num_arguments, 10);
-  stack.put(
-      kRun({stack.take<Tensor>(), stack.take_inputs(), stack.take<Tensor>(), stack.take<Tensor>(),
-            stack.take<bool>(), stack.take<bool>(), stack.take<int64_t>()}));
+  Stack stack(values, num_arguments, 11);
+  const LogProbGradient arguments{stack.take<Tensor>(),  stack.take_inputs(), stack.take<Tensor>(),
+                                  stack.take<Tensor>(),  stack.take<bool>(),  stack.take<bool>(),
+                                  stack.take<int64_t>(), stack.take<double>()};
+  check_no_softcap(arguments.softcap);
+  stack.put(kRun(arguments));
 }
 
 }  // namespace alrao

@@ -38,6 +38,9 @@ MixtureSizes check_mixture(const MixtureInputs& inputs, int64_t memory_budget) {
 MixtureSizes check_loss(const LossArguments& arguments) {
   const MixtureSizes sizes = check_mixture(arguments.inputs, arguments.options.memory_budget);
   const Tensor &x = arguments.inputs.x, &target = arguments.target;
+  ALRAO_CHECK(!arguments.extras.any(),
+              "options: got one of row_weight, class_weight, label_smoothing, z_loss, softcap and "
+              "per_sample, which this backend does not have; use impl=\"reference\"");
   if (arguments.likelihood.gaussian) {
     check_shape("target", target, {sizes.samples, sizes.classes});
     check_same_dtype("target", target, "x", x);

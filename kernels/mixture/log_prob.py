@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..launch import launch
 from .gemm import finite, input_gradient
-from .problem import Inputs, lowest, row_block, tile_of
+from .problem import Inputs, lowest, refuse_options, row_block, tile_of
 from .stream import combine, log_prob_backward_row_kernel, log_prob_row_kernel
 from .tile import log_prob_tile_kernel
 
@@ -53,9 +53,15 @@ def _tile(
 
 
 def switch_mixture_log_prob(
-    x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor, memory_budget: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_posterior: Tensor,
+    memory_budget: int,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The op, on checked arguments."""
+    refuse_options({"memory_budget": memory_budget, "softcap": softcap}, x)
     inputs = Inputs.of(x, weight, bias, log_posterior)
     num_samples, _, num_clones, num_classes = inputs.sizes
     out = x.new_empty((num_samples, num_classes), dtype=inputs.dtype)
@@ -96,8 +102,10 @@ def switch_mixture_log_prob_backward(
     need_dx: bool,
     need_dw: bool,
     memory_budget: int,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op, on checked arguments."""
+    refuse_options({"memory_budget": memory_budget, "softcap": softcap}, x)
     inputs = Inputs.of(x, weight, bias, log_posterior)
     num_samples, _, num_clones, num_classes = inputs.sizes
     acc = inputs.dtype

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from alrao_fast.ops.mixture.likelihood import Classes, Likelihood, Values
+from alrao_fast.ops.mixture.likelihood import Likelihood, Values
 
 from ..launch import accumulator
 from .gemm import matmul, tf32
@@ -60,6 +60,17 @@ class Inputs(NamedTuple):
         return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
 
 
+def refuse_options(options: dict[str, Any], target: Tensor) -> None:
+    given = list(options.items())[1:]
+    added = {name for name, value in given if isinstance(value, Tensor) or value}
+    if target.is_floating_point() and "class_weight" in options:
+        added.add("targets that are probabilities")
+    if added:
+        raise RuntimeError(
+            f'options: got {sorted(added)}, which this backend does not have; use impl="reference"'
+        )
+
+
 class Loss:
     """One call of the loss, from the arguments of the op in the order of its schema."""
 
@@ -70,11 +81,12 @@ class Loss:
         self.target = target.contiguous()
         num_samples, _, num_clones, num_classes = self.inputs.sizes
         options = kind(option, *more_options)
+        refuse_options(options.options(), self.target)
         self.gaussian = isinstance(options, Values)
         inv_sigma2, log_normaliser = options.density(num_classes) if self.gaussian else (0.0, 0.0)
         # What kernels take of the likelihood and its options, by their names there.
         self.likelihood = {
-            **vars(Classes(0) if self.gaussian else options),
+            "ignore_index": 0 if self.gaussian else option,
             "inv_sigma2": inv_sigma2,
             "log_normaliser": log_normaliser,
             "GAUSSIAN": self.gaussian,

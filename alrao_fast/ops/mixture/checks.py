@@ -1,10 +1,13 @@
 """The inputs that all ops of the mixture have: brought into one form, and checked (alrao_fast/ops/checks.py)."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from alrao_fast import backends
-from alrao_fast.arguments import FLOATS, Choice, Integer, Optional
+from alrao_fast.arguments import FLOATS, Choice, Integer, Number, Optional
 from alrao_fast.ops.checks import check, check_dtype, check_tensor
 
 OP = "switch_mixture"
@@ -33,7 +36,7 @@ def flat(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
     return (x if x.dim() == 2 else x.reshape(-1, x.size(-1))), weight, bias
 
 
-REDUCTION = Choice("mean", "sum")
+REDUCTION = Choice("mean", "sum", "none")
 _BUDGET = Optional(Integer(words="a positive number of bytes"))
 
 
@@ -41,6 +44,18 @@ def budget(x: Tensor, memory_budget: int | None) -> int:
     if memory_budget is not None:
         return _BUDGET.check("memory_budget", memory_budget)
     return CPU_MEMORY_BUDGET if x.device.type == "cpu" else GPU_MEMORY_BUDGET
+
+
+SOFTCAP = Optional(Number(above=0))
+
+
+def softcap(logit_softcap: Any) -> float:
+    """The bound of the logits as the ops take it, 0 for none."""
+    return 0.0 if logit_softcap is None else float(SOFTCAP.check("logit_softcap", logit_softcap))
+
+
+def check_softcap(softcap: float) -> None:
+    check(0 <= softcap < math.inf, f"softcap: got {softcap:g}, expected a finite number >= 0")
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

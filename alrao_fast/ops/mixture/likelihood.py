@@ -1,7 +1,7 @@
 """The likelihoods of the mixture: classes by softmax, and values with Gaussian noise.
 
 Each declares its op, its options and its target here. The ops' schemas, fakes, checks and lists of arguments follow
-from that; csrc/mixture/likelihood.h declares the same options for the compiled implementations.
+from that; csrc/mixture declares the same options for the compiled implementations.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from alrao_fast.arguments import Integer, Number
 from alrao_fast.ops import derivatives
 from alrao_fast.ops.checks import check, check_tensor, dtype_name
 from alrao_fast.ops.mixture import checks
+from alrao_fast.ops.mixture.weighting import Weighting, distributions
 
 IGNORE_INDEX = Integer()
 SIGMA2 = Number(above=0, words="a finite variance > 0")
+LABEL_SMOOTHING = Number(low=0, high=1)
+Z_LOSS = Number(low=0)
+# What an option's annotation is in a schema, where it is not the same.
+_SCHEMA_TYPES = {"Tensor | None": "Tensor?"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,13 @@ class Likelihood:
         return {name: getattr(self, name) for name in names}
 
     def rows(self, target: Tensor, samples: torch.Size, weight: Tensor) -> Tensor:
-        """The target of the samples `[...]` in rows, as the op takes it; ValueError unless it fits the samples."""
+        """The target of the samples `[...]` in rows; ValueError unless it fits the samples."""
+        raise NotImplementedError
+
+    def weighed(
+        self, target: Tensor, weight: Tensor, weighting: Weighting
+    ) -> tuple[Likelihood, Tensor, bool]:
+        """The op's options with the weights `[B]` of the samples, its target in rows, and whether it takes the mean."""
         raise NotImplementedError
 
     def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -49,7 +60,7 @@ class Likelihood:
 
     @classmethod
     def schema(cls, *, observed: bool = False) -> str:
-        """The op's schema; `observed`: with the observation of the switch as its tail."""
+        """The op's schema; `observed`: of the op that observes."""
         own, *added = fields(cls)
         name, inputs, observer = cls.OP, checks.INPUTS, []
         if observed:
@@ -58,7 +69,10 @@ class Likelihood:
             observer = ["Tensor(b!) logw", "Tensor(c!) t", "Tensor(d!) running"]
             observer += ["bool mean_evidence", "float theta"]
         needs = "bool mean, bool need_dx, bool need_dw, int memory_budget"
-        options = [f"{option.type} {option.name}={option.default}" for option in added]
+        options = [
+            f"{_SCHEMA_TYPES.get(str(option.type), option.type)} {option.name}={option.default}"
+            for option in added
+        ]
         arguments = [inputs, f"Tensor target, {own.type} {own.name}", needs, *observer, *options]
         result = "(Tensor loss, Tensor stats, Tensor dx, Tensor dweight, Tensor dbias)"
         return f"{name}({', '.join(arguments)}) -> {result}"
@@ -74,36 +88,130 @@ class Likelihood:
     def check(cls, *arguments: Any) -> None:
         """Raise RuntimeError unless the op takes these arguments, in the order of its schema."""
         x, weight, bias, log_posterior, target, own, *needs = arguments
-        _mean, _need_dx, _need_dw, memory_budget, *added = needs
+        mean, need_dx, need_dw, memory_budget, *added = needs
         checks.check_inputs(x, weight, bias, log_posterior, memory_budget)
         make: Callable[..., Likelihood] = cls
-        make(own, *added).check_target(target, x, weight)
+        likelihood = make(own, *added)
+        likelihood.check_target(target, x, weight)
+        likelihood.check_weights(x, mean, need_dx or need_dw)
+
+    def check_weights(self, x: Tensor, mean: bool, need_gradients: bool) -> None:
+        """Raise RuntimeError unless the samples' weights are what the op takes, and fit `mean` and the gradients."""
+        options = self.options()
+        row_weight, per_sample = options["row_weight"], options["per_sample"]
+        if row_weight is not None:
+            wide = (checks.accumulator(x.dtype),)
+            check_tensor("row_weight", row_weight, x.shape[:1], wide, x.device)
+        check(
+            not mean or (row_weight is None and not per_sample),
+            "mean: got True, expected False with row_weight or per_sample",
+        )
+        check(
+            not (per_sample and need_gradients),
+            "per_sample: got True, expected False where gradients are needed",
+        )
 
 
 @dataclass(frozen=True)
 class Classes(Likelihood):
-    """A class `target [...]` by softmax, int64 for the op; a target `ignore_index` does not count."""
+    """A class by softmax: `target [...]` int64 for the op, or probabilities `[..., C]`; a class `ignore_index` does not
+    count.
+
+    `row_weight [B]` are the factors of the samples' losses; a sample of factor 0 does not count. `class_weight [C]`:
+    at first the user's, for the op of mean 1 and None where all that it does is in row_weight. softcap 0: none.
+    """
 
     OP: ClassVar[str] = "switch_mixture_nll"
 
     ignore_index: int
+    row_weight: Tensor | None = None
+    class_weight: Tensor | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0
+    per_sample: bool = False
 
     @classmethod
-    def of(cls, ignore_index: Any) -> Classes:
-        """TypeError for an index that is no integer."""
-        return cls(IGNORE_INDEX.check("ignore_index", ignore_index))
+    def of(
+        cls,
+        ignore_index: Any,
+        class_weight: Tensor | None = None,
+        label_smoothing: Any = 0.0,
+        z_loss: Any = 0.0,
+        logit_softcap: Any = None,
+    ) -> Classes:
+        """TypeError for an index that is no integer, and other options that are no numbers."""
+        return cls(
+            IGNORE_INDEX.check("ignore_index", ignore_index),
+            None,
+            class_weight,
+            float(LABEL_SMOOTHING.plain("label_smoothing", label_smoothing)),
+            float(Z_LOSS.plain("z_loss", z_loss)),
+            checks.softcap(logit_softcap),
+        )
 
     def rows(self, target: Tensor, samples: torch.Size, weight: Tensor) -> Tensor:
+        if target.is_floating_point() and target.shape != samples:
+            where = ", probabilities of the classes (or classes, int64), with the samples of x"
+            _check_shape(target, (*samples, weight.size(1)), where)
+            wide = checks.accumulator(weight.dtype)
+            return target.detach().reshape(-1, weight.size(1)).to(wide)
         _check_shape(target, samples, ", that of x without the features")
+        if target.is_floating_point():
+            # For the op it would be one dimension short.
+            raise RuntimeError(
+                f"target: got dtype {dtype_name(target.dtype)}, expected Long for classes of shape "
+                f"{list(samples)}, or probabilities of shape {[*samples, weight.size(1)]}"
+            )
         if target.dtype in (torch.uint8, torch.int32):
             target = target.long()
         return target if target.dim() == 1 else target.reshape(-1)
 
+    def weighed(
+        self, target: Tensor, weight: Tensor, weighting: Weighting
+    ) -> tuple[Classes, Tensor, bool]:
+        soft = target.is_floating_point()
+        if not soft and self.class_weight is None and weighting.is_plain:
+            return self, target, weighting.reduction == "mean"
+        wide, smoothing, size = checks.accumulator(weight.dtype), self.label_smoothing, len(target)
+        weights = None if self.class_weight is None else self.class_weight.to(wide)
+        share: Tensor | None
+        if soft:
+            divided = weighting.of_samples(None, wide)
+            target, share = distributions(target, divided, weights, smoothing)
+        else:
+            counted = target != self.ignore_index
+            share = divided = weighting.of_samples(counted, wide)
+            if weights is not None:
+                given = counted.to(wide) if share is None else share
+                # A class that does not exist is the op's to refuse.
+                of_target = weights.index_select(0, target.clamp(0, weight.size(1) - 1))
+                share = divided = given * of_target
+                if smoothing != 0:
+                    share = (1 - smoothing) * share + smoothing * weights.mean() * given
+                else:
+                    weights = None
+        likelihood = Classes(
+            self.ignore_index,
+            weighting.of_rows(share, divided, size, weight.new_empty(0, dtype=wide)),
+            None if weights is None else weights / weights.mean(),
+            smoothing,
+            self.z_loss,
+            self.softcap,
+            weighting.per_sample,
+        )
+        return likelihood, target, False
+
     def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:
-        check_tensor("target", target, x.shape[:1], (torch.int64,), x.device)
+        classes = weight.size(1)
+        wide = checks.accumulator(x.dtype)
+        readable = x.device.type == "cpu" and not derivatives.is_traced(x)
+        if target.is_floating_point():
+            check_tensor("target", target, (x.size(0), classes), (wide,), x.device)
+        else:
+            check_tensor("target", target, x.shape[:1], (torch.int64,), x.device)
         # Reading classes on a GPU would wait for it: there the loss is inf. Traced tensors have none to read.
-        if x.device.type == "cpu" and not derivatives.is_traced(x):
-            classes = weight.size(1)
+        if readable and not target.is_floating_point():
             outside = ((target < 0) | (target >= classes)) & (target != self.ignore_index)
             if outside.any():
                 position = int(outside.nonzero()[0])
@@ -112,15 +220,23 @@ class Classes(Likelihood):
                     f"target: got {int(target[position])} at position {position}, expected a class "
                     f"from 0 to {classes - 1} or ignore_index {self.ignore_index}",
                 )
+        if self.class_weight is not None:
+            check_tensor("class_weight", self.class_weight, (classes,), (wide,), x.device)
+        for name, kind in (("label_smoothing", LABEL_SMOOTHING), ("z_loss", Z_LOSS)):
+            value = getattr(self, name)
+            check(kind.holds(value), f"{name}: got {value:g}, expected {kind.expected}")
+        checks.check_softcap(self.softcap)
 
 
 @dataclass(frozen=True)
 class Values(Likelihood):
-    """Values `target [..., K]` with Gaussian noise of variance `sigma2`."""
+    """Values `target [..., K]` with Gaussian noise of variance `sigma2`; row_weight as for `Classes`."""
 
     OP: ClassVar[str] = "switch_mixture_gaussian_nll"
 
     sigma2: float
+    row_weight: Tensor | None = None
+    per_sample: bool = False
 
     @classmethod
     def of(cls, sigma2: Any) -> Values:
@@ -135,6 +251,16 @@ class Values(Likelihood):
                 f"target: got dtype {dtype_name(target.dtype)}, expected real numbers"
             )
         return target.detach().reshape(-1, weight.size(1)).to(weight.dtype)
+
+    def weighed(
+        self, target: Tensor, weight: Tensor, weighting: Weighting
+    ) -> tuple[Values, Tensor, bool]:
+        if weighting.is_plain:
+            return self, target, weighting.reduction == "mean"
+        wide = checks.accumulator(weight.dtype)
+        share = weighting.of_samples(None, wide)
+        row_weight = weighting.of_rows(share, share, len(target), weight.new_empty(0, dtype=wide))
+        return Values(self.sigma2, row_weight, weighting.per_sample), target, False
 
     def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:
         check_tensor("target", target, (x.size(0), weight.size(1)), (x.dtype,), x.device)

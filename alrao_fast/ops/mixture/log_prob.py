@@ -14,21 +14,46 @@ from alrao_fast.ops.mixture import checks
 from alrao_fast.reference import switch_mixture as reference
 
 
-def _fake(x, weight, bias, log_posterior, memory_budget):
+def _fake(x, weight, bias, log_posterior, memory_budget, softcap=0.0):
     wide = checks.accumulator(x.dtype)
     return x.new_empty((x.size(0), weight.size(1)), dtype=wide), x.new_empty(x.size(0), dtype=wide)
 
 
 def _fake_backward(
-    grad, x, weight, bias, log_posterior, log_prob, log_mass, need_dx, need_dw, memory_budget
+    grad,
+    x,
+    weight,
+    bias,
+    log_posterior,
+    log_prob,
+    log_mass,
+    need_dx,
+    need_dw,
+    memory_budget,
+    softcap=0.0,
 ):
     return checks.empty_gradients(x, weight, need_dx, need_dw)
 
 
-def _check_backward(
-    grad, x, weight, bias, log_posterior, log_prob, log_mass, need_dx, need_dw, memory_budget
-):
+def _check(x, weight, bias, log_posterior, memory_budget, softcap=0.0):
     checks.check_inputs(x, weight, bias, log_posterior, memory_budget)
+    checks.check_softcap(softcap)
+
+
+def _check_backward(
+    grad,
+    x,
+    weight,
+    bias,
+    log_posterior,
+    log_prob,
+    log_mass,
+    need_dx,
+    need_dw,
+    memory_budget,
+    softcap=0.0,
+):
+    _check(x, weight, bias, log_posterior, memory_budget, softcap)
     samples, dtypes = x.size(0), (checks.accumulator(x.dtype),)
     for name, tensor in (("grad", grad), ("log_prob", log_prob)):
         check_tensor(name, tensor, (samples, weight.size(1)), dtypes, x.device)
@@ -36,7 +61,7 @@ def _check_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.memory_budget = inputs
+    *tensors, ctx.memory_budget, ctx.softcap = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
@@ -47,24 +72,38 @@ def _differentiate(backward: str) -> Callable[..., tuple[Tensor | None, ...]]:
 
     def run(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 5
+            return (None,) * 6
         x, weight, bias, log_posterior, *outputs = ctx.saved_tensors
         if torch.is_grad_enabled() or derivatives.transformed() or derivatives.is_batch(grad):
-            return *_plain_gradients(grad, x, weight, bias, log_posterior), None, None
+            found = _plain_gradients(grad, x, weight, bias, log_posterior, ctx.softcap)
+            return *found, None, None, None
         need_dx, *need_own = ctx.needs_input_grad[:3]
         needs = need_dx, any(need_own)
         gradients = getattr(torch.ops.alrao_fast, backward)(
-            grad.contiguous(), x, weight, bias, log_posterior, *outputs, *needs, ctx.memory_budget
+            grad.contiguous(),
+            x,
+            weight,
+            bias,
+            log_posterior,
+            *outputs,
+            *needs,
+            ctx.memory_budget,
+            ctx.softcap,
         )
         dtypes = checks.gradient_dtypes(x, weight, bias, *needs)
         typed = zip(gradients, dtypes, strict=True)
-        return *(None if dtype is None else g.to(dtype) for g, dtype in typed), None, None
+        return *(None if dtype is None else g.to(dtype) for g, dtype in typed), None, None, None
 
     return run
 
 
 def _plain_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_posterior: Tensor,
+    softcap: float,
 ) -> list[Tensor | None]:
     """The same by the reference: these have derivatives (create_graph), and `grad` may be a batch or a dual tensor."""
     create_graph = torch.is_grad_enabled()
@@ -72,7 +111,9 @@ def _plain_gradients(
         # One input may depend on another; the gradient is by each in its own place.
         places = [t.view_as(t) for t in (x, weight, bias) if t is not None]
         own_bias = None if bias is None else places[2]
-        value = reference.switch_mixture_log_prob(places[0], places[1], own_bias, log_posterior)
+        value = reference.switch_mixture_log_prob(
+            places[0], places[1], own_bias, log_posterior, softcap
+        )
         wanted = [t for t in places if t.requires_grad]
         gradients = iter(torch.autograd.grad(value, wanted, grad, create_graph=create_graph))
     found = [next(gradients) if t.requires_grad else None for t in places]
@@ -81,18 +122,19 @@ def _plain_gradients(
 
 # log_mass [B]: the logarithm of what the posterior of the clones alive for the sample adds up to.
 _SCHEMA = (
-    f"switch_mixture_log_prob({checks.INPUTS}, int memory_budget) -> "
+    f"switch_mixture_log_prob({checks.INPUTS}, int memory_budget, float softcap=0.0) -> "
     "(Tensor log_prob, Tensor log_mass)"
 )
 _BACKWARD_SCHEMA = (
     f"switch_mixture_log_prob_backward(Tensor grad, {checks.INPUTS}, Tensor log_prob, "
-    "Tensor log_mass, bool need_dx, bool need_dw, int memory_budget) -> (Tensor, Tensor, Tensor)"
+    "Tensor log_mass, bool need_dx, bool need_dw, int memory_budget, float softcap=0.0) -> "
+    "(Tensor, Tensor, Tensor)"
 )
 _MODULE = "mixture.log_prob"
 for _name, _backward in (
     (define(_SCHEMA, _fake), define(_BACKWARD_SCHEMA, _fake_backward)),
     (
-        dispatch.define_triton(_SCHEMA, _fake, _MODULE, checks.check_inputs),
+        dispatch.define_triton(_SCHEMA, _fake, _MODULE, _check),
         dispatch.define_triton(_BACKWARD_SCHEMA, _fake_backward, _MODULE, _check_backward),
     ),
 ):
@@ -110,6 +152,7 @@ def switch_mixture_log_prob(
     bias: Tensor | None,
     log_posterior: Tensor,
     *,
+    logit_softcap: float | None = None,
     memory_budget: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -129,12 +172,13 @@ def switch_mixture_log_prob(
     backend = backends.select(checks.OP, x.device, impl)
     rows, weight, bias = checks.flat(x, weight, bias)
     memory = checks.budget(x, memory_budget)
+    softcap = checks.softcap(logit_softcap)
     if backend == "reference" or derivatives.transformed():
         checks.check_inputs(rows, weight, bias, log_posterior, memory)
-        result = reference.switch_mixture_log_prob(rows, weight, bias, log_posterior)
+        result = reference.switch_mixture_log_prob(rows, weight, bias, log_posterior, softcap)
     else:
         op = dispatch.overload("switch_mixture_log_prob", backend)
-        result, _ = op(rows, weight, bias, log_posterior, memory)
+        result, _ = op(rows, weight, bias, log_posterior, memory, softcap)
     return result if x.dim() == 2 else result.reshape(*x.shape[:-1], weight.size(1))
 
 

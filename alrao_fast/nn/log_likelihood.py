@@ -1,0 +1,91 @@
+"""Log-likelihoods and entropies of a classifier's predictions, one pair for each sample, in chunks of samples.
+
+Every chunk's log-probabilities `[b, C]` are dropped, and computed again in the backward: all `[B, C]` of them at once
+would be the largest tensor of a language model's step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from alrao_fast.ops import derivatives
+from alrao_fast.ops.checks import check_together
+from alrao_fast.ops.mixture import checks, switch_mixture_log_prob
+from alrao_fast.ops.mixture.likelihood import Classes
+
+# Tensors of the size of a chunk's log-probabilities that stand at a time.
+_TENSORS = 4
+
+
+def log_likelihood(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_posterior: Tensor,
+    targets: Tensor,
+    likelihood: Classes,
+    memory_budget: int | None,
+) -> tuple[Tensor, Tensor]:
+    """See `ClassifierClones.log_likelihood`; the posterior is the normalised one of predictions."""
+    check_together("bias", features=features, weight=weight, bias=bias, targets=targets)
+    samples = features.shape[:-1]
+    x, weight, bias = checks.flat(features, weight, bias)
+    target = likelihood.rows(targets, samples, weight)
+    likelihood.check_target(target, x, weight)
+    memory = checks.budget(x, memory_budget)
+    wide = checks.accumulator(x.dtype)
+    size = max(memory // (_TENSORS * weight.size(1) * wide.itemsize), 1)
+
+    def chunk(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return _chunk(x, weight, bias, log_posterior, target, likelihood, memory)
+
+    parts = list(zip(x.split(size), target.split(size), strict=True))
+    again = len(parts) > 1 and torch.is_grad_enabled() and not derivatives.transformed()
+    results = [
+        checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False)
+        if again
+        else chunk(*part)
+        for part in parts
+    ]
+    log_prob, entropy = (torch.cat(list(of_parts)) for of_parts in zip(*results, strict=True))
+    return log_prob.view(samples), entropy.view(samples)
+
+
+def _chunk(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_posterior: Tensor,
+    target: Tensor,
+    likelihood: Classes,
+    memory_budget: int,
+) -> tuple[Tensor, Tensor]:
+    hard = target.dim() == 1
+    counted = target != likelihood.ignore_index if hard else (target != 0).any(1)
+    # What does not count may be anything, NaN too.
+    x = torch.where(counted.unsqueeze(1), x, 0)
+    logp = switch_mixture_log_prob(
+        x,
+        weight,
+        bias,
+        log_posterior,
+        logit_softcap=likelihood.softcap or None,
+        memory_budget=memory_budget,
+    )
+    # An impossible class has no part in a sum over classes, nor in its gradient.
+    possible = torch.where(logp > -math.inf, logp, 0)
+    terms = torch.where(logp > -math.inf, possible.exp() * possible, 0)
+    entropy = torch.where(counted, -terms.sum(1), 0)
+    if hard:
+        classes = logp.size(1)
+        index = target.clamp(0, classes - 1).unsqueeze(1)
+        # On a GPU a class that does not exist is impossible, as in the loss.
+        exists = (target >= 0) & (target < classes)
+        log_prob = torch.where(exists, logp.gather(1, index).squeeze(1), -math.inf)
+    else:
+        log_prob = torch.where(target == 0, 0, target * logp).sum(1)
+    return torch.where(counted, log_prob, 0), entropy
