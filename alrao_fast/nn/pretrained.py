@@ -1,9 +1,9 @@
 """Hugging Face models whose output layer is a head of clones (`alrao_fast.wrap`). Nothing of transformers is imported.
 
 The model stays the object that it was, of a subclass made for it, as torch.nn.utils.parametrize makes one. Where the
-output layer was stands `Passed`, which holds the clones and passes its input on: what the model's own forward returns as
-logits are then the features of whatever it would have returned logits of, pooled or cut out as it does. The clones take
-it from there.
+output layer was stands `Passed`, which holds the clones and passes its input on: what the model's own forward returns
+as logits are then the features of whatever it would have returned logits of, pooled or cut out as it does. The clones
+take it from there.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from alrao_fast import live
-from alrao_fast.nn.clones import LinearClones, RegressorClones
+from alrao_fast.nn.clones import LinearClones
 from alrao_fast.nn.collapse import WHICH, best_layer, collapsed_head
+from alrao_fast.nn.regressor import RegressorClones
 from alrao_fast.nn.with_clones import WithClones
 
 # What a config says of logits that the model bends itself, by the names of the models' authors.
@@ -51,11 +52,11 @@ class Passed(nn.Module):
 class Pretrained(WithClones):
     """What `wrap` adds to a model of Hugging Face's: a loss and logits of the clones, and what an `AlraoModel` can say.
 
-    `model(**inputs, labels=y)` returns the model's own kind of output. `loss` is the mixture's loss, of labels shifted by
-    one position where the model's own loss shifts them, divided by `num_items_in_batch` where it is given; in training
-    mode it is one observation of the switch. `logits` are the mixture's log-probabilities (of a regression the mean);
-    with labels in training mode they are None, as all of a large vocabulary's would cost another pass, unless the model
-    was wrapped with `training_logits=True`.
+    `model(**inputs, labels=y)` returns the model's own kind of output. `loss` is the mixture's loss, of labels shifted
+    by one position where the model's own loss shifts them, divided by `num_items_in_batch` where it is given; in
+    training mode it is one observation of the switch. `logits` are the mixture's log-probabilities (of a regression the
+    mean); with labels in training mode they are None, as all of a large vocabulary's would cost another pass, unless
+    the model was wrapped with `training_logits=True`. `sample_weight` and `reduction` go to the head.
     """
 
     # For Trainer, which then gives num_items_in_batch.
@@ -96,7 +97,8 @@ class Pretrained(WithClones):
                 kwargs.get("decoder_input_ids") is None
                 and kwargs.get("decoder_inputs_embeds") is None
             ):
-                kwargs["decoder_input_ids"] = self.prepare_decoder_input_ids_from_labels(labels)
+                prepare: Any = self.prepare_decoder_input_ids_from_labels
+                kwargs["decoder_input_ids"] = prepare(labels)
         out = super().forward(**kwargs, return_dict=True)
         features, head = out.logits, self._clones()
         if features.size(-1) != head.in_features:
@@ -113,7 +115,7 @@ class Pretrained(WithClones):
         fields = {**out, **results}
         if "logits" not in results:
             del fields["logits"]
-        result = type(out)(**fields)
+        result: Any = type(out)(**fields)
         return result if return_dict else result.to_tuple()
 
     def _aligned(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,8 +131,9 @@ class Pretrained(WithClones):
         """A copy of the model, of its own class, in eval mode, with one ordinary output layer in the clones' place.
 
         "best" has the clone with the largest posterior: `save_pretrained` saves, and `from_pretrained` loads it without
-        this package. "mixture" has all clones, as a module that returns the mixture's log-probabilities; it computes what
-        this model does in eval mode, and its class cannot load it. RuntimeError while the switch has observed nothing.
+        this package. "mixture" has all clones, as a module that returns the mixture's log-probabilities; it computes
+        what this model does in eval mode, and its class cannot load it. RuntimeError while the switch has observed
+        nothing.
         """
         WHICH.check("which", which)
         if which == "best":
@@ -162,7 +165,7 @@ class Pretrained(WithClones):
 
 
 def resized(head: LinearClones, num_classes: int) -> LinearClones:
-    """A copy of a classifier's head for another number of classes: new ones start at the mean of those that there are."""
+    """A copy of a classifier's head for another number of classes: new ones start at the mean of the others."""
     new = copy.deepcopy(head)
     kept = min(num_classes, new.weight.size(1))
     with torch.no_grad():
@@ -234,18 +237,26 @@ def _untie(model: Any, name: str) -> None:
         model.config.tie_word_embeddings = False
 
 
-@functools.cache
-def _subclass(cls: type) -> type:
+# By the class of transformers.
+_subclasses: dict[type, Any] = {}
+
+
+def _subclass(cls: Any) -> Any:
     """`cls` with the forward of `Pretrained`, under its own name: transformers decides by the names of classes."""
+
+    if cls in _subclasses:
+        return _subclasses[cls]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._forward(*args, **kwargs)
 
-    functools.update_wrapper(forward, cls.forward)  # type: ignore[attr-defined]
+    functools.update_wrapper(forward, cls.forward)
     names = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (Pretrained, cls), names)
+    _subclasses[cls] = type(cls.__name__, (Pretrained, cls), names)
+    return _subclasses[cls]
 
 
 def _new(cls: type) -> Any:
-    sub = _subclass(cls)
-    return sub.__new__(sub)
+    """What unpickling and copying start from."""
+    subclass = _subclass(cls)
+    return subclass.__new__(subclass)

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from alrao_fast.arguments import COUNT, Choice, Flag, checked, shown
-from alrao_fast.nn.clones import ClassifierClones, LinearClones, RegressorClones
+from alrao_fast.nn.clones import ClassifierClones, LinearClones
 from alrao_fast.nn.model import AlraoModel
 from alrao_fast.nn.pretrained import Pretrained, convert, is_pretrained
+from alrao_fast.nn.regressor import RegressorClones
 
 _KINDS = {"num_clones": COUNT, "start": Choice("layer", "fresh"), "training_logits": Flag()}
 # Where models keep their output layer, by the names of torchvision and of many others.
@@ -29,8 +30,8 @@ def wrap(
     """Exchange the output layer of a model for `num_clones` clones of it.
 
     Args:
-        model: any module that ends in an `nn.Linear`: of Hugging Face's transformers (causal and masked language models,
-            classification of sequences, tokens and images), timm, torchvision, or your own.
+        model: any module that ends in an `nn.Linear`: of Hugging Face's transformers (causal and masked language
+            models, classification of sequences, tokens and images), timm, torchvision, or your own.
         num_clones: N.
         output: the name of the output layer, as in `model.named_modules()`; None finds it: what
             `get_output_embeddings()` or timm's `get_classifier()` says, a usual name, or the only candidate.
@@ -44,7 +45,8 @@ def wrap(
         mixture's loss and log-probabilities, `generate()` draws from the mixture, Trainer, PEFT and Accelerate work as
         before, and `posterior()`, `suggested_lr()`, `clone_metrics()` and `collapse()` are there (`Pretrained`). Tied
         embeddings are untied: the embedding keeps its weights, the clones have their own.
-        Of any other model an `AlraoModel` with the model, an identity in the place of its output layer, as its backbone.
+        Of any other model an `AlraoModel` whose backbone is the model with an identity in the place of its output
+        layer.
 
     Raises:
         TypeError, ValueError: an argument of another type or out of range; an output layer that is no `nn.Linear`, that
@@ -66,10 +68,9 @@ def wrap(
     pretrained = is_pretrained(model)
     name = _output_name(model, pretrained) if output is None else output
     layer = _layer(model, name)
+    kind: type[LinearClones] = ClassifierClones
     if pretrained:
-        kind, head_options = _task(model, layer, head_options)
-    else:
-        kind = ClassifierClones
+        kind, head_options = _task(model, head_options)
     head = _head(kind, layer, options["num_clones"], options["start"], head_options)
     if pretrained:
         return convert(model, name, layer, head, options["training_logits"])
@@ -80,7 +81,7 @@ def wrap(
 
 
 def _head(
-    kind: type[LinearClones], layer: nn.Linear, num_clones: int, start: str, options: dict[str, Any]
+    kind: Any, layer: nn.Linear, num_clones: int, start: str, options: dict[str, Any]
 ) -> LinearClones:
     own = {
         "bias": layer.bias is not None,
@@ -91,7 +92,7 @@ def _head(
         layer.in_features,
         layer.out_features,
         num_clones,
-        **{**own, **options},  # type: ignore[call-arg]
+        **{**own, **options},
     )
     if start == "layer":
         with torch.no_grad():
@@ -113,7 +114,7 @@ def _layer(model: nn.Module, name: str) -> nn.Linear:
         raise TypeError(
             f"output: {name!r} of the {type(model).__name__} is {shown(layer)}, expected an nn.Linear"
         )
-    return layer  # type: ignore[return-value]
+    return layer
 
 
 def _is_linear(layer: nn.Module) -> bool:
@@ -176,9 +177,7 @@ def _pretrained_output(model: Any, names: dict[int, str]) -> str:
     )
 
 
-def _task(
-    model: Any, layer: nn.Linear, options: dict[str, Any]
-) -> tuple[type[LinearClones], dict[str, Any]]:
+def _task(model: Any, options: dict[str, Any]) -> tuple[type[LinearClones], dict[str, Any]]:
     """The kind of head that a Hugging Face model's loss asks for, and its options."""
     config = model.config
     problem = getattr(config, "problem_type", None)
