@@ -203,7 +203,7 @@ class Returns(nn.Module):
         ([None], r"a list of None, \.\.\."),
         (
             {"logits": X, "hidden": X},
-            r"a dict of logits: a tensor .*, hidden: a tensor .*, expected",
+            r"a dict of logits: a tensor .*, hidden: a tensor",
         ),
         ((None, X), "a tuple of None, ..."),
     ],

@@ -66,11 +66,11 @@ def wrap(
             "get_peft_model(model, LoraConfig(..., modules_to_save=[<the output layer's name>]))"
         )
     pretrained = is_pretrained(model)
-    name = _output_name(model, pretrained) if output is None else output
-    layer = _layer(model, name)
     kind: type[LinearClones] = ClassifierClones
     if pretrained:
         kind, head_options = _task(model, head_options)
+    name = _output_name(model, pretrained) if output is None else output
+    layer = _layer(model, name)
     head = _head(kind, layer, options["num_clones"], options["start"], head_options)
     if pretrained:
         return convert(model, name, layer, head, options["training_logits"])
@@ -110,16 +110,21 @@ def _layer(model: nn.Module, name: str) -> nn.Linear:
             f"{', '.join(map(repr, _candidates(model)[-3:])) or 'fc'}"
         )
     layer = modules[name]
-    if type(layer) is not nn.Linear and not _is_linear(layer):
+    if not _is_linear(layer):
         raise TypeError(
             f"output: {name!r} of the {type(model).__name__} is {shown(layer)}, expected an nn.Linear"
         )
+    assert isinstance(layer, nn.Linear)
     return layer
 
 
-def _is_linear(layer: nn.Module) -> bool:
-    """A subclass of nn.Linear that computes what it does."""
-    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+def _is_linear(layer: nn.Module | None) -> bool:
+    """An nn.Linear, or one of the subclasses that libraries make of it for compilers: nothing but weight and bias."""
+    return (
+        isinstance(layer, nn.Linear)
+        and not layer._modules
+        and set(layer._parameters) <= {"weight", "bias"}
+    )
 
 
 def _candidates(model: nn.Module) -> list[str]:
@@ -133,7 +138,7 @@ def _output_name(model: Any, pretrained: bool) -> str:
         return _pretrained_output(model, names)
     if callable(getattr(model, "get_classifier", None)):
         layer = model.get_classifier()
-        if id(layer) in names and isinstance(layer, nn.Linear):
+        if id(layer) in names and _is_linear(layer):
             return names[id(layer)]
     if isinstance(model, nn.Linear):
         return ""
@@ -144,7 +149,7 @@ def _output_name(model: Any, pretrained: bool) -> str:
         found = modules.get(name)
         if isinstance(found, nn.Sequential) and len(found) and _is_linear(found[-1]):
             return f"{name}.{len(found) - 1}"
-        if found is not None and _is_linear(found):
+        if _is_linear(found):
             return name
     candidates = _candidates(model)
     if len(candidates) == 1:
