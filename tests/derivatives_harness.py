@@ -3,7 +3,7 @@
 import math
 
 import torch
-from mixture_harness import gaussian_inputs
+from mixture_harness import gaussian_inputs, skip_without_options
 from torch import nn
 from torch.autograd import forward_ad, functional, graph
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
@@ -49,6 +49,31 @@ def plain_loss(logp):
     return loss
 
 
+def plain_losses(logp):
+    """The losses one by one."""
+
+    def losses(x, weight, bias, target):
+        mixture = logp(x, weight.detach(), bias.detach(), target)
+        own = logp(x.detach(), weight, bias, target).sum(-1)
+        return own.detach() - own - torch.logsumexp(A.to(x.device) + mixture, -1)
+
+    return losses
+
+
+def regularised_logp(x, weight, bias, target):
+    """Minus the loss of each clone with the options REGULARISED."""
+    capped = 2.5 * (logits(x, weight, bias) / 2.5).tanh()
+    logp = capped.log_softmax(-1)
+    index = target[..., None, None].expand(*target.shape, N, 1)
+    smoothed = 0.9 * logp.gather(-1, index).squeeze(-1) + 0.1 * logp.mean(-1)
+    return smoothed - 0.02 * capped.logsumexp(-1).square()
+
+
+def plain_capped_log_prob(x, weight, bias, target):
+    capped = 2.5 * (logits(x, weight, bias) / 2.5).tanh()
+    return torch.logsumexp(A.to(x.device).view(N, 1) + capped.log_softmax(-1), -2)
+
+
 def plain_log_prob(x, weight, bias, target):
     joint = A.to(x.device).view(N, 1) + logits(x, weight, bias).log_softmax(-1)
     return torch.logsumexp(joint, -2)
@@ -76,9 +101,9 @@ def loss_op(function, **options):
     return make
 
 
-def prediction_op(function):
+def prediction_op(function, **options):
     def make(backend, device):
-        run = op(function)(backend, device)
+        run = op(function, **options)(backend, device)
         return lambda *inputs: run(*inputs[:3])
 
     return make
@@ -137,13 +162,42 @@ LOSSES = {
         False,
     ),
 }
+REGULARISED = {"label_smoothing": 0.1, "z_loss": 0.02, "logit_softcap": 2.5}
+LOSSES["regularised nll"] = (
+    loss_op(switch_mixture_nll, **REGULARISED),
+    plain_loss(regularised_logp),
+    True,
+)
+# Losses whose backward computes again, from inputs that must be as they were.
+ONE_BY_ONE = {
+    "nll, one by one": (
+        loss_op(switch_mixture_nll, reduction="none"),
+        plain_losses(class_logp),
+        True,
+    ),
+    "regularised nll, one by one": (
+        loss_op(switch_mixture_nll, reduction="none", **REGULARISED),
+        plain_losses(regularised_logp),
+        True,
+    ),
+    "gaussian nll, one by one": (
+        loss_op(switch_mixture_gaussian_nll, reduction="none", sigma2=SIGMA2),
+        plain_losses(value_logp),
+        False,
+    ),
+}
 PREDICTIONS = {
+    "capped log_prob": (
+        prediction_op(switch_mixture_log_prob, logit_softcap=2.5),
+        plain_capped_log_prob,
+        True,
+    ),
     "log_prob": (prediction_op(switch_mixture_log_prob), plain_log_prob, True),
     "mean": (prediction_op(switch_mixture_mean), plain_mean, False),
     "classifier": (head_of(ClassifierClones, with_targets=False), plain_log_prob, True),
     "regressor": (head_of(RegressorClones, with_targets=False), plain_mean, False),
 }
-FUNCTIONS = LOSSES | PREDICTIONS
+FUNCTIONS = LOSSES | ONE_BY_ONE | PREDICTIONS
 
 
 def weighted(out):
@@ -395,6 +449,8 @@ MODES = {
 
 def case(name, backend, device):
     """The function, its twin in plain PyTorch, x, weight and bias, and the target."""
+    if "one by one" in name or "regularised" in name or "capped" in name:
+        skip_without_options(backend)
     make, plain, classes = FUNCTIONS[name]
     inputs = gaussian_inputs(B, D, C, N, dtype=torch.float64, device=device)
     if classes:

@@ -5,17 +5,31 @@
 - What is observed: the likelihood of the data, whatever the loss is made of.
 """
 
+import math
+from math import log as LOG
+
 import pytest
 import torch
 import torch.nn.functional as F
 from mixture_harness import (
+    INF,
+    NAN,
     SHAPES,
     TILED_SHAPES,
     assert_budget,
+    gaussian_inputs,
     gradients,
+    log_prob_gradients,
+    poisoned,
+    skip_without_options,
 )
 
 from alrao_fast import testing
+from alrao_fast.functional import (
+    switch_mixture_gaussian_stats,
+    switch_mixture_nll,
+    switch_mixture_stats,
+)
 
 OP = "switch_mixture"
 pytestmark = pytest.mark.emulated
@@ -30,17 +44,14 @@ OPTION_SHAPES = [
 COMBINED = [name for name in testing.LOSS_CASES if name.startswith("all")]
 
 
-def run(function, *args, **kwargs):
-    try:
-        return function(*args, **kwargs)
-    except RuntimeError as error:
-        if "this backend" in str(error):
-            pytest.skip(str(error))
-        raise
-
-
 def case(name, *sizes, device="cpu", **kwargs):
     return testing.loss_case(name, testing.mixture_inputs(*sizes, device=device, **kwargs))
+
+
+def to(device, inputs, options):
+    inputs = type(inputs)(*(t.to(device) for t in inputs))
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    return inputs, moved
 
 
 @pytest.mark.interpreted(shape=["one class", "ragged lanes, joint"])
@@ -50,7 +61,8 @@ def case(name, *sizes, device="cpu", **kwargs):
 def test_error_budgets(backend, device, name, shape):
     *sizes, memory_budget = SHAPES[shape]
     inputs, options = case(name, *sizes, device=device)
-    run(assert_budget, inputs, backend, memory_budget=memory_budget, **options)
+    skip_without_options(backend)
+    assert_budget(inputs, backend, memory_budget=memory_budget, **options)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -60,7 +72,8 @@ def test_error_budgets(backend, device, name, shape):
 def test_error_budgets_of_dtypes(backend, device, name, dtype, shape, bias):
     *sizes, _ = SHAPES[shape]
     inputs, options = case(name, *sizes, device=device, dtype=dtype, bias=bias)
-    run(assert_budget, inputs, backend, **options)
+    skip_without_options(backend)
+    assert_budget(inputs, backend, **options)
 
 
 def cross_entropy(inputs, options):
@@ -111,8 +124,366 @@ def test_one_clone_has_the_cross_entropy(backend, device, name):
         inputs.target[-1] = 0.2
     inputs = inputs._replace(log_posterior=torch.zeros(1, dtype=torch.float64))
     expected = cross_entropy(inputs, options)
-    on_device = type(inputs)(*(t.to(device) for t in inputs))
-    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    loss, _, dx, dweight, dbias = run(gradients, on_device, backend, **options)
+    inputs, options = to(device, inputs, options)
+    skip_without_options(backend)
+    loss, _, dx, dweight, dbias = gradients(inputs, backend, **options)
     for got, want in zip((loss, dx, dweight[0], dbias[0]), expected, strict=True):
         torch.testing.assert_close(got.cpu(), want)
+
+
+def formulas(inputs, options):
+    """Loss and gradients to x, weight and bias straight from the formulas: one graph for the mixture, one per clone."""
+    x, weight, bias, a, y = inputs
+    x, weight, bias = (t.detach().clone().requires_grad_() for t in (x.nan_to_num(), weight, bias))
+    n_clones, classes, _ = weight.shape
+    hard = y.dim() == 1
+    v = options.get("sample_weight", torch.ones(len(x))).double()
+    v = torch.where(y == options.get("ignore_index", -100), 0, v) if hard else v
+    q = F.one_hot(y, classes).double() if hard else y.double()
+    sums = q.sum(1)
+    q = q / torch.where(sums == 0, 1, sums)[:, None]
+    w = options.get("class_weight", torch.ones(classes)).double()
+    e, z, k = (options.get(s, 0.0) for s in ("label_smoothing", "z_loss", "logit_softcap"))
+    t = w * ((1 - e) * q + e / classes)
+    total = t.sum(1)
+    factor = v * sums * total
+    t = t / torch.where(total == 0, 1, total)[:, None]
+    norm = (v * w[y]).sum() if hard else v.sum()
+    norm = options.get("num_items_in_batch", norm if "reduction" not in options else 1)
+
+    def losses(n):
+        s = F.linear(x, weight[n], bias[n])
+        s = k * (s / k).tanh() if k else s
+        return -(t * s.log_softmax(1)).sum(1) + z * s.logsumexp(1).square()
+
+    own = torch.stack([losses(n) for n in range(n_clones)])
+    each = -factor * torch.logsumexp(a[:, None] - own, 0) / norm
+    value = each if options.get("reduction") == "none" else each.sum()
+    upstream = torch.linspace(0.5, 1.5, len(x), dtype=torch.float64)
+    upstream = upstream if value.dim() else torch.ones(len(x))
+    (dx,) = torch.autograd.grad((each * upstream).sum(), x, retain_graph=True)
+    own = (own * factor * upstream).sum(1) / norm
+    dweight, dbias = torch.autograd.grad(own.sum(), (weight, bias))
+    return value.detach(), dx, dweight, dbias
+
+
+@pytest.mark.parametrize("name", testing.LOSS_CASES)
+def test_formulas(backend, device, name):
+    skip_without_options(backend)
+    inputs, options = case(name, 11, 4, 5, 3, dtype=torch.float64)
+    expected = formulas(inputs, options)
+    inputs, options = to(device, inputs, options)
+    loss, _, *grads = gradients(inputs, backend, **options)
+    for got, want in zip((loss, *grads), expected, strict=True):
+        torch.testing.assert_close(got.cpu(), want)
+
+
+# By hand: one clone of two classes with the probabilities 3/4 and 1/4, the first is the target.
+BY_HAND = {
+    "label smoothing": ({"label_smoothing": 0.5}, -0.75 * LOG(3 / 4) - 0.25 * LOG(1 / 4)),
+    "class weights": ({"class_weight": [2.0, 1.0], "reduction": "sum"}, -2 * LOG(3 / 4)),
+    "both": (
+        {"class_weight": [2.0, 1.0], "label_smoothing": 0.5},
+        (-0.75 * 2 * LOG(3 / 4) - 0.25 * LOG(1 / 4)) / 2,
+    ),
+    "z-loss": ({"z_loss": 0.5}, -LOG(3 / 4) + 0.5 * LOG(4) ** 2),
+    "softcap": ({"logit_softcap": LOG(3)}, LOG(1 + 3 ** -math.tanh(1))),
+    "sample weight": ({"sample_weight": [3.0], "reduction": "sum"}, -3 * LOG(3 / 4)),
+    "num_items": ({"num_items_in_batch": 4}, -LOG(3 / 4) / 4),
+}
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", BY_HAND)
+def test_by_hand(backend, device, name):
+    skip_without_options(backend)
+    options, expected = BY_HAND[name]
+    options = {
+        k: torch.tensor(v, device=device) if isinstance(v, list) else v for k, v in options.items()
+    }
+    x, a = torch.ones(1, 1, device=device), torch.zeros(1, device=device)
+    weight = torch.tensor([[[LOG(3)], [0.0]]], device=device)
+    y = torch.tensor([0], device=device)
+    loss, own = switch_mixture_nll(x, weight, None, a, y, impl=backend, **options)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    seen = LOG(1 + 3 ** -math.tanh(1)) if name == "softcap" else -LOG(3 / 4)
+    assert own.item() == pytest.approx(seen, rel=1e-5)
+
+
+UNSEEN = [
+    "sum",
+    "none",
+    "num_items",
+    "label smoothing",
+    "label smoothing of 1",
+    "z-loss",
+    "class weights",
+    "sample weights",
+    "negative weights",
+    "weighted classes, smoothed",
+]
+
+
+@pytest.mark.parametrize("shape", ["ragged lanes, joint", "streamed, ragged last block"])
+@pytest.mark.parametrize("name", UNSEEN)
+def test_the_switch_observes_the_likelihood_alone(backend, device, name, shape):
+    skip_without_options(backend)
+    *sizes, _ = SHAPES[shape]
+    inputs, options = case(name, *sizes, device=device)
+    _, plain = switch_mixture_stats(*inputs, impl=backend)
+    _, stats = switch_mixture_stats(*inputs, impl=backend, **options)
+    assert torch.equal(stats, plain)
+
+
+def test_observed_probabilities_are_expected_ones(backend, device):
+    skip_without_options(backend)
+    name = "all of probabilities"
+    inputs, options = case(name, 9, 3, 4, 2, dtype=torch.float64, device=device)
+    _, stats = switch_mixture_stats(*inputs, impl=backend, **options)
+    q, kept = inputs.target.double(), options["sample_weight"] & (inputs.target.sum(1) > 0)
+    q = q[kept] / q[kept].sum(1, keepdim=True)
+    logits = torch.einsum("bd,ncd->nbc", inputs.x[kept], inputs.weight) + inputs.bias[:, None]
+    capped = options["logit_softcap"] * (logits / options["logit_softcap"]).tanh()
+    torch.testing.assert_close(stats[0], -(q * capped.log_softmax(-1)).sum((1, 2)))
+    torch.testing.assert_close(stats[1], (capped.argmax(-1) == q.argmax(-1)).sum(1).double())
+    assert stats[2].tolist() == [kept.sum()] * 2
+
+
+@pytest.mark.parametrize("shape", ["ragged lanes, joint", "streamed, ragged last block"])
+@pytest.mark.parametrize("kind", ["nan weight", "inf weight", "-inf bias"])
+@pytest.mark.parametrize("name", [*COMBINED, "probabilities"])
+def test_dead_clones(backend, device, name, kind, shape):
+    skip_without_options(backend)
+    *sizes, _ = SHAPES[shape]
+    inputs, options = case(name, *sizes, device=device, dtype=torch.float64)
+    inputs = poisoned(kind, inputs)
+    assert_budget(inputs, backend, **options)
+    _, stats, dx, dweight, dbias = gradients(inputs, backend, **options)
+    assert stats[0].isfinite().tolist() == [n != 1 for n in range(sizes[3])]
+    assert dx.isfinite().all() and not dweight[1].any() and not dbias[1].any()
+    assert dweight.isfinite().all() and dbias.isfinite().all()
+
+
+def test_a_clone_that_dies_of_one_sample(backend, device):
+    """Of losses one by one it lives where that sample's has no gradient."""
+    skip_without_options(backend)
+    inputs = testing.mixture_inputs(5, 3, 4, 2, dtype=torch.float64, device=device)
+    weight = inputs.weight.clone()
+    x = inputs.x.clone()
+    x[:, 0] = 0
+    x[2, 0], weight[1, :, 0] = 1e200, 1e200
+    inputs = inputs._replace(x=x, weight=weight)
+    for factors, dead in (([1.0, 1, 1, 1, 1], True), ([1.0, 1, 0, 1, 1], False)):
+        leaf = inputs.weight.clone().requires_grad_()
+        losses, _ = switch_mixture_stats(
+            inputs.x, leaf, *inputs[2:], reduction="none", impl=backend, label_smoothing=0.1
+        )
+        losses.backward(torch.tensor(factors, dtype=torch.float64, device=device))
+        assert leaf.grad.isfinite().all()
+        assert leaf.grad[0].any() and leaf.grad[1].any() != dead
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_target_that_is_not_finite(backend, device, bad):
+    """On a GPU nobody looks at it: the loss shows it, and no gradient is spoilt."""
+    skip_without_options(backend)
+    inputs, options = case("probabilities", 5, 3, 4, 2, device=device)
+    target = inputs.target.clone()
+    target[1, 2] = bad
+    inputs = inputs._replace(target=target)
+    if torch.device(device).type == "cpu":
+        with pytest.raises(RuntimeError, match=r"target: got .* expected probabilities"):
+            switch_mixture_nll(*inputs, impl=backend, **options)
+        return
+    loss, _, dx, dweight, _ = gradients(inputs, backend, **options)
+    assert loss == INF and dx.isfinite().all() and dweight.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "none"},
+        {"num_items_in_batch": 3},
+        {"weighted": True},
+        {"weighted": True, "reduction": "none"},
+    ],
+    ids=str,
+)
+def test_regression(backend, device, dtype, options):
+    skip_without_options(backend)
+    inputs = gaussian_inputs(33, 5, 3, 4, dtype=dtype, device=device)
+    options = dict(options)
+    if options.pop("weighted", False):
+        v = torch.rand(33, generator=torch.Generator().manual_seed(3)).to(device)
+        v[::4] = 0
+        options["sample_weight"] = v
+        inputs = inputs._replace(
+            x=torch.where(v[:, None] == 0, NAN, inputs.x),
+            target=torch.where(v[:, None] == 0, NAN, inputs.target),
+        )
+    assert_budget(inputs, backend, function=switch_mixture_gaussian_stats, sigma2=0.7, **options)
+
+
+def test_regression_by_formulas(backend, device):
+    skip_without_options(backend)
+    inputs = gaussian_inputs(6, 2, 3, 2, dtype=torch.float64, device=device)
+    v = torch.tensor([0.5, 0.0, 2.0, 1.0, -1.0, 3.0], device=device)
+    outputs = torch.einsum("bd,nkd->bnk", inputs.x, inputs.weight) + inputs.bias
+    logp = -0.5 * (inputs.target[:, None] - outputs).square().sum(2) - 1.5 * LOG(2 * math.pi)
+    each = -v * torch.logsumexp(inputs.log_posterior + logp, 1)
+    for reduction, expected in (
+        ("none", each),
+        ("sum", each.sum()),
+        ("mean", each.sum() / v.sum()),
+    ):
+        loss, stats = switch_mixture_gaussian_stats(
+            *inputs, sample_weight=v, reduction=reduction, impl=backend
+        )
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(stats[0], -logp[v != 0].sum(0))
+
+
+@pytest.mark.parametrize("shape", ["ragged lanes, joint", "joint, many chunks", *TILED_SHAPES])
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_capped_predictions(backend, device, dtype, shape):
+    skip_without_options(backend)
+    *sizes, memory_budget = SHAPES[shape]
+    inputs = testing.mixture_inputs(*sizes, dtype=dtype, device=device)
+    upstream = torch.randn(sizes[0], sizes[2], generator=torch.Generator().manual_seed(1))
+    upstream = upstream.to(device, torch.float64)
+    wide = [t.double() for t in inputs[:3]]
+    options = {"logit_softcap": 2.5}
+    low = log_prob_gradients(inputs, "reference", upstream, **options)
+    truth = log_prob_gradients(
+        inputs._replace(x=wide[0], weight=wide[1], bias=wide[2]), "reference", upstream, **options
+    )
+    actual = log_prob_gradients(inputs, backend, upstream, memory_budget=memory_budget, **options)
+    for got, reference, exact in zip(actual, low, truth, strict=True):
+        testing.assert_within_budget(got, reference, exact, "log_prob")
+
+
+def test_micro_batches_make_one_big_batch(backend, device):
+    """With the number of items of the whole step, and any split."""
+    skip_without_options(backend)
+    inputs, options = case("all", 30, 4, 5, 3, dtype=torch.float64, device=device)
+    v = options.pop("sample_weight")
+    options["num_items_in_batch"] = torch.tensor(30)
+    whole = gradients(inputs, backend, sample_weight=v, **options)
+    parts = []
+    for part in torch.arange(30).split([7, 1, 22]):
+        piece = inputs._replace(x=inputs.x[part], target=inputs.target[part])
+        parts.append(gradients(piece, backend, sample_weight=v[part], **options))
+    for i in (0, 1, 3, 4):
+        torch.testing.assert_close(sum(part[i] for part in parts), whole[i])
+    torch.testing.assert_close(torch.cat([part[2] for part in parts]), whole[2])
+
+
+@pytest.mark.parametrize("name", COMBINED)
+def test_gradcheck_of_dx(backend, device, name):
+    skip_without_options(backend)
+    inputs, options = case(name, 5, 3, 4, 3, dtype=torch.float64, device=device)
+    x = inputs.x.nan_to_num().requires_grad_()
+
+    def loss(x):
+        return switch_mixture_nll(x, *inputs[1:], impl=backend, **options)[0]
+
+    assert torch.autograd.gradcheck(loss, (x,))
+
+
+@pytest.mark.parametrize("name", ["all", "all, one by one", "all of probabilities, one by one"])
+def test_compile_fullgraph(backend, device, name):
+    skip_without_options(backend)
+    inputs, options = case(name, 6, 4, 5, 3, device=device)
+
+    def step(x, weight, bias):
+        loss, stats = switch_mixture_stats(x, weight, bias, *inputs[3:], impl=backend, **options)
+        return loss.square().sum(), stats
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in inputs[:3]]
+        loss, stats = function(*leaves)
+        loss.backward()
+        results.append((loss, stats, *(t.grad for t in leaves)))
+    torch.testing.assert_close(*results)
+
+
+def test_nothing_counts(backend, device):
+    skip_without_options(backend)
+    inputs = testing.mixture_inputs(4, 3, 5, 2, device=device)
+    zeros = torch.zeros(4, device=device)
+    soft = torch.zeros(4, 5, device=device)
+    for options in (
+        {"sample_weight": zeros},
+        {"class_weight": torch.tensor([0.0, 0, 0, 0, 1], device=device), "ignore_index": 4},
+        {"target": soft},
+        {"sample_weight": zeros, "reduction": "none", "label_smoothing": 0.1},
+    ):
+        target = options.pop("target", inputs.target)
+        given = inputs._replace(x=torch.full_like(inputs.x, NAN), target=target)
+        loss, stats, *grads = gradients(given, backend, **options)
+        assert not loss.any() and not stats.any() and not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("batch", [(), (0,), (2, 0)])
+def test_no_samples(backend, device, batch):
+    skip_without_options(backend)
+    inputs = testing.mixture_inputs(0, 3, 5, 2, device=device)
+    x = torch.zeros((*batch, 3), device=device)
+    target = torch.zeros(batch, dtype=torch.int64, device=device)
+    losses, _ = switch_mixture_nll(
+        x,
+        *inputs[1:4],
+        target,
+        reduction="none",
+        label_smoothing=0.1,
+        sample_weight=target + 1,
+        impl=backend,
+    )
+    assert losses.shape == batch
+
+
+WRONG = {
+    "label_smoothing": [("a", TypeError), (1.5, RuntimeError), (-0.1, RuntimeError)],
+    "z_loss": [("a", TypeError), (-1.0, RuntimeError), (NAN, RuntimeError)],
+    "logit_softcap": [("a", TypeError), (0.0, ValueError), (INF, ValueError)],
+    "class_weight": [
+        ([1.0] * 4, TypeError),
+        (torch.ones(3), ValueError),
+        (-torch.ones(4), ValueError),
+        (torch.zeros(4), ValueError),
+        (torch.full((4,), NAN), ValueError),
+        (torch.ones(4, dtype=torch.complex64), TypeError),
+    ],
+    "sample_weight": [
+        (2.0, TypeError),
+        (torch.ones(4), ValueError),
+        (torch.ones(5, 1), ValueError),
+        (torch.full((5,), NAN), ValueError),
+        (torch.ones(5, dtype=torch.complex64), TypeError),
+    ],
+    "num_items_in_batch": [("a", TypeError), (0, ValueError), (-2, ValueError)],
+    "target": [
+        (torch.full((5,), 0.5), RuntimeError),
+        (torch.full((5, 3), 0.5), ValueError),
+        (-torch.ones(5, 4), RuntimeError),
+        (torch.ones(5, 4, dtype=torch.int64), ValueError),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [(name, i) for name, values in WRONG.items() for i in range(len(values))]
+)
+def test_wrong_arguments(name, wrong):
+    value, error = WRONG[name][wrong]
+    inputs = testing.mixture_inputs(5, 3, 4, 2)._asdict()
+    with pytest.raises(error, match=rf"^{name}: got .*expected"):
+        switch_mixture_nll(**{**inputs, name: value}, impl="reference")
+
+
+def test_a_mean_of_no_sum():
+    inputs = testing.mixture_inputs(5, 3, 4, 2)
+    with pytest.raises(ValueError, match="num_items_in_batch: got 3 with reduction='none'"):
+        switch_mixture_nll(*inputs, reduction="none", num_items_in_batch=3)

@@ -106,7 +106,10 @@ def likelihoods(
         likelihood = logp.gather(2, index).squeeze(2)
     if class_weight is None and label_smoothing == 0:
         return likelihood, likelihood
-    q = target if target.dim() == 2 else F.one_hot(target, classes).to(logp)
+    if target.dim() == 2:
+        q = target
+    else:
+        q = (torch.arange(classes, device=target.device) == target.unsqueeze(1)).to(logp.dtype)
     t = (1 - label_smoothing) * q + label_smoothing / classes
     t = t if class_weight is None else class_weight * t
     total = t.sum(1, keepdim=True)

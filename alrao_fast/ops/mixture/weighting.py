@@ -18,6 +18,11 @@ from alrao_fast.ops.mixture.checks import REDUCTION
 NUM_ITEMS = Number(above=0, live=True, words="a number of items > 0")
 
 
+def _readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: on a GPU that would be a wait, and what is traced has none."""
+    return tensor.device.type == "cpu" and not derivatives.is_traced(tensor)
+
+
 class Weighting(NamedTuple):
     """How the losses of the samples are summed.
 
@@ -65,7 +70,13 @@ class Weighting(NamedTuple):
         if self.sample_weight is None:
             return None
         weight = self.sample_weight.to(dtype)
-        return weight if counted is None else torch.where(counted, weight, 0)
+        weight = weight if counted is None else torch.where(counted, weight, 0)
+        if _readable(weight) and not weight.isfinite().all():
+            position = int((~weight.isfinite()).nonzero()[0])
+            raise ValueError(
+                f"sample_weight: got {float(weight[position])} at position {position}, expected finite numbers"
+            )
+        return weight
 
     def of_rows(
         self, share: Tensor | None, divided: Tensor | None, rows: int, like: Tensor
@@ -117,7 +128,7 @@ class ClassWeight(Kind):
             raise self.refuse(TypeError, name, value)
         if value.shape != (self.num_classes,) or value.layout is not torch.strided:
             raise self.refuse(ValueError, name, value)
-        if value.device.type == "cpu" and not derivatives.is_traced(value):
+        if _readable(value):
             if not (value >= 0).all() or not value.isfinite().all() or not value.any():
                 raise ValueError(f"{name}: got {value.tolist()}, expected {self.expected}")
         return value.detach()
@@ -133,6 +144,12 @@ def distributions(
     if given is not None:
         target = torch.where(given.unsqueeze(1) != 0, target, 0)
     total = target.sum(1)
+    if _readable(target) and target.numel() and not (target.min() >= 0 and total.isfinite().all()):
+        row = int((~((target >= 0).all(1) & total.isfinite())).nonzero()[0])
+        raise RuntimeError(
+            f"target: got {target[row].tolist()} for sample {row}, expected probabilities, or weights that are finite "
+            "and >= 0"
+        )
     target = target / torch.where(total == 0, 1, total).unsqueeze(1)
     # A target that is not finite makes every clone dead for the sample, and its loss inf: that must have a weight.
     share = torch.where(total.isfinite(), total, 1)
