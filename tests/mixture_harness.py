@@ -34,7 +34,8 @@ OTHER_DTYPES = [dtype for dtype in testing.DTYPES if dtype != torch.float32]
 
 @functools.cache
 def options_missing(backend):
-    inputs = testing.mixture_inputs(2, 2, 2, 2, device=device_of(backend))
+    device = "cpu" if backend == "auto" else device_of(backend)
+    inputs = testing.mixture_inputs(2, 2, 2, 2, device=device)
     try:
         switch_mixture_stats(*inputs, label_smoothing=0.1, impl=backend)
     except RuntimeError as error:

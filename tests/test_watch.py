@@ -220,7 +220,12 @@ class FakeDevice:
             return value
 
         return SimpleNamespace(
-            is_cpu=False, is_cuda=True, device="cuda", detach=lambda: value, item=item
+            dim=lambda: 0,
+            is_cpu=False,
+            is_cuda=True,
+            device="cuda",
+            detach=lambda: value,
+            item=item,
         )
 
     def copy_(self, value, non_blocking):

@@ -139,7 +139,7 @@ class LinearClones(WithRates):
         loss, stats = mixture_of_losses(self, features, criterion, posterior)
         if observing:
             self._observe(stats)
-            self._look(loss, features, None)
+            self.watch.look(self, loss, features, None)
         return loss
 
     def _observer(self) -> Observer:
@@ -159,16 +159,6 @@ class LinearClones(WithRates):
     def _observe(self, stats: Tensor) -> None:
         """One observation of the switch from the statistics `[3, N]` of a batch."""
         self._observer().observe(self.switch.sum_over_processes(stats))
-
-    def _look(
-        self,
-        loss: Tensor,
-        features: Tensor,
-        targets: Tensor | None,
-        sample_weight: Tensor | None = None,
-    ) -> None:
-        seen = loss if loss.dim() == 0 else loss.detach().sum()
-        self.watch.look(self, seen, features, targets, sample_weight)
 
     def likelihood(self) -> Likelihood:
         """The likelihood of the targets, and what the loss is made of, as the options are now."""
@@ -202,7 +192,7 @@ class LinearClones(WithRates):
         if observing:
             if not alone:
                 self._observe(stats)
-            self._look(loss, features, targets, sample_weight)
+            self.watch.look(self, loss, features, targets, sample_weight)
         return loss
 
     def finite_clones(self) -> Tensor:
@@ -420,5 +410,6 @@ class ClassifierClones(LinearClones):
             for name in ("label_smoothing", "z_loss", "logit_softcap")
             if getattr(self, name)
         ]
-        weighted = [] if self.class_weight is None else ["class_weight=True"]
+        weight = self.class_weight
+        weighted = [] if weight is None else [f"class_weight={list(weight.shape)}"]
         return ", ".join([super().extra_repr(), *options, *weighted])

@@ -51,9 +51,11 @@ class Watch:
         targets: Tensor | None,
         sample_weight: Tensor | None = None,
     ) -> None:
-        """Take note of an observed loss, with the features, targets and weights that it is of."""
+        """Take note of an observed loss, or of several, with the features, targets and weights that it is of."""
         if torch.compiler.is_compiling():
             return
+        if loss.dim() != 0:
+            loss = loss.detach().sum()
         value = self._value(loss)
         if value is None or math.isfinite(value):
             self.dead = self.dead if value is None else ""

@@ -28,9 +28,9 @@ Z_LOSS = Number(low=0)
 _SCHEMA_TYPES = {"Tensor | None": "Tensor?"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Likelihood:
-    """The fields of a subclass are the options of its op.
+    """The fields of a subclass are the options of its op, `per_sample` the last of them.
 
     In the schema the first follows the target. The others have defaults and stand at the end, where an option that is
     added leaves every call of the op, and every exported graph, as good as it was.
@@ -43,6 +43,10 @@ class Likelihood:
         # Not vars(self), which torch.compile of torch 2.11 cannot trace. These are a dataclass's fields.
         names: tuple[str, ...] = self.__match_args__
         return {name: getattr(self, name) for name in names}
+
+    def is_plain(self) -> bool:
+        """Whether all options but the first have their defaults."""
+        raise NotImplementedError
 
     def rows(self, target: Tensor, samples: torch.Size, weight: Tensor) -> Tensor:
         """The target of the samples `[...]` in rows; ValueError unless it fits the samples."""
@@ -81,6 +85,10 @@ class Likelihood:
         self, inputs: tuple[Any, ...], needs: tuple[Any, ...], observer: tuple[Any, ...] = ()
     ) -> tuple[Any, ...]:
         """The arguments of the op in the order of its schema; the target is the last of the inputs."""
+        names: tuple[str, ...] = self.__match_args__
+        if self.is_plain():
+            # Every argument of a call costs; the dispatcher has the defaults.
+            return *inputs, getattr(self, names[0]), *needs, *observer
         own, *added = self.options().values()
         return *inputs, own, *needs, *observer, *added
 
@@ -112,7 +120,7 @@ class Likelihood:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Classes(Likelihood):
     """A class by softmax: `target [...]` int64 for the op, or probabilities `[..., C]`; a class `ignore_index` does not
     count.
@@ -150,6 +158,14 @@ class Classes(Likelihood):
             checks.softcap(logit_softcap),
         )
 
+    def is_plain(self) -> bool:
+        return (
+            self.row_weight is None
+            and self.class_weight is None
+            and self.label_smoothing == self.z_loss == self.softcap == 0
+            and not self.per_sample
+        )
+
     def rows(self, target: Tensor, samples: torch.Size, weight: Tensor) -> Tensor:
         if target.is_floating_point() and target.shape != samples:
             where = ", probabilities of the classes (or classes, int64), with the samples of x"
@@ -171,7 +187,7 @@ class Classes(Likelihood):
         self, target: Tensor, weight: Tensor, weighting: Weighting
     ) -> tuple[Classes, Tensor, bool]:
         soft = target.is_floating_point()
-        if not soft and self.class_weight is None and weighting.is_plain:
+        if weighting.is_plain and self.class_weight is None and not soft:
             return self, target, weighting.reduction == "mean"
         wide, smoothing, size = checks.accumulator(weight.dtype), self.label_smoothing, len(target)
         weights = None if self.class_weight is None else self.class_weight.to(wide)
@@ -228,7 +244,7 @@ class Classes(Likelihood):
         checks.check_softcap(self.softcap)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Values(Likelihood):
     """Values `target [..., K]` with Gaussian noise of variance `sigma2`; row_weight as for `Classes`."""
 
@@ -242,6 +258,9 @@ class Values(Likelihood):
     def of(cls, sigma2: Any) -> Values:
         """TypeError for a variance that is no number."""
         return cls(float(SIGMA2.plain("sigma2", sigma2)))
+
+    def is_plain(self) -> bool:
+        return self.row_weight is None and not self.per_sample
 
     def rows(self, target: Tensor, samples: torch.Size, weight: Tensor) -> Tensor:
         where = ": that of x with the clones' outputs in place of the features"

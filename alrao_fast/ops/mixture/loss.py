@@ -42,7 +42,7 @@ class _Op(NamedTuple):
     likelihood: type[Likelihood]
     names: tuple[str, ...]
     defaults: tuple[Any, ...]
-    # Finds x, weight, bias, need_dx, need_dw and per_sample among the inputs.
+    # Finds x, weight, bias, need_dx and need_dw among the inputs.
     find: Callable[[Sequence[Any]], tuple[Any, ...]]
 
 
@@ -76,26 +76,31 @@ class Observer(NamedTuple):
 def _save(ctx: Any, op: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _loss, _stats, *gradients = output
     ctx.set_materialize_grads(False)
-    *found, ctx.per_sample = _ops[op].find(inputs)
-    ctx.num_inputs = len(inputs)
-    if ctx.per_sample:
-        per_sample.save(ctx, op, _ops[op].likelihood, _ops[op].names, inputs)
-        return
     ctx.save_for_backward(*gradients)
+    found = _ops[op].find(inputs)
     ctx.dtypes = checks.gradient_dtypes(*found)
     # For their place in the graph alone: save_for_backward would forbid to change their values.
     ctx.sources = found[:3]
+    ctx.num_inputs = len(inputs)
 
 
 def _save_op(op: Any, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    _save(ctx, op, inputs, output)
-
-
-def _scale_gradients(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-    """The gradients to the op's inputs, of which x, weight and bias come first; grad None: nothing arrived."""
+    ctx.per_sample = inputs[-1]
     if ctx.per_sample:
-        return _gradients_again(ctx, grad)
+        per_sample.save(ctx, op, _ops[op].likelihood, _ops[op].names, inputs)
+    else:
+        _save(ctx, op, inputs, output)
+
+
+def _differentiate_op(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+    if ctx.per_sample:
+        return per_sample.gradients(ctx, grad, NO_OTHER_DERIVATIVE)
+    return _scale_gradients(ctx, grad)
+
+
+def _scale_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients to the op's inputs, of which x, weight and bias come first; grad None: nothing arrived."""
     return _gradients(ctx, None if grad is None else lambda saved: saved * grad)
 
 
@@ -108,11 +113,6 @@ def _gradients(ctx: Any, scaled: Callable[[Tensor], Tensor] | None) -> tuple[Ten
         if torch.is_grad_enabled():
             gradients[:3] = derivatives.final(gradients[:3], ctx.sources, NO_OTHER_DERIVATIVE)
     return tuple(gradients)
-
-
-def _gradients_again(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    found = per_sample.gradients(ctx, grad, NO_OTHER_DERIVATIVE)
-    return *found, *[None] * (ctx.num_inputs - len(found))
 
 
 class _EagerGradients(torch.autograd.Function):
@@ -132,8 +132,6 @@ class _EagerGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-        if ctx.per_sample:
-            return None, *_gradients_again(ctx, grad)
         # `loss.backward()` brings the factor 1, and on the CPU looking at it costs nothing: then
         # autograd takes the saved gradients as they are. Never those of a graph that is kept: its
         # next backward needs them, and whoever gets these may write into them. A traced backward
@@ -152,6 +150,22 @@ class _EagerGradients(torch.autograd.Function):
         return None, *gradients
 
 
+class _EagerLosses(torch.autograd.Function):
+    """The same of losses that are not summed."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        losses, stats, *_ = op(*inputs)
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        per_sample.save(ctx, op, _ops[op].likelihood, _ops[op].names, inputs)
+        return losses, stats
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+        return None, *per_sample.gradients(ctx, grad, NO_OTHER_DERIVATIVE)
+
+
 def _is_one(grad: Tensor) -> bool:
     """Whether this scalar is known to be 1 without waiting for a device; a batch of them has no one value."""
     return grad.device.type == "cpu" and not derivatives.is_batch(grad) and grad.item() == 1
@@ -162,16 +176,16 @@ def _define(likelihood: type[Likelihood]) -> None:
     for observed in (False, True):
         schema = likelihood.schema(observed=observed)
         names, defaults = dispatch.arguments_of(schema)
-        wanted = "x", "weight", "bias", "need_dx", "need_dw", "per_sample"
-        op = _Op(likelihood, names, defaults, dispatch.finder(schema, *wanted))
+        find = dispatch.finder(schema, "x", "weight", "bias", "need_dx", "need_dw")
+        op = _Op(likelihood, names, defaults, find)
 
         def fake(*inputs: Any, op: _Op = op) -> tuple[Tensor, ...]:
-            # Where the dispatcher calls Python, the defaults at the end are left out.
-            x, weight, _bias, need_dx, need_dw, per_sample = op.find(
-                (*inputs, *op.defaults[len(inputs) :])
-            )
+            # Where the dispatcher calls Python, it leaves out defaults at the end.
+            inputs = (*inputs, *op.defaults[len(inputs) :])
+            x, weight, _bias, need_dx, need_dw = op.find(inputs)
+            losses = x.shape[:1] if inputs[-1] else ()
             return (
-                x.new_empty(x.shape[:1] if per_sample else (), dtype=checks.accumulator(x.dtype)),
+                x.new_empty(losses, dtype=checks.accumulator(x.dtype)),
                 x.new_empty((3, weight.size(0)), dtype=torch.float64),
                 *checks.empty_gradients(x, weight, need_dx, need_dw),
             )
@@ -184,7 +198,7 @@ def _define(likelihood: type[Likelihood]) -> None:
             _ops[overload] = op
             if not observed:
                 torch.library.register_autograd(
-                    name, _scale_gradients, setup_context=partial(_save_op, overload), lib=LIB
+                    name, _differentiate_op, setup_context=partial(_save_op, overload), lib=LIB
                 )
 
 
@@ -261,7 +275,8 @@ def mixture_stats(
     if torch.compiler.is_compiling():
         loss, stats, *_ = op(*arguments)
     else:
-        loss, stats = _EagerGradients.apply(op, *arguments)
+        function = _EagerLosses if weighting.per_sample else _EagerGradients
+        loss, stats = function.apply(op, *arguments)
     if observer is not None:
         observer.observe(stats, backend)
     return loss.view(samples) if weighting.per_sample else loss, stats

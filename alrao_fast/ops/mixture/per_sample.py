@@ -29,10 +29,13 @@ def save(
     ctx.arguments = list(zip(names, tensors, others, strict=True))
 
 
-def gradients(ctx: Any, grad: Tensor | None, no_other_derivative: str) -> list[Tensor | None]:
-    """The gradients to x, weight and bias from that to the losses `[B]`."""
-    if grad is None:
-        return [None] * 3
+def gradients(ctx: Any, grad: Tensor | None, no_other_derivative: str) -> tuple[Tensor | None, ...]:
+    """The gradients to the op's inputs, x, weight and bias first, from that to the losses `[B]`."""
+    found = [None] * 3 if grad is None else _gradients(ctx, grad, no_other_derivative)
+    return *found, *[None] * (len(ctx.arguments) - 3)
+
+
+def _gradients(ctx: Any, grad: Tensor, no_other_derivative: str) -> list[Tensor | None]:
     op, likelihood = ctx.call
     saved = iter(ctx.saved_tensors)
     arguments: dict[str, Any] = {

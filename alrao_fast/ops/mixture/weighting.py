@@ -27,17 +27,21 @@ class Weighting(NamedTuple):
     """How the losses of the samples are summed.
 
     `sample_weight` in rows `[B]`, or None; `num_items`, a number or a tensor of one, is divided by in place of what the
-    reduction "mean" says.
+    reduction "mean" says. is_plain: every sample that counts has the same factor, which the op knows by itself.
     """
 
-    reduction: str = "mean"
+    reduction: str
     sample_weight: Tensor | None = None
     num_items: Any = None
+    is_plain: bool = False
+    per_sample: bool = False
 
     @classmethod
     def of(cls, reduction: str, sample_weight: Any, num_items: Any, x: Tensor) -> Weighting:
         """TypeError, ValueError or RuntimeError, naming the argument, for what does not fit the features `[..., D]`."""
         REDUCTION.check("reduction", reduction)
+        if sample_weight is None and num_items is None:
+            return _UNWEIGHTED[reduction]
         if num_items is not None:
             if reduction == "none":
                 raise ValueError(
@@ -54,16 +58,7 @@ class Weighting(NamedTuple):
                     "without the features"
                 )
             sample_weight = sample_weight.detach().reshape(-1)
-        return cls(reduction, sample_weight, num_items)
-
-    @property
-    def per_sample(self) -> bool:
-        return self.reduction == "none"
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether every sample that counts has the same factor, which the op knows by itself."""
-        return self.sample_weight is None and self.num_items is None and not self.per_sample
+        return cls(reduction, sample_weight, num_items, per_sample=reduction == "none")
 
     def of_samples(self, counted: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """The samples' weights `[B]`, 0 where not `counted`: what does not count may have any weight, NaN too."""
@@ -98,6 +93,14 @@ class Weighting(NamedTuple):
             one = like.new_ones(()) if share is None else share
             return (one / norm).expand(rows).contiguous()
         return like.new_full((rows,), 1 / (norm or 1)) if share is None else share / norm
+
+
+# Made once: this runs in every training step.
+_UNWEIGHTED = {
+    reduction: Weighting(reduction, is_plain=reduction != "none", per_sample=reduction == "none")
+    for reduction in REDUCTION.words
+    if reduction is not None
+}
 
 
 def no_loss(sample_weight: Any, num_items: Any, reduction: Any) -> None:
