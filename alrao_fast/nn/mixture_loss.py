@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alrao_fast import compiler
 from alrao_fast.nn.clones import ClassifierClones, LinearClones, RegressorClones
 from alrao_fast.nn.predictions import origin_of
 from alrao_fast.ops.checks import check_together
@@ -57,13 +57,13 @@ class MixtureLoss(nn.Module):
         return heads[0]
 
     def forward(self, prediction: Tensor | tuple[Any, ...], targets: Tensor) -> Tensor:
+        first: Any = prediction
         if isinstance(prediction, tuple) and prediction:
-            prediction = prediction[0]
-        check_together(prediction=prediction, targets=targets)
-        return self._loss(prediction, targets)
+            first = prediction[0]
+        check_together(prediction=first, targets=targets)
+        return self._loss(first, targets)
 
-    # What a prediction is made of is Python's business: under torch.compile a break of the graph.
-    @torch.compiler.disable
+    @compiler.disable("what a prediction is made of is known to Python alone")
     def _loss(self, prediction: Tensor, targets: Tensor) -> Tensor:
         origin = origin_of(prediction)
         head = self._head() if origin is None else origin.head
