@@ -38,6 +38,7 @@ from alrao_fast.ops.mixture.checks import REDUCTION
 from alrao_fast.ops.mixture.likelihood import IGNORE_INDEX, SIGMA2
 from alrao_fast.ops.mixture.loss import NO_OTHER_DERIVATIVE, Observer
 from alrao_fast.reference import switch_mixture as reference
+from alrao_fast.tracing import refuse_script
 
 Reduction = Literal["mean", "sum"]
 _CRITERION = Function("a function outputs [N, ..., C] -> losses [N, ...]")
@@ -96,6 +97,8 @@ class LinearClones(WithRates):
         self.register_buffer("running", running, persistent=False)
         self.reset_parameters()
         live.heads.enter(self)
+
+    __prepare_scriptable__ = refuse_script
 
     def reset_parameters(self) -> None:
         """Draw each clone anew as `nn.Linear` does; forget the switch, the clones' rates and statistics."""

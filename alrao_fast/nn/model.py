@@ -9,6 +9,7 @@ from alrao_fast import live
 from alrao_fast.arguments import Instance, shown
 from alrao_fast.nn.clones import LinearClones
 from alrao_fast.nn.collapse import WHICH, collapse
+from alrao_fast.tracing import backbone_arguments, hint, refuse_script
 
 _BACKBONE = Instance(nn.Module, "a torch.nn.Module")
 
@@ -43,6 +44,8 @@ class AlraoModel(nn.Module):
         live.models.enter(self)
 
     def forward(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
+        if type(args) is not tuple or torch.jit.is_tracing():
+            args = backbone_arguments(args)
         out = self.backbone(*args, **kwargs)
         # What the attribute is set by goes past nn.Module's __setattr__, which costs microseconds.
         if isinstance(out, Tensor):
@@ -54,8 +57,10 @@ class AlraoModel(nn.Module):
         got = f"a tuple of {shown(out[0])}, ..." if isinstance(out, tuple) and out else shown(out)
         raise TypeError(
             f"backbone: the {type(self.backbone).__name__} returned {got}, expected features [..., D] or a tuple "
-            "(features, *extras)"
+            f"(features, *extras){hint(out)}"
         )
+
+    __prepare_scriptable__ = refuse_script
 
     def posterior(self) -> Tensor:
         """Probabilities `[N]` of the clones, float64."""

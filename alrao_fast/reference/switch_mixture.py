@@ -225,3 +225,11 @@ def switch_mixture_mean(
     means, alive = _safe_outputs(x.to(dtype), weight.to(dtype), bias)
     p = _posterior(log_posterior, alive).exp().to(dtype)
     return (p.unsqueeze(2) * means).sum(1)
+
+
+def log_mass(x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor) -> Tensor:
+    """Logarithm [B] of the probability that the clones alive for the sample have together."""
+    dtype = _accumulator(x, weight)
+    bias = None if bias is None else bias.to(dtype)
+    _, alive = _safe_outputs(x.to(dtype), weight.to(dtype), bias)
+    return torch.where(alive, log_posterior.double(), -math.inf).logsumexp(1).to(dtype)
