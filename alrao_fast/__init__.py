@@ -9,11 +9,12 @@ and the training loop that every PyTorch user has, with `loss = net(x, targets=y
 
 __version__ = "0.1.0"
 
-from alrao_fast import backends, functional
+from alrao_fast import backends, functional, plot
 from alrao_fast import nn as nn
 from alrao_fast import optim as optim
 from alrao_fast.backends import use_backend
 from alrao_fast.graphed_step import GraphedStep
+from alrao_fast.monitor import History, metrics, posterior_line
 from alrao_fast.nn import AlraoModel, ClassifierClones, MixtureLoss, RegressorClones, Switch
 from alrao_fast.optim import (
     AlraoAdam,
@@ -39,6 +40,7 @@ __all__ = [
     "Feature",
     "Fraction",
     "GraphedStep",
+    "History",
     "LogUniform",
     "MixtureLoss",
     "PerWeight",
@@ -50,6 +52,9 @@ __all__ = [
     "backends",
     "describe_rates",
     "functional",
+    "metrics",
+    "plot",
+    "posterior_line",
     "rank",
     "register_feature_layout",
     "use_backend",
