@@ -55,9 +55,11 @@ def _safe_outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     with torch.no_grad():
         alive = _outputs(x, weight, bias).isfinite().all(2)
     x = torch.where(_finite_rows(x, 1), x, 0)
-    weight = torch.where(_finite_rows(weight, (1, 2)), weight, 0)
+    # A tensor, since the exporter for ONNX of torch 2.11 takes no number beside a parameter.
+    zero = x.new_zeros(())
+    weight = torch.where(_finite_rows(weight, (1, 2)), weight, zero)
     if bias is not None:
-        bias = torch.where(_finite_rows(bias, 1), bias, 0)
+        bias = torch.where(_finite_rows(bias, 1), bias, zero)
     out = _outputs(x, weight, bias)
     return torch.where(alive.unsqueeze(2), out, 0), alive
 
