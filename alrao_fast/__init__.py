@@ -18,9 +18,12 @@ from alrao_fast.monitor import History, metrics, posterior_line
 from alrao_fast.nn import (
     AlraoModel,
     ClassifierClones,
+    GradNorms,
     MixtureLoss,
     RegressorClones,
     Switch,
+    clip_grad_norm_,
+    grad_norms,
     wrap,
 )
 from alrao_fast.optim import (
@@ -46,6 +49,7 @@ __all__ = [
     "Constant",
     "Feature",
     "Fraction",
+    "GradNorms",
     "GraphedStep",
     "History",
     "LogUniform",
@@ -57,8 +61,10 @@ __all__ = [
     "RegressorClones",
     "Switch",
     "backends",
+    "clip_grad_norm_",
     "describe_rates",
     "functional",
+    "grad_norms",
     "metrics",
     "plot",
     "posterior_line",
