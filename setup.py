@@ -227,11 +227,36 @@ def _say(text: str) -> None:
     print(f"alrao_fast: {text}", flush=True)
 
 
+_FIRST = '''"""Finds the package by setuptools' finder where sys.path has the folder for type checkers."""
+
+import os
+import sys
+
+import {finder} as own
+
+
+class First:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "alrao_fast":
+            for entry in sys.path:
+                if entry == {folder!r}:
+                    return own._EditableFinder.find_spec(name, path, target)
+                if os.path.isdir(os.path.join(entry, "alrao_fast")):
+                    break
+        return None
+
+
+sys.meta_path.insert(0, First)
+'''
+
+
 class Editable(editable_wheel):
     """An editable install that type checkers see: they do not run the finder that setuptools makes, but read paths.
 
     The path is a folder with nothing but a link to the package: the repository's own would offer `tests` and `kernels`
-    to every import. At run time the finder comes first, so that modules keep their own files.
+    to every import. At run time the finder takes the link's place, so that modules keep their own files; what stands
+    before it in sys.path, by PYTHONPATH for instance, comes first as ever.
     """
 
     def _select_strategy(self, *arguments: Any) -> Any:
@@ -249,11 +274,11 @@ class Editable(editable_wheel):
             files = dict(made())
             yield from files.items()
             finder = next(name for name in files if name.endswith(".py")).removesuffix(".py")
-            found = f"import sys, {finder} as own; sys.meta_path.remove(own._EditableFinder)"
-            first = f"{found}; sys.meta_path.insert(0, own._EditableFinder)"
+            module = f"{finder}_first"
+            yield f"{module}.py", _FIRST.format(finder=finder, folder=str(folder)).encode()
             # After the file that installs the finder, since their order is the alphabet's.
             name = next(name for name in files if name.endswith(".pth")).removesuffix(".pth")
-            yield f"{name}.types.pth", f"{folder}\n{first}\n".encode()
+            yield f"{name}.types.pth", f"{folder}\nimport {module}\n".encode()
 
         strategy.get_implementation = with_path
         return strategy

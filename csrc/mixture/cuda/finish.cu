@@ -24,6 +24,25 @@ __global__ void mixture_norm_kernel(ClassTargets target, int64_t samples, comput
   if (threadIdx.x == 0) *norm = static_cast<compute_type>(1 / fmax(count, 1.0));
 }
 
+template <class compute_type>
+__global__ void mixture_weights_kernel(ClassTargets target, MixtureOptions<compute_type> options,
+                                       int64_t samples, double* counted, compute_type* largest) {
+  __shared__ double scratch[kNormThreads / kWarp];
+  double count = 0, most = 0;
+  for (int64_t b = threadIdx.x; b < samples; b += blockDim.x) {
+    count += counts_with_options(options, target, b);
+    const double weight = options.row_weight[b];
+    most = fmax(most, weight < 0 ? -weight : weight);
+  }
+  count = block_reduce(count, Sum(), 0.0, scratch);
+  __syncthreads();
+  most = block_reduce(most, Max(), 0.0, scratch);
+  if (threadIdx.x == 0) {
+    *counted = count;
+    *largest = static_cast<compute_type>(most > 0 ? most : 1.0);
+  }
+}
+
 template <class from_t, class to_t>
 __global__ void finite_copy_kernel(FiniteCopy<from_t, to_t> copy) {
   copy_finite(copy, blockIdx.x, gridDim.x);
@@ -47,7 +66,8 @@ __device__ bool was_dead(const MixtureParts& parts, int64_t clone) {
 template <class scalar_t>
 __device__ void finish_statistics(const FinishArguments<scalar_t>& a, double* scratch) {
   const int64_t clones = a.size.clones;
-  const double count = count_targets(a.target, a.size.samples, scratch);
+  const double count =
+      a.counted != nullptr ? *a.counted : count_targets(a.target, a.size.samples, scratch);
   for (int64_t row = threadIdx.x / kWarp; row <= 2 * clones; row += kWarps) {
     const double sum = reduce_parts(a.parts, row, Sum());
     if (threadIdx.x % kWarp != 0) continue;
@@ -163,6 +183,14 @@ cudaError_t launch_mixture_norm(const ClassTargets& target, int64_t samples, com
                 norm);
 }
 
+template <class compute_type>
+cudaError_t launch_mixture_weights(const ClassTargets& target,
+                                   const MixtureOptions<compute_type>& options, int64_t samples,
+                                   double* counted, compute_type* largest, cudaStream_t stream) {
+  return launch(mixture_weights_kernel<compute_type>, 1, kNormThreads, 0, stream, target, options,
+                samples, counted, largest);
+}
+
 template <class from_t, class to_t>
 cudaError_t launch_finite_copy(const FiniteCopy<from_t, to_t>& copy, cudaStream_t stream) {
   if (copy.size == 0) return cudaSuccess;
@@ -200,5 +228,11 @@ template cudaError_t launch_finite_copy<Float16, Float16>(const FiniteCopy<Float
 template cudaError_t launch_mixture_norm<float>(const ClassTargets&, int64_t, float*, cudaStream_t);
 template cudaError_t launch_mixture_norm<double>(const ClassTargets&, int64_t, double*,
                                                  cudaStream_t);
+template cudaError_t launch_mixture_weights<float>(const ClassTargets&,
+                                                   const MixtureOptions<float>&, int64_t, double*,
+                                                   float*, cudaStream_t);
+template cudaError_t launch_mixture_weights<double>(const ClassTargets&,
+                                                    const MixtureOptions<double>&, int64_t, double*,
+                                                    double*, cudaStream_t);
 
 }  // namespace alrao::cuda

@@ -22,8 +22,10 @@ Unfinished<T> run_joint(const NllProblem<T>& p) {
 
   Unfinished<T> left;
   const int64_t full = samples / chunk, rest = samples % chunk;
-  const int64_t parts = full * joint_parts<T>(chunk, clones, classes) +
-                        (rest > 0 ? joint_parts<T>(rest, clones, classes) : 0);
+  const auto parts_of = [&, clones = clones, classes = classes](int64_t count) {
+    return joint_parts<T>(count, clones, classes, p.extras.any);
+  };
+  const int64_t parts = full * parts_of(chunk) + (rest > 0 ? parts_of(rest) : 0);
   left.memory = p.gemm.template empty<double>({2 * clones + 1, parts});
   left.parts = {data_of<double>(left.memory), parts};
   left.columns_memory = g;
@@ -38,6 +40,7 @@ Unfinished<T> run_joint(const NllProblem<T>& p) {
     p.logits(a.z, first, count, 0, true);
     a.target = p.target;
     a.norm = p.folded_norm();
+    a.options = p.extras;
     a.g = need_dw ? data_of<T>(g) : nullptr;
     a.rg = need_dx ? data_of<T>(rg) : nullptr;
     a.out = left.parts;
@@ -46,7 +49,7 @@ Unfinished<T> run_joint(const NllProblem<T>& p) {
     a.finite_x = need_dw ? data_of<T>(finite_x) : nullptr;
     if (first == 0) a.weight = {p.weight_data(), weight, rows * features};
     check_launch("mixture_joint", launch_mixture_joint(a, p.stream));
-    first_part += joint_parts<T>(count, clones, classes);
+    first_part += parts_of(count);
 
     if (need_dx) {
       p.features_gradient(p.dx + first * features, row_major<const T>(a.rg, count, rows, ld),

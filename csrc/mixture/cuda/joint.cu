@@ -29,21 +29,29 @@ struct Shared {
   double* sums;         // [2 N + 1]: what the group has seen so far
   compute_type* scale;  // [N]: what turns an entry of `row` into the gradient; 0 for the dead
   compute_type* share;  // [N]: log of a_n p_n, then the responsibility
-  compute_type* row;    // [N C] logits, then their exponentials
+  // With options, [N] each: see OptionTerms, and the largest logit.
+  compute_type *spread, *hit, *largest;
+  compute_type* row;  // [N C] logits, then their exponentials
 
   static ALRAO_HOST_DEVICE int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
-  static ALRAO_HOST_DEVICE int64_t bytes(int64_t clones, int64_t classes) {
+  static ALRAO_HOST_DEVICE int64_t vectors(bool with_options) { return with_options ? 5 : 2; }
+  static ALRAO_HOST_DEVICE int64_t bytes(int64_t clones, int64_t classes, bool with_options) {
     const int64_t row = (clones * classes + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
-    return aligned((2 * clones + 1) * sizeof(double)) + aligned(2 * clones * sizeof(compute_type)) +
+    return aligned((2 * clones + 1) * sizeof(double)) +
+           aligned(vectors(with_options) * clones * sizeof(compute_type)) +
            row * sizeof(compute_type);
   }
 
-  __device__ Shared(unsigned char* memory, int clones) {
+  __device__ Shared(unsigned char* memory, int clones, bool with_options) {
     sums = reinterpret_cast<double*>(memory);
     memory += aligned((2 * clones + 1) * sizeof(double));
     scale = reinterpret_cast<compute_type*>(memory);
     share = scale + clones;
-    row = reinterpret_cast<compute_type*>(memory + aligned(2 * clones * sizeof(compute_type)));
+    spread = share + clones;
+    hit = spread + clones;
+    largest = hit + clones;
+    row = reinterpret_cast<compute_type*>(
+        memory + aligned(vectors(with_options) * clones * sizeof(compute_type)));
   }
 };
 
@@ -56,7 +64,7 @@ __device__ void sync_group() {
   }
 }
 
-template <class scalar_t, bool kGaussian, bool kBlock>
+template <class scalar_t, bool kGaussian, bool kBlock, bool kOptions>
 struct JointSample {
   using compute_type = compute_t<scalar_t>;
 
@@ -77,17 +85,27 @@ struct JointSample {
       // What is no class is impossible for every clone: the loss shows it.
       target = y >= 0 && y < classes ? static_cast<int>(y) : -1;
     }
+    compute_type weight = norm;
+    if constexpr (kOptions) {
+      counted = counts_with_options(a.options, a.target, sample);
+      weight = weight_with_options(a.options, sample, norm);
+    }
     load(local, sample);
     if (a.finite_x != nullptr) copy_features(sample);
     sync_group<kBlock>();
     const int groups = threads / lanes;
     for (int first = 0; first < clones; first += groups) {
-      evaluate(first + thread / lanes, counted, target);
+      const int clone = first + thread / lanes;
+      if constexpr (kOptions && !kGaussian) {
+        evaluate_with_options(clone, sample, counted, target, weight);
+      } else {
+        evaluate(clone, counted, target, weight);
+      }
     }
     sync_group<kBlock>();
-    if (thread < kWarp) mix(counted);
+    if (thread < kWarp) mix(sample, counted, weight);
     sync_group<kBlock>();
-    if (a.g != nullptr || a.rg != nullptr) store(local, counted, target);
+    if (a.g != nullptr || a.rg != nullptr) store(local, target, weight);
     sync_group<kBlock>();
   }
 
@@ -110,6 +128,13 @@ struct JointSample {
         for (int j = 0; j < kCount; ++j) {
           pack.values[j] -= widen(a.target.values[sample * classes + c]);
           c = c + 1 == classes ? 0 : c + 1;
+        }
+      } else if constexpr (kOptions) {
+        if (a.options.softcap != 0) {
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) {
+            pack.values[j] = capped(pack.values[j], a.options.softcap);
+          }
         }
       }
       store_pack(s.row + i, pack);
@@ -142,7 +167,7 @@ struct JointSample {
   }
 
   // Log-likelihood of one clone; a number beyond the last takes part in the reductions only.
-  __device__ void evaluate(int clone, bool counted, int target) const {
+  __device__ void evaluate(int clone, bool counted, int target, compute_type weight) const {
     const int lane = thread % lanes;
     const int end = clone < clones ? classes : 0;
     compute_type* row = s.row + (clone < clones ? clone : 0) * classes;
@@ -153,7 +178,7 @@ struct JointSample {
       squared = lanes_reduce(squared, lanes, Sum());
       log_likelihood = a.target.density.log_likelihood(squared);
       score = is_alive(log_likelihood) ? squared : compute_type(INFINITY);
-      scale = static_cast<compute_type>(a.target.density.inverse_variance) * norm;
+      scale = static_cast<compute_type>(a.target.density.inverse_variance) * weight;
     } else {
       auto peak = Peak<compute_type>::none();
       for (int c = lane; c < end; c += lanes) peak.take(row[c], c);
@@ -170,7 +195,7 @@ struct JointSample {
       const LogitSums<compute_type> sums{peak.value, sum};
       log_likelihood = a.target.options.log_likelihood(at_target, sums);
       score = is_alive(log_likelihood) && peak.place == target;
-      scale = a.target.options.gradient_factor(norm, sums);
+      scale = a.target.options.gradient_factor(weight, sums);
     }
     if (lane != 0 || clone >= clones) return;
     const bool alive = is_alive(log_likelihood);
@@ -182,8 +207,44 @@ struct JointSample {
     s.sums[clones + clone] += score;
   }
 
+  // The row holds what the logits are below the largest, afterwards.
+  __device__ void evaluate_with_options(int clone, int64_t sample, bool counted, int target,
+                                        compute_type weight) const {
+    const int lane = thread % lanes;
+    const int end = clone < clones ? classes : 0;
+    compute_type* row = s.row + (clone < clones ? clone : 0) * classes;
+    auto peak = Peak<compute_type>::none();
+    for (int c = lane; c < end; c += lanes) peak.take(row[c], c);
+    peak = lanes_reduce(peak, lanes, Higher());
+    const compute_type at_target = target >= 0 && end > 0 ? row[target] : compute_type(-INFINITY);
+    __syncwarp();
+    compute_type sum = 0;
+    auto sums = OptionSums<compute_type>::none();
+    for (int c = lane; c < end; c += lanes) {
+      const compute_type below = row[c] - peak.value;
+      sum += std::exp(below) + poison(row[c]);
+      sums.take(a.options, sample, classes, c, below);
+      row[c] = below;
+    }
+    sum = lanes_reduce(sum, lanes, Sum());
+    sums = lanes_reduce(sums, lanes, AddOptionSums());
+    if (lane != 0 || clone >= clones) return;
+    const auto terms = option_terms(a.options, classes, LogitSums<compute_type>{peak.value, sum},
+                                    at_target, target, sums, weight);
+    const bool alive = terms.alive();
+    s.scale[clone] = counted ? terms.scale : compute_type(NAN);
+    s.spread[clone] = terms.spread;
+    s.hit[clone] = terms.hit;
+    s.largest[clone] = peak.value;
+    s.share[clone] = alive ? log_posterior_of<compute_type>(a.posterior, clone) + terms.objective
+                           : compute_type(-INFINITY);
+    if (!counted) return;
+    s.sums[clone] += alive ? -terms.likelihood : compute_type(INFINITY);
+    s.sums[clones + clone] += alive && peak.place == target;
+  }
+
   // Responsibilities, by one warp.
-  __device__ void mix(bool counted) const {
+  __device__ void mix(int64_t sample, bool counted, compute_type weight) const {
     compute_type max = -INFINITY;
     for (int n = thread; n < clones; n += kWarp) max = fmax(max, s.share[n]);
     max = warp_reduce(max, Max());
@@ -199,11 +260,21 @@ struct JointSample {
       for (int n = thread; n < clones; n += kWarp) s.share[n] /= sum;
     }
     if (thread == 0 && counted) {
-      s.sums[2 * clones] += mixture_nll(RunningMixture<compute_type>{max, sum});
+      const compute_type nll = mixture_nll(RunningMixture<compute_type>{max, sum});
+      if constexpr (kOptions) {
+        const compute_type scale = a.options.scale == nullptr ? 1 : *a.options.scale;
+        const compute_type loss = a.options.row_weight == nullptr ? nll : weight * scale * nll;
+        s.sums[2 * clones] += loss;
+        if (a.options.losses != nullptr) a.options.losses[sample] = loss;
+      } else {
+        s.sums[2 * clones] += nll;
+      }
+    } else if (kOptions && thread == 0 && a.options.losses != nullptr) {
+      a.options.losses[sample] = 0;
     }
   }
 
-  __device__ void store(int64_t local, bool counted, int target) const {
+  __device__ void store(int64_t local, int target, compute_type norm) const {
     constexpr int kCount = 16 / sizeof(scalar_t);
     for (int i = thread * kCount; i < logits; i += threads * kCount) {
       Pack<scalar_t, kCount> own, mixed;
@@ -215,7 +286,12 @@ struct JointSample {
           const compute_type scale = s.scale[n];
           r = s.share[n];
           // Selected, not multiplied: what a dead clone left in the row may be anything.
-          if (scale != 0) {
+          if constexpr (kOptions && !kGaussian) {
+            if (scale == scale) {
+              g = option_gradient(a.options, a.first + local, classes, c, target, s.row[i + j],
+                                  s.largest[n], scale, s.spread[n], s.hit[n]);
+            }
+          } else if (scale != 0) {
             g = s.row[i + j] * scale;
             if (!kGaussian && c == target) g -= norm;
           }
@@ -233,7 +309,7 @@ struct JointSample {
   }
 };
 
-template <class scalar_t, bool kGaussian, bool kBlock>
+template <class scalar_t, bool kGaussian, bool kBlock, bool kOptions>
 __global__ void __launch_bounds__(kSampleThreads, 2)
     mixture_joint_kernel(const __grid_constant__ JointArguments<scalar_t> a, int sample_blocks,
                          int lanes) {
@@ -257,11 +333,12 @@ __global__ void __launch_bounds__(kSampleThreads, 2)
   const int threads = kBlock ? blockDim.x : kWarp;
   const int group = kBlock ? 0 : threadIdx.x / kWarp, groups = kBlock ? 1 : kWarpGroups;
   const int thread = kBlock ? threadIdx.x : threadIdx.x % kWarp;
-  const Shared<scalar_t> shared(memory + group * Shared<scalar_t>::bytes(clones, classes), clones);
+  const Shared<scalar_t> shared(memory + group * Shared<scalar_t>::bytes(clones, classes, kOptions),
+                                clones, kOptions);
   const int64_t part = static_cast<int64_t>(blockIdx.x) * groups + group;
   for (int i = thread; i < 2 * clones + 1; i += threads) shared.sums[i] = 0;
   sync_group<kBlock>();
-  const JointSample<scalar_t, kGaussian, kBlock> sample{
+  const JointSample<scalar_t, kGaussian, kBlock, kOptions> sample{
       a, shared, clones, classes, clones * classes, thread, threads, lanes, norm};
   for (int64_t local = part; local < a.chunk; local += int64_t(sample_blocks) * groups) {
     sample.run(local);
@@ -279,8 +356,8 @@ struct Layout {
   int threads, groups;
   int lanes;
 
-  Layout(int64_t clones, int64_t classes) {
-    shared = Shared<scalar_t>::bytes(clones, classes);
+  Layout(int64_t clones, int64_t classes, bool with_options) {
+    shared = Shared<scalar_t>::bytes(clones, classes, with_options);
     block = shared * kWarpGroups > kWarpShared;
     groups = block ? 1 : kWarpGroups;
     threads = block ? sample_threads(clones * classes) : kWarp * kWarpGroups;
@@ -292,13 +369,13 @@ struct Layout {
   }
 };
 
-template <class scalar_t, bool kGaussian>
+template <class scalar_t, bool kGaussian, bool kOptions>
 cudaError_t launch_joint(const JointArguments<scalar_t>& a, cudaStream_t stream) {
-  const Layout<scalar_t> layout(a.size.clones, a.size.classes);
+  const Layout<scalar_t> layout(a.size.clones, a.size.classes, kOptions);
   const int sample_blocks = static_cast<int>(layout.blocks(a.chunk));
   const int64_t grid = sample_blocks + copy_blocks(a.weight, layout.threads);
-  const auto kernel = layout.block ? &mixture_joint_kernel<scalar_t, kGaussian, true>
-                                   : &mixture_joint_kernel<scalar_t, kGaussian, false>;
+  const auto kernel = layout.block ? &mixture_joint_kernel<scalar_t, kGaussian, true, kOptions>
+                                   : &mixture_joint_kernel<scalar_t, kGaussian, false, kOptions>;
   return launch(kernel, grid_of(grid), layout.threads, layout.shared * layout.groups, stream, a,
                 sample_blocks, layout.lanes);
 }
@@ -306,27 +383,32 @@ cudaError_t launch_joint(const JointArguments<scalar_t>& a, cudaStream_t stream)
 }  // namespace
 
 template <class scalar_t>
-bool fits_joint(int64_t clones, int64_t classes) {
+bool fits_joint(int64_t clones, int64_t classes, bool with_options) {
   constexpr int64_t kMostLogits = 1 << 20;  // beyond, the product is not to be computed
   return clones < kMostLogits && classes < kMostLogits &&
-         Shared<scalar_t>::bytes(clones, classes) <= 48 * 1024;
+         Shared<scalar_t>::bytes(clones, classes, with_options) <= 48 * 1024;
 }
 
 template <class scalar_t>
-int64_t joint_parts(int64_t chunk, int64_t clones, int64_t classes) {
-  const Layout<scalar_t> layout(clones, classes);
+int64_t joint_parts(int64_t chunk, int64_t clones, int64_t classes, bool with_options) {
+  const Layout<scalar_t> layout(clones, classes, with_options);
   return layout.blocks(chunk) * layout.groups;
 }
 
 template <class scalar_t>
 cudaError_t launch_mixture_joint(const JointArguments<scalar_t>& arguments, cudaStream_t stream) {
-  return arguments.target.classes == nullptr ? launch_joint<scalar_t, true>(arguments, stream)
-                                             : launch_joint<scalar_t, false>(arguments, stream);
+  const bool gaussian = arguments.target.classes == nullptr;
+  if (arguments.options.any) {
+    return gaussian ? launch_joint<scalar_t, true, true>(arguments, stream)
+                    : launch_joint<scalar_t, false, true>(arguments, stream);
+  }
+  return gaussian ? launch_joint<scalar_t, true, false>(arguments, stream)
+                  : launch_joint<scalar_t, false, false>(arguments, stream);
 }
 
-#define ALRAO_INSTANTIATE(scalar_t)                                  \
-  template bool fits_joint<scalar_t>(int64_t, int64_t);              \
-  template int64_t joint_parts<scalar_t>(int64_t, int64_t, int64_t); \
+#define ALRAO_INSTANTIATE(scalar_t)                                        \
+  template bool fits_joint<scalar_t>(int64_t, int64_t, bool);              \
+  template int64_t joint_parts<scalar_t>(int64_t, int64_t, int64_t, bool); \
   template cudaError_t launch_mixture_joint<scalar_t>(const JointArguments<scalar_t>&, cudaStream_t)
 
 ALRAO_FOR_EVERY_TYPE(ALRAO_INSTANTIATE);

@@ -46,6 +46,19 @@ struct MixtureNorm {
   bool count;
 };
 
+// The loss's options (alrao_fast/reference/switch_mixture.py). The kernels that know them are
+// instantiations of their own, taken where `any` is true.
+template <class compute_type>
+struct MixtureOptions {
+  bool any;
+  const compute_type* row_weight;    // [B], or null: the norm
+  const compute_type* scale;         // what row_weight is divided by, or null: 1
+  const compute_type* class_weight;  // [C] of mean 1, or null: 1
+  const compute_type* soft;          // probabilities [B, C], or null: the target's class
+  compute_type smoothing, z_loss, softcap;
+  compute_type* losses;  // [B], or null
+};
+
 // A copy with 0 for what is not finite; nothing where `to` is null.
 template <class from_t, class to_t>
 struct FiniteCopy {
@@ -75,11 +88,11 @@ struct Chunk {
 
 // Where the logits of a sample, all clones, stay in shared memory.
 template <class scalar_t>
-bool fits_joint(int64_t clones, int64_t classes);
+bool fits_joint(int64_t clones, int64_t classes, bool with_options);
 
 // The number of parts that a chunk of so many samples leaves.
 template <class scalar_t>
-int64_t joint_parts(int64_t chunk, int64_t clones, int64_t classes);
+int64_t joint_parts(int64_t chunk, int64_t clones, int64_t classes, bool with_options);
 
 // Reads the logits, writes G, the gradients of the clones' own losses to them, and r G, those of
 // the mixture's loss; either may be null.
@@ -94,6 +107,7 @@ struct JointArguments : Chunk<scalar_t> {
   const scalar_t* x;   // [B, D]
   scalar_t* finite_x;  // [B, D] or null: receives the chunk's rows, with 0 for what is not finite
   FiniteCopy<scalar_t, scalar_t> weight;
+  MixtureOptions<compute_t<scalar_t>> options;
 };
 
 template <class scalar_t>
@@ -118,6 +132,7 @@ struct RowArguments : Chunk<scalar_t> {
   bool need_gradient;
   MixtureState<compute_t<scalar_t>> state;
   MixtureParts out;  // one part a sample
+  MixtureOptions<compute_t<scalar_t>> options;
 };
 
 template <class scalar_t>
@@ -157,6 +172,12 @@ template <class compute_type>
 cudaError_t launch_mixture_norm(const ClassTargets& target, int64_t samples, compute_type* norm,
                                 cudaStream_t stream);
 
+// Of samples with weights: how many count, and the largest size of a weight (1 if all are 0).
+template <class compute_type>
+cudaError_t launch_mixture_weights(const ClassTargets& target,
+                                   const MixtureOptions<compute_type>& options, int64_t samples,
+                                   double* counted, compute_type* largest, cudaStream_t stream);
+
 template <class from_t, class to_t>
 cudaError_t launch_finite_copy(const FiniteCopy<from_t, to_t>& copy, cudaStream_t stream);
 
@@ -177,6 +198,7 @@ struct FinishArguments {
   ColumnSums<scalar_t> columns;     // into dbias, all clones
   compute_t<scalar_t>* dx;          // [B, D], to be scaled, or null
   const compute_t<scalar_t>* norm;  // or null: 1
+  const double* counted;            // the samples that count, or null: to be found
 };
 
 template <class scalar_t>
@@ -195,6 +217,7 @@ struct LogProbArguments : Chunk<scalar_t> {
   compute_t<scalar_t>* log_mass;            // [B]
   const compute_t<scalar_t>* grad;          // [B, C] or null
   MixtureState<compute_t<scalar_t>> state;  // one clone's backward: keep all, take the living
+  compute_t<scalar_t> softcap;              // 0: none
 };
 
 template <class scalar_t>

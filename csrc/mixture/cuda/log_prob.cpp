@@ -10,17 +10,18 @@ using torch::stable::Tensor;
 
 template <class T>
 LogProbOutputs forward(const MixtureInputs& inputs, const MixtureSizes& size, int64_t memory_budget,
-                       cudaStream_t stream) {
+                       double softcap, cudaStream_t stream) {
   using Compute = compute_t<T>;
   const MixtureProblem<T> p(inputs, size, memory_budget, stream);
   const auto out = p.gemm.template empty<Compute>({size.samples, size.classes});
   const auto log_mass = p.gemm.template empty<Compute>({size.samples});
-  const bool joint = p.is_joint();
+  const bool joint = p.is_joint(softcap != 0);
   const int64_t chunk = p.chunk(p.row_distance(joint) * sizeof(Compute));
   const auto z = p.gemm.template empty<Compute>({chunk, p.row_distance(joint)});
   auto a = p.template chunk_arguments<LogProbArguments<T>>(z, joint);
   a.out = data_of<Compute>(out);
   a.log_mass = data_of<Compute>(log_mass);
+  a.softcap = static_cast<Compute>(softcap);
   for (a.first = 0; a.first < size.samples; a.first += chunk) {
     a.chunk = std::min(chunk, size.samples - a.first);
     for (int64_t clone = 0; clone < (joint ? 1 : size.clones); ++clone) {
@@ -47,7 +48,7 @@ MixtureGradients backward(const LogProbGradient& arguments, const MixtureSizes& 
   }
   const Tensor upstream = dense(arguments.grad), value = dense(arguments.log_prob);
   const Tensor log_mass = dense(arguments.log_mass);
-  const bool joint = p.is_joint();
+  const bool joint = p.is_joint(arguments.softcap != 0);
   const int64_t columns = p.columns(joint), ld = p.row_distance(joint);
   const bool needs_term = need_dx && !joint;
   const int64_t chunk = p.chunk((ld + (needs_term ? features : 0)) * sizeof(Compute));
@@ -60,6 +61,7 @@ MixtureGradients backward(const LogProbGradient& arguments, const MixtureSizes& 
   a.log_mass = data_of<Compute>(log_mass);
   a.grad = data_of<const Compute>(upstream);
   a.state = state.get();
+  a.softcap = static_cast<Compute>(arguments.softcap);
   for (int64_t clone = 0; clone < (joint ? 1 : clones); ++clone) {
     const auto weight = p.template finite_copy<Compute>(
         p.weight_data() + clone * classes * features, need_dx ? columns : 0, features);
@@ -95,11 +97,12 @@ MixtureGradients backward(const LogProbGradient& arguments, const MixtureSizes& 
 
 }  // namespace
 
-LogProbOutputs mixture_log_prob(const MixtureInputs& inputs, int64_t memory_budget,
+LogProbOutputs mixture_log_prob(const MixtureInputs& inputs, int64_t memory_budget, double softcap,
                                 cudaStream_t stream) {
   const MixtureSizes size = check_mixture(inputs, memory_budget);
+  check_softcap(softcap);
   return in_type_of(inputs, [&](auto zero) {
-    return forward<decltype(zero)>(inputs, size, memory_budget, stream);
+    return forward<decltype(zero)>(inputs, size, memory_budget, softcap, stream);
   });
 }
 

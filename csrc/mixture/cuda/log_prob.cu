@@ -33,19 +33,21 @@ __device__ T share_of(T joint, T log_prob) {
 }
 
 // All clones of a sample by a block.
-template <class scalar_t>
+template <class scalar_t, bool kCapped>
 struct LogProbSample {
   using compute_type = compute_t<scalar_t>;
 
   const LogProbArguments<scalar_t>& a;
   const int clones, classes, logits, lanes;
-  compute_type* offset;  // [N]: a_n - log sum exp(z - max), backward less log_mass; -inf: dead
-  compute_type* weight;  // [N]: forward a_n, -inf for the dead; backward 1 / sum, sum_c w grad
-  compute_type* row;     // [N C]: z - max
+  compute_type* offset;   // [N]: a_n - log sum exp(z - max), backward less log_mass; -inf: dead
+  compute_type* weight;   // [N]: forward a_n, -inf for the dead; backward 1 / sum, sum_c w grad
+  compute_type* row;      // [N C]: z - max
+  compute_type* largest;  // [N]: max, with a softcap
 
   __device__ void load(const compute_type* z) const {
     for (int i = threadIdx.x; i < logits; i += blockDim.x) {
       row[i] = z[i] + (a.bias == nullptr ? compute_type(0) : widen(a.bias[i]));
+      if constexpr (kCapped) row[i] = capped(row[i], a.softcap);
     }
   }
 
@@ -64,6 +66,7 @@ struct LogProbSample {
     }
     sum = lanes_reduce(sum, lanes, Sum());
     if (lane != 0 || clone >= clones) return;
+    if constexpr (kCapped) largest[clone] = peak.value;
     const compute_type log_sum = std::log(sum);
     const bool alive = is_alive(log_sum);
     const compute_type posterior =
@@ -135,18 +138,28 @@ struct LogProbSample {
       z[i] = offset[n] > compute_type(-INFINITY)
                  ? share(n, c, out, grad) - std::exp(row[i]) * weight[n] * total[n]
                  : compute_type(0);
+      if constexpr (kCapped) {
+        if (z[i] != 0) z[i] *= cap_derivative(row[i] + largest[n], a.softcap);
+      }
     }
   }
 };
 
-template <class scalar_t>
+template <class scalar_t, bool kCapped>
 __global__ void __launch_bounds__(kSampleThreads)
     log_prob_sample_kernel(const __grid_constant__ LogProbArguments<scalar_t> a, int lanes) {
   using compute_type = compute_t<scalar_t>;
   ALRAO_DYNAMIC_SHARED(compute_type, memory);
   const int clones = static_cast<int>(a.size.clones), classes = static_cast<int>(a.size.classes);
-  const LogProbSample<scalar_t> sample{a,     clones, classes,         clones * classes,
-                                       lanes, memory, memory + clones, memory + 3 * clones};
+  const LogProbSample<scalar_t, kCapped> sample{a,
+                                                clones,
+                                                classes,
+                                                clones * classes,
+                                                lanes,
+                                                memory,
+                                                memory + clones,
+                                                memory + 3 * clones,
+                                                memory + 3 * clones + clones * classes};
   compute_type* z = a.z + blockIdx.x * a.ld;
   sample.load(z);
   __syncthreads();
@@ -166,7 +179,7 @@ __global__ void __launch_bounds__(kSampleThreads)
 }
 
 // One row of one clone by a block.
-template <class scalar_t>
+template <class scalar_t, bool kCapped>
 __global__ void __launch_bounds__(kRowThreads)
     log_prob_row_kernel(const __grid_constant__ LogProbArguments<scalar_t> a) {
   using compute_type = compute_t<scalar_t>;
@@ -185,7 +198,10 @@ __global__ void __launch_bounds__(kRowThreads)
     compute_type offset[kCount] = {};
     if (bias != nullptr) load_some<kCount>(bias, i, classes, bias_is_aligned, offset);
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) value[j] = pack.values[j] + offset[j];
+    for (int j = 0; j < kCount; ++j) {
+      value[j] = pack.values[j] + offset[j];
+      if constexpr (kCapped) value[j] = capped(value[j], a.softcap);
+    }
   };
 
   const compute_type none = -INFINITY;
@@ -260,6 +276,9 @@ __global__ void __launch_bounds__(kRowThreads)
     for (int j = 0; j < kCount; ++j) {
       pack.values[j] =
           alive ? share[j] - std::exp(value[j] - largest) * inverse * total : compute_type(0);
+      if constexpr (kCapped) {
+        if (alive) pack.values[j] *= cap_derivative(value[j], a.softcap);
+      }
     }
     store_pack(z + i, pack);
   }
@@ -275,12 +294,17 @@ template <class scalar_t>
 cudaError_t launch_log_prob(const LogProbArguments<scalar_t>& a, cudaStream_t stream) {
   const int64_t classes = a.size.classes, clones = a.size.clones;
   if (a.clone < 0) {
-    const int64_t shared = (clones * classes + 3 * clones) * sizeof(compute_t<scalar_t>);
-    return launch(log_prob_sample_kernel<scalar_t>, grid_of(a.chunk),
-                  sample_threads(clones * classes), shared, stream, a, lanes_for(classes));
+    const bool is_capped = a.softcap != 0;
+    const int64_t shared =
+        (clones * classes + (is_capped ? 4 : 3) * clones) * sizeof(compute_t<scalar_t>);
+    const auto kernel = is_capped ? &log_prob_sample_kernel<scalar_t, true>
+                                  : &log_prob_sample_kernel<scalar_t, false>;
+    return launch(kernel, grid_of(a.chunk), sample_threads(clones * classes), shared, stream, a,
+                  lanes_for(classes));
   }
-  return launch(log_prob_row_kernel<scalar_t>, grid_of(a.chunk), sample_threads(classes), 0, stream,
-                a);
+  const auto kernel =
+      a.softcap != 0 ? &log_prob_row_kernel<scalar_t, true> : &log_prob_row_kernel<scalar_t, false>;
+  return launch(kernel, grid_of(a.chunk), sample_threads(classes), 0, stream, a);
 }
 
 #define ALRAO_INSTANTIATE(scalar_t) \

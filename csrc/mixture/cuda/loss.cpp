@@ -1,5 +1,7 @@
 // Loss, statistics and gradients of the mixture: checks, outputs, the choice between the two ways
 // through the clones, and the finishing kernel.
+#include <array>
+
 #include "mixture/checks.h"
 #include "mixture/cuda/problem.h"
 
@@ -13,6 +15,16 @@ constexpr int64_t kCountedByBlocks = 1024;
 // Copies of the weights may be as large as this whatever the budget.
 constexpr int64_t kSmallCopy = 1 << 20;
 
+// The class of the largest probability, of every sample.
+Tensor argmax(const Tensor& probabilities) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(probabilities), from(std::optional<int64_t>(1)),
+                                    from(false)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::argmax", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 template <class T>
 MixtureOutputs run(const LossArguments& arguments, const MixtureSizes& size,
                    const SwitchObservation& observation, cudaStream_t stream) {
@@ -21,10 +33,13 @@ MixtureOutputs run(const LossArguments& arguments, const MixtureSizes& size,
   const LossOptions& options = arguments.options;
   const Likelihood& likelihood = arguments.likelihood;
   NllProblem<T> p(arguments.inputs, size, options.memory_budget, stream);
-  const auto loss = p.gemm.template empty<Compute>({});
+  const LossExtras& extras = arguments.extras;
+  const auto loss = extras.per_sample ? p.gemm.template empty<Compute>({samples})
+                                      : p.gemm.template empty<Compute>({});
   const auto stats = p.gemm.template empty<double>({3, clones});
   auto [dx, dweight, dbias] = p.gradients(options.need_dx, options.need_dw);
   const Tensor target = dense(arguments.target);
+  std::optional<Tensor> likeliest, row_weight, class_weight, sum;
 
   p.options = options;
   p.dx = data_of<Compute>(dx);
@@ -34,13 +49,27 @@ MixtureOutputs run(const LossArguments& arguments, const MixtureSizes& size,
   if (likelihood.gaussian) {
     p.target.values = data_of<const T>(target);
     p.target.density = likelihood.values.density(classes);
+  } else if (is_soft(target)) {
+    likeliest = argmax(target);
+    p.target.classes = data_of<const int64_t>(*likeliest);
+    p.target.options = {-1};
+    p.extras.soft = data_of<const Compute>(target);
   } else {
     p.target.classes = data_of<const int64_t>(target);
     p.target.options = likelihood.classes;
   }
+  p.extras.any = extras.any() || p.extras.soft != nullptr;
+  if (extras.row_weight) row_weight = dense(*extras.row_weight);
+  if (extras.class_weight) class_weight = dense(*extras.class_weight);
+  p.extras.row_weight = row_weight ? data_of<const Compute>(*row_weight) : nullptr;
+  p.extras.class_weight = class_weight ? data_of<const Compute>(*class_weight) : nullptr;
+  p.extras.smoothing = static_cast<Compute>(extras.label_smoothing);
+  p.extras.z_loss = static_cast<Compute>(extras.z_loss);
+  p.extras.softcap = static_cast<Compute>(extras.softcap);
+  p.extras.losses = extras.per_sample ? data_of<Compute>(loss) : nullptr;
 
   const bool joint =
-      p.is_joint() &&
+      p.is_joint(p.extras.any) &&
       (!options.need_dx || clones * classes * features * static_cast<int64_t>(sizeof(T)) <=
                                std::max(options.memory_budget, kSmallCopy));
   p.norm_counts = options.mean && !likelihood.gaussian;
@@ -52,6 +81,19 @@ MixtureOutputs run(const LossArguments& arguments, const MixtureSizes& size,
     p.norm = data_of<const Compute>(norm);
     check_launch("mixture_norm",
                  launch_mixture_norm(p.target, samples, data_of<Compute>(norm), stream));
+  }
+
+  const bool weighted = p.extras.row_weight != nullptr;
+  const auto counted = p.gemm.template empty<double>({weighted ? 1 : 0});
+  const auto largest = p.result(weighted, {1});
+  if (weighted) {
+    check_launch("mixture_weights",
+                 launch_mixture_weights(p.target, p.extras, samples, data_of<double>(counted),
+                                        data_of<Compute>(largest), stream));
+    if (!NllProblem<T>::kFoldsNorm) {
+      // The gradients carry the weights relative to the largest, and are scaled at the end.
+      p.norm = p.extras.scale = data_of<const Compute>(largest);
+    }
   }
 
   Unfinished<T> left{};
@@ -76,6 +118,12 @@ MixtureOutputs run(const LossArguments& arguments, const MixtureSizes& size,
   a.columns = left.columns;
   a.dx = left.scale_dx ? p.dx : nullptr;
   a.norm = p.norm_left();
+  a.counted = weighted ? data_of<const double>(counted) : nullptr;
+  if (extras.per_sample) {
+    // The losses lie in the result already.
+    sum = p.result(true, {1});
+    a.loss = data_of<Compute>(*sum);
+  }
   check_launch("mixture_finish", launch_mixture_finish(a, stream));
   return {loss, stats, dx, dweight, dbias};
 }
@@ -85,10 +133,6 @@ MixtureOutputs run(const LossArguments& arguments, const MixtureSizes& size,
 MixtureOutputs mixture_loss(const LossArguments& arguments, const SwitchObservation& observation,
                             cudaStream_t stream) {
   const MixtureSizes size = check_loss(arguments);
-  ALRAO_CHECK(
-      !arguments.extras.any() && (arguments.likelihood.gaussian || !is_soft(arguments.target)),
-      "options: got one of row_weight, class_weight, label_smoothing, z_loss, softcap, "
-      "per_sample and probabilities as targets, which the CUDA kernels do not have");
   return in_type_of(arguments.inputs, [&](auto zero) {
     return run<decltype(zero)>(arguments, size, observation, stream);
   });

@@ -45,9 +45,9 @@ struct MixtureProblem {
   }
 
   // Few enough classes for all clones of a sample at once; else clone after clone.
-  bool is_joint() const {
+  bool is_joint(bool with_options = false) const {
     constexpr int64_t kMostClasses = 2048;
-    return size.classes <= kMostClasses && fits_joint<T>(size.clones, size.classes);
+    return size.classes <= kMostClasses && fits_joint<T>(size.clones, size.classes, with_options);
   }
   // Columns of the logits' matrix, and the distance of its rows.
   int64_t columns(bool joint) const { return joint ? size.clones * size.classes : size.classes; }
@@ -165,6 +165,7 @@ struct NllProblem : MixtureProblem<T> {
   double norm_value;              // what a sample weighs, if that does not depend on targets
   bool norm_counts;               // else: one over the number of counted samples
   const Compute* norm = nullptr;  // on the device, if a kernel wrote it there
+  MixtureOptions<Compute> extras{};
   Compute* dx;
   Compute* dweight;
   Compute* dbias;
@@ -197,7 +198,7 @@ Unfinished<T> run_streamed(const NllProblem<T>& p);
 MixtureOutputs mixture_loss(const LossArguments& arguments, const SwitchObservation& observation,
                             cudaStream_t stream);
 
-LogProbOutputs mixture_log_prob(const MixtureInputs& inputs, int64_t memory_budget,
+LogProbOutputs mixture_log_prob(const MixtureInputs& inputs, int64_t memory_budget, double softcap,
                                 cudaStream_t stream);
 
 MixtureGradients mixture_log_prob_backward(const LogProbGradient& arguments, cudaStream_t stream);

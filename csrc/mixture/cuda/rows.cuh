@@ -155,6 +155,117 @@ __device__ T lanes_reduce(T value, int lanes, Op op) {
   return value;
 }
 
+// ---- the loss's options ----
+
+// softcap tanh(logit / softcap), NaN for what is not finite.
+template <class T>
+__device__ T capped(T logit, T softcap) {
+  return is_finite(logit) ? softcap * std::tanh(logit / softcap) : logit * T(0);
+}
+
+// Its derivative, by the capped logit.
+template <class T>
+__device__ T cap_derivative(T logit, T softcap) {
+  const T share = logit / softcap;
+  return T(1) - share * share;
+}
+
+// Sums over classes, l being a logit less the largest: of w l, q l, w q l, q and w q.
+template <class T>
+struct OptionSums {
+  T weighted, dot, weighted_dot, mass, weighted_mass;
+
+  static __device__ OptionSums none() { return {T(0), T(0), T(0), T(0), T(0)}; }
+
+  __device__ void take(const MixtureOptions<T>& options, int64_t sample, int64_t classes, int64_t c,
+                       T below) {
+    const T w = options.class_weight == nullptr ? T(1) : options.class_weight[c];
+    weighted += w * below;
+    if (options.soft == nullptr) return;
+    const T q = options.soft[sample * classes + c];
+    dot += q * below;
+    weighted_dot += w * q * below;
+    mass += q;
+    weighted_mass += w * q;
+  }
+};
+
+struct AddOptionSums {
+  template <class T>
+  __device__ OptionSums<T> operator()(const OptionSums<T>& a, const OptionSums<T>& b) const {
+    return {a.weighted + b.weighted, a.dot + b.dot, a.weighted_dot + b.weighted_dot,
+            a.mass + b.mass, a.weighted_mass + b.weighted_mass};
+  }
+};
+
+// What a clone's logits say of a sample, and what makes the gradient of them: scale exp(l) -
+// w spread - w q hit, or hit at the target. scale is NaN where there is none.
+template <class T>
+struct OptionTerms {
+  T objective, likelihood, scale, spread, hit;
+
+  __device__ bool alive() const { return is_alive(objective) && is_alive(likelihood); }
+};
+
+template <class T>
+__device__ OptionTerms<T> option_terms(const MixtureOptions<T>& options, int64_t classes,
+                                       LogitSums<T> logits, T target_logit, int64_t target,
+                                       const OptionSums<T>& sums, T weight) {
+  const bool soft = options.soft != nullptr;
+  const T log_sum = std::log(logits.sum);
+  const T class_weight =
+      soft || options.class_weight == nullptr || target < 0 ? T(1) : options.class_weight[target];
+  const SmoothedTarget<T> smoothed{options.smoothing,
+                                   static_cast<T>(classes),
+                                   log_sum,
+                                   sums.weighted,
+                                   soft ? sums.weighted_dot : target_logit - logits.max,
+                                   soft ? sums.weighted_mass : T(1)};
+  const T lse = logits.max + log_sum, total = smoothed.total(class_weight);
+  OptionTerms<T> terms;
+  terms.likelihood = soft ? sums.dot - sums.mass * log_sum : smoothed.dot - log_sum;
+  terms.objective = smoothed.log_likelihood(class_weight) - options.z_loss * lse * lse;
+  const T whole = total == T(0) ? T(0) : T(1), divisor = total == T(0) ? T(1) : total;
+  terms.scale = weight * (whole + 2 * options.z_loss * lse) / logits.sum;
+  terms.spread = whole * weight * options.smoothing / (static_cast<T>(classes) * divisor);
+  // weight (1 - e) w / T in other words: of one class alone nothing is left, to the bit.
+  const T rest = whole * (weight - static_cast<T>(classes) * terms.spread);
+  terms.hit = smoothed.mass == T(0) ? T(0) : rest / smoothed.mass;
+  if (!terms.alive()) terms.scale = NAN;
+  return terms;
+}
+
+// The gradient to the logit of class c, `below` being that less the largest.
+template <class T>
+__device__ T option_gradient(const MixtureOptions<T>& options, int64_t sample, int64_t classes,
+                             int64_t c, int64_t target, T below, T largest, T scale, T spread,
+                             T hit) {
+  const T w = options.class_weight == nullptr ? T(1) : options.class_weight[c];
+  T g = std::exp(below) * scale - w * spread;
+  if (options.soft != nullptr) {
+    g -= w * options.soft[sample * classes + c] * hit;
+  } else if (c == target) {
+    g -= hit;
+  }
+  return options.softcap != 0 ? g * cap_derivative(below + largest, options.softcap) : g;
+}
+
+// Whether a sample with options counts, and with which weight.
+template <class T>
+__device__ bool counts_with_options(const MixtureOptions<T>& options, const ClassTargets& target,
+                                    int64_t sample) {
+  if (options.row_weight != nullptr && options.row_weight[sample] == 0) return false;
+  return target.classes == nullptr || options.soft != nullptr ||
+         target.options.counts(target.classes[sample]);
+}
+
+template <class T>
+__device__ T weight_with_options(const MixtureOptions<T>& options, int64_t sample, T norm) {
+  if (options.row_weight == nullptr) return norm;
+  const T weight = options.row_weight[sample];
+  return options.scale == nullptr ? weight : weight / *options.scale;
+}
+
 // Threads of a block that takes a sample of so many logits, at most kSampleThreads.
 constexpr int kSampleThreads = 512;
 

@@ -34,6 +34,7 @@ Unfinished<T> run_streamed(const NllProblem<T>& p) {
       p.logits(a.z, first, count, clone, false);
       a.target = p.target;
       a.norm = p.folded_norm();
+      a.options = p.extras;
       a.need_gradient = need_dx || need_dw;
       a.state = state.get();
       a.out = left.parts;

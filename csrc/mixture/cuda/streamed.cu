@@ -22,9 +22,11 @@ namespace {
 template <class scalar_t>
 constexpr int kMaxThreads = sizeof(compute_t<scalar_t>) == 8 ? 512 : 1024;
 constexpr int kCombineColumns = 2048;
+template <class scalar_t>
+constexpr int kOptionThreads = sizeof(compute_t<scalar_t>) == 8 ? 256 : 512;
 
 // Everything about a row but its entries.
-template <class scalar_t, bool kGaussian>
+template <class scalar_t, bool kGaussian, bool kOptions>
 struct Row {
   using compute_type = compute_t<scalar_t>;
   static constexpr int kCount = 16 / sizeof(scalar_t);  // entries of an access
@@ -46,6 +48,12 @@ struct Row {
       if (target >= 0) {
         target_logit = logits()[target];
         if (a.bias != nullptr) target_logit += widen(bias()[target]);
+      }
+    }
+    if constexpr (kOptions) {
+      counted = counts_with_options(a.options, a.target, sample());
+      if (!kGaussian && a.options.softcap != 0) {
+        target_logit = capped(target_logit, a.options.softcap);
       }
     }
   }
@@ -81,6 +89,11 @@ struct Row {
       for (int j = 0; j < kCount; ++j) {
         if (i + j < a.size.classes) value[j] -= widen(outputs[i + j]);
       }
+    } else if constexpr (kOptions) {
+      if (a.options.softcap != 0) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) value[j] = capped(value[j], a.options.softcap);
+      }
     }
   }
 
@@ -98,10 +111,28 @@ struct Row {
     store_pack(reinterpret_cast<scalar_t*>(logits()) + i, pack);
   }
 
+  // `value` holds what the logits are below the largest.
+  __device__ void store_with_options(int64_t i, const compute_type* value,
+                                     const OptionTerms<compute_type>& terms,
+                                     compute_type largest) const {
+    Pack<scalar_t, kCount> pack;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      compute_type gradient = 0;
+      if (terms.scale == terms.scale && i + j < a.size.classes) {
+        gradient = option_gradient(a.options, sample(), a.size.classes, i + j, target, value[j],
+                                   largest, terms.scale, terms.spread, terms.hit);
+      }
+      round_to(gradient, pack.values[j]);
+    }
+    store_pack(reinterpret_cast<scalar_t*>(logits()) + i, pack);
+  }
+
   // Statistics and the running mixture; the factor that turns exponentials (errors) into gradients.
+  // `objective` is what the mixture takes of the clone.
   __device__ compute_type finish(compute_type log_likelihood, compute_type score,
-                                 compute_type scale) const {
-    const bool alive = is_alive(log_likelihood);
+                                 compute_type scale, compute_type objective) const {
+    const bool alive = is_alive(log_likelihood) && is_alive(objective);
     if (threadIdx.x == 0) {
       const int64_t sample = this->sample();
       double* out = a.out.sums + sample;
@@ -111,36 +142,61 @@ struct Row {
       auto mixture = a.clone == 0
                          ? empty_mixture<compute_type>()
                          : RunningMixture<compute_type>{a.state.max[sample], a.state.sum[sample]};
-      const auto factors = take_in(
-          mixture, alive && counted
-                       ? log_posterior_of<compute_type>(a.posterior, a.clone) + log_likelihood
-                       : compute_type(-INFINITY));
+      const auto factors =
+          take_in(mixture, alive && counted
+                               ? log_posterior_of<compute_type>(a.posterior, a.clone) + objective
+                               : compute_type(-INFINITY));
       a.state.max[sample] = mixture.max;
       a.state.sum[sample] = mixture.sum;
       a.state.keep[sample] = factors.keep;
       a.state.take[sample] = factors.take;
-      if (a.clone + 1 == clones) out[2 * clones * parts] = counted ? mixture_nll(mixture) : 0.0;
+      if (a.clone + 1 == clones) {
+        const double loss = counted ? loss_of(mixture_nll(mixture)) : 0.0;
+        out[2 * clones * parts] = loss;
+        if constexpr (kOptions) {
+          if (a.options.losses != nullptr) {
+            a.options.losses[sample] = static_cast<compute_type>(loss);
+          }
+        }
+      }
     }
     return alive && counted ? scale : compute_type(0);
   }
 
+  __device__ compute_type loss_of(compute_type nll) const {
+    if constexpr (!kOptions) return nll;
+    return a.options.row_weight == nullptr ? nll : a.options.row_weight[sample()] * nll;
+  }
+
   __device__ compute_type norm() const {
-    return a.norm.on_device == nullptr ? static_cast<compute_type>(a.norm.value)
-                                       : *a.norm.on_device;
+    const compute_type norm =
+        a.norm.on_device == nullptr ? static_cast<compute_type>(a.norm.value) : *a.norm.on_device;
+    return kOptions ? weight_with_options(a.options, sample(), norm) : norm;
+  }
+
+  __device__ OptionTerms<compute_type> finish_options(Peak<compute_type> peak, compute_type sum,
+                                                      const OptionSums<compute_type>& sums) const {
+    auto terms = option_terms(a.options, a.size.classes, LogitSums<compute_type>{peak.value, sum},
+                              target_logit, target, sums, norm());
+    const bool correct = terms.alive() && peak.place == target;
+    finish(terms.likelihood, correct, terms.scale, terms.objective);
+    if (!counted) terms.scale = NAN;
+    return terms;
   }
 
   __device__ compute_type finish_classes(Peak<compute_type> peak, compute_type sum) const {
     const LogitSums<compute_type> logits{peak.value, sum};
     const compute_type log_likelihood = a.target.options.log_likelihood(target_logit, logits);
     const bool correct = is_alive(log_likelihood) && peak.place == target;
-    return finish(log_likelihood, correct, a.target.options.gradient_factor(norm(), logits));
+    return finish(log_likelihood, correct, a.target.options.gradient_factor(norm(), logits),
+                  log_likelihood);
   }
 
   __device__ compute_type finish_outputs(compute_type squared) const {
     const compute_type log_likelihood = a.target.density.log_likelihood(squared);
     const compute_type score = is_alive(log_likelihood) ? squared : compute_type(INFINITY);
     const auto inverse = static_cast<compute_type>(a.target.density.inverse_variance);
-    return finish(log_likelihood, score, norm() * inverse);
+    return finish(log_likelihood, score, norm() * inverse, log_likelihood);
   }
 };
 
@@ -149,10 +205,10 @@ template <class scalar_t, int kEntries>
 __global__ void __launch_bounds__(kMaxThreads<scalar_t>, 1)
     mixture_row_kernel(const __grid_constant__ RowArguments<scalar_t> a) {
   using compute_type = compute_t<scalar_t>;
-  constexpr int kCount = Row<scalar_t, false>::kCount, kAccesses = kEntries / kCount;
+  constexpr int kCount = Row<scalar_t, false, false>::kCount, kAccesses = kEntries / kCount;
   __shared__ Peak<compute_type> peaks[kMaxWarps];
   __shared__ compute_type sums[kMaxWarps];
-  const Row<scalar_t, false> row(a);
+  const Row<scalar_t, false, false> row(a);
   const int classes = static_cast<int>(a.size.classes);
   compute_type value[kAccesses][kCount];
   auto peak = Peak<compute_type>::none();
@@ -191,15 +247,67 @@ __global__ void __launch_bounds__(kMaxThreads<scalar_t>, 1)
   }
 }
 
+// The row read three times: any number of classes, with options.
+template <class scalar_t>
+__global__ void __launch_bounds__(kOptionThreads<scalar_t>, 1)
+    mixture_option_row_kernel(const __grid_constant__ RowArguments<scalar_t> a) {
+  using compute_type = compute_t<scalar_t>;
+  constexpr int kCount = Row<scalar_t, false, true>::kCount;
+  __shared__ Peak<compute_type> peaks[kMaxWarps];
+  __shared__ compute_type totals[kMaxWarps];
+  __shared__ OptionSums<compute_type> option_totals[kMaxWarps];
+  const Row<scalar_t, false, true> row(a);
+  const int64_t classes = a.size.classes;
+  const int64_t step = static_cast<int64_t>(blockDim.x) * kCount;
+  auto peak = Peak<compute_type>::none();
+  for (int64_t i = threadIdx.x * kCount; i < classes; i += step) {
+    compute_type value[kCount];
+    row.load(i, value);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if (i + j < classes) peak.take(value[j], static_cast<int32_t>(i + j));
+    }
+  }
+  peak = block_reduce(peak, Higher(), Peak<compute_type>::none(), peaks);
+  compute_type sum = 0;
+  auto sums = OptionSums<compute_type>::none();
+  for (int64_t i = threadIdx.x * kCount; i < classes; i += step) {
+    compute_type value[kCount];
+    row.load(i, value);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if (i + j >= classes) break;
+      const compute_type below = value[j] - peak.value;
+      sum += std::exp(below) + poison(value[j]);
+      sums.take(a.options, row.sample(), classes, i + j, below);
+    }
+  }
+  sum = block_reduce(sum, Sum(), compute_type(0), totals);
+  sums = block_reduce(sums, AddOptionSums(), OptionSums<compute_type>::none(), option_totals);
+  const auto terms = row.finish_options(peak, sum, sums);
+  if (!a.need_gradient) return;
+  for (int64_t base = 0; base < classes; base += step) {
+    const int64_t i = base + threadIdx.x * kCount;
+    compute_type value[kCount];
+    if (i < classes) row.load(i, value);
+    // A narrower gradient lies over logits that other threads read in this round, or before.
+    __syncthreads();
+    if (i >= classes) continue;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) value[j] -= peak.value;
+    row.store_with_options(i, value, terms, peak.value);
+  }
+}
+
 // The row read twice: any number of classes, and regression.
-template <class scalar_t, bool kGaussian>
+template <class scalar_t, bool kGaussian, bool kOptions>
 __global__ void __launch_bounds__(kMaxThreads<scalar_t>, 1)
     mixture_long_row_kernel(const __grid_constant__ RowArguments<scalar_t> a) {
   using compute_type = compute_t<scalar_t>;
-  constexpr int kCount = Row<scalar_t, kGaussian>::kCount;
+  constexpr int kCount = Row<scalar_t, kGaussian, kOptions>::kCount;
   __shared__ Softmax<compute_type> softmaxes[kMaxWarps];
   __shared__ compute_type sums[kMaxWarps];
-  const Row<scalar_t, kGaussian> row(a);
+  const Row<scalar_t, kGaussian, kOptions> row(a);
   const int64_t classes = a.size.classes;
   const int64_t step = static_cast<int64_t>(blockDim.x) * kCount;
   auto softmax = Softmax<compute_type>::none();
@@ -288,9 +396,9 @@ __global__ void __launch_bounds__(kColumnThreads)
 
 // The fewest threads that hold a row of `classes` with so many entries each.
 template <class scalar_t>
-int threads_for(int64_t classes, int entries) {
+int threads_for(int64_t classes, int entries, int most = kMaxThreads<scalar_t>) {
   int threads = 128;
-  while (threads < kMaxThreads<scalar_t> && int64_t(threads) * entries < classes) threads *= 2;
+  while (threads < most && int64_t(threads) * entries < classes) threads *= 2;
   return threads;
 }
 
@@ -301,8 +409,13 @@ cudaError_t launch_mixture_rows(const RowArguments<scalar_t>& a, cudaStream_t st
   const int64_t classes = a.size.classes;
   const unsigned rows = grid_of(a.chunk);
   if (a.target.classes == nullptr) {
-    return launch(mixture_long_row_kernel<scalar_t, true>, rows, threads_for<scalar_t>(classes, 16),
-                  0, stream, a);
+    const auto kernel = a.options.any ? &mixture_long_row_kernel<scalar_t, true, true>
+                                      : &mixture_long_row_kernel<scalar_t, true, false>;
+    return launch(kernel, rows, threads_for<scalar_t>(classes, 16), 0, stream, a);
+  }
+  if (a.options.any) {
+    const int threads = threads_for<scalar_t>(classes, 16, kOptionThreads<scalar_t>);
+    return launch(mixture_option_row_kernel<scalar_t>, rows, threads, 0, stream, a);
   }
   constexpr int kFew = 64 / sizeof(compute_t<scalar_t>), kMany = 3 * kFew / 2;
   if (classes <= kFew * kMaxThreads<scalar_t>) {
@@ -312,8 +425,8 @@ cudaError_t launch_mixture_rows(const RowArguments<scalar_t>& a, cudaStream_t st
   if (classes <= kMany * kMaxThreads<scalar_t>) {
     return launch(mixture_row_kernel<scalar_t, kMany>, rows, kMaxThreads<scalar_t>, 0, stream, a);
   }
-  return launch(mixture_long_row_kernel<scalar_t, false>, rows, kMaxThreads<scalar_t>, 0, stream,
-                a);
+  return launch(mixture_long_row_kernel<scalar_t, false, false>, rows, kMaxThreads<scalar_t>, 0,
+                stream, a);
 }
 
 template <class scalar_t>
