@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..launch import launch
 from .gemm import finite, input_gradient
-from .problem import Inputs, lowest, refuse_options, row_block, tile_of
+from .problem import Inputs, lowest, row_block, tile_of
 from .stream import combine, log_prob_backward_row_kernel, log_prob_row_kernel
 from .tile import log_prob_tile_kernel
 
@@ -27,6 +27,7 @@ def _tile(
     mass: Tensor,
     grad: Tensor | None = None,
     flag: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """All clones of some samples; returns their logits, or with `grad` the gradient to them."""
     _, _, num_clones, num_classes = inputs.sizes
@@ -44,8 +45,10 @@ def _tile(
         num_clones,
         num_classes,
         num_warps=warps,
+        softcap=softcap,
         BACKWARD=grad is not None,
         HAS_BIAS=inputs.bias is not None,
+        CAPPED=softcap != 0,
         N_P=n,
         C_P=c,
     )
@@ -61,7 +64,6 @@ def switch_mixture_log_prob(
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The op, on checked arguments."""
-    refuse_options({"memory_budget": memory_budget, "softcap": softcap}, x)
     inputs = Inputs.of(x, weight, bias, log_posterior)
     num_samples, _, num_clones, num_classes = inputs.sizes
     out = x.new_empty((num_samples, num_classes), dtype=inputs.dtype)
@@ -69,7 +71,7 @@ def switch_mixture_log_prob(
     block, warps = row_block(num_classes, x.dtype)
     for part in _chunks(inputs, memory_budget):
         if tile_of(num_clones, num_classes) is not None:
-            _tile(inputs, part, out, mass)
+            _tile(inputs, part, out, mass, softcap=softcap)
         else:
             for clone in range(num_clones):
                 launch(
@@ -83,8 +85,10 @@ def switch_mixture_log_prob(
                     num_clones,
                     num_classes,
                     num_warps=warps,
+                    softcap=softcap,
                     FIRST=clone == 0,
                     HAS_BIAS=bias is not None,
+                    CAPPED=softcap != 0,
                     LOWEST=lowest(x.dtype),
                     BLOCK=block,
                 )
@@ -105,7 +109,6 @@ def switch_mixture_log_prob_backward(
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op, on checked arguments."""
-    refuse_options({"memory_budget": memory_budget, "softcap": softcap}, x)
     inputs = Inputs.of(x, weight, bias, log_posterior)
     num_samples, _, num_clones, num_classes = inputs.sizes
     acc = inputs.dtype
@@ -118,15 +121,17 @@ def switch_mixture_log_prob_backward(
         gradients = dx if need_dx else None, dweight if need_dw else None, dbias
         chunks = _chunks(inputs, memory_budget)
         given = grad.contiguous(), log_prob.contiguous(), log_mass.contiguous()
-        run(inputs, samples, chunks, *given, *gradients)
+        run(inputs, samples, chunks, *given, *gradients, softcap)
     return dx, dweight, dbias
 
 
-def _backward_tile(inputs, samples, chunks, grad, log_prob, log_mass, dx, dweight, dbias) -> None:
+def _backward_tile(
+    inputs, samples, chunks, grad, log_prob, log_mass, dx, dweight, dbias, softcap
+) -> None:
     wide = inputs.matrix.to(inputs.dtype)
     flag = torch.zeros(1, dtype=torch.int32, device=samples.device)
     for part in chunks:
-        z = _tile(inputs, part, log_prob, log_mass, grad, flag)
+        z = _tile(inputs, part, log_prob, log_mass, grad, flag, softcap)
         if dx is not None:
             input_gradient(z, wide, flag, dx[part])
         if dweight is not None:
@@ -134,7 +139,9 @@ def _backward_tile(inputs, samples, chunks, grad, log_prob, log_mass, dx, dweigh
             dbias.view(-1).add_(z.sum(0))
 
 
-def _backward_stream(inputs, samples, chunks, grad, log_prob, log_mass, dx, dweight, dbias) -> None:
+def _backward_stream(
+    inputs, samples, chunks, grad, log_prob, log_mass, dx, dweight, dbias, softcap
+) -> None:
     num_samples, _, num_clones, num_classes = inputs.sizes
     block, warps = row_block(num_classes, inputs.x.dtype)
     state = grad.new_empty((4, num_samples))
@@ -157,7 +164,9 @@ def _backward_stream(inputs, samples, chunks, grad, log_prob, log_mass, dx, dwei
                 num_samples,
                 num_classes,
                 num_warps=warps,
+                softcap=softcap,
                 HAS_BIAS=inputs.bias is not None,
+                CAPPED=softcap != 0,
                 LOWEST=lowest(inputs.x.dtype),
                 BLOCK=block,
             )

@@ -37,15 +37,36 @@ def prepare_kernel(
     num_samples,
     num_clones,
     ignore_index,
+    row_weight_ptr,
     MEAN: tl.constexpr,
     GAUSSIAN: tl.constexpr,
+    HAS_ROW_WEIGHT: tl.constexpr,
     N_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Counts the samples; clears the flags of dead clones, and that of anything not finite behind them."""
+    """Counts the samples; clears the flags of dead clones, and that of anything not finite behind them.
+
+    The norm is one over the count, or the largest size of a weight.
+    """
     n = tl.arange(0, N_P)
     tl.store(dead_ptr + n, tl.zeros([N_P], tl.int32), mask=n <= num_clones)
-    if GAUSSIAN:
+    largest = tl.full([], 0.0, tl.float64)
+    if HAS_ROW_WEIGHT:
+        counts = tl.zeros([BLOCK], tl.int64)
+        sizes = tl.zeros([BLOCK], tl.float64)
+        for base in range(0, num_samples, BLOCK):
+            offs = base + tl.arange(0, BLOCK)
+            mask = offs < num_samples
+            weight = tl.load(row_weight_ptr + offs, mask=mask, other=0.0).to(tl.float64)
+            counted = weight != 0.0
+            if not GAUSSIAN:
+                target = tl.load(target_ptr + offs, mask=mask, other=ignore_index)
+                counted = counted & (target != ignore_index)
+            counts += tl.where(mask & counted, 1, 0).to(tl.int64)
+            sizes = tl.maximum(sizes, tl.abs(weight))
+        count = tl.sum(counts, 0)
+        largest = tl.max(sizes, 0)
+    elif GAUSSIAN:
         count = tl.full([], num_samples, tl.int64)
     else:
         counts = tl.zeros([BLOCK], tl.int64)
@@ -59,6 +80,8 @@ def prepare_kernel(
     norm = tl.full([], 1.0, tl.float64)
     if MEAN:
         norm = 1.0 / tl.where(count > 0, count, 1).to(tl.float64)
+    if HAS_ROW_WEIGHT:
+        norm = tl.where(largest > 0.0, largest, 1.0)
     tl.store(norm_ptr, norm.to(norm_ptr.dtype.element_ty))
 
 
@@ -114,9 +137,11 @@ def _mixture(loss: Loss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         num_samples,
         num_clones,
         loss.likelihood["ignore_index"],
+        loss.options["row_weight_ptr"],
         num_warps=4,
         MEAN=loss.mean,
         GAUSSIAN=loss.gaussian,
+        HAS_ROW_WEIGHT=loss.options["HAS_ROW_WEIGHT"],
         N_P=triton.next_power_of_2(num_clones + 1),
         BLOCK=1024,
     )
@@ -125,7 +150,7 @@ def _mixture(loss: Loss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         loss.dbias.zero_()
     else:
         runs = {"tile": mixture_tile, "fused": mixture_fused, "stream": mixture_stream}
-        runs[regime(loss.inputs, loss.gaussian)](loss)
+        runs[regime(loss.inputs, loss.gaussian, loss.options["OPTIONS"])](loss)
 
     value = loss.norm.new_empty(())
     stats = value.new_empty((3, num_clones), dtype=torch.float64)
@@ -144,7 +169,7 @@ def _mixture(loss: Loss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         MEAN=loss.mean,
         BLOCK=1024,
     )
-    return value, stats, loss.dx, loss.dweight, loss.dbias
+    return loss.mix if loss.per_sample else value, stats, loss.dx, loss.dweight, loss.dbias
 
 
 def switch_mixture_nll(*arguments):

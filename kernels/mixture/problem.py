@@ -60,17 +60,6 @@ class Inputs(NamedTuple):
         return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
 
 
-def refuse_options(options: dict[str, Any], target: Tensor) -> None:
-    given = list(options.items())[1:]
-    added = {name for name, value in given if isinstance(value, Tensor) or value}
-    if target.is_floating_point() and "class_weight" in options:
-        added.add("targets that are probabilities")
-    if added:
-        raise RuntimeError(
-            f'options: got {sorted(added)}, which this backend does not have; use impl="reference"'
-        )
-
-
 class Loss:
     """One call of the loss, from the arguments of the op in the order of its schema."""
 
@@ -81,9 +70,31 @@ class Loss:
         self.target = target.contiguous()
         num_samples, _, num_clones, num_classes = self.inputs.sizes
         options = kind(option, *more_options)
-        refuse_options(options.options(), self.target)
         self.gaussian = isinstance(options, Values)
         inv_sigma2, log_normaliser = options.density(num_classes) if self.gaussian else (0.0, 0.0)
+        given = options.options()
+        soft = None
+        if not self.gaussian and self.target.is_floating_point():
+            # The target's class, which counts in the accuracy alone, is the likeliest.
+            soft, self.target, option = self.target, self.target.argmax(1), -1
+        self.per_sample: bool = given["per_sample"]
+        self.row_weight, class_weight = given["row_weight"], given.get("class_weight")
+        added = {k: given.get(k, 0.0) for k in ("label_smoothing", "z_loss", "softcap")}
+        any_option = soft is not None or class_weight is not None or any(added.values())
+        # The options of the loss, likewise.
+        self.options = {
+            "row_weight_ptr": x if self.row_weight is None else self.row_weight.contiguous(),
+            "class_weight_ptr": x if class_weight is None else class_weight.contiguous(),
+            "soft_ptr": x if soft is None else soft,
+            "smoothing": added["label_smoothing"],
+            "z_loss": added["z_loss"],
+            "softcap": added["softcap"],
+            "OPTIONS": any_option or self.row_weight is not None,
+            "HAS_ROW_WEIGHT": self.row_weight is not None,
+            "HAS_CLASS_WEIGHT": class_weight is not None,
+            "SOFT": soft is not None,
+            "CAPPED": added["softcap"] != 0,
+        }
         # What kernels take of the likelihood and its options, by their names there.
         self.likelihood = {
             "ignore_index": 0 if self.gaussian else option,
@@ -115,12 +126,16 @@ class Loss:
         return self.inputs.x.dtype != torch.float16
 
 
-def regime(inputs: Inputs, gaussian: bool) -> str:
-    """How the clones are gone through: "tile", "fused" or "stream"."""
+def regime(inputs: Inputs, gaussian: bool, options: bool = False) -> str:
+    """How the clones are gone through: "tile", "fused" or "stream"; the fused kernels have no options."""
     _, num_features, num_clones, num_classes = inputs.sizes
     if tile_of(num_clones, num_classes) is not None:
         return "tile"
-    return "fused" if not gaussian and is_fused(inputs.x.dtype, num_features) else "stream"
+    return (
+        "fused"
+        if not (gaussian or options) and is_fused(inputs.x.dtype, num_features)
+        else "stream"
+    )
 
 
 def tile_of(num_clones: int, num_classes: int) -> tuple[int, int, int] | None:

@@ -12,38 +12,44 @@ from torch import Tensor
 
 from ..launch import launch, round_to, widen
 from .gemm import finite, matmul, settle, sum_rows
+from .options import cap, cap_derivative, load_weight, option_terms
 from .problem import Loss, lowest, row_block
 from .tile import share_of
 
 
 @triton.jit
-def load_logits(z_ptr, bias_ptr, offs, mask, HAS_BIAS, ACC):
+def load_logits(z_ptr, bias_ptr, offs, mask, softcap, HAS_BIAS, CAPPED, ACC):
     """Finite logits, and how many of them were not."""
     z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(ACC)
     if HAS_BIAS:
         z += widen(tl.load(bias_ptr + offs, mask=mask, other=0.0), ACC)
     finite = tl.abs(z) < float("inf")
-    return tl.where(finite, z, 0.0), tl.where(finite, 0, 1)
+    z = tl.where(finite, z, 0.0)
+    if CAPPED:
+        z = cap(z, softcap, ACC)
+    return z, tl.where(finite, 0, 1)
 
 
 @triton.jit
-def load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK):
+def load_block(z_ptr, bias_ptr, base, num_classes, softcap, HAS_BIAS, CAPPED, ACC, BLOCK):
     """The logits of BLOCK classes from `base` on, as `load_logits` has them; those classes, and which of them exist."""
     offs = base + tl.arange(0, BLOCK)
     mask = offs < num_classes
-    z, broken = load_logits(z_ptr, bias_ptr, offs, mask, HAS_BIAS, ACC)
+    z, broken = load_logits(z_ptr, bias_ptr, offs, mask, softcap, HAS_BIAS, CAPPED, ACC)
     return z, broken, offs, mask
 
 
 @triton.jit
-def row_statistics(z_ptr, bias_ptr, num_classes, HAS_BIAS, LOWEST, ACC, BLOCK):
+def row_statistics(z_ptr, bias_ptr, num_classes, softcap, HAS_BIAS, CAPPED, LOWEST, ACC, BLOCK):
     """Largest logit, its place, the sum of exp(z - largest), and whether all are finite."""
     peak = tl.full([BLOCK], LOWEST, ACC)
     total = tl.zeros([BLOCK], ACC)
     place = tl.zeros([BLOCK], tl.int32)
     bad = tl.zeros([BLOCK], tl.int32)
     for base in range(0, num_classes, BLOCK):
-        z, broken, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
+        z, broken, offs, mask = load_block(
+            z_ptr, bias_ptr, base, num_classes, softcap, HAS_BIAS, CAPPED, ACC, BLOCK
+        )
         bad += broken
         z = tl.where(mask, z, LOWEST)
         place = tl.where(z > peak, offs, place)
@@ -77,8 +83,19 @@ def mixture_row_kernel(
     ignore_index,
     inv_sigma2: tl.float64,
     log_normaliser: tl.float64,
+    row_weight_ptr,
+    class_weight_ptr,
+    soft_ptr,
+    smoothing: tl.float64,
+    z_loss: tl.float64,
+    softcap: tl.float64,
     FIRST: tl.constexpr,
     GAUSSIAN: tl.constexpr,
+    OPTIONS: tl.constexpr,
+    HAS_ROW_WEIGHT: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr,
+    SOFT: tl.constexpr,
+    CAPPED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NEED_G: tl.constexpr,
     FOLD: tl.constexpr,
@@ -101,7 +118,7 @@ def mixture_row_kernel(
         bad = tl.zeros([BLOCK], tl.int32)
         for base in range(0, num_classes, BLOCK):
             z, broken, offs, mask = load_block(
-                z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK
+                z_ptr, bias_ptr, base, num_classes, softcap, HAS_BIAS, CAPPED, ACC, BLOCK
             )
             bad += broken
             error = z - widen(tl.load(target_ptr + offs, mask=mask, other=0.0), ACC)
@@ -114,20 +131,85 @@ def mixture_row_kernel(
         target = tl.load(target_ptr + sample)
         counted = target != ignore_index
         largest, best, total, alive = row_statistics(
-            z_ptr, bias_ptr, num_classes, HAS_BIAS, LOWEST, ACC, BLOCK
+            z_ptr, bias_ptr, num_classes, softcap, HAS_BIAS, CAPPED, LOWEST, ACC, BLOCK
         )
         # A target that is no class is impossible for every clone: the loss shows it.
         is_class = (target >= 0) & (target < num_classes)
         at_target, _absent = load_logits(
-            z_ptr, bias_ptr, tl.where(is_class, target, 0), is_class, HAS_BIAS, ACC
+            z_ptr, bias_ptr, tl.where(is_class, target, 0), is_class, softcap, HAS_BIAS, CAPPED, ACC
         )
-        logp = at_target - largest - tl.log(total)
+        if OPTIONS:
+            _loss_weight, weight = load_weight(
+                row_weight_ptr, norm_ptr, sample, ACC, FOLD, HAS_ROW_WEIGHT
+            )
+            soft_ptr += sample * num_classes
+            one = tl.full([], 1.0, ACC)
+            class_weight = one
+            dot = at_target - largest
+            weighted_dot = dot
+            q_mass = one
+            weighted_mass = one
+            if HAS_CLASS_WEIGHT:
+                if not SOFT:
+                    class_weight = tl.load(class_weight_ptr + tl.where(is_class, target, 0))
+            sum_w = tl.zeros([BLOCK], ACC)
+            sum_q = tl.zeros([BLOCK], ACC)
+            sum_wq = tl.zeros([BLOCK], ACC)
+            mass_q = tl.zeros([BLOCK], ACC)
+            mass_wq = tl.zeros([BLOCK], ACC)
+            for base in range(0, num_classes, BLOCK):
+                z, _, offs, mask = load_block(
+                    z_ptr, bias_ptr, base, num_classes, softcap, HAS_BIAS, CAPPED, ACC, BLOCK
+                )
+                below = tl.where(mask, z - largest, 0.0)
+                w = tl.full([BLOCK], 1.0, ACC)
+                if HAS_CLASS_WEIGHT:
+                    w = tl.load(class_weight_ptr + offs, mask=mask, other=0.0)
+                sum_w += w * below
+                if SOFT:
+                    q = tl.load(soft_ptr + offs, mask=mask, other=0.0)
+                    sum_q += q * below
+                    sum_wq += w * q * below
+                    mass_q += q
+                    mass_wq += w * q
+            if SOFT:
+                dot = tl.sum(sum_q, 0)
+                weighted_dot = tl.sum(sum_wq, 0)
+                q_mass = tl.sum(mass_q, 0)
+                weighted_mass = tl.sum(mass_wq, 0)
+            likelihood, logp, scale, spread, own = option_terms(
+                tl.sum(sum_w, 0),
+                dot,
+                weighted_dot,
+                q_mass,
+                weighted_mass,
+                largest,
+                total,
+                class_weight,
+                weight,
+                num_classes,
+                smoothing,
+                z_loss,
+                ACC,
+            )
+            alive = alive & (tl.abs(likelihood) < infinity)
+        else:
+            logp = at_target - largest - tl.log(total)
+            likelihood = logp
         alive = alive & is_class
         score = tl.where(alive & (tl.abs(logp) < infinity) & (best == target), 1.0, 0.0)
     alive = alive & (tl.abs(logp) < infinity)
 
+    if GAUSSIAN:
+        likelihood = logp
+    if OPTIONS:
+        loss_weight, weight = load_weight(
+            row_weight_ptr, norm_ptr, sample, ACC, FOLD, HAS_ROW_WEIGHT
+        )
+        if HAS_ROW_WEIGHT:
+            counted = counted & (loss_weight != 0.0)
     cell = clone.to(tl.int64) * num_samples + sample
-    tl.store(nll_ptr + cell, tl.where(counted, tl.where(alive, -logp, infinity), 0.0))
+    tl.store(nll_ptr + cell, tl.where(counted, tl.where(alive, -likelihood, infinity), 0.0))
     tl.store(score_ptr + cell, tl.where(counted, score, 0.0))
     # Every program stores the same 1: no order matters.
     if counted & (alive == 0):
@@ -153,6 +235,8 @@ def mixture_row_kernel(
     tl.store(state_ptr + 2 * num_samples + sample, keep)
     tl.store(state_ptr + 3 * num_samples + sample, add)
     mix = tl.where(possible, -peak - tl.log(tl.where(possible, mass, 1.0)), infinity)
+    if OPTIONS:
+        mix *= loss_weight
     tl.store(mix_ptr + sample, tl.where(counted, mix, 0.0))
 
     if NEED_G:
@@ -161,12 +245,28 @@ def mixture_row_kernel(
             norm = tl.load(norm_ptr)
         flows = alive & counted
         for base in range(0, num_classes, BLOCK):
-            z, _, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
+            z, _, offs, mask = load_block(
+                z_ptr, bias_ptr, base, num_classes, softcap, HAS_BIAS, CAPPED, ACC, BLOCK
+            )
             if GAUSSIAN:
                 g = (z - widen(tl.load(target_ptr + offs, mask=mask, other=0.0), ACC)) * inverse
+                if OPTIONS:
+                    norm = weight
+                g = g * norm
+            elif OPTIONS:
+                w = tl.full([BLOCK], 1.0, ACC)
+                if HAS_CLASS_WEIGHT:
+                    w = tl.load(class_weight_ptr + offs, mask=mask, other=0.0)
+                g = tl.exp(z - largest) * scale - w * spread
+                if SOFT:
+                    g -= w * tl.load(soft_ptr + offs, mask=mask, other=0.0) * own
+                else:
+                    g -= tl.where(offs == target, own, 0.0)
+                if CAPPED:
+                    g *= cap_derivative(z, softcap, ACC)
             else:
-                g = tl.exp(z - largest) / total - tl.where(offs == target, 1.0, 0.0)
-            g = tl.where(flows, g * norm, 0.0)
+                g = (tl.exp(z - largest) / total - tl.where(offs == target, 1.0, 0.0)) * norm
+            g = tl.where(flows, g, 0.0)
             tl.store(g_ptr + offs, round_to(g, g_ptr.dtype.element_ty), mask=mask)
 
 
@@ -280,6 +380,7 @@ def mixture_stream(loss: Loss) -> None:
                 LOWEST=lowest(x.dtype),
                 BLOCK=block,
                 **loss.likelihood,
+                **loss.options,
             )
             if need_dw:
                 matmul(g.t(), samples[part], loss.dweight[clone], add=part.start > 0)
@@ -311,8 +412,10 @@ def log_prob_row_kernel(
     first_sample,
     num_clones,
     num_classes,
+    softcap: tl.float64,
     FIRST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
     LOWEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -326,7 +429,7 @@ def log_prob_row_kernel(
     mass_ptr += first_sample + sample
     bias_ptr += clone.to(tl.int64) * num_classes
     largest, _best, total, alive = row_statistics(
-        z_ptr, bias_ptr, num_classes, HAS_BIAS, LOWEST, ACC, BLOCK
+        z_ptr, bias_ptr, num_classes, softcap, HAS_BIAS, CAPPED, LOWEST, ACC, BLOCK
     )
     a = tl.where(alive, tl.load(log_posterior_ptr + clone).to(ACC), -infinity)
     mass = a
@@ -337,7 +440,9 @@ def log_prob_row_kernel(
     norm = tl.where((clone == num_clones - 1) & (mass > -infinity), mass, 0.0)
     a -= tl.log(total)
     for base in range(0, num_classes, BLOCK):
-        z, _, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
+        z, _, offs, mask = load_block(
+            z_ptr, bias_ptr, base, num_classes, softcap, HAS_BIAS, CAPPED, ACC, BLOCK
+        )
         # The largest is taken off before anything small is added: logits may be huge.
         value = a + (z - largest)
         if not FIRST:
@@ -358,7 +463,9 @@ def log_prob_backward_row_kernel(
     first_sample,
     num_samples,
     num_classes,
+    softcap: tl.float64,
     HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
     LOWEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -372,24 +479,30 @@ def log_prob_backward_row_kernel(
     grad_ptr += sample * num_classes
     bias_ptr += clone.to(tl.int64) * num_classes
     largest, _best, total, alive = row_statistics(
-        z_ptr, bias_ptr, num_classes, HAS_BIAS, LOWEST, ACC, BLOCK
+        z_ptr, bias_ptr, num_classes, softcap, HAS_BIAS, CAPPED, LOWEST, ACC, BLOCK
     )
     a = tl.load(log_posterior_ptr + clone).to(ACC) - tl.load(mass_ptr + sample) - tl.log(total)
     weighted_sum = tl.zeros([BLOCK], ACC)
     for base in range(0, num_classes, BLOCK):
-        z, _, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
+        z, _, offs, mask = load_block(
+            z_ptr, bias_ptr, base, num_classes, softcap, HAS_BIAS, CAPPED, ACC, BLOCK
+        )
         out = tl.load(out_ptr + offs, mask=mask, other=-infinity)
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
         share = share_of(a + (z - largest), tl.where(out > -infinity, out, 0.0))
         weighted_sum += tl.where(out > -infinity, share * grad, 0.0)
     row_sum = tl.sum(weighted_sum, 0)
     for base in range(0, num_classes, BLOCK):
-        z, _, offs, mask = load_block(z_ptr, bias_ptr, base, num_classes, HAS_BIAS, ACC, BLOCK)
+        z, _, offs, mask = load_block(
+            z_ptr, bias_ptr, base, num_classes, softcap, HAS_BIAS, CAPPED, ACC, BLOCK
+        )
         out = tl.load(out_ptr + offs, mask=mask, other=-infinity)
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
         # Where a class has no probability the gradient is cut, as is the way to a dead clone.
         share = share_of(a + (z - largest), tl.where(out > -infinity, out, 0.0))
         dz = tl.where(out > -infinity, share * grad, 0.0) - tl.exp(z - largest) / total * row_sum
+        if CAPPED:
+            dz *= cap_derivative(z, softcap, ACC)
         tl.store(z_ptr + offs, tl.where(alive, dz, 0.0), mask=mask)
     one = tl.full([], 1.0, ACC)
     tl.store(state_ptr + num_samples + sample, one)

@@ -11,10 +11,11 @@ import triton.language as tl
 from ..launch import launch, round_to, widen
 from . import problem
 from .gemm import finite, input_gradient, matmul, safe_matmul, settle, sum_rows
+from .options import cap, cap_derivative, load_weight, option_terms
 
 
 @triton.jit
-def load_tile(z_ptr, bias_ptr, num_clones, num_classes, HAS_BIAS, N_P, C_P, ACC):
+def load_tile(z_ptr, bias_ptr, num_clones, num_classes, softcap, HAS_BIAS, CAPPED, N_P, C_P, ACC):
     """Finite logits of a sample, [N_P, C_P]; which clones had only such; offsets and mask of the tile."""
     n = tl.arange(0, N_P)
     c = tl.arange(0, C_P)
@@ -25,7 +26,10 @@ def load_tile(z_ptr, bias_ptr, num_clones, num_classes, HAS_BIAS, N_P, C_P, ACC)
         z += widen(tl.load(bias_ptr + offs, mask=mask, other=0.0), ACC)
     finite = tl.abs(z) < float("inf")
     alive = tl.min(finite.to(tl.int32), 1)
-    return tl.where(alive[:, None] != 0, z, 0.0), alive, offs, mask
+    z = tl.where(alive[:, None] != 0, z, 0.0)
+    if CAPPED:
+        z = cap(z, softcap, ACC)
+    return z, alive, offs, mask
 
 
 @triton.jit
@@ -55,7 +59,18 @@ def mixture_tile_kernel(
     ignore_index,
     inv_sigma2: tl.float64,
     log_normaliser: tl.float64,
+    row_weight_ptr,
+    class_weight_ptr,
+    soft_ptr,
+    smoothing: tl.float64,
+    z_loss: tl.float64,
+    softcap: tl.float64,
     GAUSSIAN: tl.constexpr,
+    OPTIONS: tl.constexpr,
+    HAS_ROW_WEIGHT: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr,
+    SOFT: tl.constexpr,
+    CAPPED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NEED_G: tl.constexpr,
     NEED_RG: tl.constexpr,
@@ -75,8 +90,12 @@ def mixture_tile_kernel(
     n = tl.arange(0, N_P)
     c = tl.arange(0, C_P)
     z, alive, offs, mask = load_tile(
-        z_ptr, bias_ptr, num_clones, num_classes, HAS_BIAS, N_P, C_P, ACC
+        z_ptr, bias_ptr, num_clones, num_classes, softcap, HAS_BIAS, CAPPED, N_P, C_P, ACC
     )
+    if OPTIONS:
+        loss_weight, weight = load_weight(
+            row_weight_ptr, norm_ptr, sample, ACC, FOLD, HAS_ROW_WEIGHT
+        )
     all_finite = tl.min(tl.where(n < num_clones, alive, 1), 0)
     if GAUSSIAN:
         counted = sample < num_samples
@@ -100,10 +119,55 @@ def mixture_tile_kernel(
         target = tl.where(possible_target, target, -1).to(tl.int32)
         hit = c[None, :] == target
         at_target = tl.sum(tl.where(mask & hit, z, 0.0), 1)
-        logp = at_target - largest - tl.log(total)
         alive = tl.where(target >= 0, alive, 0)
         best = tl.min(tl.where(z == largest[:, None], c[None, :], C_P), 1)
-        g = e / total[:, None] - tl.where(hit, 1.0, 0.0)
+        if OPTIONS:
+            below = tl.where(mask, z - largest[:, None], 0.0)
+            w = tl.full([C_P], 1.0, ACC)
+            class_weight = tl.full([], 1.0, ACC)
+            if HAS_CLASS_WEIGHT:
+                w = tl.load(class_weight_ptr + c, mask=c < num_classes, other=0.0)
+            weighted = tl.sum(w[None, :] * below, 1)
+            if SOFT:
+                q = tl.load(soft_ptr + sample * num_classes + c, mask=c < num_classes, other=0.0)
+                dot = tl.sum(q[None, :] * below, 1)
+                weighted_dot = tl.sum((w * q)[None, :] * below, 1)
+                q_mass = tl.sum(q, 0)
+                weighted_mass = tl.sum(w * q, 0)
+            else:
+                dot = at_target - largest
+                weighted_dot = dot
+                q_mass = tl.full([], 1.0, ACC)
+                weighted_mass = q_mass
+                if HAS_CLASS_WEIGHT:
+                    class_weight = tl.load(class_weight_ptr + tl.where(target >= 0, target, 0))
+            likelihood, logp, scale, spread, own = option_terms(
+                weighted,
+                dot,
+                weighted_dot,
+                q_mass,
+                weighted_mass,
+                largest,
+                total,
+                class_weight,
+                weight,
+                num_classes,
+                smoothing,
+                z_loss,
+                ACC,
+            )
+            alive = tl.where(tl.abs(likelihood) < infinity, alive, 0)
+            g = e * scale[:, None] - w[None, :] * spread
+            if SOFT:
+                g -= (w * q)[None, :] * own
+            else:
+                g -= tl.where(hit, own, 0.0)
+            if CAPPED:
+                g *= cap_derivative(z, softcap, ACC)
+        else:
+            logp = at_target - largest - tl.log(total)
+            likelihood = logp
+            g = e / total[:, None] - tl.where(hit, 1.0, 0.0)
     alive = tl.where((tl.abs(logp) < infinity) & (n < num_clones), alive, 0)
     living = alive != 0
     if GAUSSIAN:
@@ -118,8 +182,15 @@ def mixture_tile_kernel(
     share = tl.exp(joint - tl.where(possible, peak, 0.0))
     mass = tl.sum(share, 0)
     mix = tl.where(possible, -peak - tl.log(mass), infinity)
-    nll = tl.where(living, -logp, infinity)
+    if GAUSSIAN:
+        nll = tl.where(living, -logp, infinity)
+    else:
+        nll = tl.where(living, -likelihood, infinity)
 
+    if OPTIONS:
+        if HAS_ROW_WEIGHT:
+            counted = counted & (loss_weight != 0.0)
+            mix *= loss_weight
     tl.store(mix_ptr + sample, tl.where(counted, mix, 0.0))
     column = n.to(tl.int64) * num_samples + sample
     tl.store(nll_ptr + column, tl.where(counted, nll, 0.0), mask=n < num_clones)
@@ -133,8 +204,13 @@ def mixture_tile_kernel(
     norm = tl.full([], 1.0, ACC)
     if FOLD:
         norm = tl.load(norm_ptr)
-    norm = tl.where(counted, norm, 0.0)
-    g = tl.where(living[:, None], g * norm, 0.0)
+    if OPTIONS:
+        if GAUSSIAN:
+            g *= weight
+        g = tl.where(living[:, None] & counted, g, 0.0)
+    else:
+        norm = tl.where(counted, norm, 0.0)
+        g = tl.where(living[:, None], g * norm, 0.0)
     if NEED_G:
         tl.store(g_ptr + offs, round_to(g, g_ptr.dtype.element_ty), mask=mask)
     if NEED_RG:
@@ -184,6 +260,7 @@ def mixture_tile(loss: problem.Loss) -> None:
             N_P=n,
             C_P=c,
             **loss.likelihood,
+            **loss.options,
         )
         if direct:
             if need_dx:
@@ -221,8 +298,10 @@ def log_prob_tile_kernel(
     flag_ptr,
     num_clones,
     num_classes,
+    softcap: tl.float64,
     BACKWARD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
     N_P: tl.constexpr,
     C_P: tl.constexpr,
 ):
@@ -238,8 +317,10 @@ def log_prob_tile_kernel(
     n = tl.arange(0, N_P)
     c = tl.arange(0, C_P)
     z, alive, offs, mask = load_tile(
-        z_ptr, bias_ptr, num_clones, num_classes, HAS_BIAS, N_P, C_P, ACC
+        z_ptr, bias_ptr, num_clones, num_classes, softcap, HAS_BIAS, CAPPED, N_P, C_P, ACC
     )
+    if CAPPED:
+        derivative = cap_derivative(z, softcap, ACC)
     if BACKWARD:
         if tl.min(tl.where(n < num_clones, alive, 1), 0) == 0:
             tl.store(flag_ptr, 1)
@@ -260,6 +341,8 @@ def log_prob_tile_kernel(
         flows = mask & possible[None, :] & (alive != 0)[:, None]
         weighted = tl.where(flows, share * grad[None, :], 0.0)
         dz = weighted - e / total[:, None] * tl.sum(weighted, 1)[:, None]
+        if CAPPED:
+            dz *= derivative
         tl.store(z_ptr + offs, dz, mask=mask)
     else:
         a = tl.where(alive != 0, a, -infinity)
