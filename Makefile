@@ -79,6 +79,10 @@ format: $(STAMPS)/dev ## apply ruff's and clang-format's corrections
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+.PHONY: docs
+docs: $(STAMPS)/docs ## the documentation as a site, in build/site; a broken link or a missing docstring fails
+	$(BIN)/python -m mkdocs build
+
 .PHONY: doctor
 doctor: $(STAMPS)/build kernels ## what runs here, and why not what does not
 	$(BIN)/python -m alrao_fast doctor $(ARGS)
@@ -106,7 +110,10 @@ kernels:
 
 # $(STAMPS)/demo is the project with the extra [demo], and so on; "build" is the project alone.
 $(STAMPS)/%: pyproject.toml setup.py toolchain.py $(STAMPS)/torch
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".$(if $(filter-out build,$*),[$*])"
+	@# What an extra asks for must not exchange the torch that is there.
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >$(STAMPS)/constraints.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c $(STAMPS)/constraints.txt \
+		-e ".$(if $(filter-out build,$*),[$*])"
 	@touch $@
 
 # torch stands in the command either way, so that pip heeds what it asks of setuptools.

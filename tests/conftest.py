@@ -65,6 +65,29 @@ if backends.INTERPRETED and find_spec("triton"):
     multiply_in_float64()
 
 
+def declare_torchvision_ops():
+    """Let torchvision be imported whose library was built for another torch: CUDA's, beside a torch for the CPU.
+
+    What the registry of packages has does not load there, and then not even its Python parts can be imported, which
+    timm and Lightning take. The ops that they describe to torch need a schema; none of our tests calls them.
+    """
+    spec = find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        torch.ops.load_library(os.path.join(os.path.dirname(spec.origin), "_C.so"))
+        return None
+    except OSError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for op in ("nms", "qnms"):
+            if not hasattr(torch.ops.torchvision, op):
+                library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+
+
+TORCHVISION = declare_torchvision_ops()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     return min(len(os.sched_getaffinity(0)), 8)

@@ -200,7 +200,11 @@ class Returns(nn.Module):
         (X.numpy(), "a numpy.ndarray of shape"),
         (3.0, "3.0"),
         ("x", "'x'"),
-        ([X], r"\[tensor"),
+        ([None], r"a list of None, \.\.\."),
+        (
+            {"logits": X, "hidden": X},
+            r"a dict of logits: a tensor .*, hidden: a tensor",
+        ),
         ((None, X), "a tuple of None, ..."),
     ],
 )

@@ -5,5 +5,6 @@ from alrao_fast.nn.mixture_loss import MixtureLoss
 from alrao_fast.nn.model import AlraoModel
 from alrao_fast.nn.regressor import RegressorClones
 from alrao_fast.nn.switch import Switch
+from alrao_fast.nn.wrap import wrap
 
-__all__ = ["AlraoModel", "ClassifierClones", "MixtureLoss", "RegressorClones", "Switch"]
+__all__ = ["AlraoModel", "ClassifierClones", "MixtureLoss", "RegressorClones", "Switch", "wrap"]

@@ -1,11 +1,13 @@
 """From a backbone with clones to an ordinary module: a torch.fx graph of torch's own layers, importable without us."""
 
+from __future__ import annotations
+
 import copy
 import inspect
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,11 +21,52 @@ WHICH = Choice("best", "mixture")
 _LITERALS = (type(None), bool, int, float, str)
 
 
-def collapse(
-    backbone: nn.Module, head: LinearClones, which: str, num_extras: int
-) -> fx.GraphModule:
+class Output(NamedTuple):
+    """How a backbone returns its features: by `key` (a name, a place, a function, None for a tensor alone), in a
+    sequence of `length` entries or, where that is None, beside nothing that the model returns.
+    """
+
+    key: Any
+    length: int | None = None
+
+    @classmethod
+    def with_extras(cls, num_extras: Any, key: Any) -> Output:
+        """That of a sequence of features and `num_extras` values, 0: of features alone."""
+        expected = "expected how many values the backbone returns beside the features, 0 or more"
+        if isinstance(num_extras, bool) or not isinstance(num_extras, int):
+            raise TypeError(f"num_extras: got {num_extras!r}, {expected}")
+        if num_extras < 0:
+            raise ValueError(f"num_extras: got {num_extras}, {expected}")
+        if num_extras == 0:
+            return cls(key)
+        return cls((key or 0) % (num_extras + 1), num_extras + 1)
+
+
+def collapse(backbone: nn.Module, head: LinearClones, which: str, output: Output) -> fx.GraphModule:
     """Backbone and the best clone, or the mixture of all, in eval mode (see `AlraoModel.collapse`)."""
-    _check_num_extras(num_extras)
+    root: dict[str, Any] = {"backbone": copy.deepcopy(backbone)}
+    graph = fx.Graph()
+    out = _call_backbone(graph, backbone)
+    features = out
+    if callable(output.key):
+        features = graph.call_function(output.key, (out,))
+    elif output.key is not None:
+        features = graph.call_function(operator.getitem, (out, output.key))
+    result = add_head(graph, root, head, which, features)
+    if output.length is not None:
+        places = range(output.length)
+        result = tuple(
+            result if k == output.key else graph.call_function(operator.getitem, (out, k))
+            for k in places
+        )
+    graph.output(result)
+    return fx.GraphModule(root, graph, class_name="CollapsedModel").eval()
+
+
+def add_head(
+    graph: fx.Graph, root: dict[str, Any], head: LinearClones, which: str, features: fx.Node
+) -> Any:
+    """Add to `graph` what the head predicts from `features`, with its layers in `root`."""
     # The clones' outputs are float32 at least, even where their parameters are not.
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
     weight, bias, log_posterior = _living(head, dtype)
@@ -31,14 +74,7 @@ def collapse(
     if which == "best":
         best = _best(weight, bias, log_posterior)
         weight, bias = weight[best], None if bias is None else bias[best]
-
-    root: dict[str, Any] = {
-        "backbone": copy.deepcopy(backbone),
-        "head": _linear(weight, bias),
-    }
-    graph = fx.Graph()
-    out = _call_backbone(graph, backbone)
-    features = graph.call_function(operator.getitem, (out, 0)) if num_extras else out
+    root["head"] = _linear(weight, bias)
     if dtype != head.weight.dtype:
         features = graph.call_method("float", (features,))
     result = graph.call_module("head", (features,))
@@ -49,17 +85,22 @@ def collapse(
     elif classify:
         result = _capped(graph, result, _softcap(head))
         result = graph.call_method("log_softmax", (result, -1))
-    extras = [graph.call_function(operator.getitem, (out, i + 1)) for i in range(num_extras)]
-    graph.output((result, *extras) if extras else result)
-    return fx.GraphModule(root, graph, class_name="CollapsedModel").eval()
+    return result
 
 
-def _check_num_extras(num_extras: int) -> None:
-    expected = "expected how many values the backbone returns beside the features, 0 or more"
-    if isinstance(num_extras, bool) or not isinstance(num_extras, int):
-        raise TypeError(f"num_extras: got {num_extras!r}, {expected}")
-    if num_extras < 0:
-        raise ValueError(f"num_extras: got {num_extras}, {expected}")
+def collapsed_head(head: LinearClones, which: str) -> fx.GraphModule:
+    """The head alone, from features to the prediction, in eval mode."""
+    root: dict[str, Any] = {}
+    graph = fx.Graph()
+    graph.output(add_head(graph, root, head, which, graph.placeholder("features")))
+    return fx.GraphModule(root, graph, class_name="CollapsedHead").eval()
+
+
+def best_layer(head: LinearClones) -> nn.Linear:
+    """The best clone as a layer of the clones' dtype."""
+    weight, bias, log_posterior = _living(head, head.weight.dtype)
+    best = _best(weight, bias, log_posterior)
+    return _linear(weight[best], None if bias is None else bias[best])
 
 
 def _softcap(head: LinearClones) -> float | None:

@@ -1,102 +1,127 @@
 """AlraoModel: a backbone and its clones, and the way back to an ordinary network."""
 
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from alrao_fast import live
-from alrao_fast.arguments import Instance, shown
+from alrao_fast.arguments import Instance
+from alrao_fast.nn.backbone_output import Features, check_features, find
 from alrao_fast.nn.clones import LinearClones
-from alrao_fast.nn.collapse import WHICH, collapse
+from alrao_fast.nn.collapse import WHICH, Output, collapse
+from alrao_fast.nn.with_clones import WithClones
 
 _BACKBONE = Instance(nn.Module, "a torch.nn.Module")
 
 
-class AlraoModel(nn.Module):
+class AlraoModel(WithClones):
     """A network to be trained by Alrao: any backbone, and N clones in place of its last layer.
 
     Args:
-        backbone: any module that returns features `[..., D]`, or a tuple (features, *extras) as recurrent ones do.
+        backbone: any module that returns features `[..., D]`, a sequence (features, *extras) as recurrent ones do, or a
+            mapping as Hugging Face's models do.
         head: `ClassifierClones` or `RegressorClones` for D features.
+        features: where the features are in what the backbone returns: a name in a mapping, a place in a sequence, or a
+            function that takes them from it. None: the tensor itself, the first of a sequence, the only tensor of a
+            mapping, or else its "pooler_output" (a vector per sample), or else its "last_hidden_state" (one per token).
 
     `net(x, targets=y)` returns the mixture's loss and, in training mode, updates the switch; `net(x)` returns the
-    mixture's log-probabilities (regression: its mean). With extras the result is a tuple, (loss or prediction,
-    *extras). All other arguments go to the backbone. TypeError for a backbone or head of another type, and for a
-    backbone that returns something else.
+    mixture's log-probabilities (regression: its mean). Where the backbone returns a sequence, so does the model, with
+    the loss or prediction in the features' place; of a mapping only the loss or prediction is returned. With
+    `labels=y`, as Hugging Face's Trainer calls it, the result is a dict with "loss" and, in eval mode, "logits", the
+    log-probabilities.
+
+    `sample_weight`, `reduction` and `num_items_in_batch` go to the head; all other arguments go to the backbone, whose
+    signature `forward` has. TypeError for a backbone or head of another type, for a backbone that returns something
+    else, and where both `targets` and `labels` are given.
     """
 
-    def __init__(self, backbone: nn.Module, head: LinearClones) -> None:
+    # For Hugging Face's Trainer: the loss takes num_items_in_batch.
+    accepts_loss_kwargs = True
+
+    def __init__(
+        self, backbone: nn.Module, head: LinearClones, *, features: Features = None
+    ) -> None:
         super().__init__()
         _BACKBONE.check("backbone", backbone)
         if not isinstance(head, LinearClones):
             raise TypeError(
                 f"head: got {type(head).__name__}, expected ClassifierClones or RegressorClones"
             )
+        self.features = check_features(features)
         self.backbone = backbone
         self.head = head
-        self._num_extras: int | None = None
-        live.models.enter(self)
+        self._output: Output | None = None
+        self._enter()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._enter()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class with the backbone's signature is made anew.
+        cls = type(self)
+        return _new, (cls.__mro__[1] if "_signed" in vars(cls) else cls,), self.__dict__
+
+    def _enter(self) -> None:
         live.models.enter(self)
+        self.__class__ = _with_signature(type(self), self.backbone)
 
-    def forward(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
+    def _clones(self) -> LinearClones:
+        return self.head
+
+    def _backbone_parameters(self) -> Iterator[nn.Parameter]:
+        return self.backbone.parameters()
+
+    def forward(
+        self,
+        *args: Any,
+        targets: Tensor | None = None,
+        labels: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        reduction: str | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The loss or the prediction, as the class says."""
+        if labels is not None:
+            if targets is not None:
+                raise TypeError("labels: got both labels and targets, expected one of the two")
+            targets = labels
         out = self.backbone(*args, **kwargs)
-        # What the attribute is set by goes past nn.Module's __setattr__, which costs microseconds.
-        if isinstance(out, Tensor):
-            self.__dict__["_num_extras"] = 0
-            return self.head(out, targets)
-        if isinstance(out, tuple) and out and isinstance(out[0], Tensor):
-            self.__dict__["_num_extras"] = len(out) - 1
-            return (self.head(out[0], targets), *out[1:])
-        got = f"a tuple of {shown(out[0])}, ..." if isinstance(out, tuple) and out else shown(out)
-        raise TypeError(
-            f"backbone: the {type(self.backbone).__name__} returned {got}, expected features [..., D] or a tuple "
-            "(features, *extras)"
-        )
-
-    def posterior(self) -> Tensor:
-        """Probabilities `[N]` of the clones, float64."""
-        return self.head.switch.posterior()
-
-    def suggested_lr(self) -> float:
-        """The clones' learning rates averaged under the posterior (geometrically): a hint for a later plain SGD run.
-
-        The rates are `head.clone_lr`; clones with parameters that are not finite have no part in it. Raises
-        RuntimeError before an optimizer has set the rates, while the switch has observed nothing, and where no living
-        clone, no finite backbone or no finite posterior is left, or every clone was dead for the last loss.
-        """
-        rates = self.head.clone_lr.double()
-        if rates.isnan().any():
-            raise RuntimeError(
-                "the clones have no learning rates yet: make an AlraoSGD or AlraoAdam of this model first"
+        # What attributes are set by goes past nn.Module's __setattr__, which costs microseconds.
+        if isinstance(out, Tensor) and self.features is None:
+            features, self.__dict__["_output"] = out, _ALONE
+        else:
+            features, key = find(self.backbone, out, self.features)
+            if isinstance(out, tuple | list) and isinstance(key, int):
+                self.__dict__["_output"] = Output(key % len(out), len(out))
+            else:
+                self.__dict__["_output"] = Output(key)
+        options: dict[str, Any] = {}
+        if sample_weight is not None or reduction is not None or num_items_in_batch is not None:
+            given = {
+                "sample_weight": sample_weight,
+                "reduction": reduction,
+                "num_items_in_batch": num_items_in_batch,
+            }
+            options = {name: value for name, value in given.items() if value is not None}
+        value = self.head(features, targets, **options)
+        if labels is not None:
+            return (
+                {"loss": value} if self.training else {"loss": value, "logits": self.head(features)}
             )
-        self._check_observed("suggested_lr")
-        if not all(bool(p.isfinite().all()) for p in self.backbone.parameters()):
-            raise RuntimeError(
-                "suggested_lr: the backbone has parameters that are not finite, so the posterior tells nothing of "
-                "learning rates that train: go back to a checkpoint, and lower the upper end of lr_range"
-            )
-        if self.head.watch.dead:
-            raise RuntimeError(
-                f"suggested_lr: the last observed loss is not finite: {self.head.watch.dead}"
-            )
-        return float(torch.xlogy(self.head.living_posterior(), rates).sum().exp())
-
-    def _check_observed(self, who: str) -> None:
-        """Without an observation the clones are equal, and the first of them is not the best."""
-        if self.head.num_clones > 1 and not self.head.switch.knows_the_best():
-            raise RuntimeError(
-                f"{who}: the switch has made no observation, so it knows of no clone that it is better than "
-                "another. It observes every net(x, targets=y) with a finite loss in training mode; in a loop that "
-                "computes the loss, use the criterion MixtureLoss(net)"
-            )
-
-    def clone_metrics(self, reset: bool = False) -> dict[str, Tensor]:
-        """The head's `clone_metrics`: per-clone running loss and accuracy (or squared error) in training."""
-        return self.head.clone_metrics(reset)
+        output = self._output
+        if output is None or output.length is None:
+            return value
+        values = [value if k == output.key else entry for k, entry in enumerate(out)]
+        return values if isinstance(out, list) else tuple(values)
 
     def collapse(
         self, which: Literal["best", "mixture"] = "best", *, num_extras: int | None = None
@@ -115,12 +140,60 @@ class AlraoModel(nn.Module):
         features between -1 and 1. ValueError if no clone is finite.
         """
         WHICH.check("which", which)
-        num_extras = self._num_extras if num_extras is None else num_extras
-        if num_extras is None:
+        output = self._output
+        if num_extras is not None:
+            output = Output.with_extras(num_extras, self.features)
+        if output is None:
             raise RuntimeError(
                 "collapse has not seen yet whether the backbone returns features or (features, *extras): run one "
                 "batch through the model first, or pass num_extras (0 for features alone)"
             )
         if which == "best":
             self._check_observed("collapse('best')")
-        return collapse(self.backbone, self.head, which, num_extras)
+        return collapse(self.backbone, self.head, which, output)
+
+
+_ALONE = Output(None)
+
+
+def _new(cls: type[AlraoModel]) -> AlraoModel:
+    return cls.__new__(cls)
+
+
+# By the class and its signature in words.
+_signed: dict[tuple[type, str], type[AlraoModel]] = {}
+
+
+def _with_signature(cls: type[AlraoModel], backbone: nn.Module) -> type[AlraoModel]:
+    """`cls` with a forward whose signature names the backbone's arguments; itself where it has a forward of its own.
+
+    torch.export finds dynamic shapes by these names, Hugging Face's Trainer the columns of a data set that it passes.
+    """
+    if cls.forward is not AlraoModel.forward:
+        return cls
+    try:
+        own = list(inspect.signature(backbone.forward).parameters.values())
+    except (TypeError, ValueError):
+        return cls
+    ours = inspect.signature(AlraoModel.forward).parameters.values()
+    taken = {p.name for p in own}
+    added = [p for p in ours if p.kind is p.KEYWORD_ONLY and p.name not in taken]
+    last = [p for p in own if p.kind is p.VAR_KEYWORD]
+    self_ = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    signature = inspect.Signature(
+        [self_, *(p for p in own if p.kind is not p.VAR_KEYWORD), *added, *last]
+    )
+    key = cls, str(signature)
+    if key not in _signed:
+        plain = AlraoModel.forward
+        forward = types.FunctionType(plain.__code__, plain.__globals__, plain.__name__)
+        forward.__kwdefaults__, forward.__doc__ = plain.__kwdefaults__, plain.__doc__
+        forward.__signature__ = signature  # type: ignore[attr-defined]
+        names = {
+            "forward": forward,
+            "_signed": True,
+            "__module__": cls.__module__,
+            "__doc__": cls.__doc__,
+        }
+        _signed[key] = type(cls.__name__, (cls,), names)
+    return _signed[key]

@@ -61,7 +61,7 @@ def feature_adam_(
 ) -> None:
     """One step of Adam or AdamW with one learning rate per feature, in place, for all of `params`.
 
-    With r(i) the rate of entry i and t the number of this update, from 1::
+    With r(i) the rate of entry i and t the number of this update, from 1:
 
         g = (-g if maximize else g) / grad_scale
         p = p * (1 - lr * r(i) * weight_decay) if decoupled_weight_decay, else g = g + weight_decay * p
@@ -82,8 +82,9 @@ def feature_adam_(
         eps_rule: "authors" is the rule of the paper's code, whose eps is not rescaled:
             p = p - lr * r(i) * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps).
 
-    Raises, with nothing written:
+    Raises:
         TypeError, ValueError: an option of another type or out of range, a list or an entry of another type, naming it.
+            Nothing was written then, nor in the other cases.
         RuntimeError: tensors that do not fit together.
         ValueError, alrao_fast.backends.BackendUnavailableError: `impl` is unknown or cannot run here.
     """

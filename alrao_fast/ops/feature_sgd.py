@@ -55,7 +55,7 @@ def feature_sgd_(
 ) -> None:
     """One step of SGD with one learning rate per feature, in place, for all of `params`.
 
-    With r(i) the rate of entry i (paper, section 3.1)::
+    With r(i) the rate of entry i (paper, section 3.1):
 
         g   = (-g if maximize else g) / grad_scale + weight_decay * p
         buf = g on the first step, else momentum * buf + (1 - dampening) * g
@@ -85,8 +85,9 @@ def feature_sgd_(
         found_inf: one float32 element; where it is not 0 nothing is written.
         impl: "auto", or the backend by name: "cuda", "triton", "cpu", "reference".
 
-    Raises, with nothing written:
+    Raises:
         TypeError, ValueError: an option of another type or out of range, a list or an entry of another type, naming it.
+            Nothing was written then, nor in the other cases.
         RuntimeError: tensors that do not fit together.
         ValueError, alrao_fast.backends.BackendUnavailableError: `impl` is unknown or cannot run here.
     """

@@ -106,6 +106,7 @@ def switch_update_(
         impl: "auto", or the backend that must run it.
 
     With `l` the log-likelihood and `pi = 1 / (t + 1)`:
+
         logw += l;  pool = logsumexp(logw[0]) + log(pi);  logw[0] += log(1 - pi)
         logw[k] = logaddexp(logw[k], log([theta, 1 - theta][k]) + pool - log N)
         logw -= logsumexp(logw);  log_posterior = logsumexp_k logw[k];  t += 1

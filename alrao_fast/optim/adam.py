@@ -17,14 +17,15 @@ class AlraoAdam(AlraoOptimizer):
 
         p = p - lr * r(i) * m_hat / (sqrt(v_hat) + eps),    log r ~ U(log lo, log hi) per feature
 
-    betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.Adam.
-    decoupled_weight_decay: decay the weights as AdamW does, by lr * r(i) * weight_decay, instead of adding the decay
-        to the gradient.
-    eps_rule: "torch", or "authors" for that of the paper's code, where eps is not rescaled by the bias correction; it
-        is for the pre-classifier only: clones keep torch's and get a param group of their own.
-    master_weights: keep a float32 copy of bfloat16 and float16 parameters in the state, which follows what is written
-        into them, as in `AlraoSGD`; a step moves 30 bytes an entry instead of 22. The moments of such parameters are
-        float32 in any case: at beta2 = 0.999 a bfloat16 second moment would never come down.
+    Args:
+        betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.Adam.
+        decoupled_weight_decay: decay the weights as AdamW does, by lr * r(i) * weight_decay, instead of adding the
+            decay to the gradient.
+        eps_rule: "torch", or "authors" for that of the paper's code, where eps is not rescaled by the bias
+            correction; it is for the pre-classifier only: clones keep torch's and get a param group of their own.
+        master_weights: keep a float32 copy of bfloat16 and float16 parameters in the state, which follows what is
+            written into them, as in `AlraoSGD`; a step moves 30 bytes an entry instead of 22. The moments of such
+            parameters are float32 in any case: at beta2 = 0.999 a bfloat16 second moment would never come down.
 
     params, lr_range, lr, sampler, generator, rounding, model, foreach, fused, capturable and differentiable are those
     of `AlraoSGD`. Alrao with Adam is less reliable than with SGD: of the drawn rates fewer are usable.

@@ -59,6 +59,7 @@ class LogUniform:
         return rates.clamp_(self.lo, self.hi).to(torch.float32)
 
     def clone_rates(self, num_clones: int) -> Tensor:
+        """Rates `[N]` of the clones: log-spaced from lo to hi, both included; the geometric mean for one."""
         return log_spaced(self.lo, self.hi, num_clones)
 
     def __repr__(self) -> str:
@@ -84,6 +85,7 @@ class Fraction:
         return (u < self.p).to(torch.float32) * self.lr
 
     def clone_rates(self, num_clones: int) -> Tensor:
+        """Rates `[N]` of the clones: all of them `lr`, none 0."""
         return _full(num_clones, self.lr)
 
     def __repr__(self) -> str:
@@ -102,6 +104,7 @@ class Constant:
         return _full(n, self.lr)
 
     def clone_rates(self, num_clones: int) -> Tensor:
+        """Rates `[N]` of the clones: all of them `lr`."""
         return self(num_clones)
 
     def __repr__(self) -> str:

@@ -16,34 +16,39 @@ from alrao_fast.optim.rates import Sampler
 class AlraoSGD(AlraoOptimizer):
     """torch.optim.SGD in which every feature has its own learning rate, drawn once (arXiv 1810.01322, section 3).
 
-        p = p - lr * r(i) * d,    log r ~ U(log lo, log hi) per feature;  d: gradient, momentum and decay as in SGD
+        p = p - lr * r(i) * d,    log r ~ U(log lo, log hi) per feature
 
-    params: an `AlraoModel` or any module, an iterable of tensors or (name, tensor) pairs, or param groups whose
-        "params" are any of these. A group may have its own `sampler` and `lr_range`. Frozen parameters get their rate
-        and are skipped while they have no gradient.
-    lr_range: (lo, hi), the interval of the rates, 0 < lo <= hi. Clone n of N has lo * (hi/lo)^(n/(N-1)).
-    lr: the multiplier of all drawn rates, float or one-element tensor: what LR schedulers move.
-    momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
-    sampler: `LogUniform(*lr_range)` if None; `PerWeight`, `Fraction`, `Constant` or a function
-        `(n, generator) -> [n]` of rates.
-    generator: a CPU torch.Generator to draw from; the same seed gives the same rates on any device. In distributed
-        training give every rank the same seed.
-    momentum_rule: "torch", or "authors" for that of the paper's code, which shortens the memory of fast features; it
-        is for the pre-classifier only: clones keep torch's and get a param group of their own.
-    rounding: how bfloat16 and float16 parameters are rounded: "stochastic" (None: the same) or "nearest", under which
-        a rate of 1e-5 moves next to nothing.
-    master_weights: keep a float32 copy of bfloat16 and float16 parameters in the state, and float32 momentum. What is
-        written into a parameter between two steps, by any way, counts: where it is no longer its master rounded, the
-        master takes its value. A step moves 14 bytes an entry, 22 with momentum, instead of 6 and 10.
-    model: the module whose feature layouts apply where `params` are bare tensors. Those of an `AlraoModel`, or of
-        clones in any module, need none: `AlraoSGD(net.parameters())` is `AlraoSGD(net)`. Without it other bare tensors
-        get one rate per index of dimension 0, and a warning says so.
-    fused: None or True for the best implementation available, False for the plain PyTorch reference. With True, as in
-        torch.optim, a GradScaler leaves loss scaling to the kernels and never waits for the device; unscale gradients
-        before clipping then. Otherwise it unscales and checks them itself, except for float16 parameters, whose
-        gradients it refuses: None is True for them in this respect.
-    foreach, differentiable: must not be true. capturable: always so; accepted for uniformity. Under a CUDA
-        graph `lr` must be a tensor on the device for schedulers to move it: `GraphedStep` sees to it.
+    where d is the gradient with momentum and decay as in SGD.
+
+    Args:
+        params: an `AlraoModel` or any module, an iterable of tensors or (name, tensor) pairs, or param groups whose
+            "params" are any of these. A group may have its own `sampler` and `lr_range`. Frozen parameters get their
+            rate and are skipped while they have no gradient.
+        lr_range: (lo, hi), the interval of the rates, 0 < lo <= hi. Clone n of N has lo * (hi/lo)^(n/(N-1)).
+        lr: the multiplier of all drawn rates, float or one-element tensor: what LR schedulers move.
+        momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
+        sampler: `LogUniform(*lr_range)` if None; `PerWeight`, `Fraction`, `Constant` or a function `(n, generator) ->
+            [n]` of rates.
+        generator: a CPU torch.Generator to draw from; the same seed gives the same rates on any device. In
+            distributed training give every rank the same seed.
+        momentum_rule: "torch", or "authors" for that of the paper's code, which shortens the memory of fast features;
+            it is for the pre-classifier only: clones keep torch's and get a param group of their own.
+        rounding: how bfloat16 and float16 parameters are rounded: "stochastic" (None: the same) or "nearest", under
+            which a rate of 1e-5 moves next to nothing.
+        master_weights: keep a float32 copy of bfloat16 and float16 parameters in the state, and float32 momentum.
+            What is written into a parameter between two steps, by any way, counts: where it is no longer its master
+            rounded, the master takes its value. A step moves 14 bytes an entry, 22 with momentum, instead of 6 and
+            10.
+        model: the module whose feature layouts apply where `params` are bare tensors. Those of an `AlraoModel`, or of
+            clones in any module, need none: `AlraoSGD(net.parameters())` is `AlraoSGD(net)`. Without it other bare
+            tensors get one rate per index of dimension 0, and a warning says so.
+        fused: None or True for the best implementation available, False for the plain PyTorch reference. With True,
+            as in torch.optim, a GradScaler leaves loss scaling to the kernels and never waits for the device; unscale
+            gradients before clipping then. Otherwise it unscales and checks them itself, except for float16
+            parameters, whose gradients it refuses: None is True for them in this respect.
+        foreach, differentiable: must not be true.
+        capturable: always so; accepted for uniformity. Under a CUDA graph `lr` must be a tensor on the device for
+            schedulers to move it: `GraphedStep` sees to it.
 
     State per parameter, made at construction: "rate" (float32), "step" (int64), "momentum_buffer", "master"; of frozen
     ones only the rate. Raises TypeError or ValueError, naming the argument, for options of another type or out of range

@@ -43,6 +43,9 @@ struct LossExtras {
   }
 };
 
+// Whether a target has the probabilities of all classes, not one class.
+inline bool is_soft(const torch::stable::Tensor& target) { return target.dim() == 2; }
+
 struct LossArguments {
   MixtureInputs inputs;
   torch::stable::Tensor target;

@@ -43,11 +43,6 @@ class Stack {
   StableIValue* next_;
 };
 
-inline void check_no_softcap(double softcap) {
-  ALRAO_CHECK(softcap == 0, "softcap: got ", softcap,
-              ", expected 0: this backend has no softcap; use impl=\"reference\"");
-}
-
 // The loss by the likelihood with these options; kObserved: of the op that observes. The first of
 // the options follows the target, those added later stand at the end.
 template <class Options, bool kObserved, MixtureOutputs (*kRun)(const LossArguments&)>
@@ -85,24 +80,21 @@ void boxed_loss(StableIValue* values, uint64_t num_arguments, uint64_t) {
                   std::move(observer)}));
 }
 
-template <LogProbOutputs (*kRun)(const MixtureInputs&, int64_t memory_budget)>
+template <LogProbOutputs (*kRun)(const MixtureInputs&, int64_t memory_budget, double softcap)>
 void boxed_log_prob(StableIValue* values, uint64_t num_arguments, uint64_t) {
   Stack stack(values, num_arguments, 6);
   const MixtureInputs inputs = stack.take_inputs();
   const int64_t memory_budget = stack.take<int64_t>();
-  check_no_softcap(stack.take<double>());
-  stack.put(kRun(inputs, memory_budget));
+  stack.put(kRun(inputs, memory_budget, stack.take<double>()));
 }
 
 template <MixtureGradients (*kRun)(const LogProbGradient&)>
 void boxed_log_prob_backward(StableIValue* values, uint64_t num_arguments, uint64_t) {
   using torch::stable::Tensor;
   Stack stack(values, num_arguments, 11);
-  const LogProbGradient arguments{stack.take<Tensor>(),  stack.take_inputs(), stack.take<Tensor>(),
-                                  stack.take<Tensor>(),  stack.take<bool>(),  stack.take<bool>(),
-                                  stack.take<int64_t>(), stack.take<double>()};
-  check_no_softcap(arguments.softcap);
-  stack.put(kRun(arguments));
+  stack.put(
+      kRun({stack.take<Tensor>(), stack.take_inputs(), stack.take<Tensor>(), stack.take<Tensor>(),
+            stack.take<bool>(), stack.take<bool>(), stack.take<int64_t>(), stack.take<double>()}));
 }
 
 }  // namespace alrao

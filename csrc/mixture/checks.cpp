@@ -35,19 +35,54 @@ MixtureSizes check_mixture(const MixtureInputs& inputs, int64_t memory_budget) {
   return sizes;
 }
 
+namespace {
+
+void check_extras(const LossArguments& arguments, const MixtureSizes& sizes, ScalarType wide) {
+  const Tensor& x = arguments.inputs.x;
+  const LossExtras& extras = arguments.extras;
+  const auto check_vector = [&](const char* name, const std::optional<Tensor>& tensor,
+                                int64_t size) {
+    if (!tensor) return;
+    check_shape(name, *tensor, {size});
+    check_dtype(name, *tensor, {wide});
+    check_same_device(name, *tensor, "x", x);
+  };
+  check_vector("class_weight", extras.class_weight, sizes.classes);
+  check_vector("row_weight", extras.row_weight, sizes.samples);
+  ALRAO_CHECK(extras.label_smoothing >= 0 && extras.label_smoothing <= 1, "label_smoothing: got ",
+              extras.label_smoothing, ", expected a number from 0 to 1");
+  ALRAO_CHECK(extras.z_loss >= 0 && std::isfinite(extras.z_loss), "z_loss: got ", extras.z_loss,
+              ", expected a finite number >= 0");
+  check_softcap(extras.softcap);
+  const LossOptions& options = arguments.options;
+  ALRAO_CHECK(!options.mean || !(extras.row_weight || extras.per_sample),
+              "mean: got True, expected False with row_weight or per_sample");
+  ALRAO_CHECK(!extras.per_sample || !(options.need_dx || options.need_dw),
+              "per_sample: got True, expected False where gradients are needed");
+}
+
+}  // namespace
+
+void check_softcap(double softcap) {
+  ALRAO_CHECK(softcap >= 0 && std::isfinite(softcap), "softcap: got ", softcap,
+              ", expected a finite number >= 0");
+}
+
 MixtureSizes check_loss(const LossArguments& arguments) {
   const MixtureSizes sizes = check_mixture(arguments.inputs, arguments.options.memory_budget);
   const Tensor &x = arguments.inputs.x, &target = arguments.target;
-  ALRAO_CHECK(!arguments.extras.any(),
-              "options: got one of row_weight, class_weight, label_smoothing, z_loss, softcap and "
-              "per_sample, which this backend does not have; use impl=\"reference\"");
+  const auto wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   if (arguments.likelihood.gaussian) {
     check_shape("target", target, {sizes.samples, sizes.classes});
     check_same_dtype("target", target, "x", x);
+  } else if (is_soft(target)) {
+    check_shape("target", target, {sizes.samples, sizes.classes});
+    check_dtype("target", target, {wide});
   } else {
     check_shape("target", target, {sizes.samples});
     check_dtype("target", target, {ScalarType::Long});
   }
+  check_extras(arguments, sizes, wide);
   check_same_device("target", target, "x", x);
   if (arguments.likelihood.gaussian) {
     const double sigma2 = arguments.likelihood.values.sigma2;
@@ -59,6 +94,7 @@ MixtureSizes check_loss(const LossArguments& arguments) {
 
 MixtureSizes check_log_prob_gradient(const LogProbGradient& arguments) {
   const MixtureSizes sizes = check_mixture(arguments.inputs, arguments.memory_budget);
+  check_softcap(arguments.softcap);
   const Tensor& x = arguments.inputs.x;
   const bool is_double = x.scalar_type() == ScalarType::Double;
   check_shape("grad", arguments.grad, {sizes.samples, sizes.classes});

@@ -10,7 +10,11 @@ namespace alrao {
 
 MixtureSizes check_mixture(const MixtureInputs& inputs, int64_t memory_budget);
 
-// The targets are classes [B] int64, or values [B, K] of x's dtype.
+// 0 is none.
+void check_softcap(double softcap);
+
+// The targets are classes [B] int64, probabilities [B, C] of the type that x is computed in, or
+// values [B, K] of x's dtype.
 MixtureSizes check_loss(const LossArguments& arguments);
 
 // `grad` and `log_prob` are [B, C], `log_mass` is [B], of the type that x is computed in.

@@ -39,6 +39,32 @@ struct ClassesOptions {
   }
 };
 
+// A target with label smoothing, of one sample and clone: with t_c = w_c ((1 - e) q_c + e / C) and
+// T = sum_c t_c the mean of log p_c by t_c / T. The logits are those less the largest, l_c, and
+// log_sum the logarithm of the sum of their exponentials. The weights w have the mean 1.
+template <class T>
+struct SmoothedTarget {
+  T smoothing, classes, log_sum;
+  T weighted;  // sum_c w_c l_c
+  T dot;       // sum_c w_c q_c l_c; of a class its own l, whose weight is given below
+  T mass;      // sum_c w_c q_c; of a class 1
+
+  // T, with the class's own weight.
+  ALRAO_HOST_DEVICE T total(T class_weight) const {
+    return (T(1) - smoothing) * mass * class_weight + smoothing;
+  }
+
+  // 0 where T is.
+  ALRAO_HOST_DEVICE T log_likelihood(T class_weight) const {
+    const T whole = total(class_weight);
+    if (whole == T(0)) return T(0);
+    const T own = (T(1) - smoothing) * class_weight * (dot - mass * log_sum);
+    // Without smoothing the other classes, however unlikely, are not looked at.
+    const T others = smoothing == T(0) ? T(0) : smoothing * (weighted / classes - log_sum);
+    return (own + others) / whole;
+  }
+};
+
 // Gaussian noise on every output: what does not depend on the sample.
 struct GaussianDensity {
   double inverse_variance, log_normaliser;

@@ -120,6 +120,28 @@ ALRAO_INLINE Vector<double> exp_below(Vector<double> x) {
   return x > -708.0 ? value : splat(0.0);
 }
 
+// tanh: its series for small arguments, where a difference of exponentials would lose digits.
+ALRAO_INLINE Vector<float> tanh_of(Vector<float> x) {
+  const Vector<float> size = x < 0.0f ? -x : x;
+  const Vector<float> square = x * x;
+  Vector<float> p = splat(21844.0f / 6081075.0f);
+  p = p * square - 1382.0f / 155925.0f;
+  p = p * square + 62.0f / 2835.0f;
+  p = p * square - 17.0f / 315.0f;
+  p = p * square + 2.0f / 15.0f;
+  p = p * square - 1.0f / 3.0f;
+  const Vector<float> small = x + x * (square * p);
+  const Vector<float> e = exp_below(size * -2.0f);
+  const Vector<float> large = (1.0f - e) / (1.0f + e);
+  return size < 0.5f ? small : (x < 0.0f ? -large : large);
+}
+
+// A series that is exact enough would take as long as the library's.
+ALRAO_INLINE Vector<double> tanh_of(Vector<double> x) {
+  for (int64_t i = 0; i < Simd<double>::kWidth; ++i) x[i] = __builtin_tanh(x[i]);
+  return x;
+}
+
 // log of a positive normal number: 2 atanh((m - 1) / (m + 1)) + e log 2, with sqrt(1/2) <= m <
 // sqrt(2).
 template <class T, class Bits, int kMantissa, int kTerms>

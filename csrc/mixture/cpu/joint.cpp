@@ -30,6 +30,7 @@ class Joint {
         z_(rows_ * ld_ * (p.options.need_dx ? 2 : 1)),
         log_likelihood_(p.size.clones * ld_ + 2 * ld_),
         lane_(p.size.clones * ld_ * 5),
+        option_lane_(p.has_options ? p.size.clones * ld_ * kOptionLanes : 0),
         is_argmax_(p.size.clones * ld_),
         health_(p.size.clones),
         finite_weight_(p.weight, p.size.clones, p.size.classes * p.size.features) {
@@ -89,11 +90,16 @@ class Joint {
     const int64_t classes = p_.size.classes;
     T* z = z_.data() + n * classes * ld_;
     T* lane = lane_.data() + n * ld_ * 4;
-    const LaneSums<T> sums{lane, lane + ld_, lane + 2 * ld_, is_argmax_.data() + n * ld_};
+    LaneSums<T> sums{lane, lane + ld_, lane + 2 * ld_, is_argmax_.data() + n * ld_};
     T* factor = lane + 3 * ld_;
+    if (p_.has_options) {
+      sums.options = option_lane_.data() + n * ld_ * kOptionLanes;
+      clone_with_options(chunk, n, first, z, sums, factor);
+      return;
+    }
     if (p_.expected) {
       residual_rows(
-          ResidualRows<T>{z, classes, ld_, ld_, p_.clone_bias(n), chunk.expected, sums.sum});
+          ResidualRows<T>{z, classes, ld_, ld_, p_.clone_bias(n), chunk.values, sums.sum});
     } else {
       softmax_rows(SoftmaxRows<T>{z, classes, ld_, ld_, p_.clone_bias(n), chunk.target, 0, sums.max,
                                   sums.sum, sums.target_logit, sums.is_argmax});
@@ -104,6 +110,29 @@ class Joint {
     gradient_rows(GradientRows<T>{z, classes, ld_, ld_, factor,
                                   p_.expected ? nullptr : chunk.target, 0, static_cast<T>(p_.norm),
                                   p_.options.need_dw ? out_.dbias + n * classes : nullptr, !first});
+  }
+
+  void clone_with_options(const Chunk& chunk, int64_t n, bool first, T* z, const LaneSums<T>& sums,
+                          T* factor) {
+    const int64_t classes = p_.size.classes;
+    const T softcap = static_cast<T>(p_.softcap);
+    const T* q = p_.soft ? chunk.values : nullptr;
+    option_softmax_rows(
+        OptionSoftmaxRows<T>{{z, classes, ld_, ld_, p_.clone_bias(n), chunk.target, 0, sums.max,
+                              sums.sum, sums.target_logit, sums.is_argmax},
+                             softcap,
+                             p_.class_weight,
+                             q,
+                             sums.options});
+    T* lane = sums.options + kOptionSums * ld_;
+    const OptionFactors<T> factors{lane, lane + ld_, lane + 2 * ld_};
+    finish_clone_with_options<T>(p_, chunk, n, ld_, sums, log_likelihood_.data() + n * ld_, factor,
+                                 factors, out_.stats, &health_[n]);
+    if (!p_.options.need_dx && !p_.options.need_dw) return;
+    option_gradient_rows(OptionGradientRows<T>{
+        z, classes, ld_, ld_, factor, factors.spread, factors.hit, factors.live, chunk.target, 0,
+        p_.class_weight, q, softcap, sums.max, sums.target_logit,
+        p_.options.need_dw ? out_.dbias + n * classes : nullptr, !first});
   }
 
   // The mixture and dx by ranges of samples, dweight by ranges of clones, side by side.
@@ -121,7 +150,8 @@ class Joint {
     const double* max = log_likelihood_.data() + p_.size.clones * ld_;
     const double* sum = max + ld_;
     for (int64_t lane = 0; lane < chunk.size; ++lane) {
-      if (chunk.target[lane] >= 0) out_.loss -= p_.norm * (max[lane] + std::log(sum[lane]));
+      if (chunk.target[lane] < 0) continue;
+      add_loss(p_, out_, chunk.begin + lane, -(max[lane] + std::log(sum[lane])));
     }
   }
 
@@ -158,7 +188,8 @@ class Joint {
   int64_t ld_;
   Buffer<T> z_;                    // [N C][ld], and again weighted by the responsibilities
   Buffer<double> log_likelihood_;  // [N][ld], then the mixture's max and sum
-  Buffer<T> lane_;  // [N][max, sum, target logit, factor][ld], responsibility [N][ld]
+  Buffer<T> lane_;         // [N][max, sum, target logit, factor][ld], responsibility [N][ld]
+  Buffer<T> option_lane_;  // [N][option sums, spread, hit, live][ld]
   std::vector<uint8_t> is_argmax_;
   std::vector<CloneHealth> health_;
   FiniteWeight<T> finite_weight_;

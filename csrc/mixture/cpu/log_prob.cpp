@@ -20,14 +20,16 @@ template <class T>
 class LogProb {
  public:
   LogProb(const MixtureInputs& inputs, const MixtureSizes& size, int64_t memory_budget,
-          bool backward)
+          double softcap, bool backward)
       : size_(size),
+        softcap_(static_cast<T>(softcap)),
         x_(in_type<T>(inputs.x)),
         weight_(in_type<T>(inputs.weight)),
         blocks_(ceil_div(size.classes, kBlockRows)),
         ld_(lanes(memory_budget, backward)),
         z_(size.clones * size.classes * ld_),
         block_(size.clones * (3 * blocks_ + 1) * ld_),
+        max_(softcap != 0 && backward ? size.clones * blocks_ * ld_ : 0),
         mass_(ld_),
         health_(size.clones),
         finite_weight_(static_cast<const T*>(weight_.const_data_ptr()), size.clones,
@@ -107,6 +109,8 @@ class LogProb {
   // mixture: -inf where it is dead.
   T* log_scale(int64_t n, int64_t block) { return block_value(n, block, 0); }
   T* offset(int64_t n, int64_t block) { return block_value(n, block, 1); }
+  // Of the block's logits, where the backward needs them.
+  T* max(int64_t n, int64_t block) { return max_.data() + (n * blocks_ + block) * ld_; }
   T* share_sum(int64_t n) { return block_.data() + (3 * size_.clones * blocks_ + n) * ld_; }
   const T* x() const { return static_cast<const T*>(x_.const_data_ptr()); }
   const T* weight() const { return static_cast<const T*>(weight_.const_data_ptr()); }
@@ -138,7 +142,9 @@ class LogProb {
       const T* bias =
           bias_ ? static_cast<const T*>(bias_->const_data_ptr()) + row_of(n, block) : nullptr;
       log_sum_rows(LogSumRows<T>{z, rows(block), ld_, ld_, bias, block_value(n, block, 0),
-                                 block_value(n, block, 1)});
+                                 block_value(n, block, 1), softcap_});
+      // Its place is taken by the scale.
+      if (max_.size() > 0) std::copy_n(block_value(n, block, 0), ld_, max(n, block));
     });
     std::fill(mass_.begin(), mass_.end(), 0.0);
     for (int64_t n = 0; n < size_.clones; ++n) {
@@ -221,7 +227,8 @@ class LogProb {
       T* z = z_.data() + at * ld_;
       share_gradient_rows(ShareGradientRows<T>{
           z, rows(block), ld_, ld_, offset(n, block), log_scale(n, block), log_prob + row * ld_,
-          grad + row * ld_, share_sum(n), dbias ? dbias + at : nullptr, begin > 0});
+          grad + row * ld_, share_sum(n), dbias ? dbias + at : nullptr, begin > 0, softcap_,
+          max_.size() > 0 ? max(n, block) : nullptr});
       if (!dweight) return;
       gemm<T>(row_major(dweight + at * features, rows(block), features, features),
               row_major<const T>(z, rows(block), count, ld_),
@@ -230,6 +237,7 @@ class LogProb {
   }
 
   MixtureSizes size_;
+  T softcap_;
   Tensor x_, weight_;
   std::optional<Tensor> bias_;
   std::vector<double> log_posterior_;  // normalised; `whole_` is what was taken off
@@ -238,29 +246,31 @@ class LogProb {
   Buffer<T> z_;  // [N C][ld]
   // [N][blocks][log_scale, offset, sum of shares][ld], then the clones' sums of shares [N][ld]
   Buffer<T> block_;
+  Buffer<T> max_;             // [N][blocks][ld], with a softcap
   std::vector<double> mass_;  // [ld]: log of the normalised posterior's mass on the living clones
   std::vector<CloneHealth> health_;
   FiniteWeight<T> finite_weight_;
 };
 
 template <class T>
-LogProbOutputs forward(const MixtureInputs& inputs, const MixtureSizes& size,
-                       int64_t memory_budget) {
+LogProbOutputs forward(const MixtureInputs& inputs, const MixtureSizes& size, int64_t memory_budget,
+                       double softcap) {
   const Tensor out = empty_tensor<T>({size.samples, size.classes});
   const Tensor log_mass = empty_tensor<T>({size.samples});
   if (size.samples > 0) {
-    LogProb<T>(inputs, size, memory_budget, false)
+    LogProb<T>(inputs, size, memory_budget, softcap, false)
         .forward(static_cast<T*>(out.mutable_data_ptr()),
                  static_cast<T*>(log_mass.mutable_data_ptr()));
   }
   return {out, log_mass};
 }
 
-LogProbOutputs log_prob(const MixtureInputs& inputs, int64_t memory_budget) {
+LogProbOutputs log_prob(const MixtureInputs& inputs, int64_t memory_budget, double softcap) {
   const MixtureSizes size = check_mixture(inputs, memory_budget);
+  check_softcap(softcap);
   const bool is_double = inputs.x.scalar_type() == ScalarType::Double;
-  return is_double ? forward<double>(inputs, size, memory_budget)
-                   : forward<float>(inputs, size, memory_budget);
+  return is_double ? forward<double>(inputs, size, memory_budget, softcap)
+                   : forward<float>(inputs, size, memory_budget, softcap);
 }
 
 template <class T>
@@ -271,7 +281,7 @@ MixtureGradients backward(const LogProbGradient& a, const MixtureSizes& size) {
   };
   if (size.samples > 0) {
     const Tensor upstream = dense(a.grad), value = dense(a.log_prob);
-    LogProb<T>(a.inputs, size, a.memory_budget, true)
+    LogProb<T>(a.inputs, size, a.memory_budget, a.softcap, true)
         .backward(static_cast<const T*>(upstream.const_data_ptr()),
                   static_cast<const T*>(value.const_data_ptr()), data_or_null(dx, a.need_dx),
                   data_or_null(dweight, a.need_dw), data_or_null(dbias, a.need_dw));

@@ -16,15 +16,17 @@ using torch::stable::Tensor;
 constexpr int64_t kStreamedClasses = 2048;
 constexpr int64_t kStreamedRows = 16384;
 
-int64_t count_targets(const Tensor& target, const ClassesOptions& options, int64_t classes) {
-  const int64_t* y = static_cast<const int64_t*>(target.const_data_ptr());
+// How many samples count.
+template <class T>
+int64_t count_samples(const MixtureProblem<T>& p) {
   int64_t counted = 0;
-  for (int64_t b = 0; b < target.size(0); ++b) {
-    if (!options.counts(y[b])) continue;
-    ALRAO_CHECK(y[b] >= 0 && y[b] < classes, "target: got ", y[b], " at position ", b,
-                ", expected a class from 0 to ", classes - 1, " or ignore_index ",
-                options.ignore_index);
-    ++counted;
+  for (int64_t b = 0; b < p.size.samples; ++b) {
+    if (p.target && p.likelihood.classes.counts(p.target[b])) {
+      ALRAO_CHECK(p.target[b] >= 0 && p.target[b] < p.size.classes, "target: got ", p.target[b],
+                  " at position ", b, ", expected a class from 0 to ", p.size.classes - 1,
+                  " or ignore_index ", p.likelihood.classes.ignore_index);
+    }
+    counted += p.counts(b);
   }
   return counted;
 }
@@ -33,11 +35,31 @@ template <class T>
 MixtureOutputs run(const LossArguments& a, const MixtureSizes& size) {
   const auto [samples, features, clones, classes] = size;
   const auto [mean, need_dx, need_dw, _] = a.options;
-  const bool gaussian = a.likelihood.gaussian;
+  const bool gaussian = a.likelihood.gaussian, soft = !gaussian && is_soft(a.target);
   const Tensor target = gaussian ? in_type<T>(a.target) : dense(a.target);
-  const int64_t counted = gaussian ? samples : count_targets(target, a.likelihood.classes, classes);
+  const auto optional_data = [](std::optional<Tensor>& tensor) {
+    if (tensor) tensor = dense(*tensor);
+    return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+  };
+  LossExtras extras = a.extras;
+  MixtureProblem<T> p;
+  p.size = size;
+  p.likelihood = a.likelihood;
+  p.options = a.options;
+  const void* targets = target.const_data_ptr();
+  p.target = gaussian || soft ? nullptr : static_cast<const int64_t*>(targets);
+  p.expected = gaussian ? static_cast<const T*>(targets) : nullptr;
+  p.soft = soft ? static_cast<const T*>(targets) : nullptr;
+  p.row_weight = optional_data(extras.row_weight);
+  p.class_weight = optional_data(extras.class_weight);
+  p.label_smoothing = extras.label_smoothing;
+  p.z_loss = extras.z_loss;
+  p.softcap = extras.softcap;
+  p.has_options = !gaussian && (soft || extras.any());
+  const int64_t counted = count_samples(p);
 
-  Tensor loss = empty_tensor<T>({}), stats = empty_tensor<double>({3, clones});
+  Tensor loss = extras.per_sample ? empty_tensor<T>({samples}) : empty_tensor<T>({});
+  Tensor stats = empty_tensor<double>({3, clones});
   auto [dx, dweight, dbias] = empty_gradients<T>(size, need_dx, need_dw);
 
   MixtureResult<T> out;
@@ -48,23 +70,20 @@ MixtureOutputs run(const LossArguments& a, const MixtureSizes& size) {
   out.dweight = static_cast<T*>(dweight.mutable_data_ptr());
   out.dbias = static_cast<T*>(dbias.mutable_data_ptr());
 
+  if (extras.per_sample) {
+    out.losses = static_cast<T*>(loss.mutable_data_ptr());
+    std::fill_n(out.losses, samples, T(0));
+  }
   if (counted == 0) {
     std::fill_n(out.dx, dx.numel(), T(0));
     std::fill_n(out.dweight, dweight.numel(), T(0));
     std::fill_n(out.dbias, dbias.numel(), T(0));
   } else {
-    MixtureProblem<T> p;
-    p.size = size;
     p.log_posterior = as_doubles(a.inputs.log_posterior);
-    p.likelihood = a.likelihood;
-    p.options = a.options;
-    p.target = gaussian ? nullptr : static_cast<const int64_t*>(target.const_data_ptr());
-    p.expected = gaussian ? static_cast<const T*>(target.const_data_ptr()) : nullptr;
     p.norm = mean ? 1.0 / static_cast<double>(counted) : 1.0;
     Tensor x = in_type<T>(a.inputs.x);
     if (counted < samples && need_dw) {
-      x = with_finite_rows<T>(x,
-                              [&](int64_t b) { return !p.likelihood.classes.counts(p.target[b]); });
+      x = with_finite_rows<T>(x, [&](int64_t b) { return !p.counts(b); });
     }
     p.x = static_cast<const T*>(x.const_data_ptr());
     const Tensor weight = in_type<T>(a.inputs.weight);
@@ -78,7 +97,7 @@ MixtureOutputs run(const LossArguments& a, const MixtureSizes& size) {
       mixture_joint(p, out);
     }
   }
-  *static_cast<T*>(loss.mutable_data_ptr()) = static_cast<T>(out.loss);
+  if (!extras.per_sample) *static_cast<T*>(loss.mutable_data_ptr()) = static_cast<T>(out.loss);
   return {loss, stats, dx, dweight, dbias};
 }
 

@@ -61,6 +61,7 @@ class Buffer {
   explicit Buffer(int64_t size)
       : tensor_(empty_tensor<T>({size})), data_(static_cast<T*>(tensor_.mutable_data_ptr())) {}
   T* data() const { return data_; }
+  int64_t size() const { return tensor_.numel(); }
 
  private:
   torch::stable::Tensor tensor_;
@@ -79,19 +80,34 @@ struct MixtureProblem {
   // Classification has `target`, regression `expected`.
   const int64_t* target;
   const T* expected;
-  double norm;  // what each counted sample weighs in the loss
+  // Probabilities [B, C] in the place of classes, or null.
+  const T* soft;
+  double norm;          // what each counted sample weighs in the loss, where there is no row_weight
+  const T* row_weight;  // [B] or null
+  const T* class_weight;  // [C], of mean 1, or null
+  double label_smoothing, z_loss, softcap;
+  // Whether the row kernels with options are taken.
+  bool has_options;
+
+  // Of sample b.
+  double weight_of(int64_t b) const { return row_weight ? double(row_weight[b]) : norm; }
 
   const T* clone_weight(int64_t n) const { return weight + n * size.classes * size.features; }
+  bool counts(int64_t b) const {
+    if (row_weight && row_weight[b] == 0) return false;
+    return expected || soft || likelihood.classes.counts(target[b]);
+  }
   const T* clone_bias(int64_t n) const { return bias ? bias + n * size.classes : nullptr; }
 };
 
 template <class T>
 struct MixtureResult {
   double loss = 0;
-  double* stats;  // [3, N]
-  T* dx;          // [B, D] if needed
-  T* dweight;     // [N, C, D] if needed
-  T* dbias;       // [N, C] if needed
+  T* losses = nullptr;  // [B], zeros, where the samples' losses are asked for
+  double* stats;        // [3, N]
+  T* dx;                // [B, D] if needed
+  T* dweight;           // [N, C, D] if needed
+  T* dbias;             // [N, C] if needed
 };
 
 // Samples in chunks of `ld` lanes, with the targets padded and the expected outputs transposed.
@@ -101,7 +117,7 @@ class Chunks {
   struct Chunk {
     int64_t begin, size;
     const int64_t* target;  // [ld], -1: not counted
-    const T* expected;      // [C][ld]
+    const T* values;        // [C][ld]: expected values, or probabilities
   };
 
   Chunks(const MixtureProblem<T>& p, int64_t samples_per_chunk) {
@@ -109,20 +125,25 @@ class Chunks {
     const int64_t count = ceil_div(samples, std::max(samples_per_chunk, kLaneTile));
     ld_ = round_up(ceil_div(samples, count), kLaneTile);
     targets_.assign(ceil_div(samples, ld_) * ld_, -1);
+    const T* values = p.expected ? p.expected : p.soft;
     for (int64_t b = 0; b < samples; ++b) {
-      const bool counted = p.expected || p.likelihood.classes.counts(p.target[b]);
-      if (counted) targets_[b] = p.expected ? 0 : p.target[b];
+      if (!p.counts(b)) continue;
+      targets_[b] = p.target ? p.target[b] : 0;
+      if (p.soft) {
+        const T* q = p.soft + b * classes;
+        targets_[b] = std::max_element(q, q + classes) - q;
+      }
     }
-    if (p.expected) {
-      expected_.emplace(ceil_div(samples, ld_) * ld_ * classes);
+    if (values) {
+      values_.emplace(ceil_div(samples, ld_) * ld_ * classes);
       for (int64_t b = 0; b < samples; ++b) {
-        T* out = expected_->data() + b / ld_ * ld_ * classes + b % ld_;
-        for (int64_t c = 0; c < classes; ++c) out[c * ld_] = p.expected[b * classes + c];
+        T* out = values_->data() + b / ld_ * ld_ * classes + b % ld_;
+        for (int64_t c = 0; c < classes; ++c) out[c * ld_] = values[b * classes + c];
       }
     }
     for (int64_t begin = 0; begin < samples; begin += ld_) {
       chunks_.push_back({begin, std::min(ld_, samples - begin), targets_.data() + begin,
-                         p.expected ? expected_->data() + begin * classes : nullptr});
+                         values ? values_->data() + begin * classes : nullptr});
     }
   }
   Chunks(const Chunks&) = delete;
@@ -135,7 +156,7 @@ class Chunks {
  private:
   int64_t ld_;
   std::vector<int64_t> targets_;
-  std::optional<Buffer<T>> expected_;
+  std::optional<Buffer<T>> values_;
   std::vector<Chunk> chunks_;
 };
 
@@ -146,7 +167,24 @@ struct LaneSums {
   T* sum;           // of the exponentials, or of the squared residuals
   T* target_logit;  // classification only
   uint8_t* is_argmax;
+  T* options = nullptr;  // [kOptionSums][ld], with options
 };
+
+// What turns a clone's logits into its gradient, per lane: OptionGradientRows.
+template <class T>
+struct OptionFactors {
+  T *spread, *hit, *live;
+};
+
+constexpr int64_t kOptionLanes = kOptionSums + 3;
+
+// Takes in the mixture's -log likelihood of sample b.
+template <class T>
+void add_loss(const MixtureProblem<T>& p, MixtureResult<T>& out, int64_t b, double nll) {
+  const double value = p.weight_of(b) * nll;
+  out.loss += value;
+  if (out.losses) out.losses[b] = static_cast<T>(value);
+}
 
 // Is anything wrong with a clone, from all lanes seen so far?
 struct CloneHealth {
@@ -182,10 +220,61 @@ void finish_clone(const MixtureProblem<T>& p, const typename Chunks<T>::Chunk& c
       continue;
     }
     log_likelihood[lane] = value;
-    factor[lane] =
-        static_cast<T>(gaussian ? p.norm / values.sigma2 : classes.gradient_factor(p.norm, logits));
+    factor[lane] = static_cast<T>(gaussian ? p.weight_of(chunk.begin + lane) / values.sigma2
+                                           : classes.gradient_factor(p.norm, logits));
     own -= value;
     score += gaussian ? sum : sums.is_argmax[lane];
+  }
+  stats[n] += own;
+  stats[p.size.clones + n] += score;
+}
+
+// The same with the loss's options (alrao_fast/reference/switch_mixture.py has the formulas): what
+// the mixture takes of a clone is -L, what the statistics take is the likelihood.
+template <class T>
+void finish_clone_with_options(const MixtureProblem<T>& p, const typename Chunks<T>::Chunk& chunk,
+                               int64_t n, int64_t ld, const LaneSums<T>& sums, double* objective,
+                               T* factor, const OptionFactors<T>& factors, double* stats,
+                               CloneHealth* health) {
+  const double classes = static_cast<double>(p.size.classes);
+  double own = 0, score = 0;
+  for (int64_t lane = 0; lane < ld; ++lane) {
+    objective[lane] = -INFINITY;
+    factor[lane] = factors.spread[lane] = factors.hit[lane] = factors.live[lane] = 0;
+    if (lane >= chunk.size) continue;
+    const double sum = sums.sum[lane];
+    if (!(sum < INFINITY)) health->suspect = true;
+    const int64_t target = chunk.target[lane];
+    if (target < 0) continue;
+    const auto option_sum = [&](int64_t k) { return double(sums.options[k * ld + lane]); };
+    const SmoothedTarget<double> smoothed{
+        p.label_smoothing,
+        classes,
+        std::log(sum),
+        option_sum(0),
+        p.soft ? option_sum(2) : (double(sums.target_logit[lane]) - sums.max[lane]),
+        p.soft ? option_sum(4) : 1.0};
+    const double class_weight = p.soft || !p.class_weight ? 1.0 : double(p.class_weight[target]);
+    const double likelihood =
+        p.soft ? option_sum(1) - option_sum(3) * smoothed.log_sum : smoothed.dot - smoothed.log_sum;
+    const double lse = sums.max[lane] + smoothed.log_sum;
+    const double value = smoothed.log_likelihood(class_weight) - p.z_loss * lse * lse;
+    if (!is_alive(value) || !is_alive(likelihood)) {
+      health->dead = health->suspect = true;
+      own = INFINITY;
+      continue;
+    }
+    const double weight = p.weight_of(chunk.begin + lane);
+    const double total = smoothed.total(class_weight);
+    objective[lane] = value;
+    factor[lane] = static_cast<T>(weight * ((total == 0 ? 0.0 : 1.0) + 2 * p.z_loss * lse) / sum);
+    if (total != 0) {
+      factors.spread[lane] = static_cast<T>(weight * p.label_smoothing / (classes * total));
+      factors.hit[lane] = static_cast<T>(weight * (1 - p.label_smoothing) * class_weight / total);
+    }
+    factors.live[lane] = 1;
+    own -= likelihood;
+    score += sums.is_argmax[lane];
   }
   stats[n] += own;
   stats[p.size.clones + n] += score;

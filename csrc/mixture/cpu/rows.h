@@ -28,6 +28,22 @@ struct SoftmaxRows {
   uint8_t* is_argmax;     // [lanes], likewise: the target is the first row that attains the maximum
 };
 
+// The same with the loss's options. With a softcap k the logits are k tanh((z + bias) / k), those
+// that are not finite become NaN, and z becomes logit - max: its exponential comes with the
+// gradient. `q` are probabilities, `class_weight` weights w: the sums of what they say of logit -
+// max, and of themselves, have lanes `ld` apart.
+template <class T>
+struct OptionSoftmaxRows {
+  SoftmaxRows<T> plain;
+  T softcap;              // 0: none
+  const T* class_weight;  // [rows], or null for 1
+  const T* q;             // [rows][ld] or null
+  T* sums;                // [kOptionSums][ld]
+};
+
+// Sums over the rows of w (logit - max), q (logit - max), w q (logit - max), q, and w q.
+constexpr int64_t kOptionSums = 5;
+
 // z becomes z + bias - expected, in place; `sum` is the sum of its squares.
 template <class T>
 struct ResidualRows {
@@ -49,6 +65,25 @@ struct GradientRows {
   int64_t first_class;
   T hit;
   T* bias_grad;  // [rows] or null
+  bool accumulate;
+};
+
+// What OptionSoftmaxRows leaves becomes the gradient: factor exp(logit - max) - spread w - hit q w,
+// times the softcap's derivative; 0 in lanes that are not `live`. Without q, `hit` is subtracted in
+// the target's row alone.
+template <class T>
+struct OptionGradientRows {
+  T* z;
+  int64_t rows, ld, lanes;
+  const T *factor, *spread, *hit, *live;  // [lanes]
+  const int64_t* target;                  // [lanes]
+  int64_t first_class;
+  const T* class_weight;  // [rows], or null for 1
+  const T* q;             // [rows][ld] or null
+  T softcap;
+  const T* max;           // [lanes]
+  const T* target_logit;  // [lanes]
+  T* bias_grad;           // [rows] or null
   bool accumulate;
 };
 
@@ -83,7 +118,8 @@ struct BlendRows {
   const T* beta;
 };
 
-// z becomes z + bias - max, in place; max and sum as in SoftmaxRows.
+// z becomes z + bias - max, in place; max and sum as in SoftmaxRows. softcap: as in
+// OptionSoftmaxRows.
 template <class T>
 struct LogSumRows {
   T* z;
@@ -91,6 +127,7 @@ struct LogSumRows {
   const T* bias;
   T* max;
   T* sum;
+  T softcap;
 };
 
 // out[row][lane] = log sum_n exp(z[n][row][lane] + offset[n][lane]); an offset of -inf leaves the
@@ -129,6 +166,8 @@ struct ShareGradientRows {
   const T* sum;
   T* bias_grad;
   bool accumulate;
+  T softcap;
+  const T* max;  // [lanes]: makes logits of z, where there is a softcap
 };
 
 #ifdef ALRAO_ISA
@@ -146,8 +185,10 @@ struct ShareGradientRows {
 #endif
 
 ALRAO_ROW_KERNEL(softmax_rows, SoftmaxRows);
+ALRAO_ROW_KERNEL(option_softmax_rows, OptionSoftmaxRows);
 ALRAO_ROW_KERNEL(residual_rows, ResidualRows);
 ALRAO_ROW_KERNEL(gradient_rows, GradientRows);
+ALRAO_ROW_KERNEL(option_gradient_rows, OptionGradientRows);
 ALRAO_ROW_KERNEL(weight_rows, WeightRows);
 ALRAO_ROW_KERNEL(mixture_rows, MixtureRows);
 ALRAO_ROW_KERNEL(blend_rows, BlendRows);

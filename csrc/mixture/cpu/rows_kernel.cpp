@@ -81,26 +81,98 @@ ALRAO_INLINE void max_of_tile(const T* z, int64_t rows, int64_t ld, int64_t lane
 }
 
 template <class T>
-ALRAO_INLINE void softmax(const SoftmaxRows<T>& a) {
-  max_of_tile(a.z, a.rows, a.ld, a.lanes, a.bias, a.max, a.sum);
+ALRAO_INLINE void find_targets(const SoftmaxRows<T>& a, const T* bias) {
   for (int64_t lane = 0; lane < a.lanes; ++lane) {
     const int64_t row = a.target[lane] - a.first_class;
     if (a.target[lane] < 0 || row < 0 || row >= a.rows) continue;
-    const T value = a.z[row * a.ld + lane] + (a.bias ? a.bias[row] : T(0));
+    const T value = a.z[row * a.ld + lane] + (bias ? bias[row] : T(0));
     a.target_logit[lane] = value;
     bool first = value == a.max[lane];
     for (int64_t i = 0; first && i < row; ++i) {
-      first = a.z[i * a.ld + lane] + (a.bias ? a.bias[i] : T(0)) < value;
+      first = a.z[i * a.ld + lane] + (bias ? bias[i] : T(0)) < value;
     }
     a.is_argmax[lane] = first;
   }
+}
+
+template <class T>
+ALRAO_INLINE void softmax(const SoftmaxRows<T>& a) {
+  max_of_tile(a.z, a.rows, a.ld, a.lanes, a.bias, a.max, a.sum);
+  find_targets(a, a.bias);
   exp_of_tile<T, true>(a.z, a.rows, a.ld, a.lanes, a.bias, a.max, a.sum);
+}
+
+// z becomes softcap tanh((z + bias) / softcap), NaN where it is not finite.
+template <class T>
+ALRAO_INLINE void cap(T* z, int64_t rows, int64_t ld, int64_t lanes, const T* bias, T softcap) {
+  constexpr int64_t width = Simd<T>::kWidth;
+  const Vector<T> zero = splat(T(0));
+  for (int64_t i = 0; i < rows; ++i) {
+    const Vector<T> offset = splat(bias ? bias[i] : T(0));
+    for (int64_t lane = 0; lane < lanes; lane += width) {
+      T* p = z + i * ld + lane;
+      const Vector<T> v = load(p) + offset;
+      const Vector<T> bounded = softcap * tanh_of(v / softcap);
+      store(p, v * T(0) == zero ? bounded : v * T(0));
+    }
+  }
+}
+
+// kSoft: there are probabilities; kKeep: z becomes logit - max, not its exponential.
+template <class T, bool kSoft, bool kKeep>
+ALRAO_INLINE void option_sums(const OptionSoftmaxRows<T>& a, const T* bias) {
+  constexpr int64_t width = Simd<T>::kWidth;
+  const SoftmaxRows<T>& r = a.plain;
+  for (int64_t lane = 0; lane < r.lanes; lane += width) {
+    const Vector<T> m = load(r.max + lane);
+    Vector<T> s = load(r.sum + lane), total[kOptionSums] = {};
+    for (int64_t i = 0; i < r.rows; ++i) {
+      T* p = r.z + i * r.ld + lane;
+      const Vector<T> below = load(p) + splat(bias ? bias[i] : T(0)) - m;
+      const Vector<T> w = splat(a.class_weight ? a.class_weight[i] : T(1));
+      const Vector<T> e = exp_below(below);
+      s += e;
+      total[0] += w * below;
+      if constexpr (kSoft) {
+        const Vector<T> q = load(a.q + i * r.ld + lane);
+        total[1] += q * below;
+        total[2] += w * q * below;
+        total[3] += q;
+        total[4] += w * q;
+      }
+      store(p, kKeep ? below : e);
+    }
+    store(r.sum + lane, s);
+    for (int64_t k = 0; k < kOptionSums; ++k) store(a.sums + k * r.ld + lane, total[k]);
+  }
+}
+
+template <class T>
+ALRAO_INLINE void option_softmax(const OptionSoftmaxRows<T>& a) {
+  const SoftmaxRows<T>& r = a.plain;
+  const T* bias = r.bias;
+  if (a.softcap != 0) {
+    cap(r.z, r.rows, r.ld, r.lanes, bias, a.softcap);
+    bias = nullptr;
+  }
+  max_of_tile(r.z, r.rows, r.ld, r.lanes, bias, r.max, r.sum);
+  find_targets(r, bias);
+  if (a.q) {
+    a.softcap != 0 ? option_sums<T, true, true>(a, bias) : option_sums<T, true, false>(a, bias);
+  } else {
+    a.softcap != 0 ? option_sums<T, false, true>(a, bias) : option_sums<T, false, false>(a, bias);
+  }
 }
 
 template <class T>
 ALRAO_INLINE void log_sum(const LogSumRows<T>& a) {
-  max_of_tile(a.z, a.rows, a.ld, a.lanes, a.bias, a.max, a.sum);
-  exp_of_tile<T, false>(a.z, a.rows, a.ld, a.lanes, a.bias, a.max, a.sum);
+  const T* bias = a.bias;
+  if (a.softcap != 0) {
+    cap(a.z, a.rows, a.ld, a.lanes, bias, a.softcap);
+    bias = nullptr;
+  }
+  max_of_tile(a.z, a.rows, a.ld, a.lanes, bias, a.max, a.sum);
+  exp_of_tile<T, false>(a.z, a.rows, a.ld, a.lanes, bias, a.max, a.sum);
 }
 
 template <class T>
@@ -145,6 +217,59 @@ ALRAO_INLINE void gradient(const GradientRows<T>& a) {
     if (a.target[lane] < 0 || row < 0 || row >= a.rows || a.factor[lane] == 0) continue;
     a.z[row * a.ld + lane] -= a.hit;
     if (a.bias_grad) a.bias_grad[row] -= a.hit;
+  }
+}
+
+// d logit / d z, of the capped logit.
+template <class V, class T>
+ALRAO_INLINE V cap_derivative(V logit, T softcap) {
+  const V share = logit / softcap;
+  return T(1) - share * share;
+}
+
+template <class T, bool kSoft, bool kCapped>
+ALRAO_INLINE void option_gradients(const OptionGradientRows<T>& a) {
+  constexpr int64_t width = Simd<T>::kWidth;
+  const Vector<T> zero = splat(T(0));
+  for (int64_t i = 0; i < a.rows; ++i) {
+    const Vector<T> w = splat(a.class_weight ? a.class_weight[i] : T(1));
+    for (int64_t lane = 0; lane < a.lanes; lane += width) {
+      T* p = a.z + i * a.ld + lane;
+      const Vector<T> z = load(p);
+      Vector<T> v = (kCapped ? exp_below(z) : z) * load(a.factor + lane);
+      v -= w * load(a.spread + lane);
+      if constexpr (kSoft) v -= w * load(a.q + i * a.ld + lane) * load(a.hit + lane);
+      if constexpr (kCapped) v *= cap_derivative(z + load(a.max + lane), a.softcap);
+      store(p, load(a.live + lane) != zero ? v : zero);
+    }
+  }
+  for (int64_t lane = 0; !kSoft && lane < a.lanes; ++lane) {
+    const int64_t row = a.target[lane] - a.first_class;
+    if (a.target[lane] < 0 || row < 0 || row >= a.rows || a.live[lane] == 0) continue;
+    T hit = a.hit[lane];
+    if (kCapped) {
+      // To the bit as above, where the product is rounded before anything is subtracted.
+      const Vector<T> max = splat(a.max[lane]);
+      volatile T rounded =
+          hit * cap_derivative(splat(a.target_logit[lane]) - max + max, a.softcap)[0];
+      hit = rounded;
+    }
+    a.z[row * a.ld + lane] -= hit;
+  }
+  // After the hits, which differ from sample to sample: what cancels in each cancels in the sum.
+  for (int64_t i = 0; a.bias_grad && i < a.rows; ++i) {
+    Vector<T> total = zero;
+    for (int64_t lane = 0; lane < a.lanes; lane += width) total += load(a.z + i * a.ld + lane);
+    put(a.bias_grad, i, a.accumulate, sum_lanes<T>(total));
+  }
+}
+
+template <class T>
+ALRAO_INLINE void option_gradient(const OptionGradientRows<T>& a) {
+  if (a.q) {
+    a.softcap != 0 ? option_gradients<T, true, true>(a) : option_gradients<T, true, false>(a);
+  } else {
+    a.softcap != 0 ? option_gradients<T, false, true>(a) : option_gradients<T, false, false>(a);
   }
 }
 
@@ -260,7 +385,9 @@ ALRAO_INLINE void share_gradient(const ShareGradientRows<T>& a) {
       const Vector<T> z = load(a.z + at), offset = load(a.offset + lane);
       const Vector<T> w = share_of(z + offset, load(a.log_mixture + at));
       const Vector<T> p = exp_below(z + load(a.log_scale + lane));
-      const Vector<T> g = offset > none ? load(a.grad + at) * w - p * load(a.sum + lane) : zero;
+      Vector<T> g = load(a.grad + at) * w - p * load(a.sum + lane);
+      if (a.softcap != 0) g *= cap_derivative(z + load(a.max + lane), a.softcap);
+      g = offset > none ? g : zero;
       total += g;
       store(a.z + at, g);
     }
@@ -276,8 +403,10 @@ ALRAO_INLINE void share_gradient(const ShareGradientRows<T>& a) {
   static_assert(true, "a semicolon follows")
 
 ALRAO_DEFINE(softmax_rows, softmax, SoftmaxRows);
+ALRAO_DEFINE(option_softmax_rows, option_softmax, OptionSoftmaxRows);
 ALRAO_DEFINE(residual_rows, residual, ResidualRows);
 ALRAO_DEFINE(gradient_rows, gradient, GradientRows);
+ALRAO_DEFINE(option_gradient_rows, option_gradient, OptionGradientRows);
 ALRAO_DEFINE(weight_rows, weigh, WeightRows);
 ALRAO_DEFINE(mixture_rows, mixture, MixtureRows);
 ALRAO_DEFINE(blend_rows, blend, BlendRows);

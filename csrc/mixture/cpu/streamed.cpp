@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <limits>
+#include <numeric>
 
 #include "common/cpu/gemm.h"
 #include "mixture/cpu/problem.h"
@@ -35,7 +36,9 @@ class Streamed {
         z_(classes_ * ld_),
         part_(p.options.need_dx ? groups_ * ld_ * features_ : 0),
         block_(blocks_ * ld_ * 4),
+        option_block_(p.has_options ? blocks_ * ld_ * kOptionSums : 0),
         lane_(ld_ * 5),
+        option_lane_(p.has_options ? ld_ * kOptionLanes : 0),
         is_argmax_((blocks_ + 1) * ld_),
         log_likelihood_(ld_),
         mixture_(p.size.samples, empty_mixture<double>()) {}
@@ -60,7 +63,7 @@ class Streamed {
     for (const auto& chunk : chunks_) {
       for (int64_t lane = 0; lane < chunk.size; ++lane) {
         const int64_t b = chunk.begin + lane;
-        if (chunk.target[lane] >= 0) out_.loss += p_.norm * mixture_nll(mixture_[b]);
+        if (chunk.target[lane] >= 0) add_loss(p_, out_, b, mixture_nll(mixture_[b]));
       }
     }
   }
@@ -81,13 +84,22 @@ class Streamed {
 
   LaneSums<T> sums(int64_t block) {
     T* p = block_.data() + block * ld_ * 4;
-    return {p, p + ld_, p + 2 * ld_, is_argmax_.data() + block * ld_};
+    return {p, p + ld_, p + 2 * ld_, is_argmax_.data() + block * ld_,
+            p_.has_options ? option_block_.data() + block * ld_ * kOptionSums : nullptr};
   }
 
   T* factor(int64_t block) { return block_.data() + block * ld_ * 4 + 3 * ld_; }
 
   Matrix<const T> samples(const Chunk& chunk) const {
     return row_major(p_.x + chunk.begin * features_, chunk.size, features_, features_);
+  }
+
+  const T* class_weight(int64_t row) const {
+    return p_.class_weight ? p_.class_weight + row : nullptr;
+  }
+
+  const T* probabilities(const Chunk& chunk, int64_t row) const {
+    return p_.soft ? chunk.values + row * ld_ : nullptr;
   }
 
   template <class Body>
@@ -110,10 +122,18 @@ class Streamed {
       const LaneSums<T> s = sums(block);
       if (p_.expected) {
         residual_rows(
-            ResidualRows<T>{z, rows(block), ld_, ld_, bias, chunk.expected + row * ld_, s.sum});
+            ResidualRows<T>{z, rows(block), ld_, ld_, bias, chunk.values + row * ld_, s.sum});
+        return;
+      }
+      const SoftmaxRows<T> softmax{z,     rows(block),    ld_,        ld_,
+                                   bias,  chunk.target,   row,        s.max,
+                                   s.sum, s.target_logit, s.is_argmax};
+      if (p_.has_options) {
+        option_softmax_rows(OptionSoftmaxRows<T>{softmax, static_cast<T>(p_.softcap),
+                                                 class_weight(row), probabilities(chunk, row),
+                                                 s.options});
       } else {
-        softmax_rows(SoftmaxRows<T>{z, rows(block), ld_, ld_, bias, chunk.target, row, s.max, s.sum,
-                                    s.target_logit, s.is_argmax});
+        softmax_rows(softmax);
       }
     });
     return p_.expected ? finish_gaussian(chunk, n, health) : finish_classes(chunk, n, health);
@@ -133,7 +153,8 @@ class Streamed {
 
   bool finish_classes(const Chunk& chunk, int64_t n, CloneHealth* health) {
     T* p = lane_.data();
-    const LaneSums<T> total{p, p + ld_, p + 2 * ld_, is_argmax_.data() + blocks_ * ld_};
+    const LaneSums<T> total{p, p + ld_, p + 2 * ld_, is_argmax_.data() + blocks_ * ld_,
+                            option_lane_.data()};
     std::fill_n(total.max, ld_, T(-INFINITY));
     std::fill_n(total.sum, ld_, T(0));
     for (int64_t block = 0; block < blocks_; ++block) {
@@ -160,6 +181,7 @@ class Streamed {
       total.is_argmax[lane] = first;
     }
     T* common = p + 3 * ld_;
+    if (p_.has_options) return finish_options(chunk, n, total, common, health);
     finish_clone<T>(p_, chunk, n, ld_, total, log_likelihood_.data(), common, out_.stats, health);
     bool any = false;
     for (int64_t lane = 0; lane < ld_; ++lane) any = any || common[lane] != 0;
@@ -176,15 +198,57 @@ class Streamed {
     return any;
   }
 
+  OptionFactors<T> option_factors() const {
+    T* p = option_lane_.data() + kOptionSums * ld_;
+    return {p, p + ld_, p + 2 * ld_};
+  }
+
+  // The sums of the blocks, each relative to the block's maximum, brought to that of all.
+  bool finish_options(const Chunk& chunk, int64_t n, const LaneSums<T>& total, T* common,
+                      CloneHealth* health) {
+    std::fill_n(total.options, kOptionSums * ld_, T(0));
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const LaneSums<T> s = sums(block);
+      const int64_t row = block * kBlockRows;
+      T weights = static_cast<T>(rows(block));
+      if (const T* w = class_weight(row)) weights = std::accumulate(w, w + rows(block), T(0));
+      for (int64_t lane = 0; lane < ld_; ++lane) {
+        const auto of = [&](int64_t k) { return s.options[k * ld_ + lane]; };
+        const T lag = s.max[lane] - total.max[lane];
+        total.options[lane] += of(0) + weights * lag;
+        total.options[ld_ + lane] += of(1) + of(3) * lag;
+        total.options[2 * ld_ + lane] += of(2) + of(4) * lag;
+        total.options[3 * ld_ + lane] += of(3);
+        total.options[4 * ld_ + lane] += of(4);
+      }
+    }
+    const OptionFactors<T> factors = option_factors();
+    finish_clone_with_options<T>(p_, chunk, n, ld_, total, log_likelihood_.data(), common, factors,
+                                 out_.stats, health);
+    for (int64_t block = 0; block < blocks_; ++block) {
+      T* scale = factor(block);
+      for (int64_t lane = 0; lane < ld_; ++lane) scale[lane] *= common[lane];
+    }
+    return std::any_of(factors.live, factors.live + ld_, [](T live) { return live != 0; });
+  }
+
   // Second pass.
   void gradients(const Chunk& chunk, int64_t n, bool first) {
     for_each_group([&](int64_t group, int64_t block) {
       const int64_t row = block * kBlockRows;
       T* z = z_.data() + row * ld_;
-      gradient_rows(
-          GradientRows<T>{z, rows(block), ld_, ld_, factor(block),
-                          p_.expected ? nullptr : chunk.target, row, static_cast<T>(p_.norm),
-                          p_.options.need_dw ? out_.dbias + n * classes_ + row : nullptr, !first});
+      T* bias_grad = p_.options.need_dw ? out_.dbias + n * classes_ + row : nullptr;
+      if (p_.has_options) {
+        const OptionFactors<T> f = option_factors();
+        option_gradient_rows(OptionGradientRows<T>{
+            z, rows(block), ld_, ld_, factor(block), f.spread, f.hit, f.live, chunk.target, row,
+            class_weight(row), probabilities(chunk, row), static_cast<T>(p_.softcap),
+            sums(block).max, lane_.data() + 2 * ld_, bias_grad, !first});
+      } else {
+        gradient_rows(GradientRows<T>{z, rows(block), ld_, ld_, factor(block),
+                                      p_.expected ? nullptr : chunk.target, row,
+                                      static_cast<T>(p_.norm), bias_grad, !first});
+      }
       const auto g = row_major<const T>(z, rows(block), chunk.size, ld_);
       if (p_.options.need_dw) {
         gemm<T>(row_major(out_.dweight + (n * classes_ + row) * features_, rows(block), features_,
@@ -229,10 +293,12 @@ class Streamed {
   int64_t classes_, features_, blocks_, blocks_per_group_, groups_;
   Chunks<T> chunks_;
   int64_t ld_;
-  Buffer<T> z_;      // [C][ld]
-  Buffer<T> part_;   // [groups][ld][D]
-  Buffer<T> block_;  // [blocks][max, sum, target logit, factor][ld]
-  Buffer<T> lane_;   // the same for the clone, then alpha and beta [ld]
+  Buffer<T> z_;             // [C][ld]
+  Buffer<T> part_;          // [groups][ld][D]
+  Buffer<T> block_;         // [blocks][max, sum, target logit, factor][ld]
+  Buffer<T> option_block_;  // [blocks][option sums][ld]
+  Buffer<T> lane_;          // as block_ for the clone, then alpha and beta [ld]
+  Buffer<T> option_lane_;   // [option sums, spread, hit, live][ld]
   std::vector<uint8_t> is_argmax_;
   std::vector<double> log_likelihood_;           // [ld], this clone and chunk
   std::vector<RunningMixture<double>> mixture_;  // [B]

@@ -1,4 +1,5 @@
 // The mixture's ops under the CUDA key: device and stream, nothing else.
+#include "common/checks.h"
 #include "common/cuda/on_device.h"
 #include "mixture/boxed.h"
 #include "mixture/cuda/problem.h"
@@ -22,12 +23,18 @@ MixtureOutputs loss(const LossArguments& arguments) {
   return mixture_loss(arguments, observation, on.stream);
 }
 
-LogProbOutputs log_prob(const MixtureInputs& inputs, int64_t memory_budget) {
+void check_no_softcap(double softcap) {
+  ALRAO_CHECK(softcap == 0, "softcap: got ", softcap, ", expected 0 for the CUDA kernels");
+}
+
+LogProbOutputs log_prob(const MixtureInputs& inputs, int64_t memory_budget, double softcap) {
+  check_no_softcap(softcap);
   const OnDevice on(inputs.x);
   return mixture_log_prob(inputs, memory_budget, on.stream);
 }
 
 MixtureGradients log_prob_backward(const LogProbGradient& arguments) {
+  check_no_softcap(arguments.softcap);
   const OnDevice on(arguments.inputs.x);
   return mixture_log_prob_backward(arguments, on.stream);
 }

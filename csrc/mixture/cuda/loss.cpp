@@ -85,6 +85,10 @@ MixtureOutputs run(const LossArguments& arguments, const MixtureSizes& size,
 MixtureOutputs mixture_loss(const LossArguments& arguments, const SwitchObservation& observation,
                             cudaStream_t stream) {
   const MixtureSizes size = check_loss(arguments);
+  ALRAO_CHECK(
+      !arguments.extras.any() && (arguments.likelihood.gaussian || !is_soft(arguments.target)),
+      "options: got one of row_weight, class_weight, label_smoothing, z_loss, softcap, "
+      "per_sample and probabilities as targets, which the CUDA kernels do not have");
   return in_type_of(arguments.inputs, [&](auto zero) {
     return run<decltype(zero)>(arguments, size, observation, stream);
   });

@@ -1,0 +1,262 @@
+"""Hugging Face models whose output layer is a head of clones (`alrao_fast.wrap`). Nothing of transformers is imported.
+
+The model stays the object that it was, of a subclass made for it, as torch.nn.utils.parametrize makes one. Where the
+output layer was stands `Passed`, which holds the clones and passes its input on: what the model's own forward returns
+as logits are then the features of whatever it would have returned logits of, pooled or cut out as it does. The clones
+take it from there.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alrao_fast import live
+from alrao_fast.nn.clones import LinearClones
+from alrao_fast.nn.collapse import WHICH, best_layer, collapsed_head
+from alrao_fast.nn.regressor import RegressorClones
+from alrao_fast.nn.with_clones import WithClones
+
+# What a config says of logits that the model bends itself, by the names of the models' authors.
+_SOFTCAP = "final_logit_softcapping"
+
+
+class Passed(nn.Module):
+    """In the place of an output layer: returns its input, and holds the clones for the model's forward."""
+
+    def __init__(self, clones: LinearClones) -> None:
+        super().__init__()
+        self.clones = clones
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`features` as they are."""
+        return features
+
+    @property
+    def weight(self) -> Tensor:
+        """The clones' `[N, C, D]`, for whoever asks an output layer for its dtype or device."""
+        return self.clones.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The clones' `[N, C]`."""
+        return self.clones.bias
+
+
+class Pretrained(WithClones):
+    """What `wrap` adds to a model of Hugging Face's: a loss and logits of the clones, and what an `AlraoModel` can say.
+
+    `model(**inputs, labels=y)` returns the model's own kind of output. `loss` is the mixture's loss, of labels shifted
+    by one position where the model's own loss shifts them, divided by `num_items_in_batch` where it is given; in
+    training mode it is one observation of the switch. `logits` are the mixture's log-probabilities (of a regression the
+    mean); with labels in training mode they are None, as all of a large vocabulary's would cost another pass, unless
+    the model was wrapped with `training_logits=True`. `sample_weight` and `reduction` go to the head.
+    """
+
+    # For Trainer, which then gives num_items_in_batch.
+    accepts_loss_kwargs = True
+    config: Any
+
+    def _place(self) -> Any:
+        return self.get_submodule(self.__dict__["_alrao"]["output"])
+
+    def _clones(self) -> LinearClones:
+        # Of several, as PEFT keeps copies, the place itself tells the active one.
+        clones: LinearClones = self._place().clones
+        return clones
+
+    @property
+    def clones(self) -> LinearClones:
+        """The head."""
+        return self._clones()
+
+    def _backbone_parameters(self) -> Iterator[nn.Parameter]:
+        own = {id(p) for p in self._place().parameters()}
+        return (p for p in self.parameters() if id(p) not in own)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        names = self.__dict__["_alrao"]["arguments"]
+        kwargs.update(zip(names, args))
+        labels = kwargs.pop("labels", None)
+        options = {
+            name: kwargs.pop(name)
+            for name in ("num_items_in_batch", "sample_weight", "reduction")
+            if kwargs.get(name) is not None
+        }
+        return_dict = kwargs.pop("return_dict", None)
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        if labels is not None and getattr(self.config, "is_encoder_decoder", False):
+            if (
+                kwargs.get("decoder_input_ids") is None
+                and kwargs.get("decoder_inputs_embeds") is None
+            ):
+                prepare: Any = self.prepare_decoder_input_ids_from_labels
+                kwargs["decoder_input_ids"] = prepare(labels)
+        out = super().forward(**kwargs, return_dict=True)
+        features, head = out.logits, self._clones()
+        if features.size(-1) != head.in_features:
+            raise RuntimeError(
+                f"{type(self).__name__}: its logits without an output layer have {features.size(-1)} entries, expected "
+                f"the {head.in_features} features of the clones: the model does more than return what its output layer "
+                "does; build an alrao_fast.AlraoModel of its base model and a head"
+            )
+        results: dict[str, Any] = {}
+        if labels is not None:
+            results["loss"] = head(*self._aligned(features, labels), **options)
+        if labels is None or not self.training or self.__dict__["_alrao"]["training_logits"]:
+            results["logits"] = head(features)
+        fields = {**out, **results}
+        if "logits" not in results:
+            del fields["logits"]
+        result: Any = type(out)(**fields)
+        return result if return_dict else result.to_tuple()
+
+    def _aligned(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and labels of the same positions."""
+        head = self._clones()
+        if isinstance(head, RegressorClones):
+            return features, labels.reshape(*features.shape[:-1], head.out_features)
+        if self.__dict__["_alrao"]["shift"]:
+            return features[..., :-1, :], labels[..., 1:]
+        return features, labels
+
+    def collapse(self, which: str = "best") -> nn.Module:
+        """A copy of the model, of its own class, in eval mode, with one ordinary output layer in the clones' place.
+
+        "best" has the clone with the largest posterior: `save_pretrained` saves, and `from_pretrained` loads it without
+        this package. "mixture" has all clones, as a module that returns the mixture's log-probabilities; it computes
+        what this model does in eval mode, and its class cannot load it. RuntimeError while the switch has observed
+        nothing.
+        """
+        WHICH.check("which", which)
+        if which == "best":
+            self._check_observed("collapse('best')")
+        head = self._clones()
+        plain = copy.deepcopy(self)
+        settings = plain.__dict__.pop("_alrao")
+        layer = best_layer(head) if which == "best" else collapsed_head(head, which)
+        plain.set_submodule(settings["output"], layer)
+        plain.__class__ = settings["class"]
+        if settings["softcap"] is not None and which == "best":
+            setattr(plain.config, _SOFTCAP, settings["softcap"])
+        return plain.eval()
+
+    def _get_resized_lm_head(
+        self, old_lm_head: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """What resize_token_embeddings puts in the clones' place: their weights, and those of new tokens the mean."""
+        if new_num_tokens is None or not hasattr(old_lm_head, "clones"):
+            return old_lm_head
+        return Passed(resized(old_lm_head.clones, new_num_tokens))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new, (self.__dict__["_alrao"]["class"],), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        live.models.enter(self)
+
+
+def resized(head: LinearClones, num_classes: int) -> LinearClones:
+    """A copy of a classifier's head for another number of classes: new ones start at the mean of the others."""
+    new = copy.deepcopy(head)
+    kept = min(num_classes, new.weight.size(1))
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            old = getattr(new, name)
+            if old is None:
+                continue
+            tensor = old.new_empty(old.size(0), num_classes, *old.shape[2:])
+            tensor[:, :kept] = old[:, :kept]
+            tensor[:, kept:] = old.mean(1, keepdim=True)
+            setattr(new, name, nn.Parameter(tensor, requires_grad=old.requires_grad))
+    new.num_classes = num_classes  # type: ignore[assignment]
+    return new
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether it is a model of transformers."""
+    return any(
+        c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.")
+        for c in type(model).__mro__
+    )
+
+
+def convert(
+    model: Any, name: str, layer: nn.Linear, head: LinearClones, training_logits: bool
+) -> Any:
+    """Make `model`, with `head` in the place `name` of its output layer, one that is trained by Alrao."""
+    settings = {
+        "class": type(model),
+        "output": name,
+        "shift": _shifts(model),
+        "training_logits": training_logits,
+        "arguments": [*inspect.signature(model.forward).parameters],
+        "softcap": getattr(model.config, _SOFTCAP, None),
+    }
+    if settings["softcap"] is not None:
+        # The clones' business from now on.
+        setattr(model.config, _SOFTCAP, None)
+    _untie(model, name)
+    model.set_submodule(name, Passed(head.to(layer.weight.device)))
+    model.__dict__["_alrao"] = settings
+    model.__class__ = _subclass(type(model))
+    live.models.enter(model)
+    return model
+
+
+def _shifts(model: Any) -> bool:
+    """Whether the model's own loss compares the logits of a position with the label of the next."""
+    loss = getattr(model, "loss_function", None)
+    encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    return getattr(loss, "__name__", "") == "ForCausalLMLoss" and not encoder_decoder
+
+
+def _untie(model: Any, name: str) -> None:
+    """Nothing of the output layer is tied any more, nor will be: N clones cannot be one embedding."""
+    tied = getattr(model, "_tied_weights_keys", None)
+    if isinstance(tied, dict):
+        model._tied_weights_keys = {
+            target: source for target, source in tied.items() if not target.startswith(f"{name}.")
+        }
+    expanded = getattr(model, "all_tied_weights_keys", None)
+    if isinstance(expanded, dict):
+        model.all_tied_weights_keys = {
+            target: source
+            for target, source in expanded.items()
+            if not target.startswith(f"{name}.")
+        }
+    if getattr(model.config, "tie_word_embeddings", False):
+        model.config.tie_word_embeddings = False
+
+
+# By the class of transformers.
+_subclasses: dict[type, Any] = {}
+
+
+def _subclass(cls: Any) -> Any:
+    """`cls` with the forward of `Pretrained`, under its own name: transformers decides by the names of classes."""
+
+    if cls in _subclasses:
+        return _subclasses[cls]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+    functools.update_wrapper(forward, cls.forward)
+    names = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    _subclasses[cls] = type(cls.__name__, (Pretrained, cls), names)
+    return _subclasses[cls]
+
+
+def _new(cls: type) -> Any:
+    """What unpickling and copying start from."""
+    subclass = _subclass(cls)
+    return subclass.__new__(subclass)

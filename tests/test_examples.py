@@ -1,0 +1,69 @@
+"""The scripts of examples/ at their smallest setting, and what `--help` does: nothing but help.
+
+Each runs in this process (importing torch and the rest anew takes longer than the training does), in an empty
+folder, and says at its end how well it predicts.
+"""
+
+import re
+import runpy
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+# The script, its smallest setting, the packages beside torch, and what it prints at its end.
+SCRIPTS = {
+    "digits.py": ("--epochs 5", "sklearn", r"epoch   5 .* test accuracy (9\d|[78]\d)"),
+    "cifar10.py": (
+        "--fake 32 --epochs 1 --batch 8 --workers 0 --blocks 1",
+        "torchvision tqdm",
+        r"epoch   1 ",
+    ),
+    "char_transformer.py": (
+        "--steps 20 --width 32 --depth 1 --context 16 --sample 20",
+        "tqdm",
+        r"validation: [0-6]\.\d+ bits per character",
+    ),
+    "lightning_digits.py": ("--epochs 4", "lightning sklearn", r"test accuracy (9\d|[78]\d)"),
+    "accelerate_digits.py": ("--epochs 4", "accelerate sklearn", r"test accuracy (9\d|[78]\d)"),
+    "rank_digits.py": ("--epochs 1 --seeds 1", "sklearn tqdm", r"cnn 16"),
+    "skorch_digits.py": ("--epochs 3 --folds 2", "skorch sklearn", r"in 2 folds: (9\d|[78]\d)"),
+}
+
+
+def run(script, arguments, monkeypatch):
+    # As Python does for a script: its folder is where it finds its neighbours.
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_example_trains(script, tmp_path, monkeypatch, capsys):
+    setting, packages, expected = SCRIPTS[script]
+    for package in packages.split():
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    run(script, setting.split(), monkeypatch)
+    assert re.search(expected, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in EXAMPLES.glob("*.py")))
+def test_help_only_helps(script, tmp_path, monkeypatch, capsys):
+    for package in SCRIPTS[script][1].split():
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run(script, ["--help"], monkeypatch)
+    assert stopped.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_example_is_tried():
+    assert {p.name for p in EXAMPLES.glob("*.py")} == set(SCRIPTS)
