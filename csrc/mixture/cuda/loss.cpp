@@ -1,5 +1,6 @@
 // Loss, statistics and gradients of the mixture: checks, outputs, the choice between the two ways
 // through the clones, and the finishing kernel.
+#include "common/checks.h"
 #include "mixture/checks.h"
 #include "mixture/cuda/problem.h"
 
