@@ -26,12 +26,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # a build frontend leaves the source folder out
@@ -225,6 +227,38 @@ def _say(text: str) -> None:
     print(f"alrao_fast: {text}", flush=True)
 
 
+class Editable(editable_wheel):
+    """An editable install that type checkers see: they do not run the finder that setuptools makes, but read paths.
+
+    The path is a folder with nothing but a link to the package: the repository's own would offer `tests` and `kernels`
+    to every import. At run time the finder comes first, so that modules keep their own files.
+    """
+
+    def _select_strategy(self, *arguments: Any) -> Any:
+        strategy = super()._select_strategy(*arguments)
+        made = getattr(strategy, "get_implementation", None)
+        if made is None:  # a mode that was asked for, with paths of its own
+            return strategy
+        folder = ROOT / "build" / "editable"
+        folder.mkdir(parents=True, exist_ok=True)
+        link = folder / "alrao_fast"
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path("..", "..", "alrao_fast"))
+
+        def with_path() -> Iterator[tuple[str, bytes]]:
+            files = dict(made())
+            yield from files.items()
+            finder = next(name for name in files if name.endswith(".py")).removesuffix(".py")
+            found = f"import sys, {finder} as own; sys.meta_path.remove(own._EditableFinder)"
+            first = f"{found}; sys.meta_path.insert(0, own._EditableFinder)"
+            # After the file that installs the finder, since their order is the alphabet's.
+            name = next(name for name in files if name.endswith(".pth")).removesuffix(".pth")
+            yield f"{name}.types.pth", f"{folder}\n{first}\n".encode()
+
+        strategy.get_implementation = with_path
+        return strategy
+
+
 class Build(build):
     # build_ext always runs: without a compiler it still records why nothing was built.
     sub_commands = [
@@ -243,5 +277,5 @@ if __name__ == "__main__":
         package_dir={"alrao_fast.kernels": "kernels"},
         ext_modules=[Extension("alrao_fast._C", [], py_limited_api=True)] if native else [],
         options={"bdist_wheel": {"py_limited_api": "cp310"}} if native else {},
-        cmdclass={"build": Build, "build_ext": BuildKernels},
+        cmdclass={"build": Build, "build_ext": BuildKernels, "editable_wheel": Editable},
     )

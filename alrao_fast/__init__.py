@@ -9,22 +9,67 @@ and the training loop that every PyTorch user has, with `loss = net(x, targets=y
 
 __version__ = "0.1.0"
 
-from alrao_fast import backends, functional, nn, optim
+from alrao_fast import backends, functional, plot
+from alrao_fast import nn as nn
+from alrao_fast import optim as optim
 from alrao_fast.backends import use_backend
 from alrao_fast.graphed_step import GraphedStep
-
-# The modules; the optimizers, samplers and layouts: as listed there.
-from alrao_fast.nn import *  # noqa: F403
-from alrao_fast.optim import *  # noqa: F403
+from alrao_fast.monitor import History, metrics, posterior_line
+from alrao_fast.nn import (
+    AlraoModel,
+    ClassifierClones,
+    GradNorms,
+    MixtureLoss,
+    RegressorClones,
+    Switch,
+    clip_grad_norm_,
+    grad_norms,
+    wrap,
+)
+from alrao_fast.optim import (
+    AlraoAdam,
+    AlraoSGD,
+    Constant,
+    Feature,
+    Fraction,
+    LogUniform,
+    PerWeight,
+    RateRow,
+    describe_rates,
+    register_feature_layout,
+)
 from alrao_fast.ranking import Ranked, Ranking, rank
 
+# A literal list, which type checkers read: it has all names of `nn` and `optim`, which would hide those of torch.
 __all__ = [
+    "AlraoAdam",
+    "AlraoModel",
+    "AlraoSGD",
+    "ClassifierClones",
+    "Constant",
+    "Feature",
+    "Fraction",
+    "GradNorms",
     "GraphedStep",
+    "History",
+    "LogUniform",
+    "MixtureLoss",
+    "PerWeight",
     "Ranked",
     "Ranking",
+    "RateRow",
+    "RegressorClones",
+    "Switch",
     "backends",
+    "clip_grad_norm_",
+    "describe_rates",
     "functional",
+    "grad_norms",
+    "metrics",
+    "plot",
+    "posterior_line",
     "rank",
+    "register_feature_layout",
     "use_backend",
+    "wrap",
 ]
-__all__ += nn.__all__ + optim.__all__

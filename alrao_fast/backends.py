@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from alrao_fast import _extension
+from alrao_fast.compiler import assume_constant_result
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 # Each op's stem and the dispatcher op whose kernel shows that a compiled backend implements it; the modules of the
@@ -117,6 +118,8 @@ class _Traced(ModuleType):
 _traced = _Traced("alrao_fast.backends.traced")
 
 
+# torch.compile takes the answer as a constant instead of tracing the look-ups.
+@assume_constant_result
 def _choose(op: str, device_type: str, name: str, impl: str) -> str:
     """What runs where `name` was asked for, by `impl` or, if that is auto, by what is in use."""
     source = "impl"
@@ -141,11 +144,6 @@ def _choose(op: str, device_type: str, name: str, impl: str) -> str:
 def _check_name(source: str, name: str) -> None:
     if not (isinstance(name, str) and name == "auto"):
         _check_word(source, name, BACKENDS, "auto or ")
-
-
-# torch.compile takes the answer as a constant instead of tracing the look-ups (the attribute that
-# torch.compiler.assume_constant_result sets, without its import of the whole compiler).
-_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def select(op: str, device: torch.device, impl: str = "auto") -> str:

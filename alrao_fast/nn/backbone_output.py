@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from alrao_fast.arguments import shown
+from alrao_fast.tracing import hint
 
 # How to take the features from what a backbone returns: by name, by place, or by a function; None by `find`.
 Features = str | int | Callable[[Any], Tensor] | None
@@ -66,6 +67,7 @@ def _message(backbone: nn.Module, out: Any, but: str) -> str:
         f"backbone: the {type(backbone).__name__} returned {_described(out)}{', ' + but if but else ''}, expected "
         "features [..., D], a sequence (features, *extras), or a mapping with one tensor, pooler_output or "
         "last_hidden_state; AlraoModel(backbone, head, features=...) names others, or takes a function"
+        + hint(out)
     )
 
 

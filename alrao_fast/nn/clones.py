@@ -32,6 +32,7 @@ from alrao_fast.ops.mixture.likelihood import (
 from alrao_fast.ops.mixture.loss import Observer, mixture_stats
 from alrao_fast.ops.mixture.weighting import ClassWeight, Weighting, no_loss
 from alrao_fast.reference.switch_mixture import soft_capped
+from alrao_fast.tracing import refuse_script
 
 Evidence = Literal["mean", "sum"]
 Reduction = Literal["mean", "sum", "none"]
@@ -88,6 +89,8 @@ class LinearClones(WithRates):
         self.register_buffer("running", running, persistent=False)
         self.reset_parameters()
         live.heads.enter(self)
+
+    __prepare_scriptable__ = refuse_script
 
     def reset_parameters(self) -> None:
         """Draw each clone anew as `nn.Linear` does; forget the switch, the clones' rates and statistics."""

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alrao_fast import compiler
 from alrao_fast.nn.clones import LinearClones, Reduction
 from alrao_fast.nn.predictions import origin_of
 from alrao_fast.ops.checks import check_together
@@ -67,19 +68,19 @@ class MixtureLoss(nn.Module):
         num_items_in_batch: float | Tensor | None = None,
         reduction: Reduction | None = None,
     ) -> Tensor:
+        first: Any = prediction
         if isinstance(prediction, tuple) and prediction:
-            prediction = prediction[0]
-        check_together(prediction=prediction, targets=targets)
+            first = prediction[0]
+        check_together(prediction=first, targets=targets)
         return self._loss(
-            prediction,
+            first,
             targets,
             sample_weight=sample_weight,
             num_items_in_batch=num_items_in_batch,
             reduction=reduction,
         )
 
-    # What a prediction is made of is Python's business: under torch.compile a break of the graph.
-    @torch.compiler.disable
+    @compiler.disable("what a prediction is made of is known to Python alone")
     def _loss(self, prediction: Tensor, targets: Tensor, **given: Any) -> Tensor:
         origin = origin_of(prediction)
         head = self._head() if origin is None else origin.head

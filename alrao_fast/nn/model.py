@@ -16,6 +16,7 @@ from alrao_fast.nn.backbone_output import Features, check_features, find
 from alrao_fast.nn.clones import LinearClones
 from alrao_fast.nn.collapse import WHICH, Output, collapse
 from alrao_fast.nn.with_clones import WithClones
+from alrao_fast.tracing import backbone_arguments, refuse_script
 
 _BACKBONE = Instance(nn.Module, "a torch.nn.Module")
 
@@ -73,6 +74,8 @@ class AlraoModel(WithClones):
         live.models.enter(self)
         self.__class__ = _with_signature(type(self), self.backbone)
 
+    __prepare_scriptable__ = refuse_script
+
     def _clones(self) -> LinearClones:
         return self.head
 
@@ -90,6 +93,8 @@ class AlraoModel(WithClones):
         **kwargs: Any,
     ) -> Any:
         """The loss or the prediction, as the class says."""
+        if type(args) is not tuple or torch.jit.is_tracing():
+            args = backbone_arguments(args)
         if labels is not None:
             if targets is not None:
                 raise TypeError("labels: got both labels and targets, expected one of the two")

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from alrao_fast import compiler
+
 _autograd = torch._C._autograd
 _top_hooks = _autograd._top_saved_tensors_default_hooks
 _graph_task = torch._C._current_graph_task_id
@@ -92,12 +94,12 @@ def first_value(switch: object, log_posterior: Tensor) -> tuple[Tensor, bool]:
     return (log_posterior, False) if around is None else around.first_value(switch, log_posterior)
 
 
-@torch.compiler.assume_constant_result
+@compiler.assume_constant_result
 def _is_traced_in_a_checkpoint() -> bool:
     return checkpoints() is not None
 
 
-@torch.compiler.disable(reason="an activation checkpoint is looked for at every call")
+@compiler.disable("an activation checkpoint is looked for at every call")
 def _outside_of_the_graph(switch: object, log_posterior: Tensor) -> tuple[Tensor, bool]:
     return first_value(switch, log_posterior)
 

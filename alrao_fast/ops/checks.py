@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alrao_fast.arguments import shown
+from alrao_fast.tracing import hint
 
 _NAMES = {
     torch.float64: "Double",
@@ -45,7 +46,7 @@ def check_together(optional: str = "", /, **tensors: Any) -> None:
         if not isinstance(tensor, Tensor):
             if tensor is None and name == optional:
                 continue
-            raise TypeError(f"{name}: got {shown(tensor)}, expected a tensor")
+            raise TypeError(f"{name}: got {shown(tensor)}, expected a tensor{hint(tensor)}")
         if tensor.layout is not torch.strided:
             raise RuntimeError(
                 f"{name}: got layout {tensor.layout}, expected an ordinary (strided) tensor: use {name}.to_dense()"

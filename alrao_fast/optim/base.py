@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from alrao_fast import live
+from alrao_fast import compiler, live
 from alrao_fast.arguments import Generator, Instance, Kind, Optional, checked
 from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import checkpoint
@@ -132,7 +132,7 @@ class AlraoOptimizer(Optimizer):
             group["params"] = expanded(group["params"])
             self._lay_out(group["params"])
             for part in self._clones_apart(group, options[self._rule_option]):
-                super().add_param_group(part)
+                compiler.without_import(super().add_param_group)(part)
                 added = self.param_groups[-1]
                 self._undrawn.update(dict.fromkeys(added["params"], (sampler, added["lr_range"])))
                 self._places.note(self.param_groups, sampler)
@@ -305,7 +305,7 @@ class AlraoOptimizer(Optimizer):
                 dict, {k: v for k, v in whole.items() if not isinstance(k, Tensor) or k in own}
             )
         try:
-            return super().state_dict()
+            return compiler.without_import(super().state_dict)()
         finally:
             self.state = whole
 
@@ -412,7 +412,7 @@ class AlraoOptimizer(Optimizer):
             "reference" if group["fused"] is False else op.select(grads),
         )
 
-    @torch.compiler.disable
+    @compiler.disable("the optimizer's tensors are bound anew")
     @torch.no_grad()
     def _bind(self, group: dict[str, Any], needs: Needs, done: Collection[int]) -> GroupBinding:
         self._adopt()
@@ -438,7 +438,7 @@ class AlraoOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, or with `set_to_none=False` set them to zero."""
         if not set_to_none or profiler._is_profiler_enabled:
-            super().zero_grad(set_to_none)
+            compiler.without_import(super().zero_grad)(set_to_none)
             return
         # Without torch's profiler range and grouping, which take a tenth of a small model's step.
         for group in self.param_groups:

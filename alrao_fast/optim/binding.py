@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alrao_fast import _extension
+from alrao_fast import _extension, compiler
 from alrao_fast.arguments import FLOATS
 from alrao_fast.ops.checks import LOW_PRECISION
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
@@ -165,7 +165,7 @@ class Binding:
         self._swapped = swapped
         self._look(state)
 
-    @torch.compiler.disable(reason="the optimizer's tensors are bound anew")
+    @compiler.disable("the optimizer's tensors are bound anew")
     def _look(self, state: Any) -> None:
         self._state, self._objects = state, Objects(state)
 

@@ -68,9 +68,11 @@ def _safe_outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     with torch.no_grad():
         alive = _outputs(x, weight, bias).isfinite().all(2)
     x = torch.where(_finite_rows(x, 1), x, 0)
-    weight = torch.where(_finite_rows(weight, (1, 2)), weight, 0)
+    # A tensor, since the exporter for ONNX of torch 2.11 takes no number beside a parameter.
+    zero = x.new_zeros(())
+    weight = torch.where(_finite_rows(weight, (1, 2)), weight, zero)
     if bias is not None:
-        bias = torch.where(_finite_rows(bias, 1), bias, 0)
+        bias = torch.where(_finite_rows(bias, 1), bias, zero)
     out = _outputs(x, weight, bias)
     return torch.where(alive.unsqueeze(2), out, 0), alive
 
@@ -366,3 +368,11 @@ def switch_mixture_mean(
     means, alive = _safe_outputs(x.to(dtype), weight.to(dtype), bias)
     p = _posterior(log_posterior, alive).exp().to(dtype)
     return (p.unsqueeze(2) * means).sum(1)
+
+
+def log_mass(x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor) -> Tensor:
+    """Logarithm [B] of the probability that the clones alive for the sample have together."""
+    dtype = _accumulator(x, weight)
+    bias = None if bias is None else bias.to(dtype)
+    _, alive = _safe_outputs(x.to(dtype), weight.to(dtype), bias)
+    return torch.where(alive, log_posterior.double(), -math.inf).logsumexp(1).to(dtype)

@@ -1,5 +1,7 @@
 """switch_mixture: likelihoods, the loss of the N clones by them, their log-probabilities, and the checks of all."""
 
+# Registers the decomposition of the predictions.
+import alrao_fast.ops.mixture.export  # noqa: F401
 from alrao_fast.ops.mixture.functions import (
     switch_mixture_gaussian_nll,
     switch_mixture_gaussian_stats,
