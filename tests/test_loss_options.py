@@ -17,6 +17,7 @@ from mixture_harness import (
     SHAPES,
     TILED_SHAPES,
     assert_budget,
+    device_of,
     gaussian_inputs,
     gradients,
     log_prob_gradients,
@@ -407,6 +408,24 @@ def test_compile_fullgraph(backend, device, name):
         loss.backward()
         results.append((loss, stats, *(t.grad for t in leaves)))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+def test_opcheck(compiled, soft, per_sample):
+    skip_without_options(compiled)
+    inputs, options = case("probabilities" if soft else "class weights", 7, 5, 3, 4)
+    w = options.get("class_weight", torch.ones(3)).float()
+    if device_of(compiled) == "cpu":
+        overload = torch.ops.alrao_fast.switch_mixture_weights.default
+        torch.library.opcheck(overload, (inputs.target, torch.rand(7), w, -100, 0.1, True, 1.0))
+    inputs, _ = to(device_of(compiled), inputs, {})
+    leaves = [t.clone().requires_grad_() for t in inputs[:3]]
+    rows = torch.rand(7, device=inputs.x.device)
+    needs = False, not per_sample, not per_sample, 1 << 20
+    options = rows, w.to(rows), 0.1, 0.02, 2.5, per_sample
+    overload = torch.ops.alrao_fast.switch_mixture_nll.default
+    torch.library.opcheck(overload, (*leaves, *inputs[3:], -100, *needs, *options))
 
 
 def test_nothing_counts(backend, device):
