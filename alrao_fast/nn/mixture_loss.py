@@ -114,7 +114,7 @@ def _likelihood(head: LinearClones, prediction: Tensor, targets: Tensor, **given
         prediction,
     )
     target = likelihood.rows(targets, samples, weight)
-    likelihood, target, mean = likelihood.weighed(target, weight, weighting)
+    likelihood, target, mean = likelihood.weighed(target, weight, weighting, "reference")
     outputs = prediction.reshape(-1, prediction.size(-1))
     if isinstance(likelihood, Values):
         scale, constant = likelihood.density(target.size(1))

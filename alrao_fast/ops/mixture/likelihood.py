@@ -18,7 +18,7 @@ from alrao_fast.arguments import Integer, Number
 from alrao_fast.ops import derivatives
 from alrao_fast.ops.checks import check, check_tensor, dtype_name
 from alrao_fast.ops.mixture import checks
-from alrao_fast.ops.mixture.weighting import Weighting, distributions
+from alrao_fast.ops.mixture.weighting import Factors, Weighting
 
 IGNORE_INDEX = Integer()
 SIGMA2 = Number(above=0, words="a finite variance > 0")
@@ -53,7 +53,7 @@ class Likelihood:
         raise NotImplementedError
 
     def weighed(
-        self, target: Tensor, weight: Tensor, weighting: Weighting
+        self, target: Tensor, weight: Tensor, weighting: Weighting, backend: str
     ) -> tuple[Likelihood, Tensor, bool]:
         """The op's options with the weights `[B]` of the samples, its target in rows, and whether it takes the mean."""
         raise NotImplementedError
@@ -184,34 +184,20 @@ class Classes(Likelihood):
         return target if target.dim() == 1 else target.reshape(-1)
 
     def weighed(
-        self, target: Tensor, weight: Tensor, weighting: Weighting
+        self, target: Tensor, weight: Tensor, weighting: Weighting, backend: str
     ) -> tuple[Classes, Tensor, bool]:
         soft = target.is_floating_point()
         if weighting.is_plain and self.class_weight is None and not soft:
             return self, target, weighting.reduction == "mean"
-        wide, smoothing, size = checks.accumulator(weight.dtype), self.label_smoothing, len(target)
+        wide = checks.accumulator(weight.dtype)
         weights = None if self.class_weight is None else self.class_weight.to(wide)
-        share: Tensor | None
-        if soft:
-            divided = weighting.of_samples(None, wide)
-            target, share = distributions(target, divided, weights, smoothing)
-        else:
-            counted = target != self.ignore_index
-            share = divided = weighting.of_samples(counted, wide)
-            if weights is not None:
-                given = counted.to(wide) if share is None else share
-                # A class that does not exist is the op's to refuse.
-                of_target = weights.index_select(0, target.clamp(0, weight.size(1) - 1))
-                share = divided = given * of_target
-                if smoothing != 0:
-                    share = (1 - smoothing) * share + smoothing * weights.mean() * given
-                else:
-                    weights = None
+        options = Factors(wide, weights, self.ignore_index, self.label_smoothing)
+        target, row_weight, scaled = weighting.factors(target, options, backend)
         likelihood = Classes(
             self.ignore_index,
-            weighting.of_rows(share, divided, size, weight.new_empty(0, dtype=wide)),
-            None if weights is None else weights / weights.mean(),
-            smoothing,
+            row_weight,
+            scaled,
+            self.label_smoothing,
             self.z_loss,
             self.softcap,
             weighting.per_sample,
@@ -272,13 +258,14 @@ class Values(Likelihood):
         return target.detach().reshape(-1, weight.size(1)).to(weight.dtype)
 
     def weighed(
-        self, target: Tensor, weight: Tensor, weighting: Weighting
+        self, target: Tensor, weight: Tensor, weighting: Weighting, backend: str
     ) -> tuple[Values, Tensor, bool]:
         if weighting.is_plain:
             return self, target, weighting.reduction == "mean"
         wide = checks.accumulator(weight.dtype)
-        share = weighting.of_samples(None, wide)
-        row_weight = weighting.of_rows(share, share, len(target), weight.new_empty(0, dtype=wide))
+        # As of one class.
+        classes = target.new_zeros(target.size(0), dtype=torch.int64)
+        row_weight = weighting.factors(classes, Factors(wide, None, -1, 0.0), backend).row_weight
         return Values(self.sigma2, row_weight, weighting.per_sample), target, False
 
     def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:

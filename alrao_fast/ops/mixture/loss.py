@@ -240,7 +240,7 @@ def mixture_stats(
     samples = x.shape[:-1]
     x, weight, bias = checks.flat(x, weight, bias)
     target = likelihood.rows(target, samples, weight)
-    likelihood, target, mean = likelihood.weighed(target, weight, weighting)
+    likelihood, target, mean = likelihood.weighed(target, weight, weighting, backend)
     if backend == "reference" or derivatives.transformed():
         checks.check_inputs(x, weight, bias, log_posterior, memory)
         likelihood.check_target(target, x, weight)

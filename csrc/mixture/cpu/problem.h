@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/cpu/gemm.h"
 #include "mixture/checks.h"
 #include "mixture/cpu/rows.h"
 
@@ -110,6 +111,23 @@ struct MixtureResult {
   T* dbias;             // [N, C] if needed
 };
 
+// Of the first of the largest values; any place where some are NaN.
+template <class T>
+int64_t place_of_largest(const T* values, int64_t count) {
+  constexpr int64_t kLanes = 16;
+  T largest[kLanes];
+  std::fill_n(largest, kLanes, values[0]);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      largest[lane] = values[i + lane] > largest[lane] ? values[i + lane] : largest[lane];
+    }
+  }
+  for (; i < count; ++i) largest[0] = std::max(largest[0], values[i]);
+  const T peak = *std::max_element(largest, largest + kLanes);
+  return std::min<int64_t>(std::find(values, values + count, peak) - values, count - 1);
+}
+
 // Samples in chunks of `ld` lanes, with the targets padded and the expected outputs transposed.
 template <class T>
 class Chunks {
@@ -130,16 +148,24 @@ class Chunks {
       if (!p.counts(b)) continue;
       targets_[b] = p.target ? p.target[b] : 0;
       if (p.soft) {
-        const T* q = p.soft + b * classes;
-        targets_[b] = std::max_element(q, q + classes) - q;
+        targets_[b] = place_of_largest(p.soft + b * classes, classes);
       }
     }
     if (values) {
       values_.emplace(ceil_div(samples, ld_) * ld_ * classes);
-      for (int64_t b = 0; b < samples; ++b) {
-        T* out = values_->data() + b / ld_ * ld_ * classes + b % ld_;
-        for (int64_t c = 0; c < classes; ++c) out[c * ld_] = values[b * classes + c];
-      }
+      run_tasks(ceil_div(samples, kLaneTile), [&](int64_t tile) {
+        const int64_t begin = tile * kLaneTile, end = std::min(begin + kLaneTile, samples);
+        T* out = values_->data() + begin / ld_ * ld_ * classes + begin % ld_;
+        // A block of classes stays in the cache until all of its lanes are written.
+        constexpr int64_t kBlock = 64;
+        for (int64_t first = 0; first < classes; first += kBlock) {
+          const int64_t last = std::min(first + kBlock, classes);
+          for (int64_t b = begin; b < end; ++b) {
+            const T* in = values + b * classes;
+            for (int64_t c = first; c < last; ++c) out[c * ld_ + b - begin] = in[c];
+          }
+        }
+      });
     }
     for (int64_t begin = 0; begin < samples; begin += ld_) {
       chunks_.push_back({begin, std::min(ld_, samples - begin), targets_.data() + begin,

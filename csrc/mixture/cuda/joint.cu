@@ -310,7 +310,7 @@ struct JointSample {
 };
 
 template <class scalar_t, bool kGaussian, bool kBlock, bool kOptions>
-__global__ void __launch_bounds__(kSampleThreads, 2)
+__global__ void __launch_bounds__(kSampleThreads, kOptions ? 1 : 2)
     mixture_joint_kernel(const __grid_constant__ JointArguments<scalar_t> a, int sample_blocks,
                          int lanes) {
   ALRAO_DYNAMIC_SHARED(unsigned char, memory);

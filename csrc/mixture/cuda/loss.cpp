@@ -2,6 +2,7 @@
 // through the clones, and the finishing kernel.
 #include <array>
 
+#include "common/checks.h"
 #include "mixture/checks.h"
 #include "mixture/cuda/problem.h"
 
