@@ -27,6 +27,11 @@ SCRIPTS = {
         "tqdm",
         r"validation: [0-6]\.\d+ bits per character",
     ),
+    "gpt2_trainer.py": (
+        "--steps 10 --width 32 --layers 1 --context 16",
+        "transformers accelerate",
+        r"validation: [0-8]\.\d+ bits per byte",
+    ),
     "lightning_digits.py": ("--epochs 4", "lightning sklearn", r"test accuracy (9\d|[78]\d)"),
     "accelerate_digits.py": ("--epochs 4", "accelerate sklearn", r"test accuracy (9\d|[78]\d)"),
     "rank_digits.py": ("--epochs 1 --seeds 1", "sklearn tqdm", r"cnn 16"),

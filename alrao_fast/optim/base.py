@@ -4,7 +4,6 @@ The class gathers tensors and stores them; the arithmetic is the ops'. What an u
 once (binding.py) and kept until something changes: `step()` then only collects the gradients.
 """
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
@@ -25,6 +24,7 @@ from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import checkpoint
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
 from alrao_fast.optim.drawing import draw_all
+from alrao_fast.optim.layout_warnings import warn_of_bare_tensors, warn_of_default_rules
 from alrao_fast.optim.layouts import Layout, check_param, default_layout, resolve
 from alrao_fast.optim.owners import owners, warn_of_unobserved
 from alrao_fast.optim.param_groups import (
@@ -88,7 +88,7 @@ class AlraoOptimizer(Optimizer):
         super().__init__(groups, defaults)
         self._follow_fused()
         self._draw()
-        self._warn_of_bare_tensors()
+        self._warn_of_layouts()
         self._constructing = False
         self._complete(self.param_groups)
         self._option_checks.follow(self.param_groups)
@@ -144,7 +144,7 @@ class AlraoOptimizer(Optimizer):
             self._places.note(self.param_groups)
             raise
         if not self._constructing:
-            self._warn_of_bare_tensors()
+            self._warn_of_layouts()
             self._complete(self.param_groups[before[0] :])
 
     def refresh(self) -> None:
@@ -184,7 +184,7 @@ class AlraoOptimizer(Optimizer):
                 self._rates.pop(param, None)
             raise
         self._places.note(groups)
-        self._warn_of_bare_tensors()
+        self._warn_of_layouts()
 
     def _complete(self, groups: Iterable[dict[str, Any]]) -> None:
         """Give all parameters of `groups` their rates, and those that are trained the states that they lack."""
@@ -232,15 +232,12 @@ class AlraoOptimizer(Optimizer):
             self._layouts[param] = default_layout(name, param)
             self._bare.append(name)
 
-    def _warn_of_bare_tensors(self) -> None:
+    def _warn_of_layouts(self) -> None:
         bare, self._bare = self._bare, []
-        if bare:
-            warnings.warn(
-                f"{len(bare)} bare tensors ({', '.join(bare[:3])}{', ...' if len(bare) > 3 else ''}) get one learning "
-                "rate per index of dimension 0, none of them shared: pass the module itself, or model=, to use the "
-                "modules' feature layouts",
-                stacklevel=3 if not self._constructing else 4,
-            )
+        stacklevel = 4 if self._constructing else 3
+        warn_of_bare_tensors(bare, stacklevel)
+        if self._constructing:
+            warn_of_default_rules(self._layouts, stacklevel)
 
     def _clones_apart(self, group: dict[str, Any], rule: str) -> list[dict[str, Any]]:
         """The authors' rules are for the pre-classifier: under one, clones become a group of their own."""

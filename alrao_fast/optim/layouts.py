@@ -135,7 +135,8 @@ class Vector:
 class Layout:
     """The feature layout of one parameter, resolved: dimensions checked, vector shared by identity.
 
-    rule: "built-in", "registered", or "default" where no rule covers the parameter.
+    rule: "built-in" or "registered"; "shape" where no rule covers the parameter and its shape leaves no doubt, or
+        "default".
     """
 
     name: str
@@ -166,11 +167,27 @@ class Layout:
 
 
 def default_layout(name: str, param: Tensor, module: str = "") -> Layout:
-    """One rate per index of dimension 0 (one rate for a 0-dim parameter)."""
+    """One rate per index of dimension 0 (one rate for a 0-dim parameter).
+
+    Where dimension 0 has size 1 the parameter is broadcast along it, as tokens [1, n, D] and scales [1, 1, D] are: then
+    the features are along the last dimension, of maps [1, C, H, W] along the channels.
+    """
     check_param(name, param, module)
-    dims = (0,) if param.dim() else ()
-    length = param.size(0) if param.dim() else 1
-    return Layout(name, module, "default", dims, Vector(name, length, "feature"))
+    dims = (_feature_dim(param),) if param.dim() else ()
+    length = param.size(dims[0]) if dims else 1
+    certain = sum(size != 1 for size in param.shape) < 2 or param.size(0) == 1
+    rule = "shape" if certain else "default"
+    return Layout(name, module, rule, dims, Vector(name, length, "feature"))
+
+
+def _feature_dim(param: Tensor) -> int:
+    wide = [d for d in range(param.dim()) if param.size(d) != 1]
+    if len(wide) == 1:
+        return wide[0]
+    if not wide or param.size(0) != 1:
+        return 0
+    is_map = param.dim() == 4 and len(wide) == 3 and param.size(2) == param.size(3) != param.size(1)
+    return 1 if is_map else param.dim() - 1
 
 
 def resolve(model: nn.Module, table: dict[Tensor, Layout], prefix: str = "") -> None:
@@ -179,16 +196,19 @@ def resolve(model: nn.Module, table: dict[Tensor, Layout], prefix: str = "") -> 
     Modules in the order of `model.modules()`, within a module the rule's order, then what the rule leaves out. A
     parameter that several modules share belongs to the first of them.
     """
+    vectors: dict[str, Vector] = {}
     for module_name, module in model.named_modules(prefix=prefix):
-        _resolve_module(module, module_name, table)
+        _resolve_module(module, module_name, table, vectors)
 
 
-def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Layout]) -> None:
+def _resolve_module(
+    module: nn.Module, module_name: str, table: dict[Tensor, Layout], vectors: dict[str, Vector]
+) -> None:
     own = dict(own_parameters(module))
     type_name = type(module).__name__
     for name, param in own.items():
         check_param(_join(module_name, name), param, type_name)
-    registered = next((_RULES[c] for c in type(module).__mro__ if c in _RULES), None)
+    registered = next(filter(None, map(_rule_of, type(module).__mro__)), None)
     # Which entry has which rate is worked out on the CPU, whatever torch's default device is.
     with torch.device("cpu"):
         features = _features(registered.rule, module) if registered else {}
@@ -200,7 +220,6 @@ def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Lay
             "{parameter's name: Feature}"
         )
     rule = "registered" if registered and not registered.builtin else "built-in"
-    vectors: dict[str, Vector] = {}
     for rule_name, feature in features.items():
         names = [rule_name] if rule_name in own else _stand_ins(rule_name, own)
         missing = not names and rule_name not in module._parameters
@@ -227,6 +246,16 @@ def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Lay
         # The parametrization's own parameters are met here first, before its module is.
         if param not in table and not name.startswith("parametrizations."):
             table[param] = default_layout(_join(module_name, name), param, type_name)
+
+
+def _rule_of(cls: type) -> _Registered | None:
+    """What is registered for a class itself, or comes with the package for one of another library."""
+    if cls in _RULES:
+        return _RULES[cls]
+    from alrao_fast.optim.library_layouts import library_rule
+
+    rule = library_rule(cls)
+    return None if rule is None else _Registered(rule, builtin=True)
 
 
 def _features(rule: Rule, module: nn.Module) -> Any:
@@ -309,10 +338,11 @@ def _fitted(
             return f"feature_of must lie in [0, {length})"
     elif size != length and (len(dims) != 1 or length < 1 or size % length):
         return f"{length} features do not divide the size {size} along dim {feature.dim}"
-    vector = vectors.get(feature.vector)
+    # By its full name: the parameter of a module may belong to the units of its child's.
+    full_vector = _join(module_name, feature.vector)
+    vector = vectors.get(full_vector)
     if vector is None:
-        vector = Vector(_join(module_name, feature.vector), length, feature.kind)
-        vectors[feature.vector] = vector
+        vector = vectors[full_vector] = Vector(full_vector, length, feature.kind)
     if (vector.length, vector.kind) != (length, feature.kind):
         return f"vector {feature.vector!r} has {vector.length} {vector.kind} rates, this needs {length} {feature.kind}"
     return Layout(name, type(module).__name__, rule, dims, vector, feature.feature_of)

@@ -12,7 +12,8 @@ from alrao_fast.optim.layouts import Feature, register_builtin
 
 @register_builtin(nn.Linear, nn.Bilinear, _ConvNd, _NormBase, nn.GroupNorm)
 def _rows(module: nn.Module) -> dict[str, Feature]:
-    return {"weight": Feature(dim=0), "bias": Feature(dim=0)}
+    # Weight-standardised convolutions have a gain for each channel, too.
+    return {name: Feature(dim=0) for name in ("weight", "bias", "gain")}
 
 
 @register_builtin(_ConvTransposeNd)
