@@ -87,8 +87,8 @@ def table() -> str:
         "- *default*: one rate per index of dimension 0, and nobody knows whether that is the output.",
         "",
         "Experts that keep their weights as [experts, in, out] (GPT-OSS, Llama 4, Aria) share a rate between the units",
-        "of the same number; all others have one for each unit of each expert. A layer scale has rates of its own, q_bias",
-        "and v_bias those of the units that they belong to.",
+        "of the same number; all others have one for each unit of each expert. A layer scale has rates of its own,",
+        "q_bias and v_bias those of the units that they belong to.",
         "",
     ]
     for library, names, make in (
