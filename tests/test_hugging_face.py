@@ -213,6 +213,15 @@ def test_logits_in_training_when_asked_for():
     assert net(**inputs).logits.shape == (4, 3)
 
 
+def test_a_model_with_a_bias_of_its_own_behind_the_layer():
+    config = transformers.BartConfig(
+        vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        encoder_attention_heads=2, decoder_attention_heads=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="adds a bias of its own to what its output layer gives"):
+        alrao.wrap(transformers.BartForConditionalGeneration(config))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -192,6 +192,11 @@ def _task(model: Any, options: dict[str, Any]) -> tuple[type[LinearClones], dict
             f"model: got a {type(model).__name__}, whose output layer does not give a distribution over classes for "
             "each position; expected a language model or one for classification"
         )
+    if isinstance(getattr(model, "final_logits_bias", None), torch.Tensor):
+        raise ValueError(
+            f"model: got a {type(model).__name__}, which adds a bias of its own to what its output layer gives; build an "
+            "alrao_fast.AlraoModel of its base model and a head"
+        )
     if problem == "multi_label_classification":
         raise ValueError(
             'model: its config has problem_type "multi_label_classification", expected one label per sample: clones '
