@@ -194,8 +194,8 @@ def _task(model: Any, options: dict[str, Any]) -> tuple[type[LinearClones], dict
         )
     if isinstance(getattr(model, "final_logits_bias", None), torch.Tensor):
         raise ValueError(
-            f"model: got a {type(model).__name__}, which adds a bias of its own to what its output layer gives; build an "
-            "alrao_fast.AlraoModel of its base model and a head"
+            f"model: got a {type(model).__name__}, which adds a bias of its own to what its output layer gives; build "
+            "an alrao_fast.AlraoModel of its base model and a head"
         )
     if problem == "multi_label_classification":
         raise ValueError(
