@@ -161,9 +161,23 @@ def clip_grad_norm_(
                     f"the norm of the gradients of the {name} is {norm.tolist()}, expected finite numbers; "
                     "error_if_nonfinite=False scales them all the same"
                 )
-    clip_grads_with_norm_(split.backbone, given["max_norm"], norms.backbone, given["foreach"])
+    max_norm = given["max_norm"]
+    if not _keeps_all(max_norm, norms.backbone):
+        clip_grads_with_norm_(split.backbone, max_norm, norms.backbone, given["foreach"])
     for grads, own in zip(split.clones, norms.clones):
-        factor = (given["max_norm"] / (own + _EPS)).clamp(max=1)
+        if _keeps_all(max_norm, own):
+            continue
+        factor = (max_norm / (own + _EPS)).clamp(max=1)
         for grad in grads:
             grad.mul_(factor.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
     return norms.backbone
+
+
+def _keeps_all(max_norm: float, norm: Tensor) -> bool:
+    """Whether no gradient would change, as far as that can be known without waiting for a device.
+
+    A product with 1 reads and writes every gradient.
+    """
+    if norm.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool((norm + _EPS <= max_norm).all())
