@@ -3,7 +3,7 @@
 import math
 
 import torch
-from mixture_harness import gaussian_inputs, skip_without_options
+from mixture_harness import gaussian_inputs
 from torch import nn
 from torch.autograd import forward_ad, functional, graph
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
@@ -449,8 +449,6 @@ MODES = {
 
 def case(name, backend, device):
     """The function, its twin in plain PyTorch, x, weight and bias, and the target."""
-    if "one by one" in name or "regularised" in name or "capped" in name:
-        skip_without_options(backend)
     make, plain, classes = FUNCTIONS[name]
     inputs = gaussian_inputs(B, D, C, N, dtype=torch.float64, device=device)
     if classes:

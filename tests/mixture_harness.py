@@ -1,9 +1,7 @@
 """What the tests of the mixture share: shapes, results and gradients, the definition, error budgets, dead clones."""
 
-import functools
 import math
 
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -30,22 +28,6 @@ SHORT_SHAPES = [name for name in SHAPES if name != "streamed, many chunks"]
 # One of each way through the kernels.
 TILED_SHAPES = ["joint, several tasks", "streamed, ragged last block"]
 OTHER_DTYPES = [dtype for dtype in testing.DTYPES if dtype != torch.float32]
-
-
-@functools.cache
-def options_missing(backend):
-    device = "cpu" if backend == "auto" else device_of(backend)
-    inputs = testing.mixture_inputs(2, 2, 2, 2, device=device)
-    try:
-        switch_mixture_stats(*inputs, label_smoothing=0.1, impl=backend)
-    except RuntimeError as error:
-        return str(error)
-    return None
-
-
-def skip_without_options(backend):
-    if (reason := options_missing(backend)) is not None:
-        pytest.skip(reason)
 
 
 def device_of(backend):

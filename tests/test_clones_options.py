@@ -15,11 +15,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clones_harness import C, D, N, batch, classifier, concentrate, regressor
-from mixture_harness import NAN, options_missing, skip_without_options
+from mixture_harness import NAN
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from alrao_fast import backends
 from alrao_fast.functional import switch_mixture_nll
 from alrao_fast.nn import AlraoModel, ClassifierClones, MixtureLoss
 
@@ -38,16 +37,6 @@ OPTIONS = {
     },
 }
 by_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
-
-
-@pytest.fixture(autouse=True)
-def with_options():
-    """The kernels where they have the options."""
-    if options_missing("auto") is None:
-        yield
-        return
-    with backends.use_backend("reference"):
-        yield
 
 
 def grads(loss, *tensors):
@@ -371,7 +360,6 @@ def test_losses_one_by_one_wait_for_their_backward():
 @pytest.mark.parametrize("given", [{}, {"reduction": "none"}, {"num_items_in_batch": 5}], ids=str)
 def test_autocast(given):
     """The kernels compute in float32, from features of bfloat16."""
-    skip_without_options("auto")
     head, v = classifier(**OPTIONS["all"]), torch.rand(6)
     x, y = batch(6)
     with torch.autocast("cpu", torch.bfloat16):

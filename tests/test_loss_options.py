@@ -22,7 +22,6 @@ from mixture_harness import (
     gradients,
     log_prob_gradients,
     poisoned,
-    skip_without_options,
 )
 
 from alrao_fast import testing
@@ -62,7 +61,6 @@ def to(device, inputs, options):
 def test_error_budgets(backend, device, name, shape):
     *sizes, memory_budget = SHAPES[shape]
     inputs, options = case(name, *sizes, device=device)
-    skip_without_options(backend)
     assert_budget(inputs, backend, memory_budget=memory_budget, **options)
 
 
@@ -73,7 +71,6 @@ def test_error_budgets(backend, device, name, shape):
 def test_error_budgets_of_dtypes(backend, device, name, dtype, shape, bias):
     *sizes, _ = SHAPES[shape]
     inputs, options = case(name, *sizes, device=device, dtype=dtype, bias=bias)
-    skip_without_options(backend)
     assert_budget(inputs, backend, **options)
 
 
@@ -126,7 +123,6 @@ def test_one_clone_has_the_cross_entropy(backend, device, name):
     inputs = inputs._replace(log_posterior=torch.zeros(1, dtype=torch.float64))
     expected = cross_entropy(inputs, options)
     inputs, options = to(device, inputs, options)
-    skip_without_options(backend)
     loss, _, dx, dweight, dbias = gradients(inputs, backend, **options)
     for got, want in zip((loss, dx, dweight[0], dbias[0]), expected, strict=True):
         torch.testing.assert_close(got.cpu(), want)
@@ -170,7 +166,6 @@ def formulas(inputs, options):
 
 @pytest.mark.parametrize("name", testing.LOSS_CASES)
 def test_formulas(backend, device, name):
-    skip_without_options(backend)
     inputs, options = case(name, 11, 4, 5, 3, dtype=torch.float64)
     expected = formulas(inputs, options)
     inputs, options = to(device, inputs, options)
@@ -197,7 +192,6 @@ BY_HAND = {
 @pytest.mark.interpreted
 @pytest.mark.parametrize("name", BY_HAND)
 def test_by_hand(backend, device, name):
-    skip_without_options(backend)
     options, expected = BY_HAND[name]
     options = {
         k: torch.tensor(v, device=device) if isinstance(v, list) else v for k, v in options.items()
@@ -228,7 +222,6 @@ UNSEEN = [
 @pytest.mark.parametrize("shape", ["ragged lanes, joint", "streamed, ragged last block"])
 @pytest.mark.parametrize("name", UNSEEN)
 def test_the_switch_observes_the_likelihood_alone(backend, device, name, shape):
-    skip_without_options(backend)
     *sizes, _ = SHAPES[shape]
     inputs, options = case(name, *sizes, device=device)
     _, plain = switch_mixture_stats(*inputs, impl=backend)
@@ -237,7 +230,6 @@ def test_the_switch_observes_the_likelihood_alone(backend, device, name, shape):
 
 
 def test_observed_probabilities_are_expected_ones(backend, device):
-    skip_without_options(backend)
     name = "all of probabilities"
     inputs, options = case(name, 9, 3, 4, 2, dtype=torch.float64, device=device)
     _, stats = switch_mixture_stats(*inputs, impl=backend, **options)
@@ -254,7 +246,6 @@ def test_observed_probabilities_are_expected_ones(backend, device):
 @pytest.mark.parametrize("kind", ["nan weight", "inf weight", "-inf bias"])
 @pytest.mark.parametrize("name", [*COMBINED, "probabilities"])
 def test_dead_clones(backend, device, name, kind, shape):
-    skip_without_options(backend)
     *sizes, _ = SHAPES[shape]
     inputs, options = case(name, *sizes, device=device, dtype=torch.float64)
     inputs = poisoned(kind, inputs)
@@ -267,7 +258,6 @@ def test_dead_clones(backend, device, name, kind, shape):
 
 def test_a_clone_that_dies_of_one_sample(backend, device):
     """Of losses one by one it lives where that sample's has no gradient."""
-    skip_without_options(backend)
     inputs = testing.mixture_inputs(5, 3, 4, 2, dtype=torch.float64, device=device)
     weight = inputs.weight.clone()
     x = inputs.x.clone()
@@ -287,7 +277,6 @@ def test_a_clone_that_dies_of_one_sample(backend, device):
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_a_target_that_is_not_finite(backend, device, bad):
     """On a GPU nobody looks at it: the loss shows it, and no gradient is spoilt."""
-    skip_without_options(backend)
     inputs, options = case("probabilities", 5, 3, 4, 2, device=device)
     target = inputs.target.clone()
     target[1, 2] = bad
@@ -312,7 +301,6 @@ def test_a_target_that_is_not_finite(backend, device, bad):
     ids=str,
 )
 def test_regression(backend, device, dtype, options):
-    skip_without_options(backend)
     inputs = gaussian_inputs(33, 5, 3, 4, dtype=dtype, device=device)
     options = dict(options)
     if options.pop("weighted", False):
@@ -327,7 +315,6 @@ def test_regression(backend, device, dtype, options):
 
 
 def test_regression_by_formulas(backend, device):
-    skip_without_options(backend)
     inputs = gaussian_inputs(6, 2, 3, 2, dtype=torch.float64, device=device)
     v = torch.tensor([0.5, 0.0, 2.0, 1.0, -1.0, 3.0], device=device)
     outputs = torch.einsum("bd,nkd->bnk", inputs.x, inputs.weight) + inputs.bias
@@ -348,7 +335,6 @@ def test_regression_by_formulas(backend, device):
 @pytest.mark.parametrize("shape", ["ragged lanes, joint", "joint, many chunks", *TILED_SHAPES])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_capped_predictions(backend, device, dtype, shape):
-    skip_without_options(backend)
     *sizes, memory_budget = SHAPES[shape]
     inputs = testing.mixture_inputs(*sizes, dtype=dtype, device=device)
     upstream = torch.randn(sizes[0], sizes[2], generator=torch.Generator().manual_seed(1))
@@ -366,7 +352,6 @@ def test_capped_predictions(backend, device, dtype, shape):
 
 def test_micro_batches_make_one_big_batch(backend, device):
     """With the number of items of the whole step, and any split."""
-    skip_without_options(backend)
     inputs, options = case("all", 30, 4, 5, 3, dtype=torch.float64, device=device)
     v = options.pop("sample_weight")
     options["num_items_in_batch"] = torch.tensor(30)
@@ -382,7 +367,6 @@ def test_micro_batches_make_one_big_batch(backend, device):
 
 @pytest.mark.parametrize("name", COMBINED)
 def test_gradcheck_of_dx(backend, device, name):
-    skip_without_options(backend)
     inputs, options = case(name, 5, 3, 4, 3, dtype=torch.float64, device=device)
     x = inputs.x.nan_to_num().requires_grad_()
 
@@ -394,7 +378,6 @@ def test_gradcheck_of_dx(backend, device, name):
 
 @pytest.mark.parametrize("name", ["all", "all, one by one", "all of probabilities, one by one"])
 def test_compile_fullgraph(backend, device, name):
-    skip_without_options(backend)
     inputs, options = case(name, 6, 4, 5, 3, device=device)
 
     def step(x, weight, bias):
@@ -413,7 +396,6 @@ def test_compile_fullgraph(backend, device, name):
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("soft", [False, True])
 def test_opcheck(compiled, soft, per_sample):
-    skip_without_options(compiled)
     inputs, options = case("probabilities" if soft else "class weights", 7, 5, 3, 4)
     w = options.get("class_weight", torch.ones(3)).float()
     if device_of(compiled) == "cpu":
@@ -429,7 +411,6 @@ def test_opcheck(compiled, soft, per_sample):
 
 
 def test_nothing_counts(backend, device):
-    skip_without_options(backend)
     inputs = testing.mixture_inputs(4, 3, 5, 2, device=device)
     zeros = torch.zeros(4, device=device)
     soft = torch.zeros(4, 5, device=device)
@@ -447,7 +428,6 @@ def test_nothing_counts(backend, device):
 
 @pytest.mark.parametrize("batch", [(), (0,), (2, 0)])
 def test_no_samples(backend, device, batch):
-    skip_without_options(backend)
     inputs = testing.mixture_inputs(0, 3, 5, 2, device=device)
     x = torch.zeros((*batch, 3), device=device)
     target = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -498,7 +478,6 @@ WRONG = {
 def test_wrong_arguments(backend, device, name, wrong):
     if torch.device(device).type != "cpu" or "cuda" in str(backend):
         pytest.skip("a GPU's values are not looked at")
-    skip_without_options(backend)
     value, error = WRONG[name][wrong]
     inputs = testing.mixture_inputs(5, 3, 4, 2)._asdict()
     with pytest.raises(error, match=rf"^{name}: got .*expected"):

@@ -45,6 +45,7 @@ PARTS = {
         ],
         115,
     ),
+    "options": (["test_loss_options.py"], 55),
     "switch": (["test_switch_update.py", "test_compat_golden.py"], 40),
 }
 
