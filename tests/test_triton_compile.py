@@ -134,6 +134,25 @@ def regression(dtype, shape) -> list[Start]:
     return record(lambda: mixture_loss.switch_mixture_gaussian_nll(*arguments))
 
 
+def mixture_with_options(dtype, shape, *, soft=False, label_smoothing=0.1) -> list[Start]:
+    """The loss with all of its options, and log-probabilities with a softcap."""
+    x, weight, bias, log_posterior, target = testing.mixture_inputs(*shape, dtype=dtype)
+    common = (x, weight, bias, log_posterior)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if soft:
+        target = torch.full((shape[0], shape[2]), 1 / shape[2], dtype=wide)
+    weights = torch.ones(shape[0], dtype=wide), torch.ones(shape[2], dtype=wide)
+    options = (*weights, label_smoothing, 1e-4, 30.0, False)
+
+    def run() -> None:
+        mixture_loss.switch_mixture_nll(*common, target, -100, False, True, True, 1 << 30, *options)
+        out = mixture_log_prob.switch_mixture_log_prob(*common, 1 << 30, 30.0)
+        backward = mixture_log_prob.switch_mixture_log_prob_backward
+        backward(out[0], *common, *out, True, True, 1 << 30, 30.0)
+
+    return record(run)
+
+
 def mixtures() -> list[Start]:
     found = []
     for dtype, shape in MIXTURES:
@@ -144,6 +163,10 @@ def mixtures() -> list[Start]:
     for shape in (MIXTURES[0][1], MIXTURES[6][1]):
         found += mixture(torch.float32, shape, needs=(False, False), log_prob=False)
         found += regression(torch.float32, shape)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for shape in ((4, 64, 300, 10), (4, 64, 20000, 2)):
+            found += mixture_with_options(dtype, shape)
+            found += mixture_with_options(dtype, shape, soft=True)
     return found
 
 
@@ -227,3 +250,7 @@ def test_changing_values_compile_nothing_anew():
     other = mixture(torch.float32, (17, 64, 20000, 5), budget=1 << 20)
     rows = [start for start in other if "row_kernel" in start.kernel.__name__]
     assert rows and set(rows) <= set(first)
+    with_options = mixture_with_options(torch.float32, (4, 64, 20000, 2))
+    assert with_options == mixture_with_options(
+        torch.float32, (4, 64, 20000, 2), label_smoothing=0.3
+    )

@@ -153,11 +153,11 @@ def is_fused(dtype: torch.dtype, num_features: int) -> bool:
     return tf32(dtype) and num_features <= 64
 
 
-def row_block(num_classes: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(BLOCK, warps) of the row kernels."""
+def row_block(num_classes: int, dtype: torch.dtype, options: bool = False) -> tuple[int, int]:
+    """(BLOCK, warps) of the row kernels; with the loss's options they need more registers."""
     # Entries of a thread: as many as stay in its registers.
     largest, share = (1024, 256) if dtype == torch.float64 else (4096, 512)
-    block = min(max(triton.next_power_of_2(num_classes), 128), largest)
+    block = min(max(triton.next_power_of_2(num_classes), 128), largest // 2 if options else largest)
     return block, max(block // share, 1)
 
 

@@ -347,7 +347,7 @@ def mixture_stream(loss: Loss) -> None:
     num_samples, num_features, num_clones, num_classes = inputs.sizes
     need_g, in_place = need_dx or need_dw, x.dtype == inputs.dtype
     narrow = 0 if in_place or not need_g else x.element_size()
-    block, warps = row_block(num_classes, x.dtype)
+    block, warps = row_block(num_classes, x.dtype, loss.options["OPTIONS"])
     norm = None if loss.folds else loss.norm
     samples = finite(x) if need_dw else x
     state = loss.norm.new_empty((4, num_samples))
