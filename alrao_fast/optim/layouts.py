@@ -122,6 +122,18 @@ def register_builtin(*module_types: type[nn.Module]) -> Callable[[Rule], Rule]:
     return register
 
 
+# What the packages' own modules say of the parameters that no rule above covers; None for other modules.
+_LIBRARIES: list[Callable[[nn.Module], dict[str, Feature] | None]] = []
+
+
+def register_library(
+    rule: Callable[[nn.Module], dict[str, Feature] | None],
+) -> Callable[[nn.Module], dict[str, Feature] | None]:
+    """Decorator for a rule that is asked of every module without a registered one; it knows its own by their class."""
+    _LIBRARIES.append(rule)
+    return rule
+
+
 @dataclass(eq=False)
 class Vector:
     """One vector of rates, drawn once; the parameters of a module that name it share it."""
@@ -192,6 +204,9 @@ def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Lay
     # Which entry has which rate is worked out on the CPU, whatever torch's default device is.
     with torch.device("cpu"):
         features = _features(registered.rule, module) if registered else {}
+        if not registered or registered.builtin:
+            for library in _LIBRARIES:
+                features = {**(library(module) or {}), **features}
     if not isinstance(features, Mapping) or not all(
         isinstance(name, str) and isinstance(feature, Feature) for name, feature in features.items()
     ):
@@ -200,6 +215,8 @@ def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Lay
             "{parameter's name: Feature}"
         )
     rule = "registered" if registered and not registered.builtin else "built-in"
+    if rule == "built-in":
+        own |= _below(module, features)
     vectors: dict[str, Vector] = {}
     for rule_name, feature in features.items():
         names = [rule_name] if rule_name in own else _stand_ins(rule_name, own)
@@ -227,6 +244,21 @@ def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Lay
         # The parametrization's own parameters are met here first, before its module is.
         if param not in table and not name.startswith("parametrizations."):
             table[param] = default_layout(_join(module_name, name), param, type_name)
+
+
+def _below(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The submodules' parameters that a built-in rule names, `child.name`, save those of registered types."""
+    found: dict[str, Tensor] = {}
+    for full_name in names:
+        path, _, name = full_name.rpartition(".")
+        if not path or path.startswith("parametrizations"):
+            continue
+        child = module.get_submodule(path)
+        registered = next((_RULES[c] for c in type(child).__mro__ if c in _RULES), None)
+        param = child._parameters.get(name)
+        if param is not None and (registered is None or registered.builtin):
+            found[full_name] = param
+    return found
 
 
 def _features(rule: Rule, module: nn.Module) -> Any:
