@@ -4,7 +4,6 @@ The class gathers tensors and stores them; the arithmetic is the ops'. What an u
 once (binding.py) and kept until something changes: `step()` then only collects the gradients.
 """
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
@@ -26,6 +25,7 @@ from alrao_fast.optim import checkpoint
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
 from alrao_fast.optim.drawing import draw_all
 from alrao_fast.optim.layouts import Layout, check_param, default_layout, resolve
+from alrao_fast.optim.notices import warn_of_bare_tensors, warn_of_default_rule
 from alrao_fast.optim.owners import owners, warn_of_unobserved
 from alrao_fast.optim.param_groups import (
     SAMPLER,
@@ -37,7 +37,7 @@ from alrao_fast.optim.param_groups import (
     tensor_of,
 )
 from alrao_fast.optim.places import Places
-from alrao_fast.optim.rates import LogUniform, Sampler
+from alrao_fast.optim.rates import Constant, LogUniform, Sampler
 from alrao_fast.optim.states import complete
 
 # The arguments of a constructor that are no options of a param group.
@@ -89,6 +89,9 @@ class AlraoOptimizer(Optimizer):
         self._follow_fused()
         self._draw()
         self._warn_of_bare_tensors()
+        if not isinstance(self._sampler, Constant):
+            params = (p for group in self.param_groups for p in group["params"])
+            warn_of_default_rule(params, self._layouts, stacklevel=3)
         self._constructing = False
         self._complete(self.param_groups)
         self._option_checks.follow(self.param_groups)
@@ -234,13 +237,7 @@ class AlraoOptimizer(Optimizer):
 
     def _warn_of_bare_tensors(self) -> None:
         bare, self._bare = self._bare, []
-        if bare:
-            warnings.warn(
-                f"{len(bare)} bare tensors ({', '.join(bare[:3])}{', ...' if len(bare) > 3 else ''}) get one learning "
-                "rate per index of dimension 0, none of them shared: pass the module itself, or model=, to use the "
-                "modules' feature layouts",
-                stacklevel=3 if not self._constructing else 4,
-            )
+        warn_of_bare_tensors(bare, stacklevel=4 if self._constructing else 3)
 
     def _clones_apart(self, group: dict[str, Any], rule: str) -> list[dict[str, Any]]:
         """The authors' rules are for the pre-classifier: under one, clones become a group of their own."""
