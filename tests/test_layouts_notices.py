@@ -1,7 +1,9 @@
-"""What is said of rates that follow no rule: one warning at construction."""
+"""What is said of rates that follow no rule: one warning at construction, and `describe_rates`' summary."""
 
+import io
 import warnings
 
+import pytest
 import torch
 from torch import nn
 
@@ -59,3 +61,39 @@ def test_silence():
         assert not warned(lambda: alrao.AlraoSGD(Dense()))
     finally:
         alrao.register_feature_layout(Dense, None)
+
+
+def test_describe_rates_sums_up_per_rule_and_class(capsys):
+    net = nn.Sequential(Dense(), nn.Linear(4, 3), nn.Linear(3, 4), Dense())
+    rows = alrao.describe_rates(net)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:1] + lines[2:]] == [
+        ["rule", "module", "parameters", "entries", "share", "features"],
+        ["default", "Dense", "4", "40", "56.3%", "16"],
+        ["built-in", "Linear", "4", "31", "43.7%", "7"],
+    ]
+    assert alrao.describe_rates(net, details=True) == rows
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) + 2
+    assert alrao.describe_rates(net, file=None) == rows
+    assert alrao.describe_rates(net, details=True, file=None) == rows
+    assert capsys.readouterr().out == ""
+    text = io.StringIO()
+    alrao.describe_rates(net, file=text)
+    assert text.getvalue().splitlines() == lines
+
+
+def test_describe_rates_counts_the_vectors_of_two_models(capsys):
+    # Both call theirs "out".
+    alrao.describe_rates(alrao.AlraoSGD([nn.Linear(2, 3), nn.Linear(2, 4)]))
+    assert capsys.readouterr().out.splitlines()[-1].split() == [
+        *("built-in", "Linear", "4", "21", "100.0%", "7")
+    ]
+
+
+def test_describe_rates_refuses_what_is_no_file():
+    with pytest.raises(TypeError, match="details: got 3, expected True or False"):
+        alrao.describe_rates(Dense(), details=3)
+    with pytest.raises(
+        TypeError, match=r"file: got 'out\.txt', expected a writable text file or None"
+    ):
+        alrao.describe_rates(Dense(), file="out.txt")

@@ -241,7 +241,7 @@ def test_describe_rates(capsys):
         nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), Extra()), ClassifierClones(3, 2, 4)
     )
     model.backbone[0].requires_grad_(False)
-    rows = describe_rates(model)
+    rows = describe_rates(model, details=True)
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(rows) + 2 == 7
     assert [r.parameter for r in rows] == [n for n, _ in model.named_parameters()]

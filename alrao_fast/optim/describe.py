@@ -1,11 +1,12 @@
-"""`describe_rates`: the whole assignment of rates to parameters, as a table."""
+"""`describe_rates`: the assignment of rates to parameters, in sum or in full, as a table."""
 
+import math
 import sys
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from torch import Tensor, nn
 
-from alrao_fast.arguments import shown
+from alrao_fast.arguments import Flag, shown
 from alrao_fast.optim.base import AlraoOptimizer
 from alrao_fast.optim.layouts import Layout, memory_span, resolve_all
 
@@ -31,24 +32,52 @@ class RateRow(NamedTuple):
     lr_max: float | None = None
 
 
-def describe_rates(
-    model_or_optimizer: nn.Module | AlraoOptimizer, *, file: TextIO | None = None
-) -> list[RateRow]:
-    """Print which entries of every parameter share a rate, one aligned row per parameter, and return the rows.
+class _Stdout:
+    """The default of `file`: standard output as it is at the call."""
 
-    Of an optimizer (`AlraoSGD`, `AlraoAdam`) the drawn rates' range and the param group are shown too. The table goes
-    to `file`, standard output by default.
+    def __repr__(self) -> str:
+        return "sys.stdout"
+
+
+_STDOUT: Any = _Stdout()
+
+
+def describe_rates(
+    model_or_optimizer: nn.Module | AlraoOptimizer,
+    *,
+    details: bool = False,
+    file: TextIO | None = _STDOUT,
+) -> list[RateRow]:
+    """Print which entries share a rate, and return one row per parameter.
+
+    details: False prints one line per rule and module class, the largest first: its parameters, entries, their share of
+        all and the number of rates, a shared vector counted once. True prints every row; of an optimizer (`AlraoSGD`,
+        `AlraoAdam`) the drawn rates' range and the param group too.
+    file: where to, standard output by default; None prints nothing.
+
+    TypeError for anything else.
     """
+    details = Flag().check("details", details)
+    if file is _STDOUT:
+        file = sys.stdout
+    elif file is not None and not callable(getattr(file, "write", None)):
+        raise TypeError(f"file: got {shown(file)}, expected a writable text file or None")
     if isinstance(model_or_optimizer, AlraoOptimizer):
-        rows = _optimizer_rows(model_or_optimizer)
+        optimizer = model_or_optimizer
+        rows = _optimizer_rows(optimizer)
+        layouts = [optimizer.layout_of(p) for g in optimizer.param_groups for p in g["params"]]
     elif isinstance(model_or_optimizer, nn.Module):
         table = resolve_all([model_or_optimizer])
-        rows = [_row(param, layout) for param, layout in table.items()]
+        rows, layouts = (
+            [_row(param, layout) for param, layout in table.items()],
+            list(table.values()),
+        )
     else:
         raise TypeError(
             f"model_or_optimizer: got {shown(model_or_optimizer)}, expected a torch.nn.Module, AlraoSGD or AlraoAdam"
         )
-    print(_table(rows), file=file or sys.stdout)
+    if file is not None:
+        print(_table(rows) if details else _summary(rows, layouts), file=file)
     return rows
 
 
@@ -80,10 +109,33 @@ def _row(param: Tensor, layout: Layout) -> RateRow:
     )
 
 
+def _summary(rows: list[RateRow], layouts: list[Layout]) -> str:
+    total = sum(math.prod(row.shape) for row in rows)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault((row.rule, row.module), []).append(number)
+    lines = []
+    for (rule, module), numbers in groups.items():
+        entries = sum(math.prod(rows[n].shape) for n in numbers)
+        features = sum({layouts[n].vector: rows[n].features for n in numbers}.values())
+        lines.append(
+            (
+                entries,
+                [rule, module, len(numbers), entries, f"{entries / max(total, 1):.1%}", features],
+            )
+        )
+    lines.sort(key=lambda line: -line[0])
+    heading = ["rule", "module", "parameters", "entries", "share", "features"]
+    return _aligned([heading] + [[str(cell) for cell in line] for _, line in lines])
+
+
 def _table(rows: list[RateRow]) -> str:
     names = [n for n in RateRow._fields if any(getattr(row, n) is not None for row in rows)]
-    cells = [names] + [[_cell(getattr(row, n)) for n in names] for row in rows]
-    widths = [max(len(line[k]) for line in cells) for k in range(len(names))]
+    return _aligned([names] + [[_cell(getattr(row, n)) for n in names] for row in rows])
+
+
+def _aligned(cells: list[list[str]]) -> str:
+    widths = [max(len(line[k]) for line in cells) for k in range(len(cells[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells]
     lines.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join(lines)
