@@ -210,6 +210,33 @@ def test_tokens_and_tables_of_timm():
     assert torch.equal(found, arange(1, 3).expand(9, 3)) and layout.vector.length == 3
 
 
+def test_position_biases_as_images_of_heads():
+    timm = pytest.importorskip("timm")
+    bias = timm.layers.RelPosBiasTf((2, 2), num_heads=3)
+    found, layout = numbered(bias, "relative_position_bias_table")
+    assert torch.equal(found, arange(3, 1, 1).expand(3, 3, 3)) and layout.vector.length == 3
+
+
+def test_heads_of_zamba():
+    options = {
+        "hidden_size": 8,
+        "mamba_expand": 1,
+        "mamba_dt_rank": 3,
+        "mamba_d_state": 5,
+        "n_mamba_heads": 2,
+    }
+    transformers = pytest.importorskip("transformers")
+    modeling = pytest.importorskip("transformers.models.zamba.modeling_zamba")
+    config = transformers.CONFIG_MAPPING["zamba"](**options)
+    mixer = modeling.ZambaMambaMixer(config, layer_idx=0)
+    # Per head [out, in]; 4 channels, a time step of rank 3, two inputs of 5 states.
+    assert torch.equal(numbered(mixer, "x_proj_weight")[0], arange(2, 13, 1).expand(2, 13, 4))
+    assert torch.equal(numbered(mixer, "dt_proj_weight")[0], arange(2, 4, 1).expand(2, 4, 3))
+    assert torch.equal(numbered(mixer, "dt_proj_bias")[0], arange(2, 4))
+    assert torch.equal(numbered(mixer, "A_log")[0], arange(2, 4, 1).expand(2, 4, 5))
+    assert laid_out(mixer)["D"].vector is laid_out(mixer)["A_log"].vector
+
+
 def test_channels_first_position_embedding():
     timm = pytest.importorskip("timm")
     net = timm.create_model("visformer_tiny")

@@ -59,13 +59,18 @@ def _library(module: nn.Module) -> dict[str, Feature] | None:
     return features
 
 
-# Parameters of several dimensions whose last one holds what an embedding's does: one rate per column.
+# Parameters of several dimensions whose last one holds what an embedding's does: one rate per column. Likewise
+# projections [in, out].
 _COLUMNS = re.compile(
-    r".*(token|embed|embedding|latent|query|querie|prompt|probe|pos|pos_[hwt]|pos_emb|position_enc|height_rel|width_rel"
-    r"|bias_table|mask_emb|emb_rel_[kv]|extensor)s?(_(win|window|temporal|spatial|table|[\dxy]))?\d*"
+    r".*(token|embed|embedding|encoding|latent|query|querie|prompt|probe|pos|pos_[hwt]|pos_emb|position_enc|height_rel"
+    r"|width_rel|bias_table|position_bias|mask_emb|emb_rel_[kv]|extensor|compress_ape)s?"
+    r"(_(win|window|temporal|spatial|table|vlm|[\dxy]d?))?\d*"
+    r"|relative_attention_bias|static_weight|.*_projection(_weight)?"
 )
-# One rate per row: a head, a channel, an output.
-_ROWS = re.compile(r"attention_biases|relative_bias_table|A_log|lora_.*|vera_.*")
+# One rate per row: a head, an output.
+_ROWS = re.compile(r"attention_biases|relative_bias_table|fn|hc_fn|.*compress_gate|lora_.*|vera_.*")
+# Scales and shifts of every entry of [heads, size]: one rate per entry.
+_ENTRIES = re.compile(r"(pos_)?bias_[uv]|scale|alpha")
 # Parameters of these names scale or shift the same units, as a LayerNorm's weight and bias do.
 _SHARED = re.compile(r"weight|bias|gain|alpha|beta|translate|log_scale")
 _CHANNELS = re.compile(r"A_log|D|dt_bias")
@@ -79,6 +84,10 @@ def _by_shape(name: str, param: Tensor) -> Feature | None:
     if len(long) < 2:
         # A vector, however it is shaped: there is one way only.
         return Feature(dim=long, vector=vector if long else name)
+    if last == "A_log":
+        return Feature(dim=tuple(range(param.dim() - 1)), vector=vector)
+    if _ENTRIES.fullmatch(last) or _CHANNELS.fullmatch(last):
+        return Feature(dim=tuple(range(param.dim())), vector=name if vector == "out" else vector)
     if _ROWS.fullmatch(last):
         return Feature(dim=0, vector=vector)
     if _COLUMNS.fullmatch(last) or param.size(0) == 1:
@@ -200,14 +209,30 @@ def _packed_with_biases(module: Any, own: Own) -> dict[str, Feature]:
     return {"qkv.weight": packed, "qkv.bias": packed, **biases}
 
 
-@_named(r".*Attention")
-def _biases_of_positions(module: Any, own: Own) -> dict[str, Feature]:
-    # Transformer-XL's biases [heads, size] of the query: one rate per entry.
-    return {
-        name: Feature(dim=(0, 1), vector=name)
-        for name in ("pos_bias_u", "pos_bias_v")
-        if name in own
-    }
+@_named("RelPosBiasTf")
+def _images_of_heads(module: Any, own: Own) -> dict[str, Feature]:
+    # [heads, height, width].
+    return {"relative_position_bias_table": Feature(dim=0)}
+
+
+@_named(r".*Relative(Logits|PositionBias)")
+def _relative_logits(module: Any, own: Own) -> dict[str, Feature]:
+    # [in, out].
+    return {"proj": Feature(dim=1)} if "proj" in own else {}
+
+
+@_named("CsmCodebooksHead")
+def _codebooks(module: Any, own: Own) -> dict[str, Feature]:
+    # [codebooks, in, out].
+    return {"weight": Feature(dim=(0, 2))}
+
+
+@_named("ZambaMambaMixer")
+def _heads_of_mixers(module: Any, own: Own) -> dict[str, Feature]:
+    # [heads, out, in] and [heads, out].
+    step = Feature(dim=(0, 1), vector="dt_proj")
+    inputs = Feature(dim=(0, 1), vector="x_proj")
+    return {"x_proj_weight": inputs, "dt_proj_weight": step, "dt_proj_bias": step}
 
 
 @_named("LoraLayer")
