@@ -1,113 +1,120 @@
-"""Architectures of transformers and timm by their configurations, on the meta device, and the table of their layouts.
+"""The architectures whose rates are checked, built without data from their configurations, and their table.
 
-`python tests/architectures.py` writes docs/architectures.md.
+`python tests/architectures.py` writes docs/architectures.md anew; it needs transformers and timm.
 """
 
-import importlib.metadata
+from __future__ import annotations
+
 import warnings
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from alrao_fast import describe_rates
+from alrao_fast.optim import layouts
 
-PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
-TRANSFORMERS = """
-albert aria_text bart beit bert bloom clip data2vec-vision deberta-v2 deepseek_v3 deit
-distilbert electra falcon falcon_mamba gemma2 gpt2 gpt_neox gpt_oss granitemoe ibert jetmoe
-llama llama4_text mamba mistral mixtral olmoe openai-gpt opt phi pvt qwen2 qwen2_moe qwen3_moe
-recurrent_gemma roberta rwkv swin t5 vit wav2vec2 whisper xlnet yolos zamba2
-""".split()
-TIMM = """
-beitv2_base_patch16_224 botnet26t_256 cait_xxs24_224 coatnet_0_rw_224 convnext_tiny
-crossvit_tiny_240 deit_tiny_distilled_patch16_224 densenet121 dm_nfnet_f0 eca_nfnet_l0
-edgenext_xx_small efficientnet_b0 eva02_tiny_patch14_224 fastvit_t8 gmlp_s16_224 halonet26t
-hiera_tiny_224 levit_128 maxvit_tiny_rw_224 mixer_b16_224 mobilenetv3_large_100 nest_tiny
-nfnet_f0 poolformer_s12 pvt_v2_b0 regnety_016 resmlp_12_224 resnet50 resnext50_32x4d
-swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 tnt_s_patch16_224
-vit_small_patch14_reg4_dinov2 vit_tiny_patch16_224 volo_d1_224 xcit_nano_12_p16_224
-""".split()
-# Few layers: those are the same, and take time.
-_LAYERS = (
-    "num_hidden_layers",
-    "n_layer",
-    "num_layers",
-    "n_layers",
-    "encoder_layers",
-    "decoder_layers",
-)
+PAGE = Path(__file__).parents[1] / "docs/architectures.md"
+TRANSFORMERS = (
+    "albert aria_text bart beit bert bloom clip convnextv2 data2vec-vision deepseek_v3 deformable_detr deit dinov2 "
+    "distilbert electra falcon flava gemma2 gpt2 gpt_neox gpt_oss granitemoehybrid hiera ibert imagegpt jetmoe levit "
+    "llama llama4_text mamba mamba2 mistral mixtral mllama nemotron_h olmoe openai-gpt opt perceiver phi pvt "
+    "qwen2 qwen2_moe qwen3_next recurrent_gemma reformer roberta rwkv sam swin swinv2 t5 vit vit_mae wav2vec2 "
+    "wav2vec2-conformer whisper xlnet yolos"
+).split()
+TIMM = (
+    "bat_resnext26ts "
+    "beit_base_patch16_224 botnet26t_256 cait_xxs24_224 coatnet_0_rw_224 convmixer_768_32 convnext_tiny "
+    "convnextv2_atto crossvit_tiny_240 davit_tiny deit_tiny_distilled_patch16_224 densenet121 efficientnet_b0 "
+    "eva02_tiny_patch14_224 fastvit_t8 gmlp_s16_224 halonet26t hiera_tiny_224 levit_128 maxvit_tiny_rw_224 "
+    "mixer_b16_224 mobilenetv3_large_100 mobilenetv4_hybrid_medium nest_tiny nfnet_f0 poolformer_s12 pvt_v2_b0 "
+    "regnety_016 resmlp_12_224 resnet50 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 tf_efficientnet_cc_b0_4e "
+    "tnt_s_patch16_224 visformer_tiny vit_small_patch14_reg4_dinov2 vit_tiny_patch16_224 volo_d1_224 "
+    "xcit_nano_12_p16_224"
+).split()
 
 
-def of_transformers(name: str, **sizes: int) -> nn.Module:
+class Shares(NamedTuple):
+    """Of all entries the shares that torch.nn's rules lay out, that the package's rules do, and that no rule does."""
+
+    entries: int
+    torch: float
+    package: float
+    default: float
+
+
+def build_transformers(name: str) -> nn.Module:
+    """The model of the default configuration, on meta."""
     from transformers import CONFIG_MAPPING, AutoModel
 
-    config = CONFIG_MAPPING[name](**sizes)
-    for key in _LAYERS:
-        if (
-            not sizes
-            and name not in ("zamba2", "recurrent_gemma")
-            and isinstance(getattr(config, key, None), int)
-        ):
-            setattr(config, key, min(getattr(config, key), 4))
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return AutoModel.from_config(config)
+    with torch.device("meta"):
+        return AutoModel.from_config(CONFIG_MAPPING[name]())
 
 
-def of_timm(name: str, **options: object) -> nn.Module:
+def build_timm(name: str) -> nn.Module:
+    """The model, on meta."""
     import timm
 
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return timm.create_model(name, **options)
+    with torch.device("meta"):
+        return timm.create_model(name)
 
 
-def shares(net: nn.Module) -> dict[str, float]:
-    """The share of the entries under each rule."""
-    entries: dict[str, int] = {}
-    for row in describe_rates(net, file=None):
-        size = int(torch.tensor(row.shape).prod()) if row.shape else 1
-        entries[row.rule] = entries.get(row.rule, 0) + size
-    total = sum(entries.values())
-    return {rule: size / total for rule, size in entries.items()}
+def shares(model: nn.Module) -> Shares:
+    table = layouts.resolve_all([model])
+    with mock.patch.object(layouts, "_LIBRARIES", []):
+        bare = layouts.resolve_all([model])
+    entries = sum(p.numel() for p in table)
+    by_torch, covered = _covered(bare), _covered(table)
+    return Shares(
+        entries, by_torch / entries, (covered - by_torch) / entries, 1 - covered / entries
+    )
 
 
-def table() -> str:
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("transformers", "timm"))
-    lines = [
-        "# Architectures",
-        "",
-        "Which rule says how the rates of a model's parameters lie, by the share of its entries. Models are made from",
-        f"their configurations ({versions}; of transformers at most four layers); the page is",
-        "written by `python tests/architectures.py`.",
-        "",
-        "- *built-in*: a rule by the module's class, of torch.nn or of the library.",
-        "- *shape*: a parameter with one dimension alone, or broadcast along its first (tokens, positions, scales).",
-        "- *default*: one rate per index of dimension 0, and nobody knows whether that is the output.",
-        "",
-        "Experts that keep their weights as [experts, in, out] (GPT-OSS, Llama 4, Aria) share a rate between the units",
-        "of the same number; all others have one for each unit of each expert. A layer scale has rates of its own,",
-        "q_bias and v_bias those of the units that they belong to.",
-        "",
-    ]
-    for library, names, make in (
-        ("transformers", TRANSFORMERS, of_transformers),
-        ("timm", TIMM, of_timm),
+def _covered(table: dict[Tensor, layouts.Layout]) -> int:
+    """The entries under a rule, or with a rate each, which is right without any: a norm's scale."""
+    return sum(
+        p.numel()
+        for p, layout in table.items()
+        if layout.rule != "default" or layout.length(p) == p.numel()
+    )
+
+
+HEADING = """# Architectures
+
+Models of transformers and timm, built from their default configurations, and the share of their entries whose learning
+rates follow the rules for torch.nn's modules, the rules for the modules of these packages (Conv1D, fused experts,
+tokens and position embeddings, tables of position biases, gains, layer scales, ...) and no rule: those have one rate
+per index of their dimension 0. `alrao.describe_rates(net)` prints the same of any model; an optimizer warns where 1 %
+of the trained entries or more have no rule, and `alrao.register_feature_layout` adds one.
+
+A fused expert's unit has a rate of its own in each expert. Where the weight is stored as [experts, in, out] (GPT-OSS,
+Llama 4, Aria; also the gates of RecurrentGemma) a unit's rates do not lie side by side in memory, and the optimizer
+keeps one float32 rate per entry of these weights on the device, 4 bytes each; [experts, out, in] (Mixtral, Qwen,
+DeepSeek and most others) costs one rate per unit.
+
+`python tests/architectures.py` writes this page.
+"""
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    lines = [HEADING]
+    for package, build, names in (
+        ("transformers", build_transformers, TRANSFORMERS),
+        ("timm", build_timm, TIMM),
     ):
-        lines += [
-            f"## {library}",
-            "",
-            "| model | built-in | shape | default |",
-            "|---|---:|---:|---:|",
-        ]
+        lines.append(f"## {package} {version(package)}\n")
+        lines.append("| model | entries | torch.nn's rules | the package's rules | no rule |")
+        lines.append("|---|---:|---:|---:|---:|")
         for name in names:
-            of_rule = shares(make(name))
-            cells = [f"{of_rule.get(rule, 0):.2%}" for rule in ("built-in", "shape", "default")]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+            s = shares(build(name))
+            cells = " | ".join(f"{100 * share:.2f} %" for share in s[1:])
+            lines.append(f"| {name} | {s.entries / 1e6:,.1f} M | {cells} |")
         lines.append("")
-    return "\n".join(lines)
+    PAGE.write_text("\n".join(lines))
 
 
 if __name__ == "__main__":
-    PAGE.write_text(table())
+    main()

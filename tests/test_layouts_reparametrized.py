@@ -102,4 +102,4 @@ def test_parametrization_with_its_own_parameters():
     nn.utils.parametrize.register_parametrization(module, "weight", Scale())
     layouts = table(module)
     assert layouts["parametrizations.weight.original"].vector is layouts["bias"].vector
-    assert layouts["parametrizations.weight.0.log_scale"].rule == "shape"
+    assert layouts["parametrizations.weight.0.log_scale"].rule == "default"

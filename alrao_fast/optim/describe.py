@@ -1,4 +1,4 @@
-"""`describe_rates`: the whole assignment of rates to parameters, as a table."""
+"""`describe_rates`: the assignment of rates to parameters, in sum or in full, as a table."""
 
 import math
 import sys
@@ -14,8 +14,8 @@ from alrao_fast.optim.layouts import Layout, memory_span, resolve_all
 class RateRow(NamedTuple):
     """One parameter's row: `features` rates in vector `vector`, entry i in memory order has rate i // inner % features.
 
-    rule: "built-in", "registered" (by `register_feature_layout`), "shape" (no rule, and no doubt: one dimension alone,
-    or a parameter that is broadcast along its first), or "default": no rule, one rate per index of dim 0.
+    rule: "built-in", "registered" (by `register_feature_layout`), "shape" (no rule, and a parameter that is broadcast
+        along dim 0: one rate per index of its last), or "default": no rule, one rate per index of dim 0.
     kind: "feature", "clone" or "weight" (one rate per entry). group, lr_min, lr_max: None where a model was given.
     """
 
@@ -33,8 +33,14 @@ class RateRow(NamedTuple):
     lr_max: float | None = None
 
 
-# Standard output of the moment of the call; None is silence.
-_STDOUT: Any = object()
+class _Stdout:
+    """The default of `file`: standard output as it is at the call."""
+
+    def __repr__(self) -> str:
+        return "sys.stdout"
+
+
+_STDOUT: Any = _Stdout()
 
 
 def describe_rates(
@@ -43,59 +49,39 @@ def describe_rates(
     details: bool = False,
     file: TextIO | None = _STDOUT,
 ) -> list[RateRow]:
-    """Print which entries of the parameters share a rate, and return one row per parameter.
+    """Print which entries share a rate, and return one row per parameter.
 
     Args:
-        model_or_optimizer: of an optimizer (`AlraoSGD`, `AlraoAdam`) the drawn rates' range and the param group are
-            known, too.
-        details: print a line per parameter, not one per kind of module.
-        file: where to; standard output by default, None for nowhere.
+        model_or_optimizer: a module, or an `AlraoSGD` or `AlraoAdam`.
+        details: False prints one line per rule and module class, the largest first: its parameters, entries, their
+            share of all and the number of rates, a shared vector counted once. True prints every row; of an optimizer
+            the drawn rates' range and the param group, too.
+        file: where to, standard output by default; None prints nothing.
 
-    TypeError for another kind of argument.
+    TypeError for anything else.
     """
     details = Flag().check("details", details)
+    if file is _STDOUT:
+        file = sys.stdout
+    elif file is not None and not callable(getattr(file, "write", None)):
+        raise TypeError(f"file: got {shown(file)}, expected a writable text file or None")
     if isinstance(model_or_optimizer, AlraoOptimizer):
-        rows = _optimizer_rows(model_or_optimizer)
+        optimizer = model_or_optimizer
+        rows = _optimizer_rows(optimizer)
+        layouts = [optimizer.layout_of(p) for g in optimizer.param_groups for p in g["params"]]
     elif isinstance(model_or_optimizer, nn.Module):
         table = resolve_all([model_or_optimizer])
-        rows = [_row(param, layout) for param, layout in table.items()]
+        rows, layouts = (
+            [_row(param, layout) for param, layout in table.items()],
+            list(table.values()),
+        )
     else:
         raise TypeError(
             f"model_or_optimizer: got {shown(model_or_optimizer)}, expected a torch.nn.Module, AlraoSGD or AlraoAdam"
         )
     if file is not None:
-        lines = _table(rows) if details else _summary(rows)
-        print(lines, file=sys.stdout if file is _STDOUT else file)
+        print(_table(rows) if details else _summary(rows, layouts), file=file)
     return rows
-
-
-class _Kind(NamedTuple):
-    """The parameters of one name in the modules of one class, under one rule."""
-
-    rule: str
-    module: str
-    parameter: str
-    kind: str
-    parameters: int
-    entries: int
-    share: str
-    rates: int
-
-
-def _summary(rows: list[RateRow]) -> str:
-    """Of each kind how many parameters, entries and rates there are; those without a rule first, large ones first."""
-    total = sum(math.prod(row.shape) for row in rows) or 1
-    kinds: dict[tuple[str, str, str, str], list[RateRow]] = {}
-    for row in rows:
-        name = row.parameter.rpartition(".")[2]
-        kinds.setdefault((row.rule, row.module, name, row.kind), []).append(row)
-    lines = []
-    for key, of_kind in kinds.items():
-        entries = sum(math.prod(row.shape) for row in of_kind)
-        rates = sum({row.vector: row.features for row in of_kind}.values())
-        lines.append(_Kind(*key, len(of_kind), entries, f"{entries / total:.1%}", rates))
-    lines.sort(key=lambda line: (line.rule != "default", -line.entries))
-    return _aligned([list(_Kind._fields), *([_cell(cell) for cell in line] for line in lines)])
 
 
 def _optimizer_rows(optimizer: AlraoOptimizer) -> list[RateRow]:
@@ -126,13 +112,32 @@ def _row(param: Tensor, layout: Layout) -> RateRow:
     )
 
 
+def _summary(rows: list[RateRow], layouts: list[Layout]) -> str:
+    total = sum(math.prod(row.shape) for row in rows)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault((row.rule, row.module), []).append(number)
+    lines = []
+    for (rule, module), numbers in groups.items():
+        entries = sum(math.prod(rows[n].shape) for n in numbers)
+        features = sum({layouts[n].vector: rows[n].features for n in numbers}.values())
+        lines.append(
+            (
+                entries,
+                [rule, module, len(numbers), entries, f"{entries / max(total, 1):.1%}", features],
+            )
+        )
+    lines.sort(key=lambda line: -line[0])
+    heading = ["rule", "module", "parameters", "entries", "share", "features"]
+    return _aligned([heading] + [[str(cell) for cell in line] for _, line in lines])
+
+
 def _table(rows: list[RateRow]) -> str:
     names = [n for n in RateRow._fields if any(getattr(row, n) is not None for row in rows)]
     return _aligned([names] + [[_cell(getattr(row, n)) for n in names] for row in rows])
 
 
 def _aligned(cells: list[list[str]]) -> str:
-    """Lines of columns, the first of them a heading."""
     widths = [max(len(line[k]) for line in cells) for k in range(len(cells[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells]
     lines.insert(1, "  ".join("-" * w for w in widths))

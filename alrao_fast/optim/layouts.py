@@ -122,6 +122,18 @@ def register_builtin(*module_types: type[nn.Module]) -> Callable[[Rule], Rule]:
     return register
 
 
+# What the packages' own modules say of the parameters that no rule above covers; None for other modules.
+_LIBRARIES: list[Callable[[nn.Module], dict[str, Feature] | None]] = []
+
+
+def register_library(
+    rule: Callable[[nn.Module], dict[str, Feature] | None],
+) -> Callable[[nn.Module], dict[str, Feature] | None]:
+    """Decorator for a rule that is asked of every module without a registered one; it knows its own by their class."""
+    _LIBRARIES.append(rule)
+    return rule
+
+
 @dataclass(eq=False)
 class Vector:
     """One vector of rates, drawn once; the parameters of a module that name it share it."""
@@ -135,8 +147,8 @@ class Vector:
 class Layout:
     """The feature layout of one parameter, resolved: dimensions checked, vector shared by identity.
 
-    rule: "built-in" or "registered"; "shape" where no rule covers the parameter and its shape leaves no doubt, or
-        "default".
+    rule: "built-in" or "registered"; where no rule covers the parameter "shape" if it is broadcast along dimension 0,
+        else "default".
     """
 
     name: str
@@ -175,17 +187,17 @@ def default_layout(name: str, param: Tensor, module: str = "") -> Layout:
     check_param(name, param, module)
     dims = (_feature_dim(param),) if param.dim() else ()
     length = param.size(dims[0]) if dims else 1
-    certain = sum(size != 1 for size in param.shape) < 2 or param.size(0) == 1
-    rule = "shape" if certain else "default"
+    rule = "shape" if param.dim() > 1 and param.size(0) == 1 else "default"
     return Layout(name, module, rule, dims, Vector(name, length, "feature"))
 
 
 def _feature_dim(param: Tensor) -> int:
+    """The dimension along which the default rule finds features."""
     wide = [d for d in range(param.dim()) if param.size(d) != 1]
-    if len(wide) == 1:
-        return wide[0]
     if not wide or param.size(0) != 1:
         return 0
+    if len(wide) == 1:
+        return wide[0]
     is_map = param.dim() == 4 and len(wide) == 3 and param.size(2) == param.size(3) != param.size(1)
     return 1 if is_map else param.dim() - 1
 
@@ -196,22 +208,22 @@ def resolve(model: nn.Module, table: dict[Tensor, Layout], prefix: str = "") -> 
     Modules in the order of `model.modules()`, within a module the rule's order, then what the rule leaves out. A
     parameter that several modules share belongs to the first of them.
     """
-    vectors: dict[str, Vector] = {}
     for module_name, module in model.named_modules(prefix=prefix):
-        _resolve_module(module, module_name, table, vectors)
+        _resolve_module(module, module_name, table)
 
 
-def _resolve_module(
-    module: nn.Module, module_name: str, table: dict[Tensor, Layout], vectors: dict[str, Vector]
-) -> None:
+def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Layout]) -> None:
     own = dict(own_parameters(module))
     type_name = type(module).__name__
     for name, param in own.items():
         check_param(_join(module_name, name), param, type_name)
-    registered = next(filter(None, map(_rule_of, type(module).__mro__)), None)
+    registered = next((_RULES[c] for c in type(module).__mro__ if c in _RULES), None)
     # Which entry has which rate is worked out on the CPU, whatever torch's default device is.
     with torch.device("cpu"):
         features = _features(registered.rule, module) if registered else {}
+        if not registered or registered.builtin:
+            for library in _LIBRARIES:
+                features = {**(library(module) or {}), **features}
     if not isinstance(features, Mapping) or not all(
         isinstance(name, str) and isinstance(feature, Feature) for name, feature in features.items()
     ):
@@ -220,6 +232,9 @@ def _resolve_module(
             "{parameter's name: Feature}"
         )
     rule = "registered" if registered and not registered.builtin else "built-in"
+    if rule == "built-in":
+        own |= _below(module, features)
+    vectors: dict[str, Vector] = {}
     for rule_name, feature in features.items():
         names = [rule_name] if rule_name in own else _stand_ins(rule_name, own)
         missing = not names and rule_name not in module._parameters
@@ -248,14 +263,19 @@ def _resolve_module(
             table[param] = default_layout(_join(module_name, name), param, type_name)
 
 
-def _rule_of(cls: type) -> _Registered | None:
-    """What is registered for a class itself, or comes with the package for one of another library."""
-    if cls in _RULES:
-        return _RULES[cls]
-    from alrao_fast.optim.library_layouts import library_rule
-
-    rule = library_rule(cls)
-    return None if rule is None else _Registered(rule, builtin=True)
+def _below(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The submodules' parameters that a built-in rule names, `child.name`, save those of registered types."""
+    found: dict[str, Tensor] = {}
+    for full_name in names:
+        path, _, name = full_name.rpartition(".")
+        if not path or path.startswith("parametrizations"):
+            continue
+        child = module.get_submodule(path)
+        registered = next((_RULES[c] for c in type(child).__mro__ if c in _RULES), None)
+        param = child._parameters.get(name)
+        if param is not None and (registered is None or registered.builtin):
+            found[full_name] = param
+    return found
 
 
 def _features(rule: Rule, module: nn.Module) -> Any:
@@ -338,11 +358,10 @@ def _fitted(
             return f"feature_of must lie in [0, {length})"
     elif size != length and (len(dims) != 1 or length < 1 or size % length):
         return f"{length} features do not divide the size {size} along dim {feature.dim}"
-    # By its full name: the parameter of a module may belong to the units of its child's.
-    full_vector = _join(module_name, feature.vector)
-    vector = vectors.get(full_vector)
+    vector = vectors.get(feature.vector)
     if vector is None:
-        vector = vectors[full_vector] = Vector(full_vector, length, feature.kind)
+        vector = Vector(_join(module_name, feature.vector), length, feature.kind)
+        vectors[feature.vector] = vector
     if (vector.length, vector.kind) != (length, feature.kind):
         return f"vector {feature.vector!r} has {vector.length} {vector.kind} rates, this needs {length} {feature.kind}"
     return Layout(name, type(module).__name__, rule, dims, vector, feature.feature_of)

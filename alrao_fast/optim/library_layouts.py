@@ -1,96 +1,178 @@
-"""Feature layouts of other libraries' modules, by the names of their classes: transformers, timm, torchvision, peft.
+"""The feature layouts of modules of transformers, timm, torchvision and peft that torch.nn's rules do not cover.
 
-Nothing of them is imported: a rule names the package that a class comes from, and a pattern for the class's name.
-Modules built of torch.nn's layers, which most are, need no rule; here is what has parameters of its own.
+None of these packages is imported: a rule goes by the class's name and package, and by its parameters' names and
+shapes. First the rules by class, in `_BY_CLASS`; what they leave out goes by name and shape, in `_by_shape`.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from alrao_fast.optim.layouts import Feature, Rule
+from alrao_fast.optim.layouts import Feature, own_parameters, register_library
 
-
-class _Named(NamedTuple):
-    packages: tuple[str, ...]
-    pattern: re.Pattern[str]
-    rule: Rule
-
-
-_NAMED: list[_Named] = []
+_PACKAGES = {"transformers", "transformers_modules", "timm", "torchvision", "peft"}
+Own = Mapping[str, Tensor]
+ClassRule = Callable[[Any, Own], dict[str, Feature]]
+_BY_CLASS: list[tuple[re.Pattern[str], ClassRule]] = []
 
 
-def _named(pattern: str, *packages: str) -> Any:
-    """Decorator for the rule of classes of `packages` whose whole name matches."""
+def _named(pattern: str) -> Callable[[ClassRule], ClassRule]:
+    """Decorator: the rule for library classes, subclasses included, whose whole name matches `pattern`."""
 
-    def add(rule: Rule) -> Rule:
-        _NAMED.append(_Named(packages, re.compile(pattern), rule))
+    def register(rule: ClassRule) -> ClassRule:
+        _BY_CLASS.append((re.compile(pattern), rule))
         return rule
 
-    return add
+    return register
 
 
-def library_rule(cls: type) -> Rule | None:
-    """The rule for a class of a library, None where there is none."""
-    package = cls.__module__.partition(".")[0]
-    for packages, pattern, rule in _NAMED:
-        if package in packages and pattern.fullmatch(cls.__name__):
-            return rule
-    return None
-
-
-def _own(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in module._parameters.items() if p is not None}
-
-
-@_named("Conv1D", "transformers")
-def _transposed_linear(module: Any) -> dict[str, Feature]:
-    """GPT-2's linear layer, whose weight is [in, out]."""
-    return {"weight": Feature(dim=1), "bias": Feature(dim=0)}
-
-
-@_named(r"\w*(Experts|ParallelExperts)", "transformers")
-def _experts(module: Any) -> dict[str, Feature]:
-    """Linear layers of all experts in one parameter: [E, out, in], or [E, in, out] where the class says or shows so.
-
-    A feature is a unit of one expert; of [E, in, out] it is the unit with the same number in all experts, since one
-    rate for each would lie as wide in memory as the parameter.
-    """
-    own = _own(module)
-    transposed = getattr(module, "is_transposed", None)
-    if (
-        transposed is None
-        and {"gate_up_proj", "down_proj"} <= set(own)
-        and own["down_proj"].dim() == 3
-    ):
-        # The units between the two projections; where all sizes are equal, as most have it.
-        inner, outer = own["down_proj"].shape[1:]
-        transposed = own["gate_up_proj"].size(2) == 2 * inner and inner != outer
-    features = {}
-    for name, p in own.items():
-        vector = name.removesuffix("_bias")
-        if p.dim() == 3:
-            features[name] = Feature(dim=2 if transposed else (0, 1), vector=vector)
-        elif p.dim() == 2 and name.endswith("bias"):
-            features[name] = Feature(dim=1 if transposed else (0, 1), vector=vector)
+@register_library
+def _library(module: nn.Module) -> dict[str, Feature] | None:
+    names = [c.__name__ for c in type(module).__mro__ if c.__module__.split(".")[0] in _PACKAGES]
+    if not names:
+        return None
+    own = dict(own_parameters(module))
+    for child, held in module._modules.items():
+        # The entries of a list or dict are met here: the container's type says nothing of them.
+        if isinstance(held, nn.ParameterList | nn.ParameterDict):
+            own |= {
+                f"{child}.{name}": param
+                for name, param in held._parameters.items()
+                if param is not None
+            }
+    features: dict[str, Feature] = {}
+    for pattern, rule in _BY_CLASS:
+        if any(map(pattern.fullmatch, names)):
+            features = {**rule(module, own), **features}
+    for name, param in own.items():
+        if name in features or name.startswith("parametrizations.") or is_lazy(param):
+            continue
+        feature = _by_shape(name, param)
+        if feature is not None:
+            features[name] = feature
     return features
 
 
-@_named("XLNetRelativeAttention", "transformers")
-def _xlnet(module: Any) -> dict[str, Feature]:
-    """q, k, v and r make [heads, size] of their first dimension, o makes its first dimension of them."""
-    made = {n: Feature(dim=(1, 2), vector=n) for n in ("q", "k", "v", "r", "seg_embed")}
-    biases = {n: Feature(dim=(0, 1), vector=n) for n in ("r_r_bias", "r_s_bias", "r_w_bias")}
-    return {**made, "o": Feature(dim=0, vector="o"), **biases}
+# Parameters of several dimensions whose last one holds what an embedding's does: one rate per column. Likewise
+# projections [in, out].
+_COLUMNS = re.compile(
+    r".*(token|embed|embedding|encoding|latent|query|querie|prompt|probe|pos|pos_[hwt]|pos_emb|position_enc|height_rel"
+    r"|width_rel|bias_table|position_bias|mask_emb|emb_rel_[kv]|extensor|compress_ape)s?"
+    r"(_(win|window|temporal|spatial|table|vlm|[\dxy]d?))?\d*"
+    r"|relative_attention_bias|static_weight|.*_projection(_weight)?"
+)
+# One rate per row: a head, an output.
+_ROWS = re.compile(r"attention_biases|relative_bias_table|fn|hc_fn|.*compress_gate|lora_.*|vera_.*")
+# Scales and shifts of every entry of [heads, size]: one rate per entry.
+_ENTRIES = re.compile(r"(pos_)?bias_[uv]|scale|alpha")
+# Parameters of these names scale or shift the same units, as a LayerNorm's weight and bias do.
+_SHARED = re.compile(r"weight|bias|gain|alpha|beta|translate|log_scale")
+_CHANNELS = re.compile(r"A_log|D|dt_bias")
 
 
-@_named("RecurrentGemmaRglru", "transformers")
-def _gates(module: Any) -> dict[str, Feature]:
-    """A square for each head, [heads, in, out]."""
+def _by_shape(name: str, param: Tensor) -> Feature | None:
+    """The feature of a library's parameter by its name and shape; None where they do not tell."""
+    last = name.split(".")[-2 if "." in name else -1]
+    vector = "out" if _SHARED.fullmatch(last) else "channel" if _CHANNELS.fullmatch(last) else name
+    long = tuple(d for d in range(param.dim()) if param.size(d) != 1)
+    if len(long) < 2:
+        # A vector, however it is shaped: there is one way only.
+        return Feature(dim=long, vector=vector if long else name)
+    if last == "A_log":
+        return Feature(dim=tuple(range(param.dim() - 1)), vector=vector)
+    if _ENTRIES.fullmatch(last) or _CHANNELS.fullmatch(last):
+        return Feature(dim=tuple(range(param.dim())), vector=name if vector == "out" else vector)
+    if _ROWS.fullmatch(last):
+        return Feature(dim=0, vector=vector)
+    if _COLUMNS.fullmatch(last) or param.size(0) == 1:
+        # [1, C, H, W], which is added to a convolution's output, and [1, H, W, C].
+        image = param.dim() == 4 and param.size(0) == 1 and param.size(1) != param.size(2)
+        return Feature(dim=1 if image and param.size(2) == param.size(3) else -1, vector=name)
+    return None
+
+
+@_named(r".*(Linear|Router|Gate)")
+def _rows(module: Any, own: Own) -> dict[str, Feature]:
+    if "weight" not in own or own["weight"].dim() != 2:
+        return {}
+    return {"weight": Feature(dim=0), "bias": Feature(dim=0)}
+
+
+@_named(r".*Embedding")
+def _columns(module: Any, own: Own) -> dict[str, Feature]:
+    return {"weight": Feature(dim=1)} if "weight" in own and own["weight"].dim() == 2 else {}
+
+
+@_named("Conv1D")
+def _transposed_linear(module: Any, own: Own) -> dict[str, Feature]:
+    # The weight is [in, out].
+    return {"weight": Feature(dim=1), "bias": Feature(dim=0)}
+
+
+@_named(r".*")
+def _experts(module: Any, own: Own) -> dict[str, Feature]:
+    """Fused experts: a feature is one output unit of one expert, in [E, out, in] or [E, in, out]."""
+    down = own.get("down_proj")
+    names = [n for n in ("gate_up_proj", "up_proj", "gate_proj", "down_proj") if n in own]
+    if down is None or len(names) < 2 or any(own[n].dim() != 3 for n in names):
+        return {}
+    if names[0] == "gate_up_proj" and own["gate_up_proj"].size(2) == 2 * down.size(1):
+        transposed = True  # [E, in, 2 F] and [E, F, out], where the other order has [E, 2 F, in] and [E, out, F].
+    else:
+        transposed = getattr(module, "is_transposed", False)
+    weight = (0, 2) if transposed else (0, 1)
+    features = {name: Feature(dim=weight, vector=name) for name in names}
+    return features | {f"{name}_bias": Feature(dim=(0, 1), vector=name) for name in names}
+
+
+@_named(r".*Experts")
+def _parallel_experts(module: Any, own: Own) -> dict[str, Feature]:
+    return {"weight": Feature(dim=(0, 1))} if "weight" in own and own["weight"].dim() == 3 else {}
+
+
+@_named("DbrxExpertGLU")
+def _flat_experts(module: Any, own: Own) -> dict[str, Feature]:
+    # [experts * hidden, in]; w2 is [experts * hidden, out], where the experts share the rates of an output, which they
+    # add to the same sum: a vector for each would need an index as large as the parameter.
+    return {
+        "w1": Feature(vector="w1"),
+        "v1": Feature(vector="v1"),
+        "w2": Feature(dim=1, vector="w2"),
+    }
+
+
+@_named("CondConv2d")
+def _mixed_kernels(module: Any, own: Own) -> dict[str, Feature]:
+    # The weight [experts, out * in * k * k] is flat in every expert.
+    weight, units = own["weight"], len(own["weight"]) * module.out_channels
+    index = torch.arange(weight.numel()) // (weight.numel() // units)
+    return {
+        "weight": Feature(dim=(0, 1), num_features=units, feature_of=index),
+        "bias": Feature(dim=(0, 1)),
+    }
+
+
+@_named("XLNetRelativeAttention")
+def _heads_of_units(module: Any, own: Own) -> dict[str, Feature]:
+    # [in, heads, size] projects to the heads, o [out, heads, size] from them; r_*_bias [heads, size] are q's biases.
+    projections = {
+        name: Feature(dim=(1, 2), vector=name) for name in ("q", "k", "v", "r", "seg_embed")
+    }
+    biases = ("r_r_bias", "r_s_bias", "r_w_bias")
+    return {**projections, "o": Feature(vector="o")} | dict.fromkeys(
+        biases, Feature(dim=(0, 1), vector="q")
+    )
+
+
+@_named("RecurrentGemmaRglru")
+def _gates(module: Any, own: Own) -> dict[str, Feature]:
+    # [heads, in, out] and [heads, out].
     features = {}
     for gate in ("input_gate", "recurrent_gate"):
         features[f"{gate}_weight"] = Feature(dim=(0, 2), vector=gate)
@@ -98,52 +180,74 @@ def _gates(module: Any) -> dict[str, Feature]:
     return features
 
 
-@_named(r"InterpolateMidPositionEmbeddings", "transformers")
-def _positions(module: Any) -> dict[str, Feature]:
-    return {name: Feature(dim=-1, vector=name) for name in _own(module)}
-
-
-@_named("QuantEmbedding", "transformers")
-def _quantised_embedding(module: Any) -> dict[str, Feature]:
-    return {"weight": Feature(dim=1)}
-
-
-@_named(
-    r"QuantLinear|\w*(Router|Gate|Mixer|MambaLayer|Mamba2Mixer)|SeparableConv1D|LevitAttention\w*",
-    "transformers",
-)
-@_named(r"Attention\w*", "timm", "torchvision")
-def _rows(module: Any) -> dict[str, Feature]:
-    """Each row of what they have is a feature: routers, Mamba's states, biases by head; with the exceptions below."""
-    features = {n: Feature(dim=0, vector=n) for n, p in _own(module).items() if p.dim() > 0}
-    return {**features, **_biases_of_attention(module), **_position_tables(module)}
-
-
-@_named(r"\w*Attention", "timm", "transformers", "torchvision")
-@_named(r"RelPosBias|PosEmbedRel|\w*RelativePositionBias\w*", "timm", "transformers")
-def _attention(module: Any) -> dict[str, Feature]:
-    return {**_biases_of_attention(module), **_position_tables(module)}
-
-
-def _position_tables(module: nn.Module) -> dict[str, Feature]:
-    """A table of biases by relative position has a column for each head; one of embeddings, for each entry."""
+@_named("MultiQueryAttentionV2")
+def _multi_query(module: Any, own: Own) -> dict[str, Feature]:
     return {
-        name: Feature(dim=1, vector=name)
-        for name, p in _own(module).items()
-        if p.dim() == 2 and re.search(r"relative_position_bias_table|^(height|width)_rel$", name)
+        "query_proj": Feature(dim=(0, 1), vector="query"),
+        "key_proj": Feature(dim=1, vector="key"),
+        "value_proj": Feature(dim=1, vector="value"),
+        "out_proj": Feature(dim=0, vector="out"),
     }
 
 
-def _biases_of_attention(module: nn.Module) -> dict[str, Feature]:
-    """q_bias and v_bias kept apart from the joint projection `qkv` belong to its units."""
-    projection = module._modules.get("qkv")
-    own = _own(module)
-    if not isinstance(projection, nn.Linear) or projection.out_features % 3:
+@_named(r".*AxialPositionEmbeddings")
+def _axes(module: Any, own: Own) -> dict[str, Feature]:
+    return {name: Feature(dim=-1, vector=name) for name in own}
+
+
+@_named(r".*Attention")
+def _packed_with_biases(module: Any, own: Own) -> dict[str, Feature]:
+    """q_bias and v_bias [E] are the first and last third of the bias of `qkv`, a Linear without one."""
+    qkv = module._modules.get("qkv")
+    names = {"q_bias": 0, "k_bias": 1, "v_bias": 2}.items()
+    if type(qkv) is not nn.Linear or not any(name in own for name, _ in names):
         return {}
-    width = projection.out_features // 3
+    width = qkv.out_features // 3
+    third = {n: torch.arange(k * width, (k + 1) * width) for n, k in names if n in own}
+    packed = Feature(vector="qkv", num_features=qkv.out_features)
+    biases = {name: packed._replace(feature_of=index) for name, index in third.items()}
+    return {"qkv.weight": packed, "qkv.bias": packed, **biases}
+
+
+@_named("RelPosBiasTf")
+def _images_of_heads(module: Any, own: Own) -> dict[str, Feature]:
+    # [heads, height, width].
+    return {"relative_position_bias_table": Feature(dim=0)}
+
+
+@_named(r".*Relative(Logits|PositionBias)")
+def _relative_logits(module: Any, own: Own) -> dict[str, Feature]:
+    # [in, out].
+    return {"proj": Feature(dim=1)} if "proj" in own else {}
+
+
+@_named("CsmCodebooksHead")
+def _codebooks(module: Any, own: Own) -> dict[str, Feature]:
+    # [codebooks, in, out].
+    return {"weight": Feature(dim=(0, 2))}
+
+
+@_named("ZambaMambaMixer")
+def _heads_of_mixers(module: Any, own: Own) -> dict[str, Feature]:
+    # [heads, out, in] and [heads, out].
+    step = Feature(dim=(0, 1), vector="dt_proj")
+    inputs = Feature(dim=(0, 1), vector="x_proj")
+    return {"x_proj_weight": inputs, "dt_proj_weight": step, "dt_proj_bias": step}
+
+
+@_named("LoraLayer")
+def _magnitudes(module: Any, own: Own) -> dict[str, Feature]:
+    """DoRA's magnitude of an output shares the rate of the row of B that computes the output's update."""
     features = {}
-    for place, name in enumerate(("q_bias", "k_bias", "v_bias")):
-        if name in own and own[name].shape == (width,):
-            units = torch.arange(place * width, (place + 1) * width)
-            features[name] = Feature(0, 3 * width, "qkv.out", units)
+    magnitudes = module._modules.get("lora_magnitude_vector")
+    for adapter, held in magnitudes._modules.items() if magnitudes is not None else ():
+        magnitude = held._parameters.get("weight") if held is not None else None
+        if magnitude is None:
+            continue
+        outputs = max(range(magnitude.dim()), key=list(magnitude.shape).__getitem__)
+        linear = adapter in module.lora_B
+        rows = f"lora_B.{adapter}.weight" if linear else f"lora_embedding_B.{adapter}"
+        features[rows] = Feature(vector=f"out.{adapter}")
+        path = f"lora_magnitude_vector.{adapter}.weight"
+        features[path] = Feature(outputs, vector=f"out.{adapter}")
     return features

@@ -12,8 +12,7 @@ from alrao_fast.optim.layouts import Feature, register_builtin
 
 @register_builtin(nn.Linear, nn.Bilinear, _ConvNd, _NormBase, nn.GroupNorm)
 def _rows(module: nn.Module) -> dict[str, Feature]:
-    # Weight-standardised convolutions have a gain for each channel, too.
-    return {name: Feature(dim=0) for name in ("weight", "bias", "gain")}
+    return {"weight": Feature(dim=0), "bias": Feature(dim=0)}
 
 
 @register_builtin(_ConvTransposeNd)

@@ -1,0 +1,50 @@
+"""What the optimizers say of parameters whose rates may not follow their features."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from alrao_fast.optim.layouts import Layout
+
+# Below this share of the entries it does not matter which way the rates go.
+_SHARE = 0.01
+
+
+def warn_of_bare_tensors(names: Sequence[str], stacklevel: int) -> None:
+    """Warn that tensors which no module has laid out have one rate per index of dimension 0."""
+    if names:
+        warnings.warn(
+            f"{len(names)} bare tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) get one learning "
+            "rate per index of dimension 0, none of them shared: pass the module itself, or model=, to use the "
+            "modules' feature layouts",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def warn_of_default_rule(
+    params: Iterable[Tensor], layouts: Mapping[Tensor, Layout], stacklevel: int
+) -> None:
+    """Warn, once for all module classes, if no rule covers parameters of several dimensions that hold 1 % of the
+    trained entries or more: nothing says that their dimension 0 runs over the features."""
+    trained = [(p.numel(), p.dim(), layouts[p]) for p in params if p.requires_grad]
+    total = sum(entries for entries, _, _ in trained)
+    classes: dict[str, int] = {}
+    names: dict[str, dict[str, None]] = {}
+    for entries, dims, layout in trained:
+        if layout.rule == "default" and layout.module and dims > 1 and not layout.per_weight:
+            classes[layout.module] = classes.get(layout.module, 0) + entries
+            names.setdefault(layout.module, {})[layout.name.rpartition(".")[2]] = None
+    uncovered = sum(classes.values())
+    if not uncovered or uncovered < _SHARE * total:
+        return
+    order = sorted(classes, key=lambda name: -classes[name])
+    told = [f"{c} ({', '.join(list(names[c])[:3])}; {classes[c] / total:.0%})" for c in order[:5]]
+    first, parameter = order[0], next(iter(names[order[0]]))
+    warnings.warn(
+        f"{uncovered / total:.0%} of the trained entries are in modules without a feature layout and get one learning "
+        f"rate per index of dimension 0: {', '.join(told)}{', ...' if len(order) > 5 else ''}. Say which dimension "
+        f"runs over the outputs: register_feature_layout({first}, lambda module: {{{parameter!r}: Feature(dim=0)}}); "
+        "describe_rates(model) shows all",
+        stacklevel=stacklevel + 1,
+    )
