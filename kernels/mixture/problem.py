@@ -94,6 +94,8 @@ class Loss:
             "HAS_CLASS_WEIGHT": class_weight is not None,
             "SOFT": soft is not None,
             "CAPPED": added["softcap"] != 0,
+            # Whether the loss looks at other classes than the target's.
+            "SUMS": added["label_smoothing"] != 0 or soft is not None,
         }
         # What kernels take of the likelihood and its options, by their names there.
         self.likelihood = {

@@ -96,6 +96,7 @@ def mixture_row_kernel(
     HAS_CLASS_WEIGHT: tl.constexpr,
     SOFT: tl.constexpr,
     CAPPED: tl.constexpr,
+    SUMS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NEED_G: tl.constexpr,
     FOLD: tl.constexpr,
@@ -157,21 +158,22 @@ def mixture_row_kernel(
             sum_wq = tl.zeros([BLOCK], ACC)
             mass_q = tl.zeros([BLOCK], ACC)
             mass_wq = tl.zeros([BLOCK], ACC)
-            for base in range(0, num_classes, BLOCK):
-                z, _, offs, mask = load_block(
-                    z_ptr, bias_ptr, base, num_classes, softcap, HAS_BIAS, CAPPED, ACC, BLOCK
-                )
-                below = tl.where(mask, z - largest, 0.0)
-                w = tl.full([BLOCK], 1.0, ACC)
-                if HAS_CLASS_WEIGHT:
-                    w = tl.load(class_weight_ptr + offs, mask=mask, other=0.0)
-                sum_w += w * below
-                if SOFT:
-                    q = tl.load(soft_ptr + offs, mask=mask, other=0.0)
-                    sum_q += q * below
-                    sum_wq += w * q * below
-                    mass_q += q
-                    mass_wq += w * q
+            if SUMS:
+                for base in range(0, num_classes, BLOCK):
+                    z, _, offs, mask = load_block(
+                        z_ptr, bias_ptr, base, num_classes, softcap, HAS_BIAS, CAPPED, ACC, BLOCK
+                    )
+                    below = tl.where(mask, z - largest, 0.0)
+                    w = tl.full([BLOCK], 1.0, ACC)
+                    if HAS_CLASS_WEIGHT:
+                        w = tl.load(class_weight_ptr + offs, mask=mask, other=0.0)
+                    sum_w += w * below
+                    if SOFT:
+                        q = tl.load(soft_ptr + offs, mask=mask, other=0.0)
+                        sum_q += q * below
+                        sum_wq += w * q * below
+                        mass_q += q
+                        mass_wq += w * q
             if SOFT:
                 dot = tl.sum(sum_q, 0)
                 weighted_dot = tl.sum(sum_wq, 0)
