@@ -56,6 +56,8 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         # Of the packages used beside ours.
         warnings.simplefilter("ignore")
         exec(compile(source, str(page), "exec"), {"__name__": "__main__"})
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=name)
