@@ -208,6 +208,9 @@ def test_tokens_and_tables_of_timm():
     block = timm.models.swin_transformer.WindowAttention(12, 3, window_size=(2, 2))
     found, layout = numbered(block, "relative_position_bias_table")
     assert torch.equal(found, arange(1, 3).expand(9, 3)) and layout.vector.length == 3
+    # A single head has a single rate.
+    block = timm.models.swin_transformer.WindowAttention(12, 1, window_size=(2, 2))
+    assert laid_out(block)["relative_position_bias_table"].vector.length == 1
 
 
 def test_position_biases_as_images_of_heads():

@@ -80,6 +80,11 @@ def _by_shape(name: str, param: Tensor) -> Feature | None:
     """The feature of a library's parameter by its name and shape; None where they do not tell."""
     last = name.split(".")[-2 if "." in name else -1]
     vector = "out" if _SHARED.fullmatch(last) else "channel" if _CHANNELS.fullmatch(last) else name
+    if param.dim() > 1:
+        if _ROWS.fullmatch(last):
+            return Feature(dim=0, vector=vector)
+        if _COLUMNS.fullmatch(last):
+            return Feature(dim=_channels(param), vector=name)
     long = tuple(d for d in range(param.dim()) if param.size(d) != 1)
     if len(long) < 2:
         # A vector, however it is shaped: there is one way only.
@@ -88,13 +93,15 @@ def _by_shape(name: str, param: Tensor) -> Feature | None:
         return Feature(dim=tuple(range(param.dim() - 1)), vector=vector)
     if _ENTRIES.fullmatch(last) or _CHANNELS.fullmatch(last):
         return Feature(dim=tuple(range(param.dim())), vector=name if vector == "out" else vector)
-    if _ROWS.fullmatch(last):
-        return Feature(dim=0, vector=vector)
-    if _COLUMNS.fullmatch(last) or param.size(0) == 1:
-        # [1, C, H, W], which is added to a convolution's output, and [1, H, W, C].
-        image = param.dim() == 4 and param.size(0) == 1 and param.size(1) != param.size(2)
-        return Feature(dim=1 if image and param.size(2) == param.size(3) else -1, vector=name)
-    return None
+    return Feature(dim=_channels(param), vector=name) if param.size(0) == 1 else None
+
+
+def _channels(param: Tensor) -> int:
+    """The dimension of the channels: the last one, but of [1, C, H, W], which is added to a convolution's output."""
+    if param.dim() != 4 or param.size(0) != 1:
+        return -1
+    _, first, second, third = param.shape
+    return 1 if second == third != first else -1
 
 
 @_named(r".*(Linear|Router|Gate)")
