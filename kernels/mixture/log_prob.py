@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..launch import launch
 from .gemm import finite, input_gradient
+from .log_prob_stream import log_prob_backward_row_kernel, log_prob_row_kernel
 from .problem import Inputs, lowest, row_block, tile_of
-from .stream import combine, log_prob_backward_row_kernel, log_prob_row_kernel
+from .stream import combine
 from .tile import log_prob_tile_kernel
 
 
