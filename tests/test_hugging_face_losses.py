@@ -167,3 +167,21 @@ def test_the_class_of_a_wrapped_model_makes_none(tmp_path):
     ):
         with pytest.raises(TypeError, match="wrap it, then load_state_dict"):
             make_another()
+
+
+def test_a_lora_model_is_seen_by_its_active_clones():
+    peft = pytest.importorskip("peft")
+    net = alrao.wrap(classifier(None), num_clones=3)
+    lora = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+    adapted = peft.get_peft_model(net, lora).train()
+    opt = alrao.AlraoSGD([p for p in adapted.parameters() if p.requires_grad])
+    adapted(input_ids=TOKENS, labels=torch.tensor([0, 1, 2, 1])).loss.backward()
+    opt.step()
+    history = alrao.History(adapted)
+    history.record()
+    assert alrao.posterior_line(adapted)
+    metrics = alrao.metrics(adapted, opt)
+    assert metrics["alrao/observations"] == 1
+    posterior = torch.tensor([metrics[f"alrao/posterior/{n}"] for n in range(3)]).double()
+    torch.testing.assert_close(posterior, adapted.posterior(), rtol=1e-6, atol=0)
+    assert alrao.grad_norms(adapted).clones.shape == (3,)
