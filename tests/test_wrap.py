@@ -3,6 +3,8 @@
 Protects against the wrong layer, weights that are lost, and shapes of models that are refused or guessed at.
 """
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -160,3 +162,20 @@ def test_a_model_that_returns_more_in_training_collapses_to_what_it_returns_in_e
     expected = net.eval()(x)
     net.train()(x)
     torch.testing.assert_close(net.collapse("mixture")(x), expected)
+
+
+class EndsInSoftmax(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.fc(self.body(x)).log_softmax(-1)
+
+
+def test_a_softmax_in_the_forward_warns():
+    with pytest.warns(UserWarning, match="the EndsInSoftmax has a softmax in its forward"):
+        alrao.wrap(EndsInSoftmax())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alrao.wrap(Auxiliary())

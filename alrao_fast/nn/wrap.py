@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -80,6 +81,13 @@ def wrap(
         return convert(model, name, layer, head, options["training_logits"])
     if name == "":
         return AlraoModel(nn.Identity(), head)
+    if forward_names(model) & {"softmax", "log_softmax", "logsoftmax"}:
+        warnings.warn(
+            f"wrap: the {type(model).__name__} has a softmax in its forward. If that comes after its output layer, it now "
+            "acts on the features of the clones: let the forward return what the layer gives, the clones take the "
+            "log_softmax themselves",
+            stacklevel=2,
+        )
     model.set_submodule(name, nn.Identity())
     return AlraoModel(model, head)
 
