@@ -83,8 +83,8 @@ def wrap(
         return AlraoModel(nn.Identity(), head)
     if forward_names(model) & {"softmax", "log_softmax", "logsoftmax"}:
         warnings.warn(
-            f"wrap: the {type(model).__name__} has a softmax in its forward. If that comes after its output layer, it now "
-            "acts on the features of the clones: let the forward return what the layer gives, the clones take the "
+            f"wrap: the {type(model).__name__} has a softmax in its forward. If that comes after its output layer, it "
+            "now acts on the features of the clones: let the forward return what the layer gives, the clones take the "
             "log_softmax themselves",
             stacklevel=2,
         )
