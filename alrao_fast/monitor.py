@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from alrao_fast.arguments import Flag, Instance, checked, shown
 from alrao_fast.nn.clones import LinearClones
+from alrao_fast.nn.pretrained import Pretrained
 
 # More clones than these are summed up.
 _EACH_UP_TO = 16
@@ -26,7 +27,19 @@ def heads_of(net: nn.Module) -> dict[str, LinearClones]:
     """The heads in a module by name, "" for the module itself; TypeError or ValueError where there are none."""
     if not isinstance(net, nn.Module):
         raise TypeError(f"net: got {shown(net)}, expected a torch.nn.Module with clones in it")
-    heads = {name: m for name, m in net.named_modules() if isinstance(m, LinearClones)}
+    # PEFT keeps copies of what it trains, in the place of the layer; one of them is active.
+    idle = {
+        id(m)
+        for model in net.modules()
+        if isinstance(model, Pretrained)
+        for m in model.get_submodule(model.__dict__["_alrao"]["output"]).modules()
+        if m is not model.clones
+    }
+    heads = {
+        name: m
+        for name, m in net.named_modules()
+        if isinstance(m, LinearClones) and id(m) not in idle
+    }
     if not heads:
         raise ValueError(
             f"net: got a {type(net).__name__} without clones, expected an AlraoModel, or a module with "

@@ -121,3 +121,67 @@ def test_a_model_with_two_outputs():
     net = alrao.wrap(make("BertForPreTraining", "BertConfig", BERT))
     with pytest.raises(TypeError, match="BertForPreTrainingOutput has no logits"):
         net(input_ids=TOKENS)
+
+
+def classifier(problem_type):
+    return make(
+        "BertForSequenceClassification",
+        "BertConfig",
+        {**BERT, "num_labels": 3, "problem_type": problem_type},
+    )
+
+
+def test_labels_that_transformers_takes_for_several_per_sample():
+    labels = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]])
+    net = alrao.wrap(classifier(None))
+    with pytest.raises(TypeError, match=r"labels: got torch\.float32, expected classes"):
+        net(input_ids=TOKENS, labels=labels)
+    assert net.clones.switch.t == 1
+    soft = alrao.wrap(classifier("single_label_classification"))
+    one_hot = torch.eye(3)[torch.tensor([0, 1, 2, 1])]
+    loss = soft.eval()(input_ids=TOKENS, labels=one_hot).loss
+    expected = soft(input_ids=TOKENS, labels=one_hot.argmax(-1)).loss
+    torch.testing.assert_close(loss, expected)
+
+
+def test_labels_shifted_by_the_caller():
+    llama = {**BERT, "num_key_value_heads": 2}
+    net = alrao.wrap(make("LlamaForCausalLM", "LlamaConfig", llama)).eval()
+    shifted = torch.nn.functional.pad(TOKENS[:, 1:], (0, 1), value=-100)
+    loss = net(input_ids=TOKENS, labels=TOKENS, shift_labels=shifted).loss
+    torch.testing.assert_close(loss, net(input_ids=TOKENS, labels=TOKENS).loss)
+    others = shifted.clone()
+    others[0, 0] = 7
+    plain = make("LlamaForCausalLM", "LlamaConfig", llama)
+    loss = net(input_ids=TOKENS, labels=TOKENS, shift_labels=others).loss
+    expected = plain(input_ids=TOKENS, labels=TOKENS, shift_labels=others).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_class_of_a_wrapped_model_makes_none(tmp_path):
+    net = alrao.wrap(classifier(None))
+    net.save_pretrained(tmp_path)
+    for make_another in (
+        lambda: type(net).from_pretrained(tmp_path),
+        lambda: type(net)(net.config),
+    ):
+        with pytest.raises(TypeError, match="wrap it, then load_state_dict"):
+            make_another()
+
+
+def test_a_lora_model_is_seen_by_its_active_clones():
+    peft = pytest.importorskip("peft")
+    net = alrao.wrap(classifier(None), num_clones=3)
+    lora = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+    adapted = peft.get_peft_model(net, lora).train()
+    opt = alrao.AlraoSGD([p for p in adapted.parameters() if p.requires_grad])
+    adapted(input_ids=TOKENS, labels=torch.tensor([0, 1, 2, 1])).loss.backward()
+    opt.step()
+    history = alrao.History(adapted)
+    history.record()
+    assert alrao.posterior_line(adapted)
+    metrics = alrao.metrics(adapted, opt)
+    assert metrics["alrao/observations"] == 1
+    posterior = torch.tensor([metrics[f"alrao/posterior/{n}"] for n in range(3)]).double()
+    torch.testing.assert_close(posterior, adapted.posterior(), rtol=1e-6, atol=0)
+    assert [norms.shape for norms in alrao.grad_norms(adapted).clones] == [(3,)]

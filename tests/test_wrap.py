@@ -3,6 +3,8 @@
 Protects against the wrong layer, weights that are lost, and shapes of models that are refused or guessed at.
 """
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -76,7 +78,7 @@ def test_options_go_to_the_head():
     [
         ((3,), TypeError, "^model: got 3, expected a torch.nn.Module"),
         ((Named("last"),), ValueError, "^output: found no output layer in the Named; name it"),
-        ((nn.Sequential(nn.ReLU()),), ValueError, "one of its linear layers none"),
+        ((nn.Sequential(nn.ReLU()),), ValueError, "it has no linear layer at all"),
         (
             (Named("fc"), 3, "gone"),
             ValueError,
@@ -126,3 +128,54 @@ def test_torchvision(name):
     with torch.device("meta"):
         net = alrao.wrap(getattr(models, name)(num_classes=7), num_clones=2)
     assert net.head.num_classes == 7
+
+
+def test_two_output_layers():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(
+        "deit_tiny_distilled_patch16_224", num_classes=10, embed_dim=48, depth=1
+    )
+    with pytest.raises(ValueError, match="has head, head_dist as output layers, expected one"):
+        alrao.wrap(model)
+    assert isinstance(model.head, torch.nn.Linear)
+
+
+class Auxiliary(torch.nn.Module):
+    """As torchvision's GoogLeNet: more is returned in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        out = self.fc(self.body(x))
+        return (out, x) if self.training else out
+
+
+def test_a_model_that_returns_more_in_training_collapses_to_what_it_returns_in_eval():
+    net = alrao.wrap(Auxiliary(), num_clones=2)
+    opt = alrao.AlraoSGD(net)
+    x = torch.randn(5, 4)
+    loss, _ = net.train()(x, targets=torch.tensor([0, 1, 2, 0, 1]))
+    loss.backward()
+    opt.step()
+    expected = net.eval()(x)
+    net.train()(x)
+    torch.testing.assert_close(net.collapse("mixture")(x), expected)
+
+
+class EndsInSoftmax(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.fc(self.body(x)).log_softmax(-1)
+
+
+def test_a_softmax_in_the_forward_warns():
+    with pytest.warns(UserWarning, match="the EndsInSoftmax has a softmax in its forward"):
+        alrao.wrap(EndsInSoftmax())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alrao.wrap(Auxiliary())

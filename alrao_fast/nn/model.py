@@ -58,7 +58,9 @@ class AlraoModel(WithClones):
         self.features = check_features(features)
         self.backbone = backbone
         self.head = head
+        # What the backbone returned last, and what it did in eval mode, as collapse's copy of it will.
         self._output: Output | None = None
+        self._output_in_eval: Output | None = None
         self._enter()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,6 +111,8 @@ class AlraoModel(WithClones):
                 self.__dict__["_output"] = Output(key % len(out), len(out))
             else:
                 self.__dict__["_output"] = Output(key)
+        if not self.training:
+            self.__dict__["_output_in_eval"] = self._output
         options: dict[str, Any] = {}
         if sample_weight is not None or reduction is not None or num_items_in_batch is not None:
             given = {
@@ -138,14 +142,14 @@ class AlraoModel(WithClones):
                 too, at the cost of all last layers; "best" has only the clone of largest posterior, at the cost of one.
                 RuntimeError while the switch has observed nothing.
             num_extras: how many values the backbone returns beside the features; None takes it from the last call
-                of this model.
+                of this model in eval mode, or from the last in training mode if there was none.
 
         The result holds copies (this model stays as it is), is in eval mode, and takes the arguments that the
         backbone's forward names. Clones with non-finite weights are left out, and "best" is not one that overflows on
         features between -1 and 1. ValueError if no clone is finite.
         """
         WHICH.check("which", which)
-        output = self._output
+        output = self._output_in_eval or self._output
         if num_extras is not None:
             output = Output.with_extras(num_extras, self.features)
         if output is None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from alrao_fast import live
-from alrao_fast.nn.clones import LinearClones
+from alrao_fast.nn.clones import ClassifierClones, LinearClones
 from alrao_fast.nn.collapse import WHICH, best_layer, collapsed_head
 from alrao_fast.nn.regressor import RegressorClones
 from alrao_fast.nn.with_clones import WithClones
@@ -85,6 +85,8 @@ class Pretrained(WithClones):
         names = self.__dict__["_alrao"]["arguments"]
         kwargs.update(zip(names, args))
         labels = kwargs.pop("labels", None)
+        shifted = kwargs.pop("shift_labels", None)
+        self._check_labels(labels)
         options = {
             name: kwargs.pop(name)
             for name in ("num_items_in_batch", "sample_weight", "reduction")
@@ -115,7 +117,7 @@ class Pretrained(WithClones):
             )
         results: dict[str, Any] = {}
         if labels is not None:
-            loss = head(*self._aligned(features, labels), **options)
+            loss = head(*self._aligned(features, labels, shifted), **options)
             balance = getattr(out, "aux_loss", None)
             if isinstance(balance, Tensor) and loss.dim() == 0:
                 # Of a mixture of experts, as the model adds it where it computes the loss.
@@ -129,12 +131,28 @@ class Pretrained(WithClones):
         result: Any = type(out)(**fields)
         return result if return_dict else result.to_tuple()
 
-    def _aligned(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and labels of the same positions."""
+    def _check_labels(self, labels: Tensor | None) -> None:
+        """Floating labels of a classifier are a task of several labels to transformers, unless the config denies it."""
+        if labels is None or not labels.is_floating_point():
+            return
+        settings = self.__dict__["_alrao"]
+        if settings["infers_task"] and isinstance(self._clones(), ClassifierClones):
+            raise TypeError(
+                f"labels: got {labels.dtype}, expected classes of an integer dtype: a {type(self).__name__} takes such "
+                "labels for several per sample, which clones have no mixture for; for probabilities of one class set "
+                'model.config.problem_type = "single_label_classification" before wrap'
+            )
+
+    def _aligned(
+        self, features: Tensor, labels: Tensor, shifted: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Features and labels of the same positions; `shifted` are labels that the caller has shifted."""
         head = self._clones()
         if isinstance(head, RegressorClones):
             return features, labels.reshape(*features.shape[:-1], head.out_features)
         if self.__dict__["_alrao"]["shift"]:
+            if shifted is not None:
+                return features, shifted
             return features[..., :-1, :], labels[..., 1:]
         return features, labels
 
@@ -210,6 +228,8 @@ def convert(
         "shift": _shifts(model, name),
         "generates_labels": getattr(model.config, "is_encoder_decoder", False)
         and "Classification" not in type(model).__name__,
+        "infers_task": "Classification" in type(model).__name__
+        and getattr(model.config, "problem_type", None) is None,
         "training_logits": training_logits,
         "arguments": [*inspect.signature(model.forward).parameters],
         "softcap": getattr(model.config, SOFTCAP, None),
@@ -311,8 +331,19 @@ def _subclass(cls: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._forward(*args, **kwargs)
 
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(
+            f"{cls.__name__}: got the class of a wrapped model, which makes none (nor does its from_pretrained): make "
+            f"one of transformers' {cls.__name__}, wrap it, then load_state_dict"
+        )
+
     functools.update_wrapper(forward, cls.forward)
-    names = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    names = {
+        "__init__": __init__,
+        "forward": forward,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+    }
     _subclasses[cls] = type(cls.__name__, (Pretrained, cls), names)
     return _subclasses[cls]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ def wrap(
         kind, head_options = _task(model, head_options)
     name = _output_name(model, pretrained) if output is None else output
     layer = _layer(model, name)
+    if output is None and not pretrained:
+        _check_alone(model, name, layer)
     if pretrained:
         _check_last(model, name, layer)
     head = _head(kind, layer, options["num_clones"], options["start"], head_options)
@@ -78,6 +81,13 @@ def wrap(
         return convert(model, name, layer, head, options["training_logits"])
     if name == "":
         return AlraoModel(nn.Identity(), head)
+    if forward_names(model) & {"softmax", "log_softmax", "logsoftmax"}:
+        warnings.warn(
+            f"wrap: the {type(model).__name__} has a softmax in its forward. If that comes after its output layer, it "
+            "now acts on the features of the clones: let the forward return what the layer gives, the clones take the "
+            "log_softmax themselves",
+            stacklevel=2,
+        )
     model.set_submodule(name, nn.Identity())
     return AlraoModel(model, head)
 
@@ -156,9 +166,10 @@ def _output_name(model: Any, pretrained: bool) -> str:
     candidates = _candidates(model)
     if len(candidates) == 1:
         return candidates[0]
+    named = f"name it: wrap(model, output=...), one of its linear layers {_listed(candidates)}"
     raise ValueError(
-        f"output: found no output layer in the {type(model).__name__}; name it: wrap(model, output=...), one of its "
-        f"linear layers {_listed(candidates)}"
+        f"output: found no output layer in the {type(model).__name__}; "
+        + (named if candidates else "it has no linear layer at all")
     )
 
 
@@ -205,6 +216,24 @@ def _task(model: Any, options: dict[str, Any]) -> tuple[type[LinearClones], dict
     if softcap is not None:
         options = {"logit_softcap": softcap, **options}
     return ClassifierClones, options
+
+
+def _check_alone(model: nn.Module, name: str, layer: nn.Linear) -> None:
+    """A second output layer beside the first, for distillation or patches, is no clone's and would be added to them."""
+    path, _, _ = name.rpartition(".")
+    beside = [
+        f"{path}.{child}" if path else child
+        for child, module in model.get_submodule(path).named_children()
+        if isinstance(module, nn.Linear)
+        and (module.in_features, module.out_features) == (layer.in_features, layer.out_features)
+    ]
+    if isinstance(model.get_submodule(path), nn.Sequential) or len(beside) < 2:
+        return
+    raise ValueError(
+        f"output: the {type(model).__name__} has {_listed(beside)} as output layers, expected one; build an "
+        "alrao_fast.AlraoModel of the model without them (of timm: num_classes=0) and a head, or name the only one "
+        "that it uses: wrap(model, output=...)"
+    )
 
 
 def _check_last(model: Any, name: str, layer: nn.Linear) -> None:
