@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ from alrao_fast.nn.regressor import RegressorClones
 from alrao_fast.nn.with_clones import WithClones
 
 # What a config says of logits that the model bends itself, by the names of the models' authors.
-_SOFTCAP = "final_logit_softcapping"
+SOFTCAP = "final_logit_softcapping"
 
 
 class Passed(nn.Module):
@@ -92,14 +93,19 @@ class Pretrained(WithClones):
         return_dict = kwargs.pop("return_dict", None)
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
-        if labels is not None and getattr(self.config, "is_encoder_decoder", False):
-            if (
-                kwargs.get("decoder_input_ids") is None
-                and kwargs.get("decoder_inputs_embeds") is None
-            ):
-                prepare: Any = self.prepare_decoder_input_ids_from_labels
-                kwargs["decoder_input_ids"] = prepare(labels)
+        if (
+            labels is not None
+            and kwargs.get("decoder_input_ids") is None
+            and kwargs.get("decoder_inputs_embeds") is None
+            and self.__dict__["_alrao"]["generates_labels"]
+        ):
+            kwargs["decoder_input_ids"] = _decoder_inputs(self, labels)
         out = super().forward(**kwargs, return_dict=True)
+        if not isinstance(getattr(out, "logits", None), Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: its {type(out).__name__} has no logits, which the clones would replace; build "
+                "an alrao_fast.AlraoModel of its base model and a head"
+            )
         features, head = out.logits, self._clones()
         if features.size(-1) != head.in_features:
             raise RuntimeError(
@@ -109,7 +115,12 @@ class Pretrained(WithClones):
             )
         results: dict[str, Any] = {}
         if labels is not None:
-            results["loss"] = head(*self._aligned(features, labels), **options)
+            loss = head(*self._aligned(features, labels), **options)
+            balance = getattr(out, "aux_loss", None)
+            if isinstance(balance, Tensor) and loss.dim() == 0:
+                # Of a mixture of experts, as the model adds it where it computes the loss.
+                loss = loss + _router_weight(self) * balance.to(loss.device)
+            results["loss"] = loss
         if labels is None or not self.training or self.__dict__["_alrao"]["training_logits"]:
             results["logits"] = head(features)
         fields = {**out, **results}
@@ -145,7 +156,7 @@ class Pretrained(WithClones):
         plain.set_submodule(settings["output"], layer)
         plain.__class__ = settings["class"]
         if settings["softcap"] is not None and which == "best":
-            setattr(plain.config, _SOFTCAP, settings["softcap"])
+            setattr(plain.config, SOFTCAP, settings["softcap"])
         return plain.eval()
 
     def _get_resized_lm_head(
@@ -196,14 +207,16 @@ def convert(
     settings = {
         "class": type(model),
         "output": name,
-        "shift": _shifts(model),
+        "shift": _shifts(model, name),
+        "generates_labels": getattr(model.config, "is_encoder_decoder", False)
+        and "Classification" not in type(model).__name__,
         "training_logits": training_logits,
         "arguments": [*inspect.signature(model.forward).parameters],
-        "softcap": getattr(model.config, _SOFTCAP, None),
+        "softcap": getattr(model.config, SOFTCAP, None),
     }
     if settings["softcap"] is not None:
         # The clones' business from now on.
-        setattr(model.config, _SOFTCAP, None)
+        setattr(model.config, SOFTCAP, None)
     _untie(model, name)
     model.set_submodule(name, Passed(head.to(layer.weight.device)))
     model.__dict__["_alrao"] = settings
@@ -212,11 +225,59 @@ def convert(
     return model
 
 
-def _shifts(model: Any) -> bool:
-    """Whether the model's own loss compares the logits of a position with the label of the next."""
+def _shifts(model: Any, output: str) -> bool:
+    """Whether the model's own loss compares the logits of a position with the label of the next.
+
+    transformers gives ForCausalLMLoss to every class that it knows nothing better of; whether a class calls it, or
+    compares the labels as they are, is in its forward or in that of a part which holds the output layer.
+    """
     loss = getattr(model, "loss_function", None)
-    encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
-    return getattr(loss, "__name__", "") == "ForCausalLMLoss" and not encoder_decoder
+    if getattr(loss, "__name__", "") != "ForCausalLMLoss":
+        return False
+    if getattr(model.config, "is_encoder_decoder", False):
+        return False
+    path = output.split(".")
+    holders = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
+    return any(
+        is_pretrained(part) and forward_names(part) & {"loss_function", "shift_labels"}
+        for part in holders
+    )
+
+
+def forward_names(model: nn.Module) -> set[str]:
+    """The names that the model's forward uses, its own and those of the classes it comes from."""
+    names: set[str] = set()
+    for cls in type(model).__mro__:
+        code = getattr(inspect.unwrap(vars(cls).get("forward", object)), "__code__", None)
+        if cls is not nn.Module and code is not None:
+            names.update(code.co_names, code.co_varnames)
+    return names
+
+
+def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    """What the decoder reads to give `labels`, as the model makes it of them."""
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        inputs: Tensor = prepare(labels)
+        return inputs
+    config, module = model.config, sys.modules[model.__dict__["_alrao"]["class"].__module__]
+    shift = getattr(module, "shift_tokens_right", None)
+    if shift is None:
+        raise TypeError(
+            f"decoder_input_ids: expected them beside labels: the {type(model).__name__} cannot make them"
+        )
+    inputs = shift(labels, config.pad_token_id, config.decoder_start_token_id)
+    return inputs
+
+
+def _router_weight(model: Any) -> float:
+    """The factor of the routers' loss in the loss of a mixture of experts."""
+    config = model.config
+    for owner in (model, config, getattr(config, "text_config", None)):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if isinstance(weight := getattr(owner, name, None), int | float):
+                return weight
+    return 0.0
 
 
 def _untie(model: Any, name: str) -> None:

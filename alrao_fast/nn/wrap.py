@@ -10,7 +10,7 @@ from torch import nn
 from alrao_fast.arguments import COUNT, Choice, Flag, checked, shown
 from alrao_fast.nn.clones import ClassifierClones, LinearClones
 from alrao_fast.nn.model import AlraoModel
-from alrao_fast.nn.pretrained import Pretrained, convert, is_pretrained
+from alrao_fast.nn.pretrained import SOFTCAP, Pretrained, convert, forward_names, is_pretrained
 from alrao_fast.nn.regressor import RegressorClones
 
 _KINDS = {"num_clones": COUNT, "start": Choice("layer", "fresh"), "training_logits": Flag()}
@@ -71,6 +71,8 @@ def wrap(
         kind, head_options = _task(model, head_options)
     name = _output_name(model, pretrained) if output is None else output
     layer = _layer(model, name)
+    if pretrained:
+        _check_last(model, name, layer)
     head = _head(kind, layer, options["num_clones"], options["start"], head_options)
     if pretrained:
         return convert(model, name, layer, head, options["training_logits"])
@@ -192,11 +194,6 @@ def _task(model: Any, options: dict[str, Any]) -> tuple[type[LinearClones], dict
             f"model: got a {type(model).__name__}, whose output layer does not give a distribution over classes for "
             "each position; expected a language model or one for classification"
         )
-    if isinstance(getattr(model, "final_logits_bias", None), torch.Tensor):
-        raise ValueError(
-            f"model: got a {type(model).__name__}, which adds a bias of its own to what its output layer gives; build "
-            "an alrao_fast.AlraoModel of its base model and a head"
-        )
     if problem == "multi_label_classification":
         raise ValueError(
             'model: its config has problem_type "multi_label_classification", expected one label per sample: clones '
@@ -204,10 +201,28 @@ def _task(model: Any, options: dict[str, Any]) -> tuple[type[LinearClones], dict
         )
     if labelled and (problem == "regression" or (problem is None and config.num_labels == 1)):
         return RegressorClones, options
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = getattr(config, SOFTCAP, None)
     if softcap is not None:
         options = {"logit_softcap": softcap, **options}
     return ClassifierClones, options
+
+
+def _check_last(model: Any, name: str, layer: nn.Linear) -> None:
+    """Nothing may come between the output layer and the logits that would not do the same to the clones' features."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    biased = layer.bias is None and isinstance(getattr(parent, "bias", None), torch.Tensor)
+    if biased or isinstance(getattr(model, "final_logits_bias", None), torch.Tensor):
+        behind = "adds a bias of its own to"
+    elif any(
+        "softcap" in used.replace("_", "") and used != SOFTCAP for used in forward_names(model)
+    ):
+        behind = "bends by a function of its own"
+    else:
+        return
+    raise ValueError(
+        f"model: got a {type(model).__name__}, which {behind} what its output layer gives; build an "
+        "alrao_fast.AlraoModel of its base model and a head"
+    )
 
 
 def _listed(names: list[str]) -> str:
