@@ -5,6 +5,7 @@ Hugging Face's Trainer cannot read, and a collapsed model that takes other featu
 """
 
 import copy
+import functools
 import inspect
 import pickle
 from collections import OrderedDict, namedtuple
@@ -88,6 +89,60 @@ def test_collapse_takes_the_same_features(name, which):
         assert len(got) == len(expected)
         expected, got = expected[place], got[place]
     torch.testing.assert_close(got, expected)
+
+
+class Defaults(nn.Module):
+    """Decorated as Hugging Face's base models are: what the configuration sets comes by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 5)
+
+    @functools.wraps(lambda self, x=None, cached=None: None)
+    def forward(self, *args, **kwargs):
+        kwargs["cached"] = kwargs.get("cached") or False
+        return self._run(*args, **kwargs)
+
+    def _run(self, x=None, cached=None):
+        return {"last_hidden_state": self.linear(x)}
+
+
+def test_collapse_of_a_backbone_whose_decorator_adds_arguments():
+    net = alrao.AlraoModel(Defaults(), alrao.ClassifierClones(5, 4, 3))
+    net(X, targets=Y)
+    net.eval()
+    torch.testing.assert_close(net.collapse("mixture")(X), net(X))
+
+
+def test_collapse_gives_by_position_what_hooks_look_at():
+    net = make("tensor")
+    net(X, targets=Y)
+    seen = []
+    plain = net.collapse("best")
+    plain.backbone.register_forward_pre_hook(lambda module, args: seen.append(len(args)))
+    plain(X)
+    plain(X, 2.0)
+    assert seen == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [("per token", Y), ("pooled", torch.zeros(6, 2, dtype=torch.long))],
+)
+def test_targets_of_other_features_than_those_found(name, targets):
+    pooled = name == "pooled"
+    pack = PACKS["pooled"][0] if pooled else lambda h: {"last_hidden_state": h[:, None], "n": None}
+    net = alrao.AlraoModel(Returns(pack), alrao.ClassifierClones(5, 4, 3))
+    key = "pooler_output" if pooled else "last_hidden_state"
+    with pytest.raises(
+        ValueError,
+        match=f"^target: got shape .*; x is the '{key}' of the Returns, .* features=<name>",
+    ):
+        net(X, targets=targets)
+    assert net.head.switch.t.item() == 1
+    # Where the features were named, or fit, other mistakes stay what they are.
+    with pytest.raises(ValueError, match=r"^reduction: got 'most', expected [^;]*$"):
+        make("pooled")(X, targets=Y, reduction="most")
 
 
 def test_labels_are_hugging_faces_targets():

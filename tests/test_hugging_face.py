@@ -322,7 +322,12 @@ def test_trainer_with_an_optimizer(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"bf16": True}, {"max_grad_norm": 0.5}, {"gradient_checkpointing": True}],
+    [
+        {"bf16": True},
+        {"max_grad_norm": 0.5},
+        {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2},
+    ],
     ids=lambda o: next(iter(o)),
 )
 def test_trainer_with(options, tmp_path):
@@ -345,12 +350,38 @@ def test_accumulated_batches_are_one_large_one():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_trainer_with_an_alrao_model(tmp_path):
+def with_backbone(seed=0):
+    torch.manual_seed(seed)
     backbone = transformers.GPT2Model(transformers.GPT2Config(**GPT2, **SMALL))
-    net = alrao.AlraoModel(backbone, alrao.ClassifierClones(16, 50, 3))
-    trainer = train(net, tmp_path)
+    return alrao.AlraoModel(backbone, alrao.ClassifierClones(16, 50, 3))
+
+
+def test_trainer_with_an_alrao_model(tmp_path):
+    net, other = with_backbone(), with_backbone(seed=5)
+    trainer = train(net, tmp_path / "a")
     assert trainer.evaluate()["eval_loss"] > 0
     assert net.head.switch.has_observed
+    train(other, tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-2"))
+    torch.testing.assert_close(other.state_dict(), net.state_dict(), rtol=0, atol=0)
+
+
+def test_the_trainers_label_smoothing_is_not_observed_and_says_so(tmp_path):
+    net = wrapped()
+    with pytest.warns(UserWarning, match="is trained without any observation by its switch"):
+        train(net, tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(RuntimeError, match="the switch has made no observation"):
+        net.suggested_lr()
+
+
+@pytest.mark.parametrize("features", [None, "last_hidden_state"])
+def test_a_backbone_of_transformers_collapses(features):
+    bert = transformers.BertModel(transformers.BertConfig(**BERT, **SMALL))
+    net = alrao.AlraoModel(bert, alrao.ClassifierClones(16, 3, 3), features=features)
+    net(input_ids=TOKENS, targets=CLASSES if features is None else TOKENS % 3)
+    net.eval()
+    inputs = {"input_ids": TOKENS, "attention_mask": (TOKENS > 5).long()}
+    torch.testing.assert_close(net.collapse("mixture")(**inputs), net(**inputs))
+    assert net.collapse("best")(TOKENS, inputs["attention_mask"]).shape[-1] == 3
 
 
 def test_lora():
@@ -372,6 +403,16 @@ def test_lora():
     assert losses[-1] < losses[0]
     assert adapted.posterior().max() > 1 / 3 + 1e-6
     torch.testing.assert_close(net.transformer.wte.weight, frozen, rtol=0, atol=0)
+    # The copy is what trains: the head that it was copied from stays as it was.
+    copies = adapted.base_model.model.lm_head
+    assert copies.original_module.clones.switch.t == 1
+    assert copies.modules_to_save["default"].clones.switch.t == 9
+    assert 1e-4 <= adapted.suggested_lr() <= 0.1
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    torch.testing.assert_close(
+        merged.eval()(TOKENS).logits, adapted.eval()(TOKENS).logits, rtol=1e-4, atol=1e-5
+    )
+    assert type(merged.collapse("best")) is transformers.GPT2LMHeadModel
     saved = peft.get_peft_model_state_dict(adapted)
     assert any("clones.weight" in name for name in saved)
     assert any("clones.switch.logw" in name for name in saved)

@@ -91,8 +91,9 @@ def test_options_go_to_the_head():
         ),
         ((Named("fc"), 0), ValueError, "^num_clones: got 0"),
         ((alrao.wrap(sequential(), 2),), TypeError, "that has clones already"),
+        ((torch.compile(sequential()),), TypeError, "a Sequential compiled .* torch.compile.wrap"),
     ],
-    ids=["kind", "ambiguous", "none", "missing", "no linear", "clones", "twice"],
+    ids=["kind", "ambiguous", "none", "missing", "no linear", "clones", "twice", "compiled"],
 )
 def test_refusals(arguments, error, message):
     model, num_clones, output = (

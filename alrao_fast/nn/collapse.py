@@ -180,8 +180,11 @@ def _call_backbone(graph: fx.Graph, backbone: nn.Module) -> fx.Node:
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             continue
         # A default that source text cannot repeat stays the backbone's own business.
-        spelled = p.default is p.empty or isinstance(p.default, _LITERALS)
-        by_position = by_position and spelled and p.kind is not p.KEYWORD_ONLY
+        required = p.default is p.empty
+        spelled = required or isinstance(p.default, _LITERALS)
+        # By position what hooks look at; the rest by name, since decorators of forward add arguments by theirs.
+        first = required and p.kind is not p.KEYWORD_ONLY
+        by_position = by_position and spelled and (first or p.kind is p.POSITIONAL_ONLY)
         if spelled:
             named.append((p, by_position))
     if not named:

@@ -36,7 +36,7 @@ class AlraoModel(WithClones):
     mixture's log-probabilities (regression: its mean). Where the backbone returns a sequence, so does the model, with
     the loss or prediction in the features' place; of a mapping only the loss or prediction is returned. With
     `labels=y`, as Hugging Face's Trainer calls it, the result is a dict with "loss" and, in eval mode, "logits", the
-    log-probabilities.
+    log-probabilities; labels are compared as they are, not shifted as a causal language model's are (see `wrap`).
 
     `sample_weight`, `reduction` and `num_items_in_batch` go to the head; all other arguments go to the backbone, whose
     signature `forward` has. TypeError for a backbone or head of another type, for a backbone that returns something
@@ -121,7 +121,12 @@ class AlraoModel(WithClones):
                 "num_items_in_batch": num_items_in_batch,
             }
             options = {name: value for name, value in given.items() if value is not None}
-        value = self.head(features, targets, **options)
+        try:
+            value = self.head(features, targets, **options)
+        except ValueError as error:
+            if cure := self._other_features(features, targets):
+                raise ValueError(f"{error}; {cure}") from error
+            raise
         if labels is not None:
             return (
                 {"loss": value} if self.training else {"loss": value, "logits": self.head(features)}
@@ -131,6 +136,18 @@ class AlraoModel(WithClones):
             return value
         values = [value if k == output.key else entry for k, entry in enumerate(out)]
         return values if isinstance(out, list) else tuple(values)
+
+    def _other_features(self, features: Tensor, targets: Tensor | None) -> str:
+        """What to say where targets do not fit to features that were found in a mapping without being named."""
+        key = None if self._output is None else self._output.key
+        if self.features is not None or not isinstance(key, str) or targets is None:
+            return ""
+        if features.shape[:-1] == targets.shape:
+            return ""
+        return (
+            f"x is the {key!r} of the {type(self.backbone).__name__}, other features are taken by "
+            "AlraoModel(backbone, head, features=<name>)"
+        )
 
     def collapse(
         self, which: Literal["best", "mixture"] = "best", *, num_extras: int | None = None

@@ -52,7 +52,8 @@ def wrap(
     Raises:
         TypeError, ValueError: an argument of another type or out of range; an output layer that is no `nn.Linear`, that
             is not found, or that is ambiguous; a Hugging Face model whose task has no mixture (several labels per
-            sample), or which is in PEFT's wrapper already: wrap first, and name the layer in `modules_to_save`.
+            sample), or which is in PEFT's wrapper already: wrap first, and name the layer in `modules_to_save`; a model
+            that was compiled before: compile what this returns.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {shown(model)}, expected a torch.nn.Module")
@@ -65,6 +66,12 @@ def wrap(
         raise TypeError(
             f"model: got a {type(model).__name__}, expected the model without PEFT: wrap it first, then "
             "get_peft_model(model, LoraConfig(..., modules_to_save=[<the output layer's name>]))"
+        )
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
+        raise TypeError(
+            f"model: got a {type(compiled).__name__} compiled by torch.compile, expected it before: "
+            "torch.compile(wrap(model))"
         )
     pretrained = is_pretrained(model)
     kind: type[LinearClones] = ClassifierClones
