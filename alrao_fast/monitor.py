@@ -32,7 +32,7 @@ def heads_of(net: nn.Module) -> dict[str, LinearClones]:
         id(m)
         for model in net.modules()
         if isinstance(model, Pretrained)
-        for m in model.get_submodule(model.__dict__["_alrao"]["output"]).modules()
+        for m in model._place().modules()
         if m is not model.clones
     }
     heads = {

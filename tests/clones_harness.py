@@ -22,6 +22,11 @@ def batch(*shape, dtype=torch.float32):
     return torch.randn(*shape, D, dtype=dtype, requires_grad=True), torch.randint(C, shape)
 
 
+def soft(*shape):
+    """Targets of probabilities."""
+    return torch.rand(*shape, C).softmax(-1)
+
+
 def concentrate(head, *log_likelihood):
     """Give the switch a posterior that is not uniform."""
     head.switch.update(torch.tensor(log_likelihood, dtype=torch.float64))

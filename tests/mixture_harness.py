@@ -34,6 +34,17 @@ def device_of(backend):
     return backends.device_of(backend).type
 
 
+def case(name, *sizes, device="cpu", **kwargs):
+    """Inputs and options of a loss."""
+    return testing.loss_case(name, testing.mixture_inputs(*sizes, device=device, **kwargs))
+
+
+def to(device, inputs, options):
+    inputs = type(inputs)(*(t.to(device) for t in inputs))
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    return inputs, moved
+
+
 def gradients(inputs, impl, *, function=switch_mixture_stats, upstream=1.0, **kwargs):
     """(loss, stats, dx, dweight, dbias); gradients not reached are zeros."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs[:3]]

@@ -45,7 +45,7 @@ PARTS = {
         ],
         115,
     ),
-    "options": (["test_loss_options.py"], 55),
+    "options": (["test_loss_options.py", "test_loss_formulas.py"], 55),
     "switch": (["test_switch_update.py", "test_compat_golden.py"], 40),
 }
 

@@ -131,6 +131,15 @@ def test_the_head_that_comes_later():
         steps(net, optimizer, ordinary)
 
 
+def test_a_loss_that_is_refused_is_no_observation():
+    net, (x, y) = build(), batch()
+    opt = AlraoSGD(net)
+    with pytest.raises(RuntimeError, match="target: got 7"):
+        net(x, targets=torch.full_like(y, 7))
+    with pytest.warns(UserWarning, match=WARNING):
+        steps(net, opt, ordinary)
+
+
 def test_reset():
     net = build()
     steps(net, AlraoSGD(net), SEEN["targets"])

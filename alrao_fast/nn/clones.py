@@ -147,7 +147,6 @@ class LinearClones(WithRates):
 
     def _observer(self) -> Observer:
         switch = self.switch
-        switch.note_observation()
         # This runs in every training step: past nn.Module's __getattr__, which costs as much as a small kernel.
         state: dict[str, Any] = switch._buffers
         return Observer(
@@ -162,6 +161,7 @@ class LinearClones(WithRates):
     def _observe(self, stats: Tensor) -> None:
         """One observation of the switch from the statistics `[3, N]` of a batch."""
         self._observer().observe(self.switch.sum_over_processes(stats))
+        self.switch.note_observation()
 
     def likelihood(self) -> Likelihood:
         """The likelihood of the targets, and what the loss is made of, as the options are now."""
@@ -193,7 +193,9 @@ class LinearClones(WithRates):
             observer=self._observer() if alone else None,
         )
         if observing:
-            if not alone:
+            if alone:
+                switch.note_observation()
+            else:
                 self._observe(stats)
             self.watch.look(self, loss, features, targets, sample_weight)
         return loss
@@ -393,12 +395,13 @@ class ClassifierClones(LinearClones):
     def counted(
         self, features: Tensor, targets: Tensor | None, sample_weight: Tensor | None
     ) -> Tensor:
-        kept = torch.ones(len(features), dtype=torch.bool, device=features.device)
-        if targets is not None and targets.is_floating_point():
-            kept = targets.flatten(0, -2).sum(1) != 0
-        elif targets is not None:
-            kept = targets.flatten() != self.ignore_index
-        return features[kept if sample_weight is None else kept & (sample_weight.flatten() != 0)]
+        features = super().counted(features, None, sample_weight)
+        if targets is None:
+            return features
+        soft = targets.is_floating_point()
+        rows = targets.flatten(0, -2) if soft else targets.flatten()
+        rows = super().counted(rows, None, sample_weight)
+        return features[self.likelihood().counted(rows)]
 
     def describe_targets(self, targets: Tensor | None) -> str:
         if targets is None:

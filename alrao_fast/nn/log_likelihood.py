@@ -65,7 +65,7 @@ def _chunk(
     memory_budget: int,
 ) -> tuple[Tensor, Tensor]:
     hard = target.dim() == 1
-    counted = target != likelihood.ignore_index if hard else (target != 0).any(1)
+    counted = likelihood.counted(target)
     # What does not count may be anything, NaN too.
     x = torch.where(counted.unsqueeze(1), x, 0)
     logp = switch_mixture_log_prob(

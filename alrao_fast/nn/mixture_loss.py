@@ -122,7 +122,7 @@ def _likelihood(head: LinearClones, prediction: Tensor, targets: Tensor, **given
         counted = torch.ones_like(each, dtype=torch.bool)
     else:
         assert isinstance(likelihood, Classes)
-        counted = target != likelihood.ignore_index if target.dim() == 1 else (target != 0).any(1)
+        counted = likelihood.counted(target)
         target = torch.where(counted.view(-1, *[1] * (target.dim() - 1)), target, 0)
         options = likelihood.class_weight, likelihood.label_smoothing
         each = -reference.likelihoods(outputs.unsqueeze(1), target, *options)[1].squeeze(1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from alrao_fast import live
 from alrao_fast.arguments import Instance
 from alrao_fast.nn.backbone_output import Features, check_features, find
-from alrao_fast.nn.clones import LinearClones
+from alrao_fast.nn.clones import LinearClones, Reduction
 from alrao_fast.nn.collapse import WHICH, Output, collapse
 from alrao_fast.nn.with_clones import WithClones
 from alrao_fast.tracing import backbone_arguments, refuse_script
@@ -90,8 +90,8 @@ class AlraoModel(WithClones):
         targets: Tensor | None = None,
         labels: Tensor | None = None,
         sample_weight: Tensor | None = None,
-        reduction: str | None = None,
-        num_items_in_batch: Tensor | int | None = None,
+        reduction: Reduction | None = None,
+        num_items_in_batch: float | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The loss or the prediction, as the class says."""

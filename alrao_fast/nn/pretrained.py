@@ -65,6 +65,7 @@ class Pretrained(WithClones):
     config: Any
 
     def _place(self) -> Any:
+        """What stands where the output layer was: the `Passed`, or PEFT's wrapper of its copies."""
         return self.get_submodule(self.__dict__["_alrao"]["output"])
 
     def _clones(self) -> LinearClones:

@@ -5,7 +5,7 @@ function. A term that is silently 0 is worse than an error, so whatever cannot b
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,11 @@ def is_traced(tensor: Tensor) -> bool:
         or type(tensor) not in (Tensor, nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without a wait: on a GPU that would be one, and what is traced has none."""
+    return tensor.device.type == "cpu" and not is_traced(tensor)
 
 
 def is_batch(tensor: Tensor) -> bool:
@@ -112,6 +117,22 @@ def once(
     function = _TracedOnce if torch.compiler.is_compiling() else _Once
     passed = function.apply(message, source, *given)
     return passed if bias is not None else (*passed, None)
+
+
+def plain_gradients(
+    function: Callable[[list[Tensor | None]], Tensor], inputs: Sequence[Tensor | None], grad: Tensor
+) -> list[Tensor | None]:
+    """The gradients of `function(inputs)` to each of the inputs, by autograd, from that to its result.
+
+    With create_graph they have derivatives; `grad` may be a batch or a dual tensor.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # One input may depend on another; the gradient is by each in its own place.
+        places = [None if t is None else t.view_as(t) for t in inputs]
+        wanted = [t for t in places if t is not None and t.requires_grad]
+        made = iter(torch.autograd.grad(function(places), wanted, grad, create_graph=create_graph))
+    return [next(made) if t is not None and t.requires_grad else None for t in places]
 
 
 @contextlib.contextmanager

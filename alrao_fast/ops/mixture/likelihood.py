@@ -204,16 +204,19 @@ class Classes(Likelihood):
         )
         return likelihood, target, False
 
+    def counted(self, target: Tensor) -> Tensor:
+        """Which samples `[B]` count by their targets in rows: not those of class ignore_index, nor those of no mass."""
+        return target != self.ignore_index if target.dim() == 1 else (target != 0).any(1)
+
     def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:
         classes = weight.size(1)
         wide = checks.accumulator(x.dtype)
-        readable = x.device.type == "cpu" and not derivatives.is_traced(x)
         if target.is_floating_point():
             check_tensor("target", target, (x.size(0), classes), (wide,), x.device)
         else:
             check_tensor("target", target, x.shape[:1], (torch.int64,), x.device)
         # Reading classes on a GPU would wait for it: there the loss is inf. Traced tensors have none to read.
-        if readable and not target.is_floating_point():
+        if not target.is_floating_point() and derivatives.is_readable(x):
             outside = ((target < 0) | (target >= classes)) & (target != self.ignore_index)
             if outside.any():
                 position = int(outside.nonzero()[0])

@@ -107,18 +107,12 @@ def _plain_gradients(
     softcap: float,
 ) -> list[Tensor | None]:
     """The same by the reference: these have derivatives (create_graph), and `grad` may be a batch or a dual tensor."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # One input may depend on another; the gradient is by each in its own place.
-        places = [t.view_as(t) for t in (x, weight, bias) if t is not None]
-        own_bias = None if bias is None else places[2]
-        value = reference.switch_mixture_log_prob(
-            places[0], places[1], own_bias, log_posterior, softcap
-        )
-        wanted = [t for t in places if t.requires_grad]
-        gradients = iter(torch.autograd.grad(value, wanted, grad, create_graph=create_graph))
-    found = [next(gradients) if t.requires_grad else None for t in places]
-    return found if bias is not None else [*found, None]
+
+    def log_prob(inputs: list[Any]) -> Tensor:
+        x, weight, bias = inputs
+        return reference.switch_mixture_log_prob(x, weight, bias, log_posterior, softcap)
+
+    return derivatives.plain_gradients(log_prob, (x, weight, bias), grad)
 
 
 # log_mass [B]: the logarithm of what the posterior of the clones alive for the sample adds up to.

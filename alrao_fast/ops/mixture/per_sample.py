@@ -63,15 +63,11 @@ def _plain_gradients(
     x, weight, bias, log_posterior, target = list(arguments.values())[:5]
     names: tuple[str, ...] = likelihood.__match_args__
     options = {name: arguments[name] for name in names}
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # One input may depend on another; the gradient is by each in its own place.
-        places = [t.view_as(t) for t in (x, weight, bias) if t is not None]
-        own_bias = None if bias is None else places[2]
-        passed = derivatives.once(no_other_derivative, places[0], places[1], own_bias)
-        function = getattr(reference, likelihood.OP)
-        losses, _ = function(*passed, log_posterior, target, **options, reduction="sum")
-        wanted = [t for t in places if t.requires_grad]
-        made = iter(torch.autograd.grad(losses, wanted, grad, create_graph=create_graph))
-    found = [next(made) if t.requires_grad else None for t in places]
-    return found if bias is not None else [*found, None]
+    function = getattr(reference, likelihood.OP)
+
+    def losses(inputs: list[Any]) -> Tensor:
+        passed = derivatives.once(no_other_derivative, *inputs)
+        found: Tensor = function(*passed, log_posterior, target, **options, reduction="sum")[0]
+        return found
+
+    return derivatives.plain_gradients(losses, (x, weight, bias), grad)

@@ -19,11 +19,6 @@ from alrao_fast.ops.mixture.checks import REDUCTION
 NUM_ITEMS = Number(above=0, live=True, words="a number of items > 0")
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Whether its values can be looked at: on a GPU that would be a wait, and what is traced has none."""
-    return tensor.device.type == "cpu" and not derivatives.is_traced(tensor)
-
-
 class Factors(NamedTuple):
     """The options that the factors of the losses depend on; `class_weight [C]` in `dtype`, that of the arithmetic."""
 
@@ -103,7 +98,7 @@ class Weighting(NamedTuple):
                 by_mean,
                 divisor,
             )
-            if backend == "cpu" and _readable(target):
+            if backend == "cpu" and derivatives.is_readable(target):
                 found, rows, scaled = _op(*arguments)
                 found = found if target.is_floating_point() else target
                 prepared = Prepared(found, rows, scaled if scaled.numel() else None)
@@ -152,7 +147,7 @@ class ClassWeight(Kind):
             raise self.refuse(TypeError, name, value)
         if value.shape != (self.num_classes,) or value.layout is not torch.strided:
             raise self.refuse(ValueError, name, value)
-        if _readable(value):
+        if derivatives.is_readable(value):
             if not (value >= 0).all() or not value.isfinite().all() or not value.any():
                 raise ValueError(f"{name}: got {value.tolist()}, expected {self.expected}")
         return value.detach()
@@ -174,7 +169,7 @@ def weights(
     if not soft:
         # What does not count may have any weight, NaN too.
         given = torch.where(target != ignore_index, given, 0)
-    if _readable(given) and not given.isfinite().all():
+    if derivatives.is_readable(given) and not given.isfinite().all():
         position = int((~given.isfinite()).nonzero()[0])
         raise RuntimeError(
             f"sample_weight: got {float(given[position])} at position {position}, expected finite numbers"
@@ -205,7 +200,11 @@ def weights(
 def _distributions(target: Tensor) -> tuple[Tensor, Tensor]:
     """Targets `[B, C]` that sum to 1, or are 0, and what they summed to, `[B]`."""
     total = target.sum(1)
-    if _readable(target) and target.numel() and not (target.min() >= 0 and total.isfinite().all()):
+    if (
+        derivatives.is_readable(target)
+        and target.numel()
+        and not (target.min() >= 0 and total.isfinite().all())
+    ):
         negative = (target < 0).any(1)
         row = int((negative | ~total.isfinite()).nonzero()[0])
         what = "negative entries" if negative[row] else "entries that are not finite"
