@@ -1,6 +1,7 @@
 """Protects the machine code of the CUDA kernels, made without a GPU.
 
 - Every .cu compiles for sm_80, sm_90, sm_100 and sm_120 without a warning.
+- No kernel with dynamic shared memory declares more beside it than its launch reckons with.
 - No kernel spills registers or keeps anything else in local memory.
 - The optimizers move 16 bytes at a time.
 
@@ -65,6 +66,13 @@ def test_every_source_is_compiled_for_every_architecture(kernels):
 def test_nothing_is_in_local_memory(kernels):
     spilled = [kernel for kernel in kernels if kernel.stack]
     assert not spilled, code.table(spilled)
+
+
+def test_dynamic_shared_memory_leaves_room_for_what_is_declared(kernels):
+    """A launch asks for more than 48 KiB from 47 on: so much stands beside it at most."""
+    dynamic = [k for k in kernels if "ALRAO_DYNAMIC_SHARED" in (code.CSRC / k.source).read_text()]
+    assert dynamic
+    assert all(kernel.shared <= 1024 for kernel in dynamic), code.table(dynamic)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

@@ -81,7 +81,7 @@ class Loss:
         self.row_weight, class_weight = given["row_weight"], given.get("class_weight")
         added = {k: given.get(k, 0.0) for k in ("label_smoothing", "z_loss", "softcap")}
         any_option = soft is not None or class_weight is not None or any(added.values())
-        # The options of the loss, likewise.
+        # What kernels take of the options of the loss, by their names there.
         self.options = {
             "row_weight_ptr": x if self.row_weight is None else self.row_weight.contiguous(),
             "class_weight_ptr": x if class_weight is None else class_weight.contiguous(),
@@ -97,7 +97,7 @@ class Loss:
             # Whether the loss looks at other classes than the target's.
             "SUMS": added["label_smoothing"] != 0 or soft is not None,
         }
-        # What kernels take of the likelihood and its options, by their names there.
+        # Of the likelihood, likewise.
         self.likelihood = {
             "ignore_index": 0 if self.gaussian else option,
             "inv_sigma2": inv_sigma2,

@@ -111,6 +111,10 @@ def mixture_row_kernel(
     g_ptr += local * num_classes
     bias_ptr += clone.to(tl.int64) * num_classes
     inverse = tl.full([], inv_sigma2, ACC)
+    if OPTIONS:
+        loss_weight, weight = load_weight(
+            row_weight_ptr, norm_ptr, sample, ACC, FOLD, HAS_ROW_WEIGHT
+        )
     if GAUSSIAN:
         target_ptr += sample * num_classes
         counted = sample < num_samples
@@ -139,9 +143,6 @@ def mixture_row_kernel(
             z_ptr, bias_ptr, tl.where(is_class, target, 0), is_class, softcap, HAS_BIAS, CAPPED, ACC
         )
         if OPTIONS:
-            _loss_weight, weight = load_weight(
-                row_weight_ptr, norm_ptr, sample, ACC, FOLD, HAS_ROW_WEIGHT
-            )
             soft_ptr += sample * num_classes
             one = tl.full([], 1.0, ACC)
             class_weight = one
@@ -203,12 +204,8 @@ def mixture_row_kernel(
 
     if GAUSSIAN:
         likelihood = logp
-    if OPTIONS:
-        loss_weight, weight = load_weight(
-            row_weight_ptr, norm_ptr, sample, ACC, FOLD, HAS_ROW_WEIGHT
-        )
-        if HAS_ROW_WEIGHT:
-            counted = counted & (loss_weight != 0.0)
+    if HAS_ROW_WEIGHT:
+        counted = counted & (loss_weight != 0.0)
     cell = clone.to(tl.int64) * num_samples + sample
     tl.store(nll_ptr + cell, tl.where(counted, tl.where(alive, -likelihood, infinity), 0.0))
     tl.store(score_ptr + cell, tl.where(counted, score, 0.0))

@@ -14,8 +14,9 @@
 
 namespace alrao::cuda {
 
-// What a block may have without asking, on every GPU.
-constexpr std::size_t kDefaultDynamicShared = 48 * 1024;
+// What a block may have without asking, on every GPU: 48 KiB, of which what the kernel declares
+// `__shared__` beside it may take 1.
+constexpr std::size_t kDefaultDynamicShared = 47 * 1024;
 
 // Starts `kernel` (of a template: kernel<float, true>) and returns what the launch says. A large
 // parameter is declared `const __grid_constant__ T` in the kernel and given by reference here.
