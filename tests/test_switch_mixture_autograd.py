@@ -43,6 +43,40 @@ def test_backward_twice_over_a_retained_graph(compiled):
     torch.testing.assert_close(weight.grad, 2 * once)
 
 
+@pytest.mark.sanitized
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_factor_of_a_backward_is_taken_in_place(compiled, dtype):
+    device, wide = device_of(compiled), torch.promote_types(dtype, torch.float32)
+    shapes = {"dx": (7, 5), "dweight": (3, 41, 5), "dbias": (3, 41)}
+    for empty in (None, *shapes):
+        gradients = [
+            torch.randn(
+                (0,) if name == empty else shape,
+                device=device,
+                dtype=dtype if name == "dweight" else wide,
+            )
+            for name, shape in shapes.items()
+        ]
+        for factor in (1.0, 0.5, -3.0):
+            expected = [g * factor for g in gradients]
+            scale = torch.tensor(factor, device=device, dtype=wide)
+            torch.ops.alrao_fast.switch_mixture_scale_(*gradients, scale)
+            for gradient, value in zip(gradients, expected, strict=True):
+                torch.testing.assert_close(gradient, value, rtol=0, atol=0)
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_upstream_gradient_scales_all_gradients(compiled, dtype):
+    inputs = testing.mixture_inputs(6, 5, 7, 4, dtype=dtype, device=device_of(compiled))
+    leaves = [t.clone().requires_grad_() for t in inputs[:3]]
+    loss, _ = switch_mixture_nll(*leaves, *inputs[3:], impl=compiled)
+    once = torch.autograd.grad(loss, leaves)
+    loss, _ = switch_mixture_nll(*leaves, *inputs[3:], impl=compiled)
+    for scaled, gradient in zip(torch.autograd.grad(loss * 0.25, leaves), once, strict=True):
+        torch.testing.assert_close(scaled, 0.25 * gradient)
+
+
 @pytest.mark.parametrize("op", ["nll", "gaussian_nll", "log_prob", "log_prob_backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(compiled, op, dtype):

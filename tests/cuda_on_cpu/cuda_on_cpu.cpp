@@ -417,6 +417,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMultiProcessorCount:
       *value = cuda_on_cpu::multiprocessors;
       return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = cuda_on_cpu::kSharedOfMultiprocessor;
+      return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = cuda_on_cpu::kMaxShared;
       return cudaSuccess;

@@ -18,8 +18,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -72,6 +74,7 @@ enum cudaMemcpyKind {
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 using cudaStream_t = struct CUstream_st*;
@@ -92,6 +95,9 @@ namespace cuda_on_cpu {
 constexpr int kWarp = 32;
 // What a block may have at most on every GPU that the kernels are compiled for.
 constexpr std::size_t kMaxShared = 99 * 1024;
+
+// Of all blocks of a multiprocessor.
+constexpr std::size_t kSharedOfMultiprocessor = 100 * 1024;
 
 // The multiprocessors that cudaDeviceGetAttribute tells of.
 extern int multiprocessors;
@@ -185,6 +191,24 @@ T update(T* address, Next next) {
   return old;
 }
 
+// Copies to shared memory that a thread has asked for, of a block.
+struct Copy {
+  void* to;
+  const void* from;
+  std::size_t bytes;
+};
+struct Copies {
+  unsigned block = ~0u;
+  std::vector<Copy> open;
+  std::deque<std::vector<Copy>> groups;
+};
+inline Copies& copies_of_thread() {
+  static std::vector<Copies> of_threads(1024);
+  Copies& copies = of_threads[threadIdx.x];
+  if (copies.block != blockIdx.x) copies = {blockIdx.x, {}, {}};
+  return copies;
+}
+
 template <typename T>
 struct Same {
   using type = T;
@@ -235,6 +259,20 @@ inline int __syncthreads_and(int vote, CUDA_ON_CPU_PLACE) {
 }
 inline void __syncwarp(unsigned mask = ~0u, CUDA_ON_CPU_PLACE) {
   cuda_on_cpu::sync_warp(mask, place);
+}
+// Nothing has arrived before it was waited for.
+inline void __pipeline_memcpy_async(void* to, const void* from, std::size_t bytes) {
+  cuda_on_cpu::copies_of_thread().open.push_back({to, from, bytes});
+}
+inline void __pipeline_commit() {
+  auto& copies = cuda_on_cpu::copies_of_thread();
+  copies.groups.push_back(std::exchange(copies.open, {}));
+}
+inline void __pipeline_wait_prior(std::size_t left) {
+  auto& groups = cuda_on_cpu::copies_of_thread().groups;
+  for (; groups.size() > left; groups.pop_front()) {
+    for (const auto& [to, from, bytes] : groups.front()) std::memcpy(to, from, bytes);
+  }
 }
 inline void __threadfence() { cuda_on_cpu::fence(); }
 inline void __threadfence_block() { cuda_on_cpu::fence(); }

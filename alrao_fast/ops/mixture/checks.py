@@ -63,10 +63,27 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def weight_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the loss keeps the gradient to the clones' weights, by that of its inputs.
+
+    It is the largest of the results. A factor of the loss comes in the backward, which float16 has not the range for.
+    """
+    return dtype if dtype == torch.bfloat16 else accumulator(dtype)
+
+
+def empty_loss_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor | None, need_dx: bool, need_dw: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias as the loss returns them, those that are not needed without elements."""
+    dx, dweight, dbias = empty_gradients(x, weight, need_dx, need_dw)
+    dweight = dweight.to(weight_gradient_dtype(x.dtype))
+    return dx, dweight, dbias if bias is not None else dbias.new_empty(0)
+
+
 def empty_gradients(
     x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight and dbias as the ops return them, those that are not needed without elements."""
+    """The same of the log-probabilities."""
     wide = accumulator(x.dtype)
     return (
         x.new_empty(x.shape if need_dx else (0,), dtype=wide),

@@ -132,16 +132,15 @@ class _EagerGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-        # `loss.backward()` brings the factor 1, and on the CPU looking at it costs nothing: then
-        # autograd takes the saved gradients as they are. Never those of a graph that is kept: its
-        # next backward needs them, and whoever gets these may write into them. A traced backward
-        # has no value to look at.
+        # `loss.backward()` brings the factor 1: then autograd takes the saved gradients as they
+        # are. Never those of a graph that is kept: its next backward needs them, and whoever gets
+        # these may write into them. A traced backward has no value to look at.
         kept = (
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()
             or torch._C._autograd._get_current_graph_task_keep_graph()
         )
-        if not kept and grad is not None and _is_one(grad):
+        if not kept and grad is not None and _scaled_in_place(ctx.saved_tensors, grad):
             gradients = _gradients(ctx, lambda saved: saved)
         else:
             gradients = _scale_gradients(ctx, grad)
@@ -166,9 +165,14 @@ class _EagerLosses(torch.autograd.Function):
         return None, *per_sample.gradients(ctx, grad, NO_OTHER_DERIVATIVE)
 
 
-def _is_one(grad: Tensor) -> bool:
-    """Whether this scalar is known to be 1 without waiting for a device; a batch of them has no one value."""
-    return grad.device.type == "cpu" and not derivatives.is_batch(grad) and grad.item() == 1
+def _scaled_in_place(gradients: Sequence[Tensor], grad: Tensor) -> bool:
+    """Scale the gradients in place where a factor of 1 costs no pass over them, without waiting for a device."""
+    if derivatives.is_batch(grad):  # which has no one value
+        return False
+    if grad.device.type == "cpu":
+        return grad.item() == 1
+    _scale(*gradients, grad)
+    return True
 
 
 def _define(likelihood: type[Likelihood]) -> None:
@@ -182,12 +186,12 @@ def _define(likelihood: type[Likelihood]) -> None:
         def fake(*inputs: Any, op: _Op = op) -> tuple[Tensor, ...]:
             # Where the dispatcher calls Python, it leaves out defaults at the end.
             inputs = (*inputs, *op.defaults[len(inputs) :])
-            x, weight, _bias, need_dx, need_dw = op.find(inputs)
+            x, weight, bias, need_dx, need_dw = op.find(inputs)
             losses = x.shape[:1] if inputs[-1] else ()
             return (
                 x.new_empty(losses, dtype=checks.accumulator(x.dtype)),
                 x.new_empty((3, weight.size(0)), dtype=torch.float64),
-                *checks.empty_gradients(x, weight, need_dx, need_dw),
+                *checks.empty_loss_gradients(x, weight, bias, need_dx, need_dw),
             )
 
         qualified = [define(schema, fake)]
@@ -219,6 +223,25 @@ LIB.impl(
     _add_product,
     "CompositeExplicitAutograd",
 )
+
+
+def _scale_each(dx: Tensor, dweight: Tensor, dbias: Tensor, factor: Tensor) -> None:
+    for gradient in (dx, dweight, dbias):
+        if gradient.numel() > 0:
+            gradient.mul_(factor)
+
+
+# In C++/CUDA one launch, which ends at once where the factor is 1.
+_SCALE = "switch_mixture_scale_"
+LIB.impl(
+    define(
+        f"{_SCALE}(Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias, Tensor factor) -> ()",
+        no_result,
+    ),
+    _scale_each,
+    "CompositeExplicitAutograd",
+)
+_scale = dispatch.overload(_SCALE)
 
 
 def mixture_stats(

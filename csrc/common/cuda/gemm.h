@@ -48,6 +48,13 @@ class Gemm {
     multiply(tensor(out), tensor(a), tensor(b), add);
   }
 
+  // out = from, rounded to the type of `out`.
+  template <class Out, class From>
+  void round(const Matrix<Out>& out, const Matrix<From>& from) const {
+    auto to = tensor(out);
+    torch::stable::copy_(to, tensor(from));
+  }
+
  private:
   torch::stable::Tensor empty(std::initializer_list<int64_t> sizes,
                               torch::headeronly::ScalarType type) const;

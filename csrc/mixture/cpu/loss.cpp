@@ -98,6 +98,10 @@ MixtureOutputs run(const LossArguments& a, const MixtureSizes& size) {
     }
   }
   if (!extras.per_sample) *static_cast<T*>(loss.mutable_data_ptr()) = static_cast<T>(out.loss);
+  if (!a.inputs.bias) dbias = empty_tensor<T>({0});
+  if (a.inputs.x.scalar_type() == ScalarType::BFloat16) {
+    dweight = torch::stable::to(dweight, ScalarType::BFloat16);
+  }
   return {loss, stats, dx, dweight, dbias};
 }
 

@@ -22,6 +22,14 @@ MixtureOutputs loss(const LossArguments& arguments) {
   return mixture_loss(arguments, observation, on.stream);
 }
 
+void scale(StableIValue* values, uint64_t num_arguments, uint64_t) {
+  Stack stack(values, num_arguments, 4);
+  const auto dx = stack.take<Tensor>(), dweight = stack.take<Tensor>();
+  const auto dbias = stack.take<Tensor>(), factor = stack.take<Tensor>();
+  const OnDevice on(dx);
+  mixture_scale(dx, dweight, dbias, factor, on.stream);
+}
+
 LogProbOutputs log_prob(const MixtureInputs& inputs, int64_t memory_budget, double softcap) {
   const OnDevice on(inputs.x);
   return mixture_log_prob(inputs, memory_budget, softcap, on.stream);
@@ -39,6 +47,7 @@ STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CUDA, m) {
   m.impl("switch_mixture_nll_observe_", &boxed_loss<ClassesOptions, true, &loss>);
   m.impl("switch_mixture_gaussian_nll", &boxed_loss<ValuesOptions, false, &loss>);
   m.impl("switch_mixture_gaussian_nll_observe_", &boxed_loss<ValuesOptions, true, &loss>);
+  m.impl("switch_mixture_scale_", &scale);
   m.impl("switch_mixture_log_prob", &boxed_log_prob<&log_prob>);
   m.impl("switch_mixture_log_prob_backward", &boxed_log_prob_backward<&log_prob_backward>);
 }

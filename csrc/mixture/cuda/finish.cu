@@ -108,19 +108,21 @@ __device__ void finish_bias(const FinishArguments<scalar_t>& a, int64_t tile,
 }
 
 // values = factor * values, or 0 for a factor of 0 whatever they are; this block's share.
-template <class compute_type>
-__device__ void scale_or_clear(compute_type* values, int64_t size, compute_type factor,
-                               int64_t block, int64_t blocks) {
-  constexpr int kCount = 16 / sizeof(compute_type);
-  const bool aligned = is_aligned<compute_type, kCount>(values);
+template <class T>
+__device__ void scale_or_clear(T* values, int64_t size, compute_t<T> factor, int64_t block,
+                               int64_t blocks) {
+  using compute_type = compute_t<T>;
+  constexpr int kCount = 16 / sizeof(T);
+  const bool aligned = is_aligned<T, kCount>(values);
   for (int64_t i = (block * kThreads + threadIdx.x) * kCount; i < size;
        i += blocks * kThreads * kCount) {
     compute_type value[kCount] = {};
     if (factor != 0) load_some<kCount>(values, i, size, aligned, value);
-    Pack<compute_type, kCount> pack;
+    Pack<T, kCount> pack;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j)
-      pack.values[j] = factor == 0 ? compute_type(0) : value[j] * factor;
+    for (int j = 0; j < kCount; ++j) {
+      round_to(factor == 0 ? compute_type(0) : value[j] * factor, pack.values[j]);
+    }
     store_some(values, i, size, aligned, pack);
   }
 }
@@ -135,7 +137,7 @@ __device__ void finish_weight(const FinishArguments<scalar_t>& a, int64_t clone,
   const compute_type factor = dead ? compute_type(0) : *a.norm;
   const int64_t size = a.size.classes * a.size.features;
   scale_or_clear(a.dweight + clone * size, size, factor, block, blocks);
-  if (a.columns.out == nullptr) {
+  if (a.columns.out == nullptr && a.dbias != nullptr) {
     scale_or_clear(a.dbias + clone * a.size.classes, a.size.classes, factor, block, blocks);
   }
 }

@@ -31,6 +31,7 @@ Unfinished<T> run_joint(const NllProblem<T>& p) {
   left.columns_memory = g;
   left.scale_dx = need_dx && p.norm_left() != nullptr;
 
+  const auto weight_sum = p.weight_sum(rows, chunk);
   int64_t first_part = 0;
   for (int64_t first = 0; first < samples; first += chunk) {
     const int64_t count = std::min(chunk, samples - first);
@@ -56,8 +57,9 @@ Unfinished<T> run_joint(const NllProblem<T>& p) {
                           weight);
     }
     if (need_dw) {
-      p.weight_gradient(p.dweight, 0, row_major<const T>(a.g, count, rows, ld), a.finite_x, first);
-      left.columns = {a.g, count, rows, ld, p.dbias, first > 0};
+      p.add_weight_gradient(weight_sum, 0, row_major<const T>(a.g, count, rows, ld), a.finite_x,
+                            first);
+      if (p.dbias != nullptr) left.columns = {a.g, count, rows, ld, p.dbias, first > 0};
       // The last chunk's are the finishing kernel's.
       if (first + count < samples) {
         CombineArguments<T> sums{};

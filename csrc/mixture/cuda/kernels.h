@@ -9,6 +9,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/element.h"
 #include "mixture/likelihood.h"
@@ -18,6 +19,11 @@
 namespace alrao::cuda {
 
 constexpr int64_t kRowAlignment = 8;
+
+// Gradients to the weights: what scales a loss comes later, so those of float16 need more range.
+template <class scalar_t>
+using weight_gradient_t =
+    std::conditional_t<std::is_same_v<scalar_t, BFloat16>, BFloat16, compute_t<scalar_t>>;
 
 // The switch's log-posterior [N], float or double.
 struct MixturePosterior {
@@ -46,8 +52,8 @@ struct MixtureNorm {
   bool count;
 };
 
-// The loss's options (alrao_fast/reference/switch_mixture.py). The kernels that know them are
-// instantiations of their own, taken where `any` is true.
+// The loss's options (alrao_fast/reference/switch_mixture.py); `any`: there is one. The kernels
+// that know those of the classes are instantiations of their own.
 template <class compute_type>
 struct MixtureOptions {
   bool any;
@@ -57,6 +63,12 @@ struct MixtureOptions {
   const compute_type* soft;          // probabilities [B, C], or null: the target's class
   compute_type smoothing, z_loss, softcap;
   compute_type* losses;  // [B], or null
+
+  // Whether an option looks at more than the target's class, or changes logits.
+  bool are_of_classes() const {
+    return class_weight != nullptr || soft != nullptr || smoothing != 0 || z_loss != 0 ||
+           softcap != 0;
+  }
 };
 
 // A copy with 0 for what is not finite; nothing where `to` is null.
@@ -193,16 +205,36 @@ struct FinishArguments {
   compute_t<scalar_t>* loss;
   double* stats;  // [3, N]
   SwitchObservation observation;
-  compute_t<scalar_t>* dweight;     // [N, C, D] or null
-  compute_t<scalar_t>* dbias;       // [N, C] or null
-  ColumnSums<scalar_t> columns;     // into dbias, all clones
-  compute_t<scalar_t>* dx;          // [B, D], to be scaled, or null
-  const compute_t<scalar_t>* norm;  // or null: 1
-  const double* counted;            // the samples that count, or null: to be found
+  weight_gradient_t<scalar_t>* dweight;  // [N, C, D] or null
+  compute_t<scalar_t>* dbias;            // [N, C] or null
+  ColumnSums<scalar_t> columns;          // into dbias, all clones
+  compute_t<scalar_t>* dx;               // [B, D], to be scaled, or null
+  const compute_t<scalar_t>* norm;       // or null: 1
+  const double* counted;                 // the samples that count, or null: to be found
 };
 
 template <class scalar_t>
 cudaError_t launch_mixture_finish(const FinishArguments<scalar_t>& arguments, cudaStream_t stream);
+
+// ---- the loss's backward (scale.cu) ----
+
+template <class T>
+struct ScaledArray {
+  T* values;
+  int64_t size;
+};
+
+// Gradients of the loss, the weights' of type weight_t, times what `factor` holds.
+template <class weight_t>
+struct ScaleArguments {
+  ScaledArray<compute_t<weight_t>> dx;
+  ScaledArray<weight_t> dweight;
+  ScaledArray<compute_t<weight_t>> dbias;
+  const compute_t<weight_t>* factor;
+};
+
+template <class weight_t>
+cudaError_t launch_mixture_scale(const ScaleArguments<weight_t>& arguments, cudaStream_t stream);
 
 // ---- log-probabilities (log_prob.cu) ----
 

@@ -40,7 +40,7 @@ MixtureGradients backward(const LogProbGradient& arguments, const MixtureSizes& 
   const auto& [samples, features, clones, classes] = size;
   const bool need_dx = arguments.need_dx, need_dw = arguments.need_dw;
   const MixtureProblem<T> p(arguments.inputs, size, arguments.memory_budget, stream);
-  auto [dx, dweight, dbias] = p.gradients(need_dx, need_dw);
+  auto [dx, dweight, dbias] = p.template gradients<Compute>(need_dx, need_dw, need_dw);
   if (samples == 0) {
     torch::stable::zero_(dweight);
     torch::stable::zero_(dbias);

@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kRowThreads)
   for (int64_t i = threadIdx.x * kCount; i < classes; i += step) {
     compute_type value[kCount];
     load(i, value);
-    take_in<kCount>(softmax, value, i, classes);
+    take_row<kCount>(softmax, value, static_cast<int>(i), static_cast<int>(classes));
   }
   softmax = block_reduce(softmax, Merge(), Softmax<compute_type>::none(), softmaxes);
   const compute_type largest = softmax.peak.value, log_sum = std::log(softmax.sum);

@@ -38,14 +38,15 @@ MixtureOutputs run(const LossArguments& arguments, const MixtureSizes& size,
   const auto loss = extras.per_sample ? p.gemm.template empty<Compute>({samples})
                                       : p.gemm.template empty<Compute>({});
   const auto stats = p.gemm.template empty<double>({3, clones});
-  auto [dx, dweight, dbias] = p.gradients(options.need_dx, options.need_dw);
+  auto [dx, dweight, dbias] = p.template gradients<weight_gradient_t<T>>(
+      options.need_dx, options.need_dw, options.need_dw && p.bias.has_value());
   const Tensor target = dense(arguments.target);
   std::optional<Tensor> likeliest, row_weight, class_weight, sum;
 
   p.options = options;
   p.dx = data_of<Compute>(dx);
-  p.dweight = data_of<Compute>(dweight);
-  p.dbias = data_of<Compute>(dbias);
+  p.dweight = data_of<weight_gradient_t<T>>(dweight);
+  p.dbias = dbias.numel() > 0 ? data_of<Compute>(dbias) : nullptr;
   p.target = {};
   if (likelihood.gaussian) {
     p.target.values = data_of<const T>(target);

@@ -54,19 +54,28 @@ struct MixtureProblem {
   int64_t row_distance(bool joint) const {
     return (columns(joint) + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
   }
-  // Samples whose logits are held at a time.
+  // Samples whose logits are held at a time: chunks of a size, in tiles of the products where
+  // there is room.
   int64_t chunk(int64_t bytes_per_sample) const {
-    return std::max<int64_t>(std::min(size.samples, memory_budget / bytes_per_sample), 1);
+    constexpr int64_t kTile = 128;
+    const int64_t most =
+        std::max<int64_t>(std::min(size.samples, memory_budget / bytes_per_sample), 1);
+    const auto parts_of = [](int64_t all, int64_t part) { return (all + part - 1) / part; };
+    const int64_t even = parts_of(size.samples, std::max<int64_t>(parts_of(size.samples, most), 1));
+    return std::max<int64_t>(std::min(parts_of(even, kTile) * kTile, most), 1);
   }
 
   // Memory for a result, without elements unless it is needed.
+  template <class R = Compute>
   torch::stable::Tensor result(bool needed, std::initializer_list<int64_t> sizes) const {
-    return gemm.template empty<Compute>(needed ? sizes : std::initializer_list<int64_t>{0});
+    return gemm.template empty<R>(needed ? sizes : std::initializer_list<int64_t>{0});
   }
-  MixtureGradients gradients(bool need_dx, bool need_dw) const {
+  // With the weights' in the type W, and the bias's where it is needed.
+  template <class W>
+  MixtureGradients gradients(bool need_dx, bool need_dw, bool need_db) const {
     const auto& [samples, features, clones, classes] = size;
-    return {result(need_dx, {samples, features}), result(need_dw, {clones, classes, features}),
-            result(need_dw, {clones, classes})};
+    return {result(need_dx, {samples, features}),
+            result<W>(need_dw, {clones, classes, features}), result(need_db, {clones, classes})};
   }
 
   // Logits [rows, columns] of samples from `first` on, of clones from `clone` on.
@@ -92,8 +101,8 @@ struct MixtureProblem {
 
   // dweight of the clones from `clone` on, g^T x, g being of the samples from `first` on: the
   // first of them begin the sum.
-  template <class G>
-  void weight_gradient(Compute* dweight, int64_t clone, const Matrix<const G>& g, const G* x,
+  template <class W, class G>
+  void weight_gradient(W* dweight, int64_t clone, const Matrix<const G>& g, const G* x,
                        int64_t first) const {
     const int64_t features = size.features;
     gemm.multiply(row_major(dweight + clone * size.classes * features, g.cols, features, features),
@@ -160,6 +169,32 @@ struct NllProblem : MixtureProblem<T> {
   // lose their digits.
   static constexpr bool kFoldsNorm = !std::is_same_v<T, Float16>;
 
+  using WeightGradient = weight_gradient_t<T>;
+
+  // Memory for a sum of weight_gradient over chunks, of `rows` of dweight, where those are too
+  // narrow to be summed in.
+  torch::stable::Tensor weight_sum(int64_t rows, int64_t chunk) const {
+    const bool needed = options.need_dw && chunk < this->size.samples &&
+                        !std::is_same_v<WeightGradient, Compute>;
+    return this->result(needed, {rows, this->size.features});
+  }
+
+  // dweight by chunks of samples, of which the last leaves it complete.
+  void add_weight_gradient(const torch::stable::Tensor& sum, int64_t clone,
+                           const Matrix<const T>& g, const T* x, int64_t first) const {
+    const int64_t features = this->size.features;
+    if (sum.numel() == 0) {
+      this->weight_gradient(dweight, clone, g, x, first);
+      return;
+    }
+    Compute* const values = data_of<Compute>(sum);
+    this->weight_gradient(values, 0, g, x, first);
+    if (first + g.rows < this->size.samples) return;
+    WeightGradient* const out = dweight + clone * this->size.classes * features;
+    this->gemm.round(row_major(out, g.cols, features, features),
+                     row_major(values, g.cols, features, features));
+  }
+
   LossOptions options;
   MixtureTarget<T> target;
   double norm_value;              // what a sample weighs, if that does not depend on targets
@@ -167,8 +202,8 @@ struct NllProblem : MixtureProblem<T> {
   const Compute* norm = nullptr;  // on the device, if a kernel wrote it there
   MixtureOptions<Compute> extras{};
   Compute* dx;
-  Compute* dweight;
-  Compute* dbias;
+  WeightGradient* dweight;
+  Compute* dbias;  // or null
 
   MixtureNorm<T> folded_norm() const {
     if (!kFoldsNorm) return {nullptr, 1.0, false};
@@ -197,6 +232,10 @@ Unfinished<T> run_streamed(const NllProblem<T>& p);
 // device. Bindings pass the stream, with the tensors' device current.
 MixtureOutputs mixture_loss(const LossArguments& arguments, const SwitchObservation& observation,
                             cudaStream_t stream);
+
+void mixture_scale(const torch::stable::Tensor& dx, const torch::stable::Tensor& dweight,
+                   const torch::stable::Tensor& dbias, const torch::stable::Tensor& factor,
+                   cudaStream_t stream);
 
 LogProbOutputs mixture_log_prob(const MixtureInputs& inputs, int64_t memory_budget, double softcap,
                                 cudaStream_t stream);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cfloat>
+#include <type_traits>
 
 #include "common/cuda/block.cuh"
 #include "common/cuda/runtime.cuh"
@@ -110,6 +111,18 @@ struct Higher {
   }
 };
 
+// exp(x) within 2^-21 of it, for a quarter of the instructions.
+__device__ inline float fast_exp(float x) {
+#ifdef ALRAO_CUDA_ON_CPU
+  return std::exp(x);
+#else
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+  return result;
+#endif
+}
+__device__ inline double fast_exp(double x) { return std::exp(x); }
+
 // The largest logit, the first class that has it, and the sum of exp(logit - largest); NaN in the
 // sum where a logit is not finite.
 template <class T>
@@ -122,27 +135,40 @@ struct Softmax {
 
 // Takes entries of a row in as they are read, those before `end`.
 template <int kCount, class T>
-__device__ void take_in(Softmax<T>& softmax, const T* value, int64_t i, int64_t end) {
-  Peak<T> peak = softmax.peak;
+__device__ void take_row(Softmax<T>& softmax, const T* value, int i, int end) {
+  T top = lowest<T>();
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
-    if (i + j < end) peak.take(value[j], static_cast<int32_t>(i + j));
+    if (i + j < end) top = fmax(top, value[j]);
   }
-  softmax.sum *= std::exp(softmax.peak.value - peak.value);
-  softmax.peak = peak;
+  // Seldom, after the first entries.
+  if (top > softmax.peak.value) {
+    int place = i;
+#pragma unroll
+    for (int j = kCount - 1; j >= 0; --j) {
+      if (value[j] == top) place = i + j;
+    }
+    softmax.sum *= fast_exp(softmax.peak.value - top);
+    softmax.peak = {top, place, 0};
+  }
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
-    if (i + j < end) softmax.sum += std::exp(value[j] - peak.value) + poison(value[j]);
+    if (i + j < end) softmax.sum += fast_exp(value[j] - softmax.peak.value) + poison(value[j]);
   }
 }
 
+// Of two parts of a row.
 struct Merge {
   template <class T>
   __device__ Softmax<T> operator()(const Softmax<T>& a, const Softmax<T>& b) const {
     Softmax<T> both{Higher()(a.peak, b.peak), T(0)};
-    both.sum = a.sum * std::exp(a.peak.value - both.peak.value) +
-               b.sum * std::exp(b.peak.value - both.peak.value);
+    both.sum = a.sum * fast_exp(a.peak.value - both.peak.value) +
+               b.sum * fast_exp(b.peak.value - both.peak.value);
     return both;
+  }
+  template <class Sums>
+  __device__ Sums operator()(const Sums& a, const Sums& b) const {
+    return Sums::merged(a, b);
   }
 };
 
@@ -179,10 +205,11 @@ struct OptionSums {
 
   __device__ void take(const MixtureOptions<T>& options, int64_t sample, int64_t classes, int64_t c,
                        T below) {
-    const T w = options.class_weight == nullptr ? T(1) : options.class_weight[c];
+    add(options.class_weight == nullptr ? T(1) : options.class_weight[c],
+        options.soft == nullptr ? T(0) : options.soft[sample * classes + c], below);
+  }
+  __device__ void add(T w, T q, T below) {
     weighted += w * below;
-    if (options.soft == nullptr) return;
-    const T q = options.soft[sample * classes + c];
     dot += q * below;
     weighted_dot += w * q * below;
     mass += q;
@@ -195,6 +222,69 @@ struct AddOptionSums {
   __device__ OptionSums<T> operator()(const OptionSums<T>& a, const OptionSums<T>& b) const {
     return {a.weighted + b.weighted, a.dot + b.dot, a.weighted_dot + b.weighted_dot,
             a.mass + b.mass, a.weighted_mass + b.weighted_mass};
+  }
+};
+
+// What the options say of neighbouring classes.
+template <class T, int kCount>
+struct OptionEntries {
+  T weight[kCount], soft[kCount];
+
+  __device__ OptionEntries(const MixtureOptions<T>& options, int64_t sample, int64_t classes,
+                           int64_t i) {
+    const auto load = [&](const T* from, T* to) {
+      load_some<kCount>(from, i, classes, is_aligned<T, kCount>(from), to);
+    };
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      weight[j] = T(1);
+      soft[j] = T(0);
+    }
+    if (options.class_weight != nullptr) load(options.class_weight, weight);
+    if (options.soft != nullptr) load(options.soft + sample * classes, soft);
+  }
+};
+
+// A softmax with the options' sums, of a row or a part of it, as its entries are read.
+template <class T>
+struct OptionSoftmax {
+  Softmax<T> softmax;
+  OptionSums<T> sums;
+  T weight;  // sum of w
+
+  static __device__ OptionSoftmax none() {
+    return {Softmax<T>::none(), OptionSums<T>::none(), T(0)};
+  }
+
+  // For a larger maximum, in place of `before`. All terms have one sign.
+  __device__ void lower(T before) {
+    if (before == softmax.peak.value || before == lowest<T>()) return;
+    const T shift = before - softmax.peak.value;
+    sums.weighted += weight * shift;
+    sums.dot += sums.mass * shift;
+    sums.weighted_dot += sums.weighted_mass * shift;
+  }
+
+  template <int kCount>
+  __device__ void take(const OptionEntries<T, kCount>& entries, const T* value, int i, int end) {
+    const T before = softmax.peak.value;
+    take_row<kCount>(softmax, value, i, end);
+    lower(before);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if (i + j >= end) break;
+      const T below = value[j] - softmax.peak.value, w = entries.weight[j];
+      weight += w;
+      sums.add(w, entries.soft[j], below);
+    }
+  }
+
+  static __device__ OptionSoftmax merged(OptionSoftmax a, OptionSoftmax b) {
+    const T before_a = a.softmax.peak.value, before_b = b.softmax.peak.value;
+    a.softmax = b.softmax = Merge()(a.softmax, b.softmax);
+    a.lower(before_a);
+    b.lower(before_b);
+    return {a.softmax, AddOptionSums()(a.sums, b.sums), a.weight + b.weight};
   }
 };
 

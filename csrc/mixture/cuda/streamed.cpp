@@ -23,6 +23,7 @@ Unfinished<T> run_streamed(const NllProblem<T>& p) {
   left.memory = p.gemm.template empty<double>({2 * clones + 1, samples});
   left.parts = {data_of<double>(left.memory), samples};
   left.columns_memory = z;
+  const auto weight_sum = p.weight_sum(classes, chunk);
 
   for (int64_t clone = 0; clone < clones; ++clone) {
     for (int64_t first = 0; first < samples; first += chunk) {
@@ -43,8 +44,11 @@ Unfinished<T> run_streamed(const NllProblem<T>& p) {
       const auto g = row_major(reinterpret_cast<const T*>(a.z), count, classes, ld * kNarrower);
       CombineArguments<T> sums{};
       if (need_dw) {
-        p.weight_gradient(p.dweight, clone, g, data_of<const T>(finite_x), first);
-        sums.columns = {g.data, count, classes, g.row_stride, p.dbias + clone * classes, first > 0};
+        p.add_weight_gradient(weight_sum, clone, g, data_of<const T>(finite_x), first);
+        if (p.dbias != nullptr) {
+          sums.columns = {g.data,       count,    classes,
+                          g.row_stride, p.dbias + clone * classes, first > 0};
+        }
       }
       if (need_dx) {
         p.features_gradient(data_of<Compute>(term), g,

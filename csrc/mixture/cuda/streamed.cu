@@ -4,84 +4,75 @@
 // running maximum m of a_n + logp_n, the sum of its exponentials and the sum of what they weight,
 // rescaled when m grows, as flash attention does over keys.
 //
-// Floor on an H200 (4.3 TB/s), per logit: the product writes 4 bytes, the row kernel reads 4 and
-// writes 2 (bfloat16) or 4, the products read that twice and the bias's sum once: 16 to 24 bytes,
-// 3.7 to 5.6 ps; per sample, clone and feature 16 bytes for the sum of terms. Five launches a clone
-// and chunk, one dweight written once. 8192 samples, 768 features, 6 x 50304 classes in bfloat16:
-// 14.4 ms of flops and 9.3 ms of logits; 4096, 4096, 6 x 128256: 98 and 12 ms. Expected: 60 % and
-// 85 % of the flops' floor.
+// A block takes rows one after the other. A row is read once, into shared memory, where the pass
+// for the maximum and the sum and the one for the gradient find it; what does not fit there is read
+// twice. Each thread copies and reads its own entries, so that nothing waits for a barrier but the
+// row's sums, and it asks for those of the next row as soon as it has used the present ones: the
+// memory is never idle. Rows of which no gradient is wanted are not kept.
 //
-// A block takes a row. Up to 24 entries a thread, 24576 classes (6144 in float64), it
-// stays in registers: one read, one write. Beyond, it is read twice, the second time from L2.
+// Bytes, per logit: the product writes 4, this kernel reads 4 and writes 2 (bfloat16) or 4, the
+// products read that twice: 14 to 20; the sum for a bias reads it once more. Per sample, clone and
+// feature 16 for the sum of terms. Four launches a clone and chunk.
+#include "common/cuda/async_copy.cuh"
+#include "common/cuda/device.cuh"
 #include "mixture/cuda/rows.cuh"
 
 namespace alrao::cuda {
 namespace {
 
-// Of a block; float64 needs more registers a thread.
-template <class scalar_t>
-constexpr int kMaxThreads = sizeof(compute_t<scalar_t>) == 8 ? 512 : 1024;
-constexpr int kCombineColumns = 2048;
-template <class scalar_t>
-constexpr int kOptionThreads = sizeof(compute_t<scalar_t>) == 8 ? 256 : 512;
+constexpr int kRowThreads = 512;
+// Groups of a row's copies: as many waits a row.
+constexpr int kStages = 4;
 
 // Everything about a row but its entries.
 template <class scalar_t, bool kGaussian, bool kOptions>
 struct Row {
   using compute_type = compute_t<scalar_t>;
-  static constexpr int kCount = 16 / sizeof(scalar_t);  // entries of an access
+  static constexpr int kCount = 16 / sizeof(compute_type);  // entries of an access
 
   const RowArguments<scalar_t>& a;
+  const int local;  // number in the chunk
   bool counted;
   int32_t target;  // -1: none
   compute_type target_logit;
 
-  __device__ explicit Row(const RowArguments<scalar_t>& arguments) : a(arguments) {
-    counted = true;
+  __device__ Row(const RowArguments<scalar_t>& arguments, int number)
+      : a(arguments), local(number) {
+    counted = counts_with_options(a.options, a.target, sample());
     target = -1;
     if constexpr (!kGaussian) {
       const int64_t y = a.target.classes[sample()];
-      counted = a.target.options.counts(y);
       // What is no class is impossible for every clone: the loss shows it.
       target = y >= 0 && y < a.size.classes ? static_cast<int32_t>(y) : -1;
       target_logit = -INFINITY;
       if (target >= 0) {
         target_logit = logits()[target];
         if (a.bias != nullptr) target_logit += widen(bias()[target]);
-      }
-    }
-    if constexpr (kOptions) {
-      counted = counts_with_options(a.options, a.target, sample());
-      if (!kGaussian && a.options.softcap != 0) {
-        target_logit = capped(target_logit, a.options.softcap);
+        if (kOptions && a.options.softcap != 0) {
+          target_logit = capped(target_logit, a.options.softcap);
+        }
       }
     }
   }
 
   // Made again where they are needed: registers are short.
-  __device__ int64_t sample() const { return a.first + blockIdx.x; }
-  __device__ compute_type* logits() const { return a.z + blockIdx.x * a.ld; }
+  __device__ int64_t sample() const { return a.first + local; }
+  __device__ compute_type* logits() const { return a.z + local * a.ld; }
   __device__ const scalar_t* bias() const { return a.bias + a.clone * a.size.classes; }
 
-  // Logits with bias, or errors, from entry i on; beyond the last class anything.
-  __device__ void load(int64_t i, compute_type* value) const {
-    constexpr int kWide = 16 / sizeof(compute_type);
-#pragma unroll
-    for (int k = 0; k < kCount; k += kWide) {
-      const auto pack = load_pack<compute_type, kWide>(logits() + i + k);
-#pragma unroll
-      for (int j = 0; j < kWide; ++j) value[k + j] = pack.values[j];
-    }
-    // As many at a time as are wide: fewer registers.
+  // What makes of the product's entries logits, or errors.
+  __device__ bool has_changes() const {
+    return a.bias != nullptr || kGaussian || (kOptions && a.options.softcap != 0);
+  }
+
+  // That, from entry i on; beyond the last class anything.
+  __device__ void change(int i, compute_type* value) const {
     if (a.bias != nullptr) {
-      const bool aligned = is_aligned<scalar_t, kWide>(bias());
+      compute_type offset[kCount];
+      const bool aligned = is_aligned<scalar_t, kCount>(bias());
+      load_some<kCount>(bias(), i, a.size.classes, aligned, offset);
 #pragma unroll
-      for (int k = 0; k < kCount; k += kWide) {
-        compute_type offset[kWide];
-        load_some<kWide>(bias(), i + k, a.size.classes, aligned, offset);
-#pragma unroll
-        for (int j = 0; j < kWide; ++j) value[k + j] += offset[j];
-      }
+      for (int j = 0; j < kCount; ++j) value[j] += offset[j];
     }
     if constexpr (kGaussian) {
       const scalar_t* outputs = a.target.values + sample() * a.size.classes;
@@ -97,31 +88,39 @@ struct Row {
     }
   }
 
-  // `value` holds exponentials, or errors; scale 0: no gradient, whatever they are.
-  __device__ void store(int64_t i, const compute_type* value, compute_type scale,
+  // The gradient, which lies over the logits. `value` holds logits less the largest, or errors.
+  __device__ void store(int i, const compute_type* value, compute_type scale,
                         compute_type norm) const {
     Pack<scalar_t, kCount> pack;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      compute_type gradient = scale == 0 ? compute_type(0) : value[j] * scale;
+      const compute_type e = kGaussian ? value[j] : fast_exp(value[j]);
+      // 0: no gradient, whatever they are.
+      compute_type gradient = scale == 0 ? compute_type(0) : e * scale;
       if (scale != 0 && i + j == target) gradient -= norm;
       round_to(gradient, pack.values[j]);
     }
-    // The gradient lies over the logits.
     store_pack(reinterpret_cast<scalar_t*>(logits()) + i, pack);
   }
 
-  // `value` holds what the logits are below the largest.
-  __device__ void store_with_options(int64_t i, const compute_type* value,
+  __device__ void store_with_options(int i, const compute_type* value,
                                      const OptionTerms<compute_type>& terms,
                                      compute_type largest) const {
     Pack<scalar_t, kCount> pack;
+    const OptionEntries<compute_type, kCount> entries(a.options, sample(), a.size.classes, i);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       compute_type gradient = 0;
       if (terms.scale == terms.scale && i + j < a.size.classes) {
-        gradient = option_gradient(a.options, sample(), a.size.classes, i + j, target, value[j],
-                                   largest, terms.scale, terms.spread, terms.hit);
+        gradient = fast_exp(value[j]) * terms.scale - entries.weight[j] * terms.spread;
+        if (a.options.soft != nullptr) {
+          gradient -= entries.weight[j] * entries.soft[j] * terms.hit;
+        } else if (i + j == target) {
+          gradient -= terms.hit;
+        }
+        if (a.options.softcap != 0) {
+          gradient *= cap_derivative(value[j] + largest, a.options.softcap);
+        }
       }
       round_to(gradient, pack.values[j]);
     }
@@ -153,10 +152,8 @@ struct Row {
       if (a.clone + 1 == clones) {
         const double loss = counted ? loss_of(mixture_nll(mixture)) : 0.0;
         out[2 * clones * parts] = loss;
-        if constexpr (kOptions) {
-          if (a.options.losses != nullptr) {
-            a.options.losses[sample] = static_cast<compute_type>(loss);
-          }
+        if (a.options.losses != nullptr) {
+          a.options.losses[sample] = static_cast<compute_type>(loss);
         }
       }
     }
@@ -164,30 +161,30 @@ struct Row {
   }
 
   __device__ compute_type loss_of(compute_type nll) const {
-    if constexpr (!kOptions) return nll;
     return a.options.row_weight == nullptr ? nll : a.options.row_weight[sample()] * nll;
   }
 
   __device__ compute_type norm() const {
     const compute_type norm =
         a.norm.on_device == nullptr ? static_cast<compute_type>(a.norm.value) : *a.norm.on_device;
-    return kOptions ? weight_with_options(a.options, sample(), norm) : norm;
+    return weight_with_options(a.options, sample(), norm);
   }
 
-  __device__ OptionTerms<compute_type> finish_options(Peak<compute_type> peak, compute_type sum,
-                                                      const OptionSums<compute_type>& sums) const {
+  __device__ OptionTerms<compute_type> finish_options(
+      const OptionSoftmax<compute_type>& seen) const {
+    const auto& [peak, sum] = seen.softmax;
     auto terms = option_terms(a.options, a.size.classes, LogitSums<compute_type>{peak.value, sum},
-                              target_logit, target, sums, norm());
+                              target_logit, target, seen.sums, norm());
     const bool correct = terms.alive() && peak.place == target;
     finish(terms.likelihood, correct, terms.scale, terms.objective);
     if (!counted) terms.scale = NAN;
     return terms;
   }
 
-  __device__ compute_type finish_classes(Peak<compute_type> peak, compute_type sum) const {
-    const LogitSums<compute_type> logits{peak.value, sum};
+  __device__ compute_type finish_classes(const Softmax<compute_type>& seen) const {
+    const LogitSums<compute_type> logits{seen.peak.value, seen.sum};
     const compute_type log_likelihood = a.target.options.log_likelihood(target_logit, logits);
-    const bool correct = is_alive(log_likelihood) && peak.place == target;
+    const bool correct = is_alive(log_likelihood) && seen.peak.place == target;
     return finish(log_likelihood, correct, a.target.options.gradient_factor(norm(), logits),
                   log_likelihood);
   }
@@ -200,249 +197,207 @@ struct Row {
   }
 };
 
-// The row in registers, kEntries a thread.
-template <class scalar_t, int kEntries>
-__global__ void __launch_bounds__(kMaxThreads<scalar_t>, 1)
-    mixture_row_kernel(const __grid_constant__ RowArguments<scalar_t> a) {
-  using compute_type = compute_t<scalar_t>;
-  constexpr int kCount = Row<scalar_t, false, false>::kCount, kAccesses = kEntries / kCount;
-  __shared__ Peak<compute_type> peaks[kMaxWarps];
-  __shared__ compute_type sums[kMaxWarps];
-  const Row<scalar_t, false, false> row(a);
-  const int classes = static_cast<int>(a.size.classes);
-  compute_type value[kAccesses][kCount];
-  auto peak = Peak<compute_type>::none();
-#pragma unroll
-  for (int k = 0; k < kAccesses; ++k) {
-    const int i = (k * blockDim.x + threadIdx.x) * kCount;
-    if (i >= classes) break;
-    row.load(i, value[k]);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if (i + j < classes) peak.take(value[k][j], i + j);
-    }
-  }
-  peak = block_reduce(peak, Higher(), Peak<compute_type>::none(), peaks);
-  compute_type sum = 0;
-#pragma unroll
-  for (int k = 0; k < kAccesses; ++k) {
-    const int i = (k * blockDim.x + threadIdx.x) * kCount;
-    if (i >= classes) break;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const compute_type e = std::exp(value[k][j] - peak.value);
-      if (i + j < classes) sum += e + poison(value[k][j]);
-      value[k][j] = e;
-    }
-  }
-  sum = block_reduce(sum, Sum(), compute_type(0), sums);
-  const compute_type scale = row.finish_classes(peak, sum);
-  if (!a.need_gradient) return;
-  const compute_type norm = row.norm();
-#pragma unroll
-  for (int k = 0; k < kAccesses; ++k) {
-    const int i = (k * blockDim.x + threadIdx.x) * kCount;
-    if (i >= classes) break;
-    row.store(i, value[k], scale, norm);
-  }
-}
+// The entries of a row that a thread has: every kCount of them at i, i + step, ... The first
+// `staged` entries of the row go by way of shared memory.
+template <class compute_type>
+struct RowEntries {
+  static constexpr int kCount = 16 / sizeof(compute_type);
 
-// The row read three times: any number of classes, with options.
-template <class scalar_t>
-__global__ void __launch_bounds__(kOptionThreads<scalar_t>, 1)
-    mixture_option_row_kernel(const __grid_constant__ RowArguments<scalar_t> a) {
-  using compute_type = compute_t<scalar_t>;
-  constexpr int kCount = Row<scalar_t, false, true>::kCount;
-  __shared__ Peak<compute_type> peaks[kMaxWarps];
-  __shared__ compute_type totals[kMaxWarps];
-  __shared__ OptionSums<compute_type> option_totals[kMaxWarps];
-  const Row<scalar_t, false, true> row(a);
-  const int64_t classes = a.size.classes;
-  const int64_t step = static_cast<int64_t>(blockDim.x) * kCount;
-  auto peak = Peak<compute_type>::none();
-  for (int64_t i = threadIdx.x * kCount; i < classes; i += step) {
-    compute_type value[kCount];
-    row.load(i, value);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if (i + j < classes) peak.take(value[j], static_cast<int32_t>(i + j));
-    }
-  }
-  peak = block_reduce(peak, Higher(), Peak<compute_type>::none(), peaks);
-  compute_type sum = 0;
-  auto sums = OptionSums<compute_type>::none();
-  for (int64_t i = threadIdx.x * kCount; i < classes; i += step) {
-    compute_type value[kCount];
-    row.load(i, value);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if (i + j >= classes) break;
-      const compute_type below = value[j] - peak.value;
-      sum += std::exp(below) + poison(value[j]);
-      sums.take(a.options, row.sample(), classes, i + j, below);
-    }
-  }
-  sum = block_reduce(sum, Sum(), compute_type(0), totals);
-  sums = block_reduce(sums, AddOptionSums(), OptionSums<compute_type>::none(), option_totals);
-  const auto terms = row.finish_options(peak, sum, sums);
-  if (!a.need_gradient) return;
-  for (int64_t base = 0; base < classes; base += step) {
-    const int64_t i = base + threadIdx.x * kCount;
-    compute_type value[kCount];
-    if (i < classes) row.load(i, value);
-    // A narrower gradient lies over logits that other threads read in this round, or before.
-    __syncthreads();
-    if (i >= classes) continue;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) value[j] -= peak.value;
-    row.store_with_options(i, value, terms, peak.value);
-  }
-}
+  compute_type* memory;
+  const int staged, step, first;
+  const int per_stage;  // a multiple of `step`
 
-// The row read twice: any number of classes, and regression.
+  __device__ RowEntries(compute_type* shared, int num_staged)
+      : memory(shared),
+        staged(num_staged),
+        step(blockDim.x * kCount),
+        first(threadIdx.x * kCount),
+        per_stage((num_staged + step * kStages - 1) / (step * kStages) * step) {}
+
+  __device__ int begin(int stage) const {
+    const int at = stage * per_stage;
+    return at < staged ? at : staged;
+  }
+
+  // body(i, value) for the entries of a stage; they are kept where it returns true.
+  template <class Body>
+  __device__ void visit(int stage, const Body& body) const {
+    for (int i = begin(stage) + first; i < begin(stage + 1); i += step) {
+      auto pack = load_pack<compute_type, kCount>(memory + i);
+      if (body(i, pack.values)) store_pack(memory + i, pack);
+    }
+  }
+
+  __device__ void copy(int stage, const compute_type* row) const {
+    for (int i = begin(stage) + first; i < begin(stage + 1); i += step) {
+      copy_async(memory + i, row + i);
+    }
+  }
+};
+
 template <class scalar_t, bool kGaussian, bool kOptions>
-__global__ void __launch_bounds__(kMaxThreads<scalar_t>, 1)
-    mixture_long_row_kernel(const __grid_constant__ RowArguments<scalar_t> a) {
+__global__ void __launch_bounds__(kRowThreads, kOptions || sizeof(compute_t<scalar_t>) == 8 ? 1 : 2)
+    mixture_row_kernel(const __grid_constant__ RowArguments<scalar_t> a, int staged) {
   using compute_type = compute_t<scalar_t>;
-  constexpr int kCount = Row<scalar_t, kGaussian, kOptions>::kCount;
-  __shared__ Softmax<compute_type> softmaxes[kMaxWarps];
-  __shared__ compute_type sums[kMaxWarps];
-  const Row<scalar_t, kGaussian, kOptions> row(a);
-  const int64_t classes = a.size.classes;
-  const int64_t step = static_cast<int64_t>(blockDim.x) * kCount;
-  auto softmax = Softmax<compute_type>::none();
-  compute_type squared = 0;
-  for (int64_t i = threadIdx.x * kCount; i < classes; i += step) {
-    compute_type value[kCount];
-    row.load(i, value);
-    if constexpr (kGaussian) {
+  using TheRow = Row<scalar_t, kGaussian, kOptions>;
+  constexpr int kCount = TheRow::kCount, kWarps = kRowThreads / kWarp;
+  // What a thread gathers of a row: squares, or a softmax, with or without the options' sums.
+  using Seen = std::conditional_t<
+      kGaussian, compute_type,
+      std::conditional_t<kOptions, OptionSoftmax<compute_type>, Softmax<compute_type>>>;
+  ALRAO_DYNAMIC_SHARED(compute_type, memory);
+  __shared__ Seen scratch[kWarps];
+  const int classes = static_cast<int>(a.size.classes), rows = static_cast<int>(a.chunk);
+  const RowEntries<compute_type> entries(memory, staged < classes ? staged : classes);
+
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        if (i + j < classes) squared += value[j] * value[j];
-      }
+  for (int stage = 0; stage < kStages; ++stage) {
+    entries.copy(stage, a.z + blockIdx.x * a.ld);
+    commit_copies();
+  }
+  for (int local = blockIdx.x; local < rows; local += gridDim.x) {
+    const TheRow row(a, local);
+    const bool changes = row.has_changes();
+    Seen seen;
+    if constexpr (kGaussian) {
+      seen = 0;
     } else {
-      take_in<kCount>(softmax, value, i, classes);
+      seen = Seen::none();
     }
-  }
-  compute_type scale;
-  if constexpr (kGaussian) {
-    scale = row.finish_outputs(block_reduce(squared, Sum(), compute_type(0), sums));
-  } else {
-    softmax = block_reduce(softmax, Merge(), Softmax<compute_type>::none(), softmaxes);
-    scale = row.finish_classes(softmax.peak, softmax.sum);
-  }
-  if (!a.need_gradient) return;
-  const compute_type norm = row.norm();
-  for (int64_t base = 0; base < classes; base += step) {
-    const int64_t i = base + threadIdx.x * kCount;
-    compute_type value[kCount];
-    if (i < classes) row.load(i, value);
-    // A narrower gradient lies over logits that other threads read in this round, or before.
-    __syncthreads();
-    if (i < classes) {
+    const auto take = [&](int i, compute_type* value) {
+      if (changes) row.change(i, value);
+      if constexpr (kGaussian) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          if (i + j < classes) seen += value[j] * value[j];
+        }
+      } else if constexpr (kOptions) {
+        const OptionEntries<compute_type, kCount> options(a.options, row.sample(), classes, i);
+        seen.template take<kCount>(options, value, i, classes);
+      } else {
+        take_row<kCount>(seen, value, i, classes);
+      }
+      return changes;
+    };
+#pragma unroll
+    for (int stage = 0; stage < kStages; ++stage) {
+      // The copies of this stage are the oldest under way.
+      if (stage == 0) wait_for_copies<kStages - 1>();
+      if (stage == 1) wait_for_copies<kStages - 2>();
+      if (stage == 2) wait_for_copies<kStages - 3>();
+      if (stage == 3) wait_for_copies<kStages - 4>();
+      entries.visit(stage, take);
+    }
+    const compute_type* z = row.logits();
+    // Several accesses are under way at a time.
+    constexpr int kUnroll = 4;
+    for (int base = entries.staged; base < classes; base += kUnroll * entries.step) {
+      Pack<compute_type, kCount> packs[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int i = base + u * entries.step + entries.first;
+        if (i < classes) packs[u] = load_pack<compute_type, kCount>(z + i);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int i = base + u * entries.step + entries.first;
+        if (i < classes) take(i, packs[u].values);
+      }
+    }
+
+    compute_type scale = 0, largest = 0;
+    OptionTerms<compute_type> terms;
+    if constexpr (kGaussian) {
+      scale = row.finish_outputs(block_reduce(seen, Sum(), compute_type(0), scratch));
+    } else if constexpr (kOptions) {
+      seen = block_reduce(seen, Merge(), Seen::none(), scratch);
+      largest = seen.softmax.peak.value;
+      terms = row.finish_options(seen);
+    } else {
+      seen = block_reduce(seen, Merge(), Seen::none(), scratch);
+      largest = seen.peak.value;
+      scale = row.finish_classes(seen);
+    }
+    if (!a.need_gradient) continue;
+    const compute_type norm = row.norm();
+    const auto give = [&](int i, compute_type* value) {
       if constexpr (!kGaussian) {
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) value[j] = std::exp(value[j] - softmax.peak.value);
+        for (int j = 0; j < kCount; ++j) value[j] -= largest;
       }
-      row.store(i, value, scale, norm);
-    }
-  }
-}
-
-template <class scalar_t>
-__global__ void __launch_bounds__(kColumnThreads)
-    mixture_combine_kernel(const __grid_constant__ CombineArguments<scalar_t> a, int64_t row_blocks,
-                           int64_t blocks_per_row) {
-  using compute_type = compute_t<scalar_t>;
-  __shared__ compute_type scratch[kColumnThreads / kWarp * kTileColumns<scalar_t>];
-  const int64_t block = blockIdx.x;
-  if (block >= row_blocks) {
-    const int64_t tile = block - row_blocks;
-    const compute_type sum = sum_columns(a.columns, tile, scratch);
-    const int64_t column = tile * kTileColumns<scalar_t> + threadIdx.x;
-    if (threadIdx.x < kTileColumns<scalar_t> && column < a.columns.columns) {
-      a.columns.out[column] = a.columns.add ? a.columns.out[column] + sum : sum;
-    }
-    return;
-  }
-  constexpr int kCount = 16 / sizeof(compute_type);
-  const int64_t local = block / blocks_per_row, sample = a.first + local;
-  const compute_type keep = a.is_first ? compute_type(0) : a.state.keep[sample];
-  const compute_type take = a.state.take[sample];
-  compute_type factor = 1;
-  if (a.is_last) {
-    const compute_type sum = a.state.sum[sample];
-    factor = (a.norm == nullptr ? compute_type(1) : *a.norm) / (sum > 0 ? sum : compute_type(1));
-  }
-  const compute_type* term = a.term + local * a.features;
-  compute_type* total = a.total + sample * a.features;
-  const bool aligned =
-      is_aligned<compute_type, kCount>(term) && is_aligned<compute_type, kCount>(total);
-  const int64_t begin = (block % blocks_per_row) * kCombineColumns;
-  const int64_t end = begin + kCombineColumns < a.features ? begin + kCombineColumns : a.features;
-  for (int64_t i = begin + threadIdx.x * kCount; i < end; i += blockDim.x * kCount) {
-    compute_type added[kCount] = {}, value[kCount] = {};
-    // Left out, not multiplied by 0: the term of a dead clone may be NaN.
-    if (take > 0) load_some<kCount>(term, i, end, aligned, added);
-    if (!a.is_first) load_some<kCount>(total, i, end, aligned, value);
-    Pack<compute_type, kCount> pack;
+      if constexpr (kOptions && !kGaussian) {
+        row.store_with_options(i, value, terms, largest);
+      } else {
+        row.store(i, value, scale, norm);
+      }
+      return false;
+    };
+    const bool has_next = local + gridDim.x < rows;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      pack.values[j] = (keep * value[j] + take * added[j]) * factor;
+    for (int stage = 0; stage < kStages; ++stage) {
+      entries.visit(stage, give);
+      if (has_next) entries.copy(stage, row.logits() + gridDim.x * a.ld);
+      commit_copies();
     }
-    store_some(total, i, end, aligned, pack);
+    for (int base = entries.staged; base < classes; base += entries.step) {
+      const int i = base + entries.first;
+      Pack<compute_type, kCount> pack;
+      if (i < classes) {
+        pack = load_pack<compute_type, kCount>(z + i);
+        if (changes) row.change(i, pack.values);
+      }
+      // A narrower gradient lies over logits that other threads read in this round, or before.
+      __syncthreads();
+      if (i < classes) give(i, pack.values);
+    }
   }
 }
 
-// The fewest threads that hold a row of `classes` with so many entries each.
+// The entries of a row that go by way of shared memory, and the blocks that a multiprocessor holds.
 template <class scalar_t>
-int threads_for(int64_t classes, int entries, int most = kMaxThreads<scalar_t>) {
-  int threads = 128;
-  while (threads < most && int64_t(threads) * entries < classes) threads *= 2;
-  return threads;
-}
+struct RowPlan {
+  int threads = 128, staged = 0;
+  int64_t blocks;
+
+  RowPlan(const RowArguments<scalar_t>& a, const DeviceLimits& limits) : blocks(a.chunk) {
+    using compute_type = compute_t<scalar_t>;
+    constexpr int kCount = 16 / sizeof(compute_type);
+    while (threads < kRowThreads && threads * kCount * kStages < a.size.classes) threads *= 2;
+    if (!a.need_gradient) return;
+    // Beside the kernel's own, and what the system takes.
+    constexpr int64_t kReserved = 3 * 1024;
+    const int64_t step = threads * kCount;
+    const int64_t fits = (limits.block_shared - kReserved) / int64_t(sizeof(compute_type));
+    const int64_t row = ceil_div(a.size.classes, step) * step;
+    staged = static_cast<int>(row < fits ? row : fits / step * step);
+    const int64_t per_multiprocessor = limits.shared / (shared_bytes() + kReserved);
+    const int64_t resident = limits.multiprocessors * (per_multiprocessor < 1   ? 1
+                                                       : per_multiprocessor > 4 ? 4
+                                                                                : per_multiprocessor);
+    if (resident < blocks) blocks = resident;
+  }
+
+  int64_t shared_bytes() const { return staged * int64_t(sizeof(compute_t<scalar_t>)); }
+};
 
 }  // namespace
 
 template <class scalar_t>
 cudaError_t launch_mixture_rows(const RowArguments<scalar_t>& a, cudaStream_t stream) {
-  const int64_t classes = a.size.classes;
-  const unsigned rows = grid_of(a.chunk);
-  if (a.target.classes == nullptr) {
-    const auto kernel = a.options.any ? &mixture_long_row_kernel<scalar_t, true, true>
-                                      : &mixture_long_row_kernel<scalar_t, true, false>;
-    return launch(kernel, rows, threads_for<scalar_t>(classes, 16), 0, stream, a);
-  }
-  if (a.options.any) {
-    const int threads = threads_for<scalar_t>(classes, 16, kOptionThreads<scalar_t>);
-    return launch(mixture_option_row_kernel<scalar_t>, rows, threads, 0, stream, a);
-  }
-  constexpr int kFew = 64 / sizeof(compute_t<scalar_t>), kMany = 3 * kFew / 2;
-  if (classes <= kFew * kMaxThreads<scalar_t>) {
-    return launch(mixture_row_kernel<scalar_t, kFew>, rows, threads_for<scalar_t>(classes, kFew), 0,
-                  stream, a);
-  }
-  if (classes <= kMany * kMaxThreads<scalar_t>) {
-    return launch(mixture_row_kernel<scalar_t, kMany>, rows, kMaxThreads<scalar_t>, 0, stream, a);
-  }
-  return launch(mixture_long_row_kernel<scalar_t, false, false>, rows, kMaxThreads<scalar_t>, 0,
-                stream, a);
+  const bool gaussian = a.target.classes == nullptr;
+  const auto kernel = gaussian             ? &mixture_row_kernel<scalar_t, true, false>
+                      : a.options.are_of_classes() ? &mixture_row_kernel<scalar_t, false, true>
+                                             : &mixture_row_kernel<scalar_t, false, false>;
+  DeviceLimits limits;
+  const cudaError_t status = device_limits(limits);
+  if (status != cudaSuccess) return status;
+  const RowPlan<scalar_t> plan(a, limits);
+  return launch(kernel, grid_of(plan.blocks), plan.threads, plan.shared_bytes(), stream, a,
+                plan.staged);
 }
 
-template <class scalar_t>
-cudaError_t launch_mixture_combine(const CombineArguments<scalar_t>& a, cudaStream_t stream) {
-  const int64_t blocks_per_row = ceil_div(a.features, kCombineColumns);
-  const int64_t row_blocks = a.term == nullptr ? 0 : a.chunk * blocks_per_row;
-  const int64_t blocks = row_blocks + column_blocks(a.columns);
-  if (blocks == 0) return cudaSuccess;
-  return launch(mixture_combine_kernel<scalar_t>, grid_of(blocks), kColumnThreads, 0, stream, a,
-                row_blocks, blocks_per_row);
-}
-
-#define ALRAO_INSTANTIATE(scalar_t)                                                                \
-  template cudaError_t launch_mixture_rows<scalar_t>(const RowArguments<scalar_t>&, cudaStream_t); \
-  template cudaError_t launch_mixture_combine<scalar_t>(const CombineArguments<scalar_t>&,         \
-                                                        cudaStream_t)
+#define ALRAO_INSTANTIATE(scalar_t) \
+  template cudaError_t launch_mixture_rows<scalar_t>(const RowArguments<scalar_t>&, cudaStream_t)
 
 ALRAO_FOR_EVERY_TYPE(ALRAO_INSTANTIATE);
 
