@@ -216,7 +216,8 @@ def clone_gradient_kernel(
     BLOCK_C: tl.constexpr,
     D_P: tl.constexpr,
 ):
-    """dweight [N, C, width] and dbias [N, C] of a block of a clone's classes: sum_b G[b, n, c] x_b, and of G."""
+    """dweight [N, C, width] and, with a bias, dbias [N, C] of a block of a clone's classes: sum_b G[b, n, c] x_b, and
+    of G."""
     clone = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < num_classes
@@ -247,11 +248,12 @@ def clone_gradient_kernel(
         total += multiply(g, only_finite(x), TF32)
     norm = tl.load(norm_ptr)
     row = clone * num_classes + c
-    tl.store(dbias_ptr + row, row_sum * norm, mask=mask_c)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + row, row_sum * norm, mask=mask_c)
     d = tl.arange(0, D_P)
     tl.store(
         dweight_ptr + row[:, None] * width + d[None, :],
-        total * norm,
+        round_to(total * norm, dweight_ptr.dtype.element_ty),
         mask=mask_c[:, None] & (d < width)[None, :],
     )
 

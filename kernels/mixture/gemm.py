@@ -168,7 +168,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         else:
             torch.mm(a, b, out=out)
     elif add:
-        out.add_(torch.mm(a, b, out_dtype=out.dtype))
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 

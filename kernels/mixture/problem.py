@@ -6,10 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
+from alrao_fast.ops.mixture.checks import weight_gradient_dtype
 from alrao_fast.ops.mixture.likelihood import Likelihood, Values
 
 from ..launch import accumulator
-from .gemm import matmul, tf32
+from .gemm import matmul, sum_rows, tf32
 
 # The largest tile of [N, C], both padded to powers of two, that stays in registers.
 TILE = 4096
@@ -56,7 +57,10 @@ class Inputs(NamedTuple):
     def chunks(self, bytes_per_sample: int, memory_budget: int) -> list[slice]:
         """The samples whose logits are held at a time."""
         samples = self.x.size(0)
-        size = max(min(samples, memory_budget // max(bytes_per_sample, 1)), 1)
+        most = max(min(samples, memory_budget // max(bytes_per_sample, 1)), 1)
+        # Chunks of a size, in tiles of the products where there is room.
+        even = triton.cdiv(samples, max(triton.cdiv(samples, most), 1))
+        size = max(min(triton.cdiv(even, 128) * 128, most), 1)
         return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
 
 
@@ -114,8 +118,28 @@ class Loss:
         self.nll, self.score = empty(num_clones, num_samples), empty(num_clones, num_samples)
         self.mix = empty(num_samples)
         self.dx = empty(*(x.shape if self.need_dx else (0,)))
-        self.dweight = empty(*(weight.shape if self.need_dw else (0,)))
-        self.dbias = empty(*(weight.shape[:2] if self.need_dw else (0,)))
+        self.dweight = empty(
+            *(weight.shape if self.need_dw else (0,)), dtype=weight_gradient_dtype(x.dtype)
+        )
+        need_db = self.need_dw and bias is not None
+        self.dbias = empty(*(weight.shape[:2] if need_db else (0,)))
+        # What a bfloat16 gradient is summed in over chunks of samples.
+        self.sum: Tensor | None = None
+
+    def add_weight_gradient(self, g: Tensor, samples: Tensor, part: slice, clone: int = -1) -> None:
+        """Take a chunk's logits' gradient, of one clone or of all, into those of the weights and biases."""
+        dweight = self.dweight.flatten(0, 1) if clone < 0 else self.dweight[clone]
+        add, is_last = part.start > 0, part.stop >= self.inputs.x.size(0)
+        if self.dbias.numel():
+            sum_rows(g, self.dbias.view(-1) if clone < 0 else self.dbias[clone], add=add)
+        if dweight.dtype == self.inputs.dtype or (is_last and not add):
+            matmul(g.t(), samples[part], dweight, add=add)
+            return
+        if self.sum is None:
+            self.sum = torch.empty_like(dweight, dtype=self.inputs.dtype)
+        matmul(g.t(), samples[part], self.sum, add=add)
+        if is_last:
+            dweight.copy_(self.sum)
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch, round_to, widen
-from .gemm import finite, matmul, settle, sum_rows
+from .gemm import finite, matmul, settle
 from .options import cap, cap_derivative, load_weight, option_terms
 from .problem import Loss, lowest, row_block
 
@@ -381,8 +381,7 @@ def mixture_stream(loss: Loss) -> None:
                 **loss.options,
             )
             if need_dw:
-                matmul(g.t(), samples[part], loss.dweight[clone], add=part.start > 0)
-                sum_rows(g, loss.dbias[clone], add=part.start > 0)
+                loss.add_weight_gradient(g, samples, part, clone)
             if need_dx:
                 term = z.new_empty((z.size(0), num_features))
                 matmul(g, weight[clone], term)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..launch import launch, round_to, widen
 from . import problem
-from .gemm import finite, input_gradient, matmul, safe_matmul, settle, sum_rows
+from .gemm import finite, input_gradient, safe_matmul, settle
 from .options import cap, cap_derivative, load_weight, option_terms
 
 
@@ -274,14 +274,13 @@ def mixture_tile(loss: problem.Loss) -> None:
                     norm=norm,
                     dead=loss.dead,
                     rows_per_clone=num_classes,
-                    row_sum=loss.dbias,
+                    row_sum=loss.dbias if loss.dbias.numel() else None,
                 )
             continue
         if need_dx:
             input_gradient(rg, matrix, loss.dead[num_clones:], loss.dx[part])
         if need_dw:
-            matmul(g.t(), samples[part], dweight, add=part.start > 0)
-            sum_rows(g, loss.dbias.view(-1), add=part.start > 0)
+            loss.add_weight_gradient(g, samples, part)
     if not direct:
         if norm is not None:
             loss.dx.mul_(norm)
