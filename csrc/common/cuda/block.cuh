@@ -25,6 +25,10 @@ struct Max {
   __device__ double operator()(double a, double b) const { return fmax(a, b); }
 };
 
+struct Min {
+  __device__ int operator()(int a, int b) const { return a < b ? a : b; }
+};
+
 // The value of the lane whose number differs in the bits of `lane_mask`; T may be a struct, such as
 // a maximum with its sum.
 template <typename T>

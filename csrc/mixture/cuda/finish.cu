@@ -131,8 +131,12 @@ template <class scalar_t>
 __device__ void finish_weight(const FinishArguments<scalar_t>& a, int64_t clone, int64_t block,
                               int64_t blocks) {
   using compute_type = compute_t<scalar_t>;
-  // Every warp looks by itself: no barrier.
-  const bool dead = was_dead(a.parts, clone);
+  const double* losses = a.parts.sums + clone * a.parts.parts;
+  bool infinite = false;
+  for (int64_t i = threadIdx.x; i < a.parts.parts; i += kThreads) {
+    infinite |= losses[i] == INFINITY;
+  }
+  const bool dead = __syncthreads_or(infinite);
   if (!dead && a.norm == nullptr) return;
   const compute_type factor = dead ? compute_type(0) : *a.norm;
   const int64_t size = a.size.classes * a.size.features;

@@ -180,18 +180,9 @@ struct JointSample {
       score = is_alive(log_likelihood) ? squared : compute_type(INFINITY);
       scale = static_cast<compute_type>(a.target.density.inverse_variance) * weight;
     } else {
-      auto peak = Peak<compute_type>::none();
-      for (int c = lane; c < end; c += lanes) peak.take(row[c], c);
-      peak = lanes_reduce(peak, lanes, Higher());
       const compute_type at_target = target >= 0 && end > 0 ? row[target] : compute_type(-INFINITY);
       __syncwarp();
-      compute_type sum = 0;
-      for (int c = lane; c < end; c += lanes) {
-        const compute_type e = std::exp(row[c] - peak.value);
-        sum += e + poison(row[c]);
-        row[c] = e;
-      }
-      sum = lanes_reduce(sum, lanes, Sum());
+      const auto [peak, sum] = lower_row<true>(row, lane, lanes, end);
       const LogitSums<compute_type> sums{peak.value, sum};
       log_likelihood = a.target.options.log_likelihood(at_target, sums);
       score = is_alive(log_likelihood) && peak.place == target;
@@ -213,21 +204,16 @@ struct JointSample {
     const int lane = thread % lanes;
     const int end = clone < clones ? classes : 0;
     compute_type* row = s.row + (clone < clones ? clone : 0) * classes;
-    auto peak = Peak<compute_type>::none();
-    for (int c = lane; c < end; c += lanes) peak.take(row[c], c);
-    peak = lanes_reduce(peak, lanes, Higher());
     const compute_type at_target = target >= 0 && end > 0 ? row[target] : compute_type(-INFINITY);
     __syncwarp();
-    compute_type sum = 0;
+    const auto [peak, sum] = lower_row<false>(row, lane, lanes, end);
     auto sums = OptionSums<compute_type>::none();
-    for (int c = lane; c < end; c += lanes) {
-      const compute_type below = row[c] - peak.value;
-      sum += std::exp(below) + poison(row[c]);
-      sums.take(a.options, sample, classes, c, below);
-      row[c] = below;
+    if (a.options.smoothing != 0 || a.options.soft != nullptr) {
+      for (int c = lane; c < end; c += lanes) {
+        sums.take(a.options, sample, classes, c, row[c]);
+      }
+      sums = lanes_reduce(sums, lanes, AddOptionSums());
     }
-    sum = lanes_reduce(sum, lanes, Sum());
-    sums = lanes_reduce(sums, lanes, AddOptionSums());
     if (lane != 0 || clone >= clones) return;
     const auto terms = option_terms(a.options, classes, LogitSums<compute_type>{peak.value, sum},
                                     at_target, target, sums, weight);
@@ -279,6 +265,15 @@ struct JointSample {
     for (int i = thread * kCount; i < logits; i += threads * kCount) {
       Pack<scalar_t, kCount> own, mixed;
       int n = i / classes, c = i - n * classes;
+      // Wide accesses: one by one the lanes would meet in few banks.
+      constexpr int kWide = 16 / sizeof(compute_type);
+      compute_type row[kCount];
+#pragma unroll
+      for (int j = 0; j < kCount; j += kWide) {
+        const auto pack = load_pack<compute_type, kWide>(s.row + i + j);
+#pragma unroll
+        for (int k = 0; k < kWide; ++k) row[j + k] = pack.values[k];
+      }
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
         compute_type g = 0, r = 0;
@@ -288,11 +283,11 @@ struct JointSample {
           // Selected, not multiplied: what a dead clone left in the row may be anything.
           if constexpr (kOptions && !kGaussian) {
             if (scale == scale) {
-              g = option_gradient(a.options, a.first + local, classes, c, target, s.row[i + j],
+              g = option_gradient(a.options, a.first + local, classes, c, target, row[j],
                                   s.largest[n], scale, s.spread[n], s.hit[n]);
             }
           } else if (scale != 0) {
-            g = s.row[i + j] * scale;
+            g = row[j] * scale;
             if (!kGaussian && c == target) g -= norm;
           }
         }
@@ -310,7 +305,8 @@ struct JointSample {
 };
 
 template <class scalar_t, bool kGaussian, bool kBlock, bool kOptions>
-__global__ void __launch_bounds__(kSampleThreads, kOptions ? 1 : 2)
+__global__ void __launch_bounds__(kSampleThreads,
+                                  kOptions || sizeof(compute_t<scalar_t>) == 8 ? 1 : 2)
     mixture_joint_kernel(const __grid_constant__ JointArguments<scalar_t> a, int sample_blocks,
                          int lanes) {
   ALRAO_DYNAMIC_SHARED(unsigned char, memory);
@@ -362,6 +358,11 @@ struct Layout {
     groups = block ? 1 : kWarpGroups;
     threads = block ? sample_threads(clones * classes) : kWarp * kWarpGroups;
     lanes = lanes_for(classes);
+    // No warp without a clone, where that leaves enough of them.
+    const int64_t busy = clones * lanes;
+    if (block && busy % kWarp == 0 && busy >= 256 && busy < threads) {
+      threads = static_cast<int>(busy);
+    }
   }
 
   int64_t blocks(int64_t chunk) const {

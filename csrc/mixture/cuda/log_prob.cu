@@ -21,15 +21,15 @@ constexpr int kRowThreads = 512;
 // log(e^a + e^b), -inf where both are.
 template <class T>
 __device__ T log_add(T a, T b) {
-  const T high = fmax(a, b);
-  return high > T(-INFINITY) ? high + std::log(std::exp(a - high) + std::exp(b - high)) : high;
+  const T high = fmax(a, b), low = fmin(a, b);
+  return high > T(-INFINITY) ? high + fast_log(1 + fast_exp(low - high)) : high;
 }
 
 // A clone's share in the probability of a class, of logarithm `log_prob`: at most 1, however large
 // the numbers are whose rounding may say otherwise.
 template <class T>
 __device__ T share_of(T joint, T log_prob) {
-  return std::exp(fmin(joint - log_prob, T(0)));
+  return fast_exp(fmin(joint - log_prob, T(0)));
 }
 
 // All clones of a sample by a block.
@@ -55,16 +55,7 @@ struct LogProbSample {
   __device__ void normalise(int clone) const {
     const int lane = threadIdx.x % lanes, end = clone < clones ? classes : 0;
     compute_type* z = row + (clone < clones ? clone : 0) * classes;
-    auto peak = Peak<compute_type>::none();
-    for (int c = lane; c < end; c += lanes) peak.take(z[c], c);
-    peak = lanes_reduce(peak, lanes, Higher());
-    compute_type sum = 0;
-    for (int c = lane; c < end; c += lanes) {
-      const compute_type shifted = z[c] - peak.value;
-      sum += std::exp(shifted) + poison(z[c]);
-      z[c] = shifted;
-    }
-    sum = lanes_reduce(sum, lanes, Sum());
+    const auto [peak, sum] = lower_row<false>(z, lane, lanes, end);
     if (lane != 0 || clone >= clones) return;
     if constexpr (kCapped) largest[clone] = peak.value;
     const compute_type log_sum = std::log(sum);
@@ -105,7 +96,7 @@ struct LogProbSample {
       compute_type sum = 0;
       for (int n = 0; n < clones; ++n) {
         if (offset[n] > compute_type(-INFINITY))
-          sum += std::exp(offset[n] + row[n * classes + c] - peak);
+          sum += fast_exp(offset[n] + row[n * classes + c] - peak);
       }
       out[c] = peak > compute_type(-INFINITY) ? peak + std::log(sum) - log_mass : peak;
     }
@@ -275,7 +266,7 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       pack.values[j] =
-          alive ? share[j] - std::exp(value[j] - largest) * inverse * total : compute_type(0);
+          alive ? share[j] - fast_exp(value[j] - largest) * inverse * total : compute_type(0);
       if constexpr (kCapped) {
         if (alive) pack.values[j] *= cap_derivative(value[j], a.softcap);
       }

@@ -123,6 +123,18 @@ __device__ inline float fast_exp(float x) {
 }
 __device__ inline double fast_exp(double x) { return std::exp(x); }
 
+// log(x) of 1 <= x <= 2 within 2^-21.
+__device__ inline float fast_log(float x) {
+#ifdef ALRAO_CUDA_ON_CPU
+  return std::log(x);
+#else
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result * 0.6931471805599453f;
+#endif
+}
+__device__ inline double fast_log(double x) { return std::log(x); }
+
 // The largest logit, the first class that has it, and the sum of exp(logit - largest); NaN in the
 // sum where a logit is not finite.
 template <class T>
@@ -179,6 +191,28 @@ __device__ T lanes_reduce(T value, int lanes, Op op) {
     value = op(value, shuffle_xor(value, offset));
   }
   return value;
+}
+
+// What `row[c]`, c = lane, lane + lanes, ... before `end`, are below the largest, in their place,
+// or with kExp the exponentials of that; the largest, its first place, and the sum of the
+// exponentials. The same for all of the neighbouring lanes.
+template <bool kExp, class T>
+__device__ Softmax<T> lower_row(T* row, int lane, int lanes, int end) {
+  T top = lowest<T>();
+#pragma unroll 4
+  for (int c = lane; c < end; c += lanes) top = fmax(top, row[c]);
+  top = lanes_reduce(top, lanes, Max());
+  T sum = 0;
+  int place = 0x7fffffff;
+#pragma unroll 4
+  for (int c = lane; c < end; c += lanes) {
+    const T logit = row[c], below = logit - top, e = fast_exp(below);
+    if (logit == top && c < place) place = c;
+    sum += e + poison(logit);
+    row[c] = kExp ? e : below;
+  }
+  place = lanes_reduce(place, lanes, Min());
+  return {{top, place, 0}, lanes_reduce(sum, lanes, Sum())};
 }
 
 // ---- the loss's options ----
@@ -331,7 +365,7 @@ __device__ T option_gradient(const MixtureOptions<T>& options, int64_t sample, i
                              int64_t c, int64_t target, T below, T largest, T scale, T spread,
                              T hit) {
   const T w = options.class_weight == nullptr ? T(1) : options.class_weight[c];
-  T g = std::exp(below) * scale - w * spread;
+  T g = fast_exp(below) * scale - w * spread;
   if (options.soft != nullptr) {
     g -= w * options.soft[sample * classes + c] * hit;
   } else if (c == target) {
