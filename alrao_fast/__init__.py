@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 from alrao_fast import backends, functional, nn, optim
 from alrao_fast.backends import use_backend
+from alrao_fast.clip_grad import GradNorms, clip_grad_norm_, grad_norms
 from alrao_fast.graphed_step import GraphedStep
 
 # The modules; the optimizers, samplers and layouts: as listed there.
@@ -19,11 +20,14 @@ from alrao_fast.optim import *  # noqa: F403
 from alrao_fast.ranking import Ranked, Ranking, rank
 
 __all__ = [
+    "GradNorms",
     "GraphedStep",
     "Ranked",
     "Ranking",
     "backends",
+    "clip_grad_norm_",
     "functional",
+    "grad_norms",
     "rank",
     "use_backend",
 ]
