@@ -112,8 +112,8 @@ class _Parts:
             self.segments += count
         self._groups: dict[torch.device, tuple[list[Tensor], list[int], list[int]]] = {}
         backbone = (0, 1)
-        for number, param in enumerate(params):
-            grad = param.grad
+        for number, own in enumerate(params):
+            grad = own.grad
             if grad is None:
                 continue
             check(
@@ -122,7 +122,7 @@ class _Parts:
                 "embedding, or grad.to_dense()",
             )
             grads, firsts, counts = self._groups.setdefault(grad.device, ([], [], []))
-            first, count = clones.get(param, backbone)
+            first, count = clones.get(own, backbone)
             grads.append(grad)
             firsts.append(first)
             counts.append(count)
@@ -156,8 +156,8 @@ class _Parts:
         if wrong:
             names = ", ".join(f"clone {n - 1}" if n else "the backbone" for n in wrong)
             raise RuntimeError(
-                f"the norm of order {norm_type} of the gradients of {names} is not finite, so they cannot be clipped. To "
-                "scale them by it all the same, set error_if_nonfinite=False"
+                f"the norm of order {norm_type} of the gradients of {names} is not finite, so they cannot be clipped. "
+                "To scale them by it all the same, set error_if_nonfinite=False"
             )
 
 

@@ -46,6 +46,7 @@ PARTS = {
         115,
     ),
     "switch": (["test_switch_update.py", "test_compat_golden.py"], 40),
+    "gradient": (["test_gradient_clip.py"], 65),
 }
 
 

@@ -20,9 +20,7 @@ KINDS = {
 backends.OPS[OP] = "gradient_clip_"
 
 
-def check_lengths(
-    grads: Sequence[Tensor], firsts: Sequence[int], counts: Sequence[int]
-) -> None:
+def check_lengths(grads: Sequence[Tensor], firsts: Sequence[int], counts: Sequence[int]) -> None:
     for name, values in (("firsts", firsts), ("counts", counts)):
         check(
             len(values) == len(grads),
@@ -127,15 +125,16 @@ def gradient_clip_(
     memory.
     """
     tensors = as_list("gradient_clip_", "grads", grads)
-    spans = [as_list("gradient_clip_", *entry, integers=True) for entry in (("firsts", firsts), ("counts", counts))]
+    firsts = as_list("gradient_clip_", "firsts", firsts, integers=True)
+    counts = as_list("gradient_clip_", "counts", counts, integers=True)
     options = checked(KINDS, {"max_norm": max_norm, "norm_type": norm_type})
     segments = COUNT.check("segments", segments)
     if norms is not None:
         check_entry("gradient_clip_", "norms", norms)
     if not tensors:
         return torch.zeros(segments, dtype=torch.float64) if norms is None else norms
-    check_lengths(tensors, *spans)
-    return clip(tensors, *spans, segments, norms=norms, impl=impl, **options)
+    check_lengths(tensors, firsts, counts)
+    return clip(tensors, firsts, counts, segments, norms=norms, impl=impl, **options)
 
 
 def clip(
@@ -158,7 +157,7 @@ def clip(
         for t in copied:
             check(
                 all(stride for stride, size in zip(grads[t].stride(), grads[t].shape) if size > 1),
-                f"grads[{t}]: has entries that share memory, expected a gradient of its own for each: use .contiguous()",
+                f"grads[{t}]: has entries that share memory, expected one of its own for each: use .contiguous()",
             )
             grads[t] = grads[t].contiguous()
     with torch.no_grad():

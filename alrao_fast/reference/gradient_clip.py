@@ -55,7 +55,7 @@ def gradient_clip_by_(
     norms: Tensor,
     max_norm: float,
 ) -> None:
-    """Scale the gradients in place by their segments' norms; `max_norm` inf leaves them as they are, whatever the norms.
+    """Scale the gradients in place by their segments' norms; `max_norm` inf leaves them alone, whatever the norms.
 
     A norm of NaN makes its segment NaN, an infinite one makes it 0 and its infinities NaN, as in torch.
     """

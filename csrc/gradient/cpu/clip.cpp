@@ -14,7 +14,7 @@ namespace {
 using torch::stable::Tensor;
 
 // Entries of a piece at most, and of a task at least: with less, waking a thread takes longer.
-constexpr int64_t kPiece = 16384, kTask = 32768;
+constexpr int64_t kPiece = 16384, kTask = 65536;
 // A piece costs this many entries' time on top of its own.
 constexpr int64_t kPieceOverhead = 64;
 
