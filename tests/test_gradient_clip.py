@@ -22,49 +22,13 @@ OP = "gradient_clip"
 pytestmark = [pytest.mark.emulated, pytest.mark.interpreted]
 INF, NAN = math.inf, math.nan
 ORDERS = [2.0, 1.0, INF, 3.0, 0.5]
-# name: shape, first segment, number of segments.
-CASES = {
-    "a weight": ((7, 33), 0, 1),
-    "several pieces": ((3, 6011), 0, 1),
-    "channels_last": ((6, 5, 3, 3), 0, 1),
-    "transposed": ((9, 30), 0, 1),
-    "with gaps": ((8, 5), 0, 1),
-    "unaligned": ((5, 41), 0, 1),
-    "no dimension": ((), 0, 1),
-    "empty": ((0, 3), 0, 1),
-    "clones": ((4, 3, 7), 1, 4),
-    "bias of clones": ((4, 3), 1, 4),
-    "a second head": ((3, 5, 2), 5, 3),
-    "transposed clones": ((3, 5), 5, 3),
-    "one clone": ((1, 6), 8, 1),
-    "empty clones": ((3, 0), 5, 3),
-    **{f"small {n}": ((n,), 0, 1) for n in range(1, 20, 3)},
-}
-SEGMENTS = 10  # the last has no gradient
+SEGMENTS = testing.clip_problem().segments
 
 
-def arrange(tensor, name):
-    if name == "channels_last":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if name.startswith("transposed"):
-        return tensor.t().contiguous().t()
-    if name == "with gaps":
-        room = tensor.new_full((tensor.size(0), 2 * tensor.size(1)), 777.0)
-        return room[:, ::2].copy_(tensor)
-    if name == "unaligned":
-        room = tensor.new_zeros(tensor.numel() + 1)
-        return room[1:].view_as(tensor).copy_(tensor)
-    return tensor
-
-
-def problem(dtype, device="cpu", names=CASES, scale=1.0):
-    generator = torch.Generator().manual_seed(0)
-    grads = []
-    for number, name in enumerate(names):
-        values = torch.randn(CASES[name][0], generator=generator, dtype=torch.float64) * scale
-        own = testing.DTYPES[number % 4] if dtype is None else dtype
-        grads.append(arrange(values.to(device, own), name))
-    return grads, [CASES[name][1] for name in names], [CASES[name][2] for name in names]
+def problem(*where, **options):
+    """Gradients, and the segments of each."""
+    _, grads, firsts, counts, _ = testing.clip_problem(*where, **options)
+    return grads, firsts, counts
 
 
 def segments_of(grads, firsts, counts, segments=SEGMENTS):
@@ -114,7 +78,7 @@ def test_follows_the_reference(compiled, device, dtype, order):
     assert norms.dtype == torch.float64 and norms.device == ours[0].device
     assert norms[-1] == 0
     testing.assert_within_budget(norms, own, exact, "norms", slack=1e-6)
-    for name, *tensors in zip(CASES, ours, reference, truth):
+    for name, *tensors in zip(testing.CLIP_CASES, ours, reference, truth):
         if tensors[0].numel():
             # In float64 the order of the sums is all that differs.
             slack = max(testing.FEATURE_SLACK[dtype], testing.SLACK[torch.float64])
@@ -152,7 +116,7 @@ def test_dtypes_in_one_call(backend, device):
 
 
 def test_gaps_stay_as_they_are(backend, device):
-    (grad,), first, count = problem(torch.float32, device, ["with gaps"])
+    (grad,), first, count = problem(torch.float32, device, names=["with gaps"])
     room = grad._base
     gradient_clip_([grad], first, count, 1, max_norm=0.5, impl=backend)
     assert room[:, 1::2].eq(777.0).all()
@@ -176,9 +140,9 @@ def test_only_what_is_too_long_is_written(backend, device):
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_norm_that_is_not_finite_stays_in_its_segment(backend, device, value, order):
     names = ["a weight", "clones", "bias of clones"]
-    grads, *spans = problem(torch.float32, device, names)
+    grads, *spans = problem(torch.float32, device, names=names)
     grads[1][2, 1, 3] = value
-    clean, *_ = problem(torch.float32, device, names)
+    clean, *_ = problem(torch.float32, device, names=names)
     norms = gradient_clip_(grads, *spans, 5, max_norm=1.0, norm_type=order, impl=backend)
     gradient_clip_(clean, *spans, 5, max_norm=1.0, norm_type=order, impl=backend)
     assert norms.isfinite().tolist() == [True, True, True, False, True]
@@ -285,7 +249,7 @@ def test_versions_tell_autograd(backend, device):
 
 
 def test_opcheck(dispatched, device):
-    grads, *spans = problem(torch.float32, device, ["a weight", "channels_last", "clones"])
+    grads, *spans = problem(torch.float32, device, names=["a weight", "channels_last", "clones"])
     op = dispatch.overload("gradient_clip_", dispatched)
     torch.library.opcheck(op, (grads, *spans, 5, 2.0, 1.0))
     norms = torch.ones(5, dtype=torch.float64, device=device)
