@@ -103,12 +103,12 @@ class _Parts:
         params = _params_of(net)
         heads = _heads_of(net, params)
         self.segments = 1
-        clones: dict[Tensor, tuple[int, int]] = {}
+        clones: dict[int, tuple[int, int]] = {}
         for head in heads:
             count = head.num_clones
             for param in head.parameters():
                 if param.dim() and param.size(0) == count:
-                    clones[param] = (self.segments, count)
+                    clones[id(param)] = (self.segments, count)
             self.segments += count
         self._groups: dict[torch.device, tuple[list[Tensor], list[int], list[int]]] = {}
         backbone = (0, 1)
@@ -122,7 +122,7 @@ class _Parts:
                 "embedding, or grad.to_dense()",
             )
             grads, firsts, counts = self._groups.setdefault(grad.device, ([], [], []))
-            first, count = clones.get(own, backbone)
+            first, count = clones.get(id(own), backbone)
             grads.append(grad)
             firsts.append(first)
             counts.append(count)
@@ -168,16 +168,17 @@ def _params_of(net: object) -> list[Tensor]:
         return [net]
     if not isinstance(net, Iterable) or isinstance(net, str | bytes | dict):
         raise TypeError(f"net: got {shown(net)}, expected a module, a parameter or parameters")
-    params = list(dict.fromkeys(net))
+    params = list(net)
     for number, param in enumerate(params):
         if not isinstance(param, Tensor):
             raise TypeError(f"net: entry {number} is {shown(param)}, expected a parameter")
-    return params
+    # By id: torch.compile would compare tensors by their values.
+    return list({id(param): param for param in params}.values())
 
 
 def _heads_of(net: object, params: list[Tensor]) -> list[LinearClones]:
     """The heads whose clones may be among the parameters."""
     if isinstance(net, nn.Module):
         return [module for module in net.modules() if isinstance(module, LinearClones)]
-    there = set(params)
-    return [head for head in live.heads if not there.isdisjoint(head.parameters())]
+    there = {id(param) for param in params}
+    return [head for head in live.heads if any(id(own) in there for own in head.parameters())]
