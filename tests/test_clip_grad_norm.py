@@ -350,3 +350,20 @@ def test_sparse_gradients_are_refused(backend):
     ):
         alrao.clip_grad_norm_(net, 1e-3)
     assert torch.equal(net[0].weight.grad, before)
+
+
+def test_what_a_head_shares_among_its_clones_is_the_backbones(backend):
+    net = model()
+    nn.utils.parametrizations.weight_norm(net.head, "weight", dim=0)
+    net.head.temperature = nn.Parameter(torch.ones(CLONES - 1, 2))
+    net.head.offset = nn.Parameter(torch.ones(()))
+    give_gradients(net)
+    parts = net.head.parametrizations.weight
+    own = [net.head.bias.grad, parts.original0.grad, parts.original1.grad]
+    shared = [p.grad for p in net.backbone.parameters()]
+    shared += [net.head.temperature.grad, net.head.offset.grad]
+    found = alrao.grad_norms(net)
+    clones = [math.sqrt(sum(float(g[n].square().sum()) for g in own)) for n in range(CLONES)]
+    backbone = math.sqrt(sum(float(g.square().sum()) for g in shared))
+    torch.testing.assert_close(found.clones.tolist(), clones, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.backbone.item(), backbone, rtol=1e-6, atol=0)
