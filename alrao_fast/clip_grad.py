@@ -7,14 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from alrao_fast import live
-from alrao_fast.arguments import Flag, Number, Optional, checked, shown
+from alrao_fast.arguments import Flag, Number, Optional, shown
 from alrao_fast.nn.clones import LinearClones
 from alrao_fast.ops.checks import check
 from alrao_fast.ops.gradient_clip import KINDS, clip
 from alrao_fast.reference.gradient_clip import joint_norms
 
-_FOREACH = Optional(Flag())
-_CLIP = {**KINDS, "error_if_nonfinite": Flag(), "foreach": _FOREACH}
+_CLIP = {**KINDS, "error_if_nonfinite": Flag(), "foreach": Optional(Flag())}
 _SCALE = Optional(Number(above=0, live=True, words="the loss scale, a finite number > 0"))
 _INF = float("inf")
 
@@ -68,10 +67,13 @@ def clip_grad_norm_(
     Raises TypeError or ValueError, naming it, for an argument of another kind; RuntimeError for sparse gradients. Then
     no gradient has changed.
     """
-    options = checked(_CLIP, locals())
+    # Not by `locals()`, which torch 2.11 cannot compile.
+    max_norm = _CLIP["max_norm"].check("max_norm", max_norm)
+    norm_type = _CLIP["norm_type"].check("norm_type", norm_type)
+    error_if_nonfinite = _CLIP["error_if_nonfinite"].check("error_if_nonfinite", error_if_nonfinite)
+    _CLIP["foreach"].check("foreach", foreach)
     parts = _Parts(net, grad_scale)
-    max_norm, norm_type = options["max_norm"], options["norm_type"]
-    if options["error_if_nonfinite"]:
+    if error_if_nonfinite:
         norms = parts.norms(norm_type)
         parts.check_finite(norms, norm_type)
         parts.clip_by(norms, max_norm)

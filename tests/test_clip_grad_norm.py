@@ -367,3 +367,28 @@ def test_what_a_head_shares_among_its_clones_is_the_backbones(backend):
     backbone = math.sqrt(sum(float(g.square().sum()) for g in shared))
     torch.testing.assert_close(found.clones.tolist(), clones, rtol=1e-6, atol=0)
     torch.testing.assert_close(found.backbone.item(), backbone, rtol=1e-6, atol=0)
+
+
+def test_in_a_cuda_graph_without_waiting(backend, device):
+    if device.type != "cuda":
+        pytest.skip("graphs are CUDA's")
+    net = model()
+    give_gradients(net)
+    first = grads_of(net.parameters())
+    expected = alrao.clip_grad_norm_(net, 0.3)
+    clipped = grads_of(net.parameters())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            norm = alrao.clip_grad_norm_(net, 0.3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for _ in range(2):
+        for p, grad in zip(net.parameters(), first):
+            p.grad.copy_(grad)
+        graph.replay()
+        assert torch.equal(norm, expected)
+        for p, grad in zip(net.parameters(), clipped):
+            assert torch.equal(p.grad, grad)
