@@ -1,5 +1,6 @@
 """clip_grad_norm_: gradient clipping that knows the clones; and the norms alone."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -7,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from alrao_fast import live
-from alrao_fast.arguments import Flag, Number, Optional, shown
+from alrao_fast.arguments import FLOATS, Flag, Number, Optional, shown
 from alrao_fast.nn.clones import LinearClones
-from alrao_fast.ops.checks import check
+from alrao_fast.ops.checks import check, check_dtype
 from alrao_fast.ops.gradient_clip import KINDS, clip
 from alrao_fast.reference.gradient_clip import joint_norms
 
 _CLIP = {**KINDS, "error_if_nonfinite": Flag(), "foreach": Optional(Flag())}
 _SCALE = Optional(Number(above=0, live=True, words="the loss scale, a finite number > 0"))
-_INF = float("inf")
 
 
 class GradNorms(NamedTuple):
@@ -52,7 +52,7 @@ def clip_grad_norm_(
         net: an `AlraoModel`, any module with heads inside (a wrapped one too, as by DistributedDataParallel), a
             parameter or an iterable of parameters, of which those in a head are known by themselves.
         max_norm: >= 0, a float; with inf nothing is written.
-        norm_type: the order of the norms, > 0 or inf.
+        norm_type: the order of the norms, > 0 or inf ("inf", too).
         error_if_nonfinite: raise RuntimeError, before anything is written, if a norm is infinite or NaN. Waits for the
             device.
         foreach: taken for torch's signature; there is one implementation.
@@ -66,8 +66,8 @@ def clip_grad_norm_(
     A norm that is not finite does to its part what it does in torch, and nothing to the others: NaN makes the part's
     gradients NaN, inf makes them 0 and NaN. A clone that is dead for the loss has the gradient 0.
 
-    Raises TypeError or ValueError, naming it, for an argument of another kind; RuntimeError for sparse gradients. Then
-    no gradient has changed.
+    Raises TypeError or ValueError, naming it, for an argument of another kind; RuntimeError for gradients that are
+    sparse, complex or of 8 bits. Then no gradient has changed.
     """
     # Not by `locals()`, which torch 2.11 cannot compile.
     max_norm = _CLIP["max_norm"].check("max_norm", max_norm)
@@ -77,7 +77,7 @@ def clip_grad_norm_(
     parts = _Parts(net, grad_scale)
     if error_if_nonfinite:
         norms = parts.norms(norm_type)
-        parts.check_finite(norms, norm_type)
+        parts.check_finite(norms)
         parts.clip_by(norms, max_norm)
     else:
         norms = parts.clip(max_norm, norm_type)
@@ -121,11 +121,13 @@ class _Parts:
             grad = param.grad
             if grad is None:
                 continue
+            name = f"net: the gradient of parameter {number}"
             check(
                 grad.layout is torch.strided,
-                f"the gradient of parameter {number} is sparse, expected an ordinary (dense) one: sparse=False in the "
-                "embedding, or grad.to_dense()",
+                f"{name} is of layout {grad.layout}, expected an ordinary (dense) one: sparse=False in the embedding, "
+                "or grad.to_dense()",
             )
+            check_dtype(name, grad, FLOATS)
             grads, firsts, counts = self._groups.setdefault(grad.device, ([], [], []))
             first, count = clones.get(id(param), backbone)
             grads.append(grad)
@@ -143,7 +145,7 @@ class _Parts:
 
     def norms(self, norm_type: float) -> Tensor:
         found = [
-            clip(*group, self.segments, max_norm=_INF, norm_type=norm_type)
+            clip(*group, self.segments, max_norm=math.inf, norm_type=norm_type)
             for group in self._groups.values()
         ]
         if not found:
@@ -156,13 +158,17 @@ class _Parts:
             own = norms.to(device)
             clip(*group, self.segments, max_norm=max_norm, norm_type=2.0, norms=own)
 
-    def check_finite(self, norms: Tensor, norm_type: float) -> None:
-        wrong = [n for n, finite in enumerate(norms.isfinite().tolist()) if not finite]
+    def check_finite(self, norms: Tensor) -> None:
+        names = ["the backbone"]
+        for head, count in enumerate(self.sizes[1:]):
+            which = f" of head {head}" if len(self.sizes) > 2 else ""
+            names += [f"clone {n}{which}" for n in range(count)]
+        found = zip(names, norms.tolist())
+        wrong = [f"of {name} is {norm}" for name, norm in found if not math.isfinite(norm)]
         if wrong:
-            names = ", ".join(f"clone {n - 1}" if n else "the backbone" for n in wrong)
             raise RuntimeError(
-                f"the norm of order {norm_type} of the gradients of {names} is not finite, so they cannot be clipped. "
-                "To scale them by it all the same, set error_if_nonfinite=False"
+                f"net: the norm of the gradients {', '.join(wrong)}, expected finite ones; error_if_nonfinite=False "
+                "scales them by it all the same"
             )
 
 
@@ -172,11 +178,13 @@ def _params_of(net: object) -> list[Tensor]:
     if isinstance(net, Tensor):
         return [net]
     if not isinstance(net, Iterable) or isinstance(net, str | bytes | dict):
-        raise TypeError(f"net: got {shown(net)}, expected a module, a parameter or parameters")
+        raise TypeError(
+            f"net: got {shown(net)}, expected a torch.nn.Module, a parameter or parameters"
+        )
     params = list(net)
     for number, param in enumerate(params):
         if not isinstance(param, Tensor):
-            raise TypeError(f"net: entry {number} is {shown(param)}, expected a parameter")
+            raise TypeError(f"net: got {shown(param)} as entry {number}, expected a parameter")
     # By id: torch.compile would compare tensors by their values.
     return list({id(param): param for param in params}.values())
 

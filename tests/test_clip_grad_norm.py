@@ -67,7 +67,7 @@ def assert_clipped(net, heads, before, max_norm, order=2.0):
     return norms
 
 
-@pytest.mark.parametrize("order", [2.0, 1.0, math.inf])
+@pytest.mark.parametrize("order", [2.0, 1.0, 3.0, math.inf, "inf"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_backbone_and_clones_by_themselves(backend, bias, order):
     net = model(bias)
@@ -101,6 +101,21 @@ def test_parameters_find_their_heads(backend):
     torch.testing.assert_close(net.head.weight.grad[1].norm().item(), 0.5, rtol=1e-5, atol=0)
     assert alrao.clip_grad_norm_(net.head.bias, 0.5).shape == ()
     assert [own.shape for own in alrao.grad_norms(net.head).clones] == [(CLONES,)]
+
+
+def test_a_part_of_the_heads(backend):
+    """A group of an optimizer, and heads that share a parameter, which has one norm."""
+    net = model()
+    twin = alrao.ClassifierClones(16, 3, num_clones=CLONES)
+    twin.weight = net.head.weight
+    give_gradients(net)
+    give_gradients(twin)
+    weight, bias = net.head.weight.grad.clone(), twin.bias.grad.clone()
+    params = alrao.AlraoSGD(net).param_groups[0]["params"]
+    first, second = alrao.grad_norms([*params, twin.bias]).clones
+    own = torch.stack([torch.cat([weight[n].flatten(), net.head.bias.grad[n]]) for n in range(4)])
+    torch.testing.assert_close(first, own.double().norm(dim=1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(second, bias.double().norm(dim=1), rtol=1e-6, atol=0)
 
 
 class Wrapped(nn.Module):
@@ -268,14 +283,23 @@ def test_error_if_nonfinite(backend):
     give_gradients(net)
     net.head.bias.grad[2, 1] = math.inf
     before = grads_of(net.parameters())
-    with pytest.raises(RuntimeError, match=r"order 2.0 of the gradients of clone 2 is not finite"):
+    with pytest.raises(
+        RuntimeError, match=r"^net: the norm of the gradients of clone 2 is inf, exp"
+    ):
         alrao.clip_grad_norm_(net, 0.1, error_if_nonfinite=True)
     for p, grad in zip(net.parameters(), before):
         assert torch.equal(p.grad, grad)
-    net.head.bias.grad[2, 1] = 0.0
     net.backbone[0].bias.grad[0] = math.nan
-    with pytest.raises(RuntimeError, match=r"gradients of the backbone is not finite"):
+    with pytest.raises(RuntimeError, match=r"gradients of the backbone is nan, of clone 2 is inf"):
         alrao.clip_grad_norm_(net, 0.1, error_if_nonfinite=True)
+    other = model()
+    give_gradients(other)
+    with pytest.raises(RuntimeError, match="backbone is nan, of clone 2 of head 1 is inf"):
+        alrao.clip_grad_norm_(nn.ModuleList([other, net]), 0.1, error_if_nonfinite=True)
+    net.zero_grad()
+    give_gradients(net)
+    alrao.clip_grad_norm_(net, 0.1, error_if_nonfinite=True)
+    assert alrao.grad_norms(net).backbone <= 0.1 + 1e-6
 
 
 @pytest.mark.parametrize("bare", [False, True])
@@ -332,8 +356,13 @@ def sparse_net():
         ({"error_if_nonfinite": "no"}, TypeError, "error_if_nonfinite: got 'no'"),
         ({"foreach": 2}, TypeError, "foreach: got 2"),
         ({"grad_scale": 0.0}, ValueError, "grad_scale: got 0.0, expected the loss scale"),
-        ({"net": 3}, TypeError, "net: got 3, expected a module, a parameter or parameters"),
-        ({"net": [3]}, TypeError, "net: entry 0 is 3, expected a parameter"),
+        ({"norm_type": -math.inf}, ValueError, "norm_type: got -inf"),
+        ({"norm_type": None}, TypeError, "norm_type: got None"),
+        ({"norm_type": "2"}, TypeError, "norm_type: got '2'"),
+        ({"max_norm": "a"}, TypeError, "max_norm: got 'a'"),
+        ({"net": 3}, TypeError, "net: got 3, expected a torch.nn.Module, a parameter or"),
+        ({"net": [3]}, TypeError, "net: got 3 as entry 0, expected a parameter"),
+        ({"net": "net"}, TypeError, "net: got 'net'"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -341,8 +370,11 @@ def test_messages(arguments, error, words):
     net = model()
     give_gradients(net)
     before = grads_of(net.parameters())
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=f"^{words}"):
         alrao.clip_grad_norm_(**{"net": net, "max_norm": 1.0, **arguments})
+    if not {"max_norm", "error_if_nonfinite", "foreach"} & set(arguments):
+        with pytest.raises(error, match=f"^{words}"):
+            alrao.grad_norms(**{"net": net, **arguments})
     for p, grad in zip(net.parameters(), before):
         assert torch.equal(p.grad, grad)
 
@@ -351,8 +383,18 @@ def test_sparse_gradients_are_refused(backend):
     net = sparse_net()
     before = net[0].weight.grad.clone()
     with pytest.raises(
-        RuntimeError, match="gradient of parameter 2 is sparse, expected an ordinary"
+        RuntimeError,
+        match=r"^net: the gradient of parameter 2 is of layout torch.sparse_coo, expected an ordin",
     ):
+        alrao.clip_grad_norm_(net, 1e-3)
+    assert torch.equal(net[0].weight.grad, before)
+
+
+def test_complex_gradients_are_refused(backend):
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, dtype=torch.complex64))
+    give_gradients(net)
+    before = net[0].weight.grad.clone()
+    with pytest.raises(RuntimeError, match=r"^net: the gradient of parameter 1: got dtype Complex"):
         alrao.clip_grad_norm_(net, 1e-3)
     assert torch.equal(net[0].weight.grad, before)
 

@@ -1,6 +1,8 @@
 """gradient_clip_: gradients clipped by the norms of their segments (reference/gradient_clip.py)."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +15,21 @@ from alrao_fast.ops.feature_checks import as_list, check_entry, is_dense
 from alrao_fast.reference import gradient_clip as reference
 
 OP = "gradient_clip"
+
+
+class _Order(Number):
+    """The order of a norm; "inf" is taken, too, as by torch.nn.utils.clip_grad_norm_."""
+
+    def __init__(self) -> None:
+        super().__init__(above=0, high=math.inf, words="the order of a norm, > 0 or inf")
+
+    def plain(self, name: str, value: Any) -> float:
+        return math.inf if isinstance(value, str) and value == "inf" else super().plain(name, value)
+
+
 KINDS = {
-    "max_norm": Number(low=0, high=float("inf"), words="a number >= 0, inf for none"),
-    "norm_type": Number(above=0, high=float("inf"), words="the order of a norm, > 0 or inf"),
+    "max_norm": Number(low=0, high=math.inf, words="a number >= 0, inf for none"),
+    "norm_type": _Order(),
 }
 backends.OPS[OP] = "gradient_clip_"
 
@@ -162,7 +176,7 @@ def clip(
             grads[t] = grads[t].contiguous()
     with torch.no_grad():
         norms = _run(grads, firsts, counts, segments, norms, impl, max_norm, norm_type)
-        if max_norm < float("inf"):
+        if max_norm < math.inf:
             for t in copied:
                 given[t].copy_(grads[t])
             if not torch.compiler.is_compiling():
