@@ -194,14 +194,17 @@ def _heads_of(net: object, params: list[Tensor]) -> list[tuple[int, list[Tensor]
 
     A parameter that two heads share is the first one's.
     """
+    modules = net.modules() if isinstance(net, nn.Module) else live.heads
+    heads = [module for module in modules if isinstance(module, LinearClones)]
+    if not heads:
+        return []
     left = {id(param): number for number, param in enumerate(params) if param.grad is not None}
     found = []
-    for head in net.modules() if isinstance(net, nn.Module) else live.heads:
-        if isinstance(head, LinearClones):
-            count = head.num_clones
-            own: list[Tensor] = [
-                p for p in head.parameters() if id(p) in left and p.dim() and p.size(0) == count
-            ]
-            if own:
-                found.append((min([left.pop(id(p)) for p in own]), count, own))
+    for head in heads:
+        count = head.num_clones
+        own: list[Tensor] = [
+            p for p in head.parameters() if id(p) in left and p.dim() and p.size(0) == count
+        ]
+        if own:
+            found.append((min([left.pop(id(p)) for p in own]), count, own))
     return [(count, own) for _, count, own in sorted(found, key=lambda entry: entry[0])]
