@@ -13,17 +13,15 @@ from alrao_fast import backends, functional, plot
 from alrao_fast import nn as nn
 from alrao_fast import optim as optim
 from alrao_fast.backends import use_backend
+from alrao_fast.clip_grad import GradNorms, clip_grad_norm_, grad_norms
 from alrao_fast.graphed_step import GraphedStep
 from alrao_fast.monitor import History, metrics, posterior_line
 from alrao_fast.nn import (
     AlraoModel,
     ClassifierClones,
-    GradNorms,
     MixtureLoss,
     RegressorClones,
     Switch,
-    clip_grad_norm_,
-    grad_norms,
     wrap,
 )
 from alrao_fast.optim import (

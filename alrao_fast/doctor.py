@@ -176,7 +176,15 @@ def _switch_update(impl: str, dtype: torch.dtype, device: torch.device) -> Outpu
     return {"logw": logw, "log_posterior": log_posterior, "t": t.double()}
 
 
+def _gradient_clip(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
+    names, grads, firsts, counts, segments = testing.clip_problem(dtype, device)
+    norms = functional.gradient_clip_(grads, firsts, counts, segments, max_norm=1.0, impl=impl)
+    there = {name: grad for name, grad in zip(names, grads) if grad.numel()}
+    return {"norms": norms.to(dtype), **there}
+
+
 _SELF_TESTS: dict[str, Callable[[str, torch.dtype, torch.device], Outputs]] = {
+    "gradient_clip": _gradient_clip,
     "switch_mixture": _switch_mixture,
     "switch_update": _switch_update,
 }

@@ -2,6 +2,7 @@
 
 from alrao_fast.ops.feature_adam import feature_adam_
 from alrao_fast.ops.feature_sgd import feature_sgd_
+from alrao_fast.ops.gradient_clip import gradient_clip_
 from alrao_fast.ops.mixture import (
     switch_mixture_gaussian_nll,
     switch_mixture_gaussian_stats,
@@ -16,6 +17,7 @@ from alrao_fast.ops.switch_update import switch_update_
 __all__ = [
     "feature_adam_",
     "feature_sgd_",
+    "gradient_clip_",
     "switch_mixture_gaussian_nll",
     "switch_mixture_gaussian_stats",
     "switch_mixture_log_prob",

@@ -48,7 +48,7 @@ class GraphedStep:
             with `fused=True` the kernels take the scale, whatever the optimizer's `fused` is.
         warmup: steps taken before the capture, so that kernels and workspaces are there; at least 1.
         before_step: called between backward and optimizer step, without waiting for the device: gradient clipping,
-            `lambda: torch.nn.utils.clip_grad_norm_(net.parameters(), 0.25)`, under a scaler after
+            `lambda: alrao.clip_grad_norm_(net, 0.25)`, under a scaler after
             `scaler.unscale_(opt)`.
 
     Construction leaves parameters, buffers (the switch among them), optimizer state, scaler and random generators as

@@ -24,6 +24,7 @@ from alrao_fast.arguments import (
     Integer,
     Interval,
     Number,
+    Optional,
     checked,
 )
 
@@ -34,6 +35,12 @@ _INPUTS = {
 }
 _SIZE = Integer(low=0)
 _FEATURE = {**_INPUTS, "names": Instance(Iterable, "names of FEATURE_CASES")}
+_CLIP = {
+    **_INPUTS,
+    "dtype": Optional(FloatDtype()),
+    "names": Instance(Iterable, "names of CLIP_CASES"),
+    "scale": Number(),
+}
 _MIXTURE = {
     **_INPUTS,
     "batch": _SIZE,
@@ -312,7 +319,12 @@ FEATURE_CASES: dict[str, tuple[tuple[int, ...], int, int]] = {
 def _arrange(tensor: Tensor, name: str, is_grad: bool) -> Tensor:
     if name == "channels_last":
         return tensor.contiguous(memory_format=torch.channels_last)
-    if name == "transposed" or (name == "gradient with other strides" and is_grad):
+    if name == "with gaps":
+        room = tensor.new_full((tensor.size(0), 2 * tensor.size(1)), 777.0)
+        return room[:, ::2].copy_(tensor)
+    if name in ("transposed", "transposed clones") or (
+        name == "gradient with other strides" and is_grad
+    ):
         return tensor.t().contiguous().t()
     if name == "unaligned":
         room = tensor.new_zeros(tensor.numel() + 1)
@@ -378,3 +390,59 @@ def assert_feature_within_budget(
         largest = float(truth[t].abs().nan_to_num(0.0).max()) if truth[t].numel() else 1.0
         slack = FEATURE_SLACK[actual[t].dtype] / min(max(largest, 1e-30), 1.0)
         assert_within_budget(actual[t], reference[t], truth[t], f"{what} of {name!r}", slack=slack)
+
+
+class ClipProblem(NamedTuple):
+    """Arguments of one gradient_clip call; `names` say what each gradient stresses."""
+
+    names: list[str]
+    grads: list[Tensor]
+    firsts: list[int]
+    counts: list[int]
+    segments: int
+
+
+# name: shape, first segment, number of segments; strides are arranged by the name. The last segment has no gradient.
+CLIP_CASES: dict[str, tuple[tuple[int, ...], int, int]] = {
+    "a weight": ((7, 33), 0, 1),
+    "several pieces": ((3, 6011), 0, 1),
+    "channels_last": ((6, 5, 3, 3), 0, 1),
+    "transposed": ((9, 30), 0, 1),
+    "with gaps": ((8, 5), 0, 1),
+    "unaligned": ((5, 41), 0, 1),
+    "no dimension": ((), 0, 1),
+    "empty": ((0, 3), 0, 1),
+    "clones": ((4, 3, 7), 1, 4),
+    "bias of clones": ((4, 3), 1, 4),
+    "a second head": ((3, 5, 2), 5, 3),
+    "transposed clones": ((3, 5), 5, 3),
+    "one clone": ((1, 6), 8, 1),
+    "empty clones": ((3, 0), 5, 3),
+    **{f"small {n}": ((n,), 0, 1) for n in range(1, 20, 3)},
+}
+_CLIP_SEGMENTS = 10
+
+
+def clip_problem(
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    names: Iterable[str] = CLIP_CASES,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> ClipProblem:
+    """The named cases in one list, normal with the standard deviation `scale`; of all dtypes in turns for None."""
+    checked(_CLIP, locals())
+    names = list(names)
+    if unknown := [name for name in names if name not in CLIP_CASES]:
+        raise ValueError(f"names: got {unknown!r}, expected some of CLIP_CASES")
+    generator = torch.Generator().manual_seed(seed)
+    problem = ClipProblem(names, [], [], [], _CLIP_SEGMENTS)
+    for number, name in enumerate(names):
+        shape, first, count = CLIP_CASES[name]
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        own = DTYPES[number % len(DTYPES)] if dtype is None else dtype
+        problem.grads.append(_arrange(values.to(device, own), name, is_grad=True))
+        problem.firsts.append(first)
+        problem.counts.append(count)
+    return problem

@@ -135,6 +135,8 @@ CHECKED = (
     "feature_sgd GPT 124M, momentum 0.9",
     "feature_sgd GPT 124M, momentum 0.9, GradScaler",
     "feature_adam GPT 124M",
+    "gradient_clip GoogLeNet, with a copy before",
+    "gradient_clip GPT 124M, nothing to clip",
     "switch_mixture, 10 classes",
     "switch_mixture, 50,304 tokens",
     "head step, 10 classes",

@@ -4,6 +4,7 @@
   powers to the nearest.
 - The mixture's running maximum and sum: any order, exact where a clone is dead; the CUDA kernels' merge of parts.
 - The switch's step: normalised, and the reference's.
+- Norms of every order, with NaN and infinities, and the factor by which they clip.
 
 As the CPU's kernels are compiled, without and with fused multiply-adds, and as the CUDA kernels run on the CPU.
 Rounding: test_element_rounding.py.
@@ -332,3 +333,30 @@ def test_what_a_batch_says(module, nll, count):
     assert module.switch_observed(nll, count, False) == pytest.approx(-nll, rel=1e-15)
     assert math.isnan(module.switch_observed(0.0, 0.0, True))
     assert module.switch_evidence(NAN) == module.switch_evidence(INF) == -INF
+
+
+@any_numbers
+@given(
+    values=hnp.arrays(
+        np.float64,
+        st.integers(0, 12),
+        elements=st.floats(-1e6, 1e6) | st.sampled_from([0.0, INF, -INF, NAN]),
+    ),
+    order=st.sampled_from([2.0, 1.0, INF, 3.0, 0.5]),
+)
+def test_norms(module, values, order):
+    expected = np.linalg.norm(values, order) if len(values) else 0.0
+    # NumPy's sums of squares underflow where the entries do.
+    assert np.isclose(
+        module.norm_of(values, order), expected, rtol=1e-13, atol=1e-150, equal_nan=True
+    )
+
+
+@any_numbers
+@given(norm=st.floats(0, 1e30), max_norm=st.floats(0, 1e30))
+def test_what_a_norm_is_clipped_by(module, norm, max_norm):
+    factor = module.clip_factor(norm, max_norm)
+    assert factor == min(1.0, max_norm / (norm + 1e-6))
+    assert factor * norm <= max_norm * (1 + 1e-15)
+    assert math.isnan(module.clip_factor(NAN, max_norm)) and module.clip_factor(INF, max_norm) == 0
+    assert module.clip_factor(norm, INF) == module.clip_factor(NAN, INF) == 1

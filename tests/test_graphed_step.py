@@ -198,7 +198,8 @@ def test_an_assigned_lr_is_taken_over(repeated):
         assert torch.equal(param, value)
 
 
-def test_gradient_scaler_and_clipping(repeated):
+@pytest.mark.parametrize("function", [nn.utils.clip_grad_norm_, alrao.clip_grad_norm_])
+def test_gradient_scaler_and_clipping(repeated, function):
     data = list(batches(6))
     data[2] = (data[2][0] * float("inf"), data[2][1])
 
@@ -208,7 +209,7 @@ def test_gradient_scaler_and_clipping(repeated):
 
         def clip():
             scaler.unscale_(opt)
-            nn.utils.clip_grad_norm_(net.parameters(), 0.01)
+            function(net.parameters(), 0.01)
 
         torch.manual_seed(3)
         if captured:

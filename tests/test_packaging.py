@@ -401,9 +401,9 @@ def test_cuda_kernels_compile_link_and_load(tmp_path):
     code = f"""{ONLY_HERE}
 import torch
 from alrao_fast import _extension
-from alrao_fast.ops import feature_adam, feature_sgd, plan, switch_update
+from alrao_fast.ops import feature_adam, feature_sgd, gradient_clip, plan, switch_update
 assert _extension.ERROR is None, _extension.ERROR
-ops = ["feature_sgd_", "feature_adam_", "switch_update_"]
+ops = ["feature_sgd_", "feature_adam_", "gradient_clip_", "switch_update_"]
 ops += ["_feature_plan", "_feature_plan_step_"]
 for op in ops:
     for key in ("CPU", "CUDA"):

@@ -25,7 +25,7 @@ if backends.INTERPRETED:
     pytest.skip("the kernels are interpreted in this process", allow_module_level=True)
 
 import triton.language as tl
-from alrao_fast.kernels import switch_update
+from alrao_fast.kernels import gradient_clip, switch_update
 from alrao_fast.kernels.feature import adam as adam_kernels
 from alrao_fast.kernels.feature import frame, sgd
 from alrao_fast.kernels.feature.plan import SMALL, Lists
@@ -186,9 +186,22 @@ def updates() -> list[Start]:
     return found
 
 
+def clips() -> list[Start]:
+    """Every dtype, every order of norm, and with and without what may be left out."""
+    grads = [torch.zeros(3, 50, dtype=dtype) for dtype in testing.DTYPES]
+    spans = (grads, [0] * 4, [1] * 4)
+    found = record(lambda: gradient_clip.gradient_clip_(*spans, 1, 2.0, 1.0))
+    one = ([torch.zeros(3, 50)], [0], [3])
+    for order in (1.0, float("inf"), 3.0):
+        found += record(functools.partial(gradient_clip.gradient_clip_, *one, 3, order, 1.0))
+    found += record(lambda: gradient_clip.gradient_clip_(*one, 3, 2.0, float("inf")))
+    norms = torch.ones(3, dtype=torch.float64)
+    return found + record(lambda: gradient_clip.gradient_clip_by_(*one, norms, 1.0))
+
+
 @functools.cache
 def starts() -> list[Start]:
-    return list(dict.fromkeys([*feature_steps(), *mixtures(), *updates()]))
+    return list(dict.fromkeys([*feature_steps(), *mixtures(), *updates(), *clips()]))
 
 
 def _compile(job: tuple[int, str]):

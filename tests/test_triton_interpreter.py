@@ -47,6 +47,7 @@ PARTS = {
     ),
     "options": (["test_loss_options.py", "test_loss_formulas.py"], 55),
     "switch": (["test_switch_update.py", "test_compat_golden.py"], 40),
+    "gradient": (["test_gradient_clip.py"], 65),
 }
 
 

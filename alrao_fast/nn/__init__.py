@@ -1,6 +1,5 @@
 """The modules: the switch, the clones of the last layer, and the model that joins them to a backbone."""
 
-from alrao_fast.nn.clipping import GradNorms, clip_grad_norm_, grad_norms
 from alrao_fast.nn.clones import ClassifierClones
 from alrao_fast.nn.mixture_loss import MixtureLoss
 from alrao_fast.nn.model import AlraoModel
@@ -11,11 +10,8 @@ from alrao_fast.nn.wrap import wrap
 __all__ = [
     "AlraoModel",
     "ClassifierClones",
-    "GradNorms",
     "MixtureLoss",
     "RegressorClones",
     "Switch",
-    "clip_grad_norm_",
-    "grad_norms",
     "wrap",
 ]

@@ -32,7 +32,7 @@ def _layout(tensor: Tensor) -> list[tuple[int, int]]:
     return [(n, s if n > 1 else 0) for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     expected = 1
     for stride, size in sorted((s, n) for n, s in _layout(tensor) if n > 1):
         if stride != expected:
@@ -162,7 +162,7 @@ def check_inputs(
             f"params[{t}] has an unsupported dtype, expected float64, float32, bfloat16 or float16",
         )
         check(
-            param.numel() == 0 or _is_dense(param),
+            param.numel() == 0 or is_dense(param),
             f"params[{t}] has {_text(param)}, expected a dense tensor without overlap or gaps: use a copy made by "
             ".contiguous()",
         )

@@ -98,6 +98,14 @@ def observations(impl: str, dtype: torch.dtype, device: torch.device, clones: in
     return {"joint": logw.exp(), "posterior": log_posterior.exp(), "t": t.double()}
 
 
+def clipped(impl: str, dtype: torch.dtype, device: torch.device, order: float) -> Outputs:
+    names, grads, *spans = testing.clip_problem(dtype, device)
+    call = partial(functional.gradient_clip_, grads, *spans, norm_type=order, impl=impl)
+    norms = call(max_norm=1.0)
+    there = {name: grad for name, grad in zip(names, grads) if grad.numel()}
+    return {"norms": norms, **there}
+
+
 Case = tuple[str, str, torch.dtype, Callable[[str, torch.dtype, torch.device], Outputs]]
 
 
@@ -111,6 +119,9 @@ def cases() -> Iterator[Case]:
         if dtype in (torch.bfloat16, torch.float16):
             yield "feature_sgd", "stochastic rounding", dtype, rounded_stochastically
         yield "feature_adam", "two steps", dtype, adam
+        for order in (2.0, 1.0, torch.inf, 3.0):
+            call = partial(clipped, order=order)
+            yield "gradient_clip", f"norm of order {order}", dtype, call
         for values in (False, True):
             for sizes in MIXTURES:
                 for budget in BUDGETS:

@@ -21,6 +21,7 @@ INTRO = (
 TITLES = {
     "feature_sgd": "SGD with a rate per feature",
     "feature_adam": "Adam with a rate per feature",
+    "gradient_clip": "Clipping by a norm per clone",
     "switch_mixture": "The clones and their mixture",
     "switch_update": "The switch",
     "training_step": "Whole training steps",

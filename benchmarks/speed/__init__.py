@@ -8,10 +8,10 @@ has "benchmark": "speed" and "kind":
 
 - "rates": what the machine can do. Values: `copy`, bytes per second; one entry per dtype, flops per second of a matrix
   product.
-- "candidate": one candidate of one case. case: `name`, `op` (feature_sgd, feature_adam, switch_mixture, switch_update,
-  training_step), `sizes` (a dict of numbers), `dtype` (tf32: float32 with rounded matrix products), `device`,
-  `candidate`, and `dry_run` where the sizes are tiny and the times mean nothing. Values: `missing`, why there is
-  nothing else; or `seconds`, by clock (wall; on a GPU also gpu, graph, host) {median, lower, upper}, the quartiles;
+- "candidate": one candidate of one case. case: `name`, `op` (feature_sgd, feature_adam, gradient_clip, switch_mixture,
+  switch_update, training_step), `sizes` (a dict of numbers), `dtype` (tf32: float32 with rounded matrix products),
+  `device`, `candidate`, and `dry_run` where the sizes are tiny and the times mean nothing. Values: `missing`, why there
+  is nothing else; or `seconds`, by clock (wall; on a GPU also gpu, graph, host) {median, lower, upper}, the quartiles;
   `no_clock`, by clock, why it is missing; `error`, the worst relative error against float64; `peak_memory`, bytes
   beyond the inputs; `bytes` and `flops` that the case needs at least, or null; `copy_share` and `matrix_share` of the
   rates; `rounds` that were asked for.

@@ -23,7 +23,7 @@ from benchmarks.speed.measure import Effort, Values, measure, memory_here
 
 # Interleaved rounds, and about how many seconds of them per case.
 EFFORTS = {"quick": (7, 2.0), "cpu": (15, 12.0), "full": (15, 30.0), "gpu": (11, 1.5)}
-OPS = ("feature_sgd", "feature_adam", "switch_mixture", "switch_update")
+OPS = ("feature_sgd", "feature_adam", "gradient_clip", "switch_mixture", "switch_update")
 # Its absence is a failure; any other candidate may be missing.
 OURS = ("alrao",)
 PEERS = ("apex", "liger-kernel", "cut-cross-entropy", "quack-kernels")

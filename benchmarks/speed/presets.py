@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from benchmarks.speed.case import Case, Target
+from benchmarks.speed.clipping import clipping_case
 from benchmarks.speed.head_uses import evaluation_case, head_case
 from benchmarks.speed.heads import Head, mixture_case
 from benchmarks.speed.optimizers import optimizer_case
@@ -35,6 +36,7 @@ def quick() -> Iterator[Case]:
     for network in ("LSTM", "256 vectors of 64"):
         yield optimizer_case(network, momentum=0.9)
     yield optimizer_case("LSTM", op="feature_adam")
+    yield clipping_case("256 vectors of 64", clipped=False)
     words = Head("10,000 words", 140, 100, 10_000, 6)
     yield mixture_case(Head("10 classes", 32, 1024, 10, 10))
     yield mixture_case(words)
@@ -55,6 +57,9 @@ def cpu() -> Iterator[Case]:
         yield optimizer_case("256 vectors of 64", momentum=momentum, targets=small)
     yield optimizer_case("VGG19", op="feature_adam")
     yield optimizer_case("VGG19", "bfloat16", momentum=0.9)
+    for network in ("VGG19", "256 vectors of 64"):
+        yield clipping_case(network)
+        yield clipping_case(network, clipped=False)
     first = _row("C1", ("wall", "authors", 0.20), ("wall", f"{LIBRARY} x N", 1.05))
     memory = _row("C1", ("memory", "authors", 0.05))
     ten = Head("10 classes", 32, 1024, 10, 10)
@@ -117,6 +122,13 @@ def _gpu_optimizers(tiny: bool) -> Iterator[Case]:
         yield case("GPT 1.3B", momentum=momentum, keep=keep, targets=sixth)
     eighth = _row("A8", ("gpu", FUSED, 1.02))
     yield case("GPT 124M", op="feature_adam", keep=backends, targets=eighth)
+
+
+def _gpu_clipping(tiny: bool) -> Iterator[Case]:
+    for clipped in (True, False):
+        yield clipping_case("GoogLeNet", clipped=clipped, tiny=tiny)
+        yield clipping_case("GPT 124M", clipped=clipped, tiny=tiny)
+    yield clipping_case("GPT 124M", "bfloat16", tiny=tiny)
 
 
 def _gpu_heads(tiny: bool) -> Iterator[Case]:
@@ -187,6 +199,7 @@ def _gpu_steps(tiny: bool) -> Iterator[Case]:
 def gpu(tiny: bool = False) -> Iterator[Case]:
     """Every figure to reach on a GPU; `tiny` at sizes at which the same code runs in a moment on a CPU."""
     yield from _gpu_optimizers(tiny)
+    yield from _gpu_clipping(tiny)
     yield from _gpu_heads(tiny)
     yield from _gpu_steps(tiny)
 

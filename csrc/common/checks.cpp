@@ -1,5 +1,9 @@
 #include "common/checks.h"
 
+#include <algorithm>
+#include <utility>
+#include <vector>
+
 namespace alrao {
 namespace {
 
@@ -14,6 +18,21 @@ std::string in_brackets(const Sizes& sizes) {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+bool is_dense(const int64_t* sizes, const int64_t* strides, int64_t dim) {
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 0; d < dim; ++d) {
+    if (sizes[d] == 0) return true;
+    if (sizes[d] > 1) dims.emplace_back(strides[d], sizes[d]);
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
 
 std::string shape_of(const Tensor& tensor) { return in_brackets(tensor.sizes()); }
 

@@ -27,6 +27,9 @@ template <class... Parts>
     if (!(condition)) ::alrao::refuse(__VA_ARGS__); \
   } while (false)
 
+// Whether a tensor of these sizes and strides has neither gaps nor entries that share memory.
+bool is_dense(const int64_t* sizes, const int64_t* strides, int64_t dim);
+
 std::string shape_of(const torch::stable::Tensor& tensor);
 
 void check_shape(const char* name, const torch::stable::Tensor& tensor,

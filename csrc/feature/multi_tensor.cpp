@@ -63,21 +63,6 @@ bool same_layout(const Shape& a, const Shape& b) {
   return true;
 }
 
-bool is_dense(const Shape& shape) {
-  std::vector<std::pair<int64_t, int64_t>> dims;
-  for (int64_t d = 0; d < shape.dim; ++d) {
-    if (shape.sizes[d] == 0) return true;
-    if (shape.sizes[d] > 1) dims.emplace_back(shape.strides[d], shape.sizes[d]);
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
 std::string text(const int64_t* values, int64_t n) {
   std::ostringstream out;
   out << '[';
@@ -221,7 +206,7 @@ void MultiTensor::add_record(int64_t t) {
   if (!dtype)
     fail(op(), entry("params", t),
          " has an unsupported dtype, expected float64, float32, bfloat16 or float16");
-  if (!is_dense(shape))
+  if (!is_dense(shape.sizes, shape.strides, shape.dim))
     fail(op(), entry("params", t), " has ", text(shape),
          ", expected a dense tensor without overlap or gaps: use a copy made by .contiguous()");
   dtypes_.push_back(dtype->code);

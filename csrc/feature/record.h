@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace alrao {
+#include "common/dtype.h"
 
-enum class Dtype : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
+namespace alrao {
 
 constexpr int kMaxStates = 3;
 

@@ -16,6 +16,7 @@
 #include "feature/adam.h"
 #include "feature/master.h"
 #include "feature/sgd.h"
+#include "gradient/math.h"
 #include "mixture/likelihood.h"
 #include "mixture/math.h"
 #include "switch/math.h"
@@ -124,6 +125,28 @@ py::tuple mixture(const Array<T>& joints) {
   return py::make_tuple(running.max, running.sum, mixture_nll(running));
 }
 
+template <NormKind KIND>
+double joined(const Array<double>& values, double order) {
+  double sum = 0;
+  for (py::ssize_t i = 0; i < values.size(); ++i)
+    sum = norm_join<KIND>(sum, norm_term<KIND>(values.data()[i], order));
+  return sum;
+}
+
+double norm_of(const Array<double>& values, double order) {
+  const Norm norm = norm_of_order(order);
+  switch (norm.kind) {
+    case NormKind::kTwo:
+      return norm_of_sum(joined<NormKind::kTwo>(values, order), norm);
+    case NormKind::kOne:
+      return norm_of_sum(joined<NormKind::kOne>(values, order), norm);
+    case NormKind::kLargest:
+      return norm_of_sum(joined<NormKind::kLargest>(values, order), norm);
+    default:
+      return norm_of_sum(joined<NormKind::kPower>(values, order), norm);
+  }
+}
+
 // Under names that end in the type's.
 template <class T>
 void bind(py::module_& m, const std::string& type) {
@@ -173,6 +196,10 @@ PYBIND11_MODULE(ELEMENT_MATH, m) {
           return master_value(master, Float16{param});
         }));
   m.def("random_bits", &random_bits);
+
+  m.def("norm_of", &norm_of);
+  m.def("clip_factor",
+        py::vectorize([](double norm, double max_norm) { return clip_factor(norm, max_norm); }));
 
   m.def("switch_evidence", py::vectorize([](double x) { return switch_evidence(x); }));
   m.def("switch_observed", py::vectorize([](double nll_sum, double count, bool mean) {
