@@ -66,6 +66,14 @@ def test_error_budgets_of_dtypes(backend, device, name, dtype, shape, bias):
     assert_budget(inputs, backend, **options)
 
 
+@pytest.mark.parametrize("classes", [24_576, 27_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", COMBINED)
+def test_error_budgets_of_long_rows(compiled, name, dtype, classes):
+    inputs, options = case(name, 6, 3, classes, 2, device=device_of(compiled), dtype=dtype)
+    assert_budget(inputs, compiled, **options)
+
+
 UNSEEN = [
     "sum",
     "none",

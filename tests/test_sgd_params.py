@@ -78,6 +78,18 @@ def test_bare_tensors_warn():
     assert w[0].filename == __file__
 
 
+def test_a_multiplier_that_looks_like_a_learning_rate_warns():
+    message = r"lr: got 5e-05, the multiplier of all learning rates, which leaves 5e-09 to 5e-05 "
+    with pytest.warns(UserWarning, match=message) as record:
+        AlraoSGD(nn.Linear(3, 4), (1e-4, 1.0), lr=5e-5)
+    assert [w.filename for w in record] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for lr in (0.0, 0.1, 1.0, torch.tensor(1e-4)):
+            AlraoSGD(nn.Linear(3, 4), (1e-4, 1.0), lr=lr)
+        AlraoSGD(nn.Linear(3, 4), lr=1e-4, sampler=Constant(1.0))
+
+
 def test_group_options():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4), nn.Linear(4, 5))
     optimizer = AlraoSGD(

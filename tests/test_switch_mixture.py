@@ -73,6 +73,18 @@ def test_dx_is_the_mixtures_and_dweight_each_clones_own(backend, device, reducti
             torch.testing.assert_close(got.cpu(), want)
 
 
+# Around what shared memory has of a row, on every GPU and on those with the most of it; bfloat16's
+# gradient is narrower than the logits under it.
+@pytest.mark.sanitized(classes=[24_577], dtype=[torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [24_575, 24_576, 24_577, 27_000, 57_343, 57_345, 60_001])
+def test_rows_longer_than_shared_memory(compiled, classes, dtype):
+    inputs = testing.mixture_inputs(6, 3, classes, 2, dtype=dtype, device=device_of(compiled))
+    inputs.target[2] = -100
+    inputs.target[3] = classes - 1
+    assert_budget(inputs, compiled)
+
+
 @pytest.mark.interpreted(shape=["streamed for its many clones"], dtype=[torch.float32])
 @pytest.mark.sanitized(shape=SHORT_SHAPES, dtype=[torch.float32])
 @pytest.mark.sanitized(shape=TILED_SHAPES, dtype=[torch.bfloat16])

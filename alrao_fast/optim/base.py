@@ -25,7 +25,11 @@ from alrao_fast.optim import checkpoint
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
 from alrao_fast.optim.drawing import draw_all
 from alrao_fast.optim.layouts import Layout, check_param, default_layout, resolve
-from alrao_fast.optim.notices import warn_of_bare_tensors, warn_of_default_rule
+from alrao_fast.optim.notices import (
+    warn_of_bare_tensors,
+    warn_of_default_rule,
+    warn_of_small_multiplier,
+)
 from alrao_fast.optim.owners import owners, warn_of_unobserved
 from alrao_fast.optim.param_groups import (
     SAMPLER,
@@ -89,6 +93,8 @@ class AlraoOptimizer(Optimizer):
         self._follow_fused()
         self._draw()
         self._warn_of_bare_tensors()
+        if self._sampler is None:
+            warn_of_small_multiplier(defaults["lr"], defaults["lr_range"], stacklevel=3)
         if not isinstance(self._sampler, Constant):
             params = (p for group in self.param_groups for p in group["params"])
             warn_of_default_rule(params, self._layouts, stacklevel=3)

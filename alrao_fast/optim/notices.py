@@ -9,6 +9,8 @@ from alrao_fast.optim.layouts import Layout
 
 # Below this share of the entries it does not matter which way the rates go.
 _SHARE = 0.01
+# Below it a multiplier of the rates was meant as a learning rate.
+_SMALL_LR = 0.02
 
 
 def warn_of_bare_tensors(names: Sequence[str], stacklevel: int) -> None:
@@ -18,6 +20,18 @@ def warn_of_bare_tensors(names: Sequence[str], stacklevel: int) -> None:
             f"{len(names)} bare tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) get one learning "
             "rate per index of dimension 0, none of them shared: pass the module itself, or model=, to use the "
             "modules' feature layouts",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def warn_of_small_multiplier(lr: object, lr_range: tuple[float, float], stacklevel: int) -> None:
+    """Warn of a multiplier of the rates that looks like a learning rate: other optimizers' defaults are such."""
+    if isinstance(lr, float | int) and 0 < lr < _SMALL_LR:
+        low, high = lr_range
+        warnings.warn(
+            f"lr: got {lr:g}, the multiplier of all learning rates, which leaves {lr * low:.2g} to {lr * high:.2g} of "
+            f"lr_range ({low:g}, {high:g}). The rates are drawn, none needs to be chosen: leave lr at 1, and where a "
+            "trainer passes its learning rate (Trainer's learning_rate, for one), set that to 1",
             stacklevel=stacklevel + 1,
         )
 
