@@ -151,7 +151,16 @@ def clip_grad_norm_(
     so it may be captured in a CUDA graph (`GraphedStep(..., before_step=)`). TypeError or ValueError, naming the
     argument, for one of another kind; RuntimeError for sparse gradients.
     """
-    given = checked(_KINDS, locals())
+    # Not locals(): torch.compile of 2.11 does not trace it.
+    given = checked(
+        _KINDS,
+        {
+            "max_norm": max_norm,
+            "norm_type": norm_type,
+            "error_if_nonfinite": error_if_nonfinite,
+            "foreach": foreach,
+        },
+    )
     split = _split(net)
     norms = _norms(split, given["norm_type"], given["foreach"])
     if given["error_if_nonfinite"]:
