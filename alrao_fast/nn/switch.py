@@ -64,7 +64,8 @@ class Switch(FixedDtypeBuffers):
     of another type or out of range.
 
     An average of several models' buffers, as `torch.optim.swa_utils.AveragedModel(use_buffers=True)` keeps one, is the
-    geometric mean of their posteriors, whose sum is less than 1: what reads it normalises it, as an update does.
+    geometric mean of their posteriors, whose sum is less than 1: what reads it normalises it, as an update does. On a
+    GPU torch's default way of averaging refuses integers, `t` as BatchNorm's counters: pass `avg_fn=get_swa_avg_fn()`.
     """
 
     logw: Tensor
