@@ -165,12 +165,19 @@ def select(op: str, device: torch.device, impl: str = "auto") -> str:
     return _chosen[key]
 
 
+def in_use(op: str, device: torch.device) -> str:
+    """The backend that `impl="auto"` means now for `op` on tensors of `device`, by its name; whether or not it runs."""
+    name = _in_use.get()
+    return available(op, device)[0] if name == "auto" else name
+
+
 def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Within the block `impl="auto"` means the backend `name`; "auto" restores the choice by device.
 
     It holds for the thread, or the task of asyncio, that runs the block. Threads that it starts have the default of
-    the process, ALRAO_BACKEND, and so has what a backward pass on a GPU runs anew (activation checkpointing), since
-    autograd has threads of its own there. Compiled code is compiled anew for another backend.
+    the process, ALRAO_BACKEND, and so have functions that a backward pass on a GPU calls, since autograd has threads of
+    its own there; but a head that an activation checkpoint runs again there has the backend of its first run. Compiled
+    code is compiled anew for another backend.
 
     Raises ValueError or TypeError for an unknown name.
     """

@@ -19,12 +19,16 @@ SHAPES = {
     "ragged lanes, joint": (33, 20, 7, 5, None),
     "joint, many chunks": (75, 12, 9, 4, 1),
     "joint, several tasks": (130, 96, 60, 8, None),
+    # 49072 of the 49152 bytes that a block may have, and with the loss's options all of them.
+    "joint, all of shared memory": (3, 4, 2038, 6, None),
     "streamed, ragged last block": (19, 6, 2500, 2, None),
     "streamed, many chunks": (50, 5, 2100, 3, 1),
     "streamed for its many clones": (9, 4, 500, 40, None),
 }
-# Without the one of hundreds of launches.
-SHORT_SHAPES = [name for name in SHAPES if name != "streamed, many chunks"]
+# Without the one of hundreds of launches, and that of one large block.
+SHORT_SHAPES = [
+    name for name in SHAPES if name not in ("streamed, many chunks", "joint, all of shared memory")
+]
 # One of each way through the kernels.
 TILED_SHAPES = ["joint, several tasks", "streamed, ragged last block"]
 OTHER_DTYPES = [dtype for dtype in testing.DTYPES if dtype != torch.float32]

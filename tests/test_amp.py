@@ -102,10 +102,22 @@ def test_a_scaled_step_is_torchs(backend, device, fused):
     assert not any(hasattr(opt, name) for opt in own for name in ("grad_scale", "found_inf"))
 
 
+def refused_by_grad_scaler(dtype, device):
+    """bfloat16 on CUDA, up to torch 2.13 at least: the op by which GradScaler looks at gradients lacks it."""
+    grad, one = torch.ones(1, dtype=dtype, device=device), torch.ones((), device=device)
+    try:
+        torch._amp_foreach_non_finite_check_and_unscale_([grad], torch.zeros_like(one), one)
+    except NotImplementedError:
+        return True
+    return False
+
+
 @pytest.mark.filterwarnings("ignore:.* bare tensors")
 @pytest.mark.parametrize("kind", ["SGD", "Adam"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_of_16_bits(backend, device, dtype, kind):
+    if refused_by_grad_scaler(dtype, device):
+        pytest.skip(f"torch's GradScaler takes no gradients of {dtype} on {device.type}")
     results = []
     for ours in (True, False):
         # As a number of float16 it would be infinite.

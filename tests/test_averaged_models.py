@@ -42,6 +42,9 @@ def observe(switch):
 
 
 def averaged(net, *, steps=20, **arguments):
+    if next(net.parameters()).is_cuda:
+        # torch's own choice there refuses integers: t, and BatchNorm's counter.
+        arguments = arguments or {"avg_fn": swa_utils.get_swa_avg_fn()}
     average = swa_utils.AveragedModel(net, use_buffers=True, **arguments)
     for _ in range(steps):
         observe(net.head.switch)

@@ -3,7 +3,8 @@
 - a parameter, a state tensor or the dict of a parameter's states that was exchanged by hand between two steps counts,
   as in torch.optim, and is what state_dict() saves; so do entries that were taken out or put in;
 - objects are told apart by identity, however equal they are; with the extension and without it;
-- nothing is bound anew while nothing changes; a group that stays is not touched by what happens to another.
+- nothing is bound anew while nothing changes; a group that stays is not touched by what happens to another;
+- a graph of a step on a GPU sends a learning rate that is on the CPU.
 """
 
 import copy
@@ -11,12 +12,17 @@ from collections import UserDict
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alrao_fast import AlraoAdam, AlraoSGD, Constant, _extension, backends
 from alrao_fast.compat import AdamAlrao, SGDAlrao
 from alrao_fast.compat.optim_spec import SGDSpec
+from alrao_fast.ops import dispatch
+from alrao_fast.ops.feature import Lists, Scalars
+from alrao_fast.ops.feature_sgd import OP as SGD
+from alrao_fast.ops.plan import ListPlan
 from alrao_fast.optim import binding
-from alrao_fast.optim.binding import Objects
+from alrao_fast.optim.binding import Call, Objects
 
 
 @pytest.fixture(params=["compiled", "python"])
@@ -329,3 +335,32 @@ def test_the_authors_optimizer_sees_it_too(comparison):
     keep = 1 - 0.5 * 0.1**0.5
     expected = torch.full_like(weight, 100.0 * keep + 1)
     torch.testing.assert_close(spec.state[weight]["momentum_buffer"], expected)
+
+
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_graph_sends_a_learning_rate_to_the_gpu(monkeypatch, impl, dtype):
+    """To read its value there would be no graph. Tensors that only claim to be on a GPU do for tracing."""
+    monkeypatch.setattr(binding, "make_plan", ListPlan)
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def update(param, grad, rate, steps, lr):
+        lists = Lists([param], [], [], [rate], [6], [], steps)
+        options = dict.fromkeys(SGD.options, 0.0) | {"nesterov": False, "authors_momentum": False}
+        return Call(SGD, lists, impl).step([grad], options, Scalars(lr))
+
+    with FakeTensorMode():
+        param, grad, rate = (torch.ones(n, device="cuda") for n in ((8, 6), (8, 6), 8))
+        steps = torch.zeros(1, dtype=torch.int64, device="cuda")
+        traced = torch.compile(update, backend=keep, fullgraph=True)
+        assert traced(param, grad, rate, steps, torch.tensor(0.5, dtype=dtype))
+    [op] = graphs[0].graph.find_nodes(
+        op="call_function", target=dispatch.overload("feature_sgd_", impl)
+    )
+    sent = op.kwargs["lr_tensor"].meta["example_value"]
+    assert sent.is_cuda and sent.dtype in (torch.float32, torch.float64)

@@ -41,6 +41,7 @@ OPTION_SHAPES = [
     "one class",
     "ragged lanes, joint",
     "joint, many chunks",
+    "joint, all of shared memory",
     "streamed, ragged last block",
 ]
 COMBINED = [name for name in testing.LOSS_CASES if name.startswith("all")]
@@ -95,6 +96,10 @@ def test_the_switch_observes_the_likelihood_alone(backend, device, name, shape):
     inputs, options = case(name, *sizes, device=device)
     _, plain = switch_mixture_stats(*inputs, impl=backend)
     _, stats = switch_mixture_stats(*inputs, impl=backend, **options)
+    if backend == "triton" and shape.startswith("streamed"):
+        # With options its rows go through shorter blocks, and a sum of float32 is made in another order.
+        torch.testing.assert_close(stats[0], plain[0], rtol=1e-6, atol=0)
+        stats, plain = stats[1:], plain[1:]
     assert torch.equal(stats, plain)
 
 

@@ -2,7 +2,7 @@
 
 - the bits of the list op, with rates that change in place;
 - parameters and states that are no longer what the plan saw are noticed, and nothing is written;
-- what does not fit is refused; the plan holds its tensors and lets them go.
+- what does not fit is refused; the plan holds its tensors and lets them go, whatever is traced meanwhile.
 """
 
 import gc
@@ -10,6 +10,7 @@ import gc
 import pytest
 import torch
 from feature_harness import ADAM, SGD
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from alrao_fast import backends, testing
 from alrao_fast.ops.feature import FEATURE_OPS, Lists, Scalars
@@ -163,3 +164,21 @@ def test_the_plan_holds_its_tensors_and_lets_them_go(device):
     assert freed
     with pytest.raises(RuntimeError, match=f"got plan {number}"):
         other.step_of_number(number, problem.grads)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "pre-dispatch"])
+def test_a_trace_does_not_see_that_a_plan_goes(device, mode):
+    """The garbage collection may come at any time."""
+    plans = [one(device)[0] for _ in range(2)]
+    number = plans[0].number
+
+    def double(x):
+        plans[0] = None
+        gc.collect()
+        return 2 * x
+
+    options = {"pre_dispatch": True} if mode == "pre-dispatch" else {"tracing_mode": mode}
+    graph = make_fx(double, **options)(torch.ones(2, device=device))
+    assert "alrao" not in graph.code
+    with pytest.raises(RuntimeError, match=f"got plan {number}"):
+        plans[1].step_of_number(number, [torch.ones(8, 6, device=device)])

@@ -4,6 +4,7 @@
   inside and outside, with the results of some ops kept; another library's checkpoint; any head and criterion.
 - Several forwards before their backwards, with the same targets; graphs that are walked twice; targets made inside.
 - Compiled models in a checkpoint, and checkpoints in what is compiled.
+- A backward in another thread, as autograd has them on a GPU: the second run is on the backend of the first.
 - A forward in a backward that is no second run is an ordinary one; nothing is looked for without a checkpoint.
 """
 
@@ -11,6 +12,8 @@ import contextlib
 import copy
 import functools
 import gc
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 
 import pytest
 import torch
@@ -18,6 +21,8 @@ from clones_harness import C, D, assert_same, classifier, concentrate, regressor
 from torch import nn
 from torch.utils import checkpoint as torch_checkpoint
 
+from alrao_fast import backends
+from alrao_fast.compiler import assume_constant_result
 from alrao_fast.nn import AlraoModel
 from alrao_fast.nn.recomputation import _Calls, checkpoints
 
@@ -174,6 +179,73 @@ def test_on_every_backend(backend, make, checkpoint):
     training(net, whole, batches, checkpoint)
     training(twin, whole, batches, plain)
     assert_same_training(net, twin)
+
+
+def backward_in_a_thread(loss):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(loss.backward).result()
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """The implementations of the mixture that were chosen, each at its first call or in a trace."""
+    names, choose = [], backends._choose
+
+    @assume_constant_result
+    def noted(op, *others):
+        name = choose(op, *others)
+        if op == OP:
+            names.append(name)
+        return name
+
+    monkeypatch.setattr(backends, "_choose", noted)
+    monkeypatch.setattr(backends, "_chosen", {})
+    return names
+
+
+@every_checkpoint
+@pytest.mark.parametrize("make", [classifier, regressor])
+@pytest.mark.parametrize("targets", [True, False], ids=["loss", "prediction"])
+def test_backward_in_another_thread(chosen, make, targets, checkpoint):
+    net, (x, y) = model(make), data(make)
+    with backends.use_backend("reference"):
+        if targets:
+            loss = whole(net, x[0], y[0], checkpoint)
+        else:
+            loss = checkpoint(net, x[0].clone().requires_grad_()).sum()
+        backward_in_a_thread(loss)
+    assert set(chosen) == {"reference"}
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_backward_of_a_compiled_model_in_another_thread(chosen):
+    torch._dynamo.reset()
+    net, (x, y) = model(), data()
+    compiled = torch.compile(net, backend="aot_eager")
+    with backends.use_backend("reference"):
+        loss = non_reentrant(lambda x: compiled(x, targets=y[0]), x[0].clone().requires_grad_())
+        backward_in_a_thread(loss)
+    assert set(chosen) == {"reference"}
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_another_default_of_the_process(monkeypatch, chosen, name):
+    """What ALRAO_BACKEND says is what the other thread has in use."""
+    monkeypatch.setattr(backends, "_in_use", ContextVar("in use", default="reference"))
+    net, (x, y) = model(), data()
+    with backends.use_backend(name):
+        backward_in_a_thread(whole(net, x[0], y[0], non_reentrant))
+    expected = backends.available(OP, torch.device("cpu"))[0] if name == "auto" else name
+    assert set(chosen) == {expected}
+
+
+def test_log_likelihoods_backward_in_another_thread(chosen):
+    """It has checkpoints of its own, around its chunks."""
+    head = classifier(memory_budget=1)
+    with backends.use_backend("reference"):
+        log_prob, _ = head.log_likelihood(torch.randn(8, D), torch.randint(C, (8,)))
+        backward_in_a_thread(log_prob.sum())
+    assert set(chosen) == {"reference"}
 
 
 @every_checkpoint

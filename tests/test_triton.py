@@ -94,7 +94,8 @@ def everything(function, inputs, target, impl, **options):
 NAMES = "loss nll count dx dweight dbias log_prob dx_log_prob dweight_log_prob dbias_log_prob"
 
 
-def compare(inputs, budget, function=switch_mixture_stats, target=None):
+def compare(inputs, budget, function=switch_mixture_stats, target=None, slack=None):
+    """`slack` stands for what the budgets allow."""
     target = inputs.target if target is None else target
     wide = inputs._replace(**{k: getattr(inputs, k).double() for k in ("x", "weight", "bias")})
     wide_target = target.double() if target.is_floating_point() else target
@@ -104,8 +105,8 @@ def compare(inputs, budget, function=switch_mixture_stats, target=None):
     dtype = inputs.x.dtype
     for name, got, own, exact in zip(NAMES.split(), actual, reference, truth, strict=True):
         assert got.dtype == own.dtype, name
-        slack = 4e-6 if got.dtype == torch.float64 and dtype != torch.float64 else None
-        testing.assert_within_budget(got, own, exact, name, slack=slack)
+        usual = 4e-6 if got.dtype == torch.float64 and dtype != torch.float64 else None
+        testing.assert_within_budget(got, own, exact, name, slack=slack or usual)
 
 
 @pytest.mark.interpreted(budget=WHOLE)
@@ -140,7 +141,12 @@ def test_every_regime_in_every_size(budget, sizes):
     if sizes[2] == 1:
         # The log-probability of the only class is 0, and nothing relative to it is small.
         inputs = inputs._replace(log_posterior=inputs.log_posterior - 1)
-    compare(inputs, budget)
+    # Float32 knows logits of up to 150 to an ulp of 1.5e-5, and a shift of one moves a probability by a quarter of it.
+    # Which way the sum of 70 products falls differs with its order: bias first, as Triton's chain of FMAs has it on a
+    # GPU, dx is off by 6e-6, the bias last by 2e-6.
+    logits = torch.einsum("bd,ncd->bnc", inputs.x, inputs.weight) + inputs.bias
+    ulp = torch.finfo(torch.float32).eps * logits.abs().max().item()
+    compare(inputs, budget, slack=max(4e-6, ulp))
 
 
 @pytest.mark.interpreted(budget=WHOLE)

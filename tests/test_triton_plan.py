@@ -21,8 +21,11 @@ pytestmark = [
     pytest.mark.interpreted,
 ]
 DEVICE = backends.device_of("triton")
-MOMENTUM = dict.fromkeys(SGD.options, 0.0) | {"momentum": 0.5}
-MOMENTS = dict.fromkeys(ADAM.options, 0.5) | {"decoupled": False, "authors_eps": False}
+# Flags are no numbers: Triton compiles no `if` for a float, and takes one that equals a known flag for that.
+PLAIN = {"nesterov": False, "authors_momentum": False}
+MOMENTUM = dict.fromkeys(SGD.options, 0.0) | {"momentum": 0.5} | PLAIN
+AMSGRAD = {"amsgrad": True, "decoupled": False, "authors_eps": False}
+MOMENTS = dict.fromkeys(ADAM.options, 0.5) | AMSGRAD
 
 
 def lists_of(op, options):

@@ -86,25 +86,54 @@ def loss_of(observe, net, x, y):
     return loss.item()
 
 
-@pytest.mark.emulated
-@pytest.mark.parametrize("cause", CAUSES)
-@pytest.mark.parametrize("make", [classifier, regressor])
-@pytest.mark.parametrize("observe", [by_likelihood, by_criterion, in_checkpoint])
-def test_each_cause_is_told_once(backend, observe, make, cause):
+def assert_told_once(observe, make, cause, *, late):
+    """late: as on a GPU, where the loss of observation 4 is looked at in the step after it."""
     net, (x, y) = model(make), batch(make)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
             loss_of(observe, net, x, y)
-    pattern = cause(net, x, y)
+        pattern = cause(net, x, y)
+        if late:
+            assert not math.isfinite(loss_of(observe, net, x, y))
+    when = "by" if late else "at"
     with pytest.warns(
-        RuntimeWarning, match=f"the loss is not finite at observation 4: .*{pattern}"
+        RuntimeWarning, match=f"the loss is not finite {when} observation 4: .*{pattern}"
     ):
         assert not math.isfinite(loss_of(observe, net, x, y))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(5):
             loss_of(observe, net, x, y)
+
+
+every_way = pytest.mark.parametrize("observe", [by_likelihood, by_criterion, in_checkpoint])
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("cause", CAUSES)
+@pytest.mark.parametrize("make", [classifier, regressor])
+@every_way
+def test_each_cause_is_told_once(backend, device, observe, make, cause):
+    assert_told_once(observe, make, cause, late=device.type == "cuda")
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+@pytest.mark.parametrize("make", [classifier, regressor])
+@every_way
+def test_each_cause_is_told_once_on_a_gpu(monkeypatch, observe, make, cause):
+    """Without one: the losses only say that they are there, and arrive before the next step."""
+    look = Watch.look
+
+    def look_there(watch, head, loss, *others):
+        with monkeypatch.context() as patch:
+            device = FakeDevice(patch)
+            device.arrived = True
+            # What an earlier look has sent is on a device of its own.
+            look(watch, head, device.loss(loss.item(), waits=True), *others)
+
+    monkeypatch.setattr(Watch, "look", look_there)
+    assert_told_once(observe, make, cause, late=True)
 
 
 def test_two_causes_are_told_apart():

@@ -138,7 +138,7 @@ class LinearClones(WithRates):
         """
         CRITERION.check("criterion", criterion)
         check_together("bias", features=features, weight=self.weight, bias=self.bias)
-        posterior, observing = self.switch.mixing_posterior(observing=self.training)
+        posterior, observing, _ = self.switch.mixing_posterior(observing=self.training)
         loss, stats = mixture_of_losses(self, features, criterion, posterior)
         if observing:
             self._observe(stats)
@@ -181,7 +181,7 @@ class LinearClones(WithRates):
         switch = self.switch
         reduction = self.reduction if reduction is None else reduction
         weighting = Weighting.of(reduction, sample_weight, num_items_in_batch, features)
-        posterior, observing = switch.mixing_posterior(observing=observe and self.training)
+        posterior, observing, impl = switch.mixing_posterior(observing=observe and self.training)
         # With other processes the statistics must be summed first.
         alone = observing and switch.is_alone()
         loss, stats = mixture_stats(
@@ -190,6 +190,7 @@ class LinearClones(WithRates):
             targets,
             weighting,
             self.memory_budget,
+            impl,
             observer=self._observer() if alone else None,
         )
         if observing:
@@ -343,7 +344,7 @@ class ClassifierClones(LinearClones):
         if targets is None:
             no_loss(sample_weight, num_items_in_batch, reduction)
             # A fresh tensor: a later training step may update the posterior before this result's backward.
-            posterior, _ = self.switch.mixing_posterior(observing=False)
+            posterior, _, impl = self.switch.mixing_posterior(observing=False)
             log_prob = switch_mixture_log_prob(
                 features,
                 self.weight,
@@ -351,6 +352,7 @@ class ClassifierClones(LinearClones):
                 posterior,
                 logit_softcap=self.logit_softcap,
                 memory_budget=self.memory_budget,
+                impl=impl,
             )
             return remember(self, features, log_prob)
         return self.loss(
@@ -381,7 +383,7 @@ class ClassifierClones(LinearClones):
         -inf and 0 where every clone is dead. Computed in chunks of `memory_budget`, never of all samples and classes at
         once. No option of the loss but `logit_softcap` has a part in them, and the switch observes nothing.
         """
-        posterior, _ = self.switch.mixing_posterior(observing=False)
+        posterior, _, impl = self.switch.mixing_posterior(observing=False)
         return log_likelihood(
             features,
             self.weight,
@@ -390,6 +392,7 @@ class ClassifierClones(LinearClones):
             targets,
             self.likelihood(),
             self.memory_budget,
+            impl,
         )
 
     def counted(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from alrao_fast import backends
 from alrao_fast.ops import derivatives
 from alrao_fast.ops.checks import check_together
 from alrao_fast.ops.mixture import checks, switch_mixture_log_prob
@@ -29,6 +30,7 @@ def log_likelihood(
     targets: Tensor,
     likelihood: Classes,
     memory_budget: int | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """See `ClassifierClones.log_likelihood`; the posterior is the normalised one of predictions."""
     check_together("bias", features=features, weight=weight, bias=bias, targets=targets)
@@ -37,11 +39,13 @@ def log_likelihood(
     target = likelihood.rows(targets, samples, weight)
     likelihood.check_target(target, x, weight)
     memory = checks.budget(x, memory_budget)
+    # By its name: on a GPU the backward runs the chunks in a thread that may have another one in use.
+    impl = backends.select(checks.OP, x.device, impl)
     wide = checks.accumulator(x.dtype)
     size = max(memory // (_TENSORS * weight.size(1) * wide.itemsize), 1)
 
     def chunk(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return _chunk(x, weight, bias, log_posterior, target, likelihood, memory)
+        return _chunk(x, weight, bias, log_posterior, target, likelihood, memory, impl)
 
     parts = list(zip(x.split(size), target.split(size), strict=True))
     again = len(parts) > 1 and torch.is_grad_enabled() and not derivatives.transformed()
@@ -63,6 +67,7 @@ def _chunk(
     target: Tensor,
     likelihood: Classes,
     memory_budget: int,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     hard = target.dim() == 1
     counted = likelihood.counted(target)
@@ -75,6 +80,7 @@ def _chunk(
         log_posterior,
         logit_softcap=likelihood.softcap or None,
         memory_budget=memory_budget,
+        impl=impl,
     )
     # An impossible class has no part in a sum over classes, nor in its gradient.
     possible = torch.where(logp > -math.inf, logp, 0)

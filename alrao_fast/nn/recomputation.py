@@ -1,8 +1,10 @@
-"""Activation checkpointing: a forward that runs again in the backward mixes by the posterior of its first run.
+"""Activation checkpointing: a forward that runs again in the backward mixes by the posterior of its first run, and on
+its backend.
 
 A checkpoint drops the activations of what runs inside it and runs it a second time when the backward needs them. By
-then the switch has moved on. So inside a checkpoint the log-posterior of each forward is kept, on an object that lives
-as long as the checkpoint does, and the forwards of the second run take them in the same order:
+then the switch has moved on, and on a GPU another thread may have another backend in use. So inside a checkpoint the
+log-posterior and the backend of each forward are kept, on an object that lives as long as the checkpoint does, and the
+forwards of the second run take them in the same order:
 
 - `torch.utils.checkpoint(use_reentrant=False)` works by hooks on saved tensors, whose functions hold its frame.
 - `use_reentrant=True`, and the checkpoints of other libraries, are autograd functions that call the network in their
@@ -14,13 +16,14 @@ Checkpoints may be nested: the second run of the outer one is the first run of a
 import sys
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from alrao_fast import compiler
+from alrao_fast import backends, compiler
+from alrao_fast.ops.mixture import checks
 
 _autograd = torch._C._autograd
 _top_hooks = _autograd._top_saved_tensors_default_hooks
@@ -29,21 +32,31 @@ _graph_task = torch._C._current_graph_task_id
 _ATTRIBUTE = "_alrao_fast_calls"
 
 
+class First(NamedTuple):
+    """What the first run of a forward had: the switch's log-posterior, and the backend in use.
+
+    again: whether this is a further run; in the first the backend is "auto", that is what is in use.
+    """
+
+    log_posterior: Tensor
+    impl: str = "auto"
+    again: bool = False
+
+
 class _Calls:
-    """The log-posteriors of a switch's forwards in one checkpoint, in order, and how far a further run has come."""
+    """What a switch's forwards in one checkpoint had, in order, and how far a further run has come."""
 
     def __init__(self) -> None:
-        self.log_posteriors: list[Tensor] = []
+        self.kept: list[First] = []
         self.run: object = None
         self.position = 0
 
-    def next(self, run: object) -> Tensor | None:
-        """The log-posterior of the next forward of `run`; None if the first run had no such forward."""
+    def next(self, run: object) -> First | None:
+        """What the next forward of `run` had; None if the first run had no such forward."""
         if run != self.run:
             self.run, self.position = run, 0
         self.position += 1
-        kept = self.log_posteriors
-        return kept[self.position - 1] if self.position <= len(kept) else None
+        return self.kept[self.position - 1] if self.position <= len(self.kept) else None
 
 
 class Checkpoints:
@@ -54,20 +67,22 @@ class Checkpoints:
         self._first = first
         self._second = second
 
-    def first_value(self, switch: object, log_posterior: Tensor) -> tuple[Tensor, bool]:
-        """`log_posterior` as it was in the first run of this forward, and whether this is a further run."""
+    def first(self, switch: object, log_posterior: Tensor) -> First:
+        """What the first run of this forward had, which is `log_posterior` if this is it."""
         past = None
         if self._second is not None:
             checkpoint, run = self._second
             calls: _Calls | None = getattr(checkpoint, _ATTRIBUTE, {}).get(switch)
             past = None if calls is None else calls.next(run)
         # One copy in every run: checkpoints that keep the results of some ops count their calls.
-        copy = (log_posterior if past is None else past).clone()
+        copy = (log_posterior if past is None else past.log_posterior).clone()
+        impl = backends.in_use(checks.OP, copy.device) if past is None else past.impl
         for checkpoint in self._first:
             if not hasattr(checkpoint, _ATTRIBUTE):
                 setattr(checkpoint, _ATTRIBUTE, {})
-            getattr(checkpoint, _ATTRIBUTE).setdefault(switch, _Calls()).log_posteriors.append(copy)
-        return (log_posterior, False) if past is None else (copy, True)
+            calls = getattr(checkpoint, _ATTRIBUTE).setdefault(switch, _Calls())
+            calls.kept.append(First(copy, impl, again=True))
+        return First(log_posterior) if past is None else First(copy, impl, again=True)
 
 
 def checkpoints() -> Checkpoints | None:
@@ -84,14 +99,14 @@ def checkpoints() -> Checkpoints | None:
     return Checkpoints(first, second) if first or second else None
 
 
-def first_value(switch: object, log_posterior: Tensor) -> tuple[Tensor, bool]:
-    """What the first run of this forward got as the switch's `log_posterior`, and whether this is a further run."""
+def first_run(switch: object, log_posterior: Tensor) -> First:
+    """What the first run of this forward had, which is the switch's `log_posterior` if this is it."""
     if torch.compiler.is_compiling():
         # Which run it is shows at every call anew: in a checkpoint the graph is left for it.
         inside = _is_traced_in_a_checkpoint()
-        return _outside_of_the_graph(switch, log_posterior) if inside else (log_posterior, False)
+        return _outside_of_the_graph(switch, log_posterior) if inside else First(log_posterior)
     around = checkpoints()
-    return (log_posterior, False) if around is None else around.first_value(switch, log_posterior)
+    return First(log_posterior) if around is None else around.first(switch, log_posterior)
 
 
 @compiler.assume_constant_result
@@ -100,8 +115,8 @@ def _is_traced_in_a_checkpoint() -> bool:
 
 
 @compiler.disable("an activation checkpoint is looked for at every call")
-def _outside_of_the_graph(switch: object, log_posterior: Tensor) -> tuple[Tensor, bool]:
-    return first_value(switch, log_posterior)
+def _outside_of_the_graph(switch: object, log_posterior: Tensor) -> First:
+    return first_run(switch, log_posterior)
 
 
 def _up_to_second_run(

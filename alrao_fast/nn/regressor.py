@@ -63,8 +63,8 @@ class RegressorClones(LinearClones):
         """
         if targets is None:
             no_loss(sample_weight, num_items_in_batch, reduction)
-            posterior, _ = self.switch.mixing_posterior(observing=False, means=True)
-            mean = switch_mixture_mean(features, self.weight, self.bias, posterior)
+            posterior, _, impl = self.switch.mixing_posterior(observing=False, means=True)
+            mean = switch_mixture_mean(features, self.weight, self.bias, posterior, impl=impl)
             return remember(self, features, mean)
         return self.loss(
             features,

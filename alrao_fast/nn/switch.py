@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from alrao_fast.arguments import COUNT, Device, Instance, Optional, checked
-from alrao_fast.nn.recomputation import first_value
+from alrao_fast.nn.recomputation import first_run
 from alrao_fast.ops.switch_update import THETA, switch_update_
 from alrao_fast.reference.switch_update import initial_state
 
@@ -64,7 +64,8 @@ class Switch(FixedDtypeBuffers):
     of another type or out of range.
 
     An average of several models' buffers, as `torch.optim.swa_utils.AveragedModel(use_buffers=True)` keeps one, is the
-    geometric mean of their posteriors, whose sum is less than 1: what reads it normalises it, as an update does.
+    geometric mean of their posteriors, whose sum is less than 1: what reads it normalises it, as an update does. On a
+    GPU torch's default way of averaging refuses integers, `t` as BatchNorm's counters: pass `avg_fn=get_swa_avg_fn()`.
     """
 
     logw: Tensor
@@ -127,17 +128,18 @@ class Switch(FixedDtypeBuffers):
         counts = informed | ~informed.any()
         return torch.where(counts, own["log_posterior"], own["log_posterior"] - 1000)
 
-    def mixing_posterior(self, *, observing: bool, means: bool = False) -> tuple[Tensor, bool]:
-        """The log-posterior `[N]` by which the present forward mixes, and whether this forward observes.
+    def mixing_posterior(self, *, observing: bool, means: bool = False) -> tuple[Tensor, bool, str]:
+        """The log-posterior `[N]` by which the present forward mixes, whether this forward observes, and its `impl`.
 
         One that is to observe gets `log_posterior` itself, the others a fresh tensor, `means` that of
         `log_posterior_of_means`. The second run of a forward inside an activation checkpoint gets what the first one
-        had, and observes nothing.
+        had, its backend too, and observes nothing.
         """
         own: dict[str, Any] = self._buffers
         present = self.log_posterior_of_means() if means else own["log_posterior"]
-        log_posterior, again = first_value(self, present)
-        return log_posterior if observing else normalized(log_posterior), observing and not again
+        log_posterior, impl, again = first_run(self, present)
+        mixing = log_posterior if observing else normalized(log_posterior)
+        return mixing, observing and not again, impl
 
     def update(self, log_likelihood: Tensor) -> None:
         """Take the clones' log-likelihoods `[N]` (float32 or float64) as one observation.

@@ -237,31 +237,38 @@ def _bump_versions(lists: Lists) -> None:
             torch.autograd.graph.increment_version(tensors)
 
 
-def as_lists(op: FeatureOp, arguments: Mapping[str, Any]) -> tuple[Lists, list[Tensor]]:
+def as_lists(
+    op: FeatureOp,
+    steps: Any,
+    inners: Sequence[int] | None,
+    seeds: Sequence[int] | None,
+    **tensors: Sequence[Tensor] | None,
+) -> tuple[Lists, list[Tensor]]:
     """What a public function was given as its lists, and the gradients; raises as `feature_checks.as_list` does.
 
-    Without `inners` features run along dim 0, or there is a single rate.
+    tensors: params, grads, rates, masters, and every state's list by its name. Without `inners` features run along dim
+    0, or there is a single rate.
     """
-    lists = {name: arguments[name] for name in ("params", "grads", "rates")}
-    states = {f"{state}s": arguments[f"{state}s"] for state in op.states}
-    may_lack = {"masters", "inners", "seeds", *list(states)[op.fixed_states :]}
-    numbers = {name: arguments[name] for name in ("inners", "seeds")}
+    states = [f"{state}s" for state in op.states]
+    names = ("params", "grads", "rates", *states, "masters")
+    may_lack = {"masters", *states[op.fixed_states :]}
     given = {
-        name: feature_checks.as_list(
-            f"{op.stem}_", name, values, optional=name in may_lack, integers=name in numbers
-        )
-        for name, values in {**lists, **states, "masters": arguments["masters"], **numbers}.items()
+        name: feature_checks.as_list(f"{op.stem}_", name, tensors[name], optional=name in may_lack)
+        for name in names
+    }
+    numbers = {
+        name: feature_checks.as_list(f"{op.stem}_", name, values, optional=True, integers=True)
+        for name, values in (("inners", inners), ("seeds", seeds))
     }
     params, rates = given["params"], given["rates"]
-    if arguments["inners"] is None:
-        given["inners"] = [
+    if inners is None:
+        numbers["inners"] = [
             param.stride(0) if param.dim() and rate.numel() != 1 else 1
             for param, rate in zip(params, rates, strict=False)
         ]
     present = [given[name] for k, name in enumerate(states) if k < op.fixed_states or given[name]]
-    steps = arguments["steps"]
     # Without states that are there always, the caller has steps of its own.
     if steps is not None or op.fixed_states:
         feature_checks.check_entry(f"{op.stem}_", "steps", steps)
-    masters, inners, seeds = (given[name] for name in ("masters", "inners", "seeds"))
-    return Lists(params, present, masters, rates, inners, seeds, steps), given["grads"]
+    lists = Lists(params, present, given["masters"], rates, **numbers, steps=steps)
+    return lists, given["grads"]

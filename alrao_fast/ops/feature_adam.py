@@ -88,10 +88,31 @@ def feature_adam_(
         RuntimeError: tensors that do not fit together.
         ValueError, alrao_fast.backends.BackendUnavailableError: `impl` is unknown or cannot run here.
     """
-    arguments = locals()
-    options = checked(OPTIONS, arguments)
+    # Not locals(): torch.compile of 2.11 does not trace it.
+    options = checked(
+        OPTIONS,
+        {
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "eps_rule": eps_rule,
+        },
+    )
     scalars = Scalars(lr, maximize, grad_scale, found_inf).checked()
-    lists, gradients = as_lists(OP, arguments)
+    lists, gradients = as_lists(
+        OP,
+        steps,
+        inners,
+        seeds,
+        params=params,
+        grads=grads,
+        exp_avgs=exp_avgs,
+        exp_avg_sqs=exp_avg_sqs,
+        max_exp_avg_sqs=max_exp_avg_sqs,
+        rates=rates,
+        masters=masters,
+    )
     if not lists.params:
         return
     OP(

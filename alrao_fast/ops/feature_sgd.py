@@ -91,11 +91,30 @@ def feature_sgd_(
         RuntimeError: tensors that do not fit together.
         ValueError, alrao_fast.backends.BackendUnavailableError: `impl` is unknown or cannot run here.
     """
-    arguments = locals()
-    options = checked(OPTIONS, arguments)
+    # Not locals(): torch.compile of 2.11 does not trace it.
+    options = checked(
+        OPTIONS,
+        {
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "momentum_rule": momentum_rule,
+        },
+    )
     authors = options.pop("momentum_rule") == "authors"
     scalars = Scalars(lr, maximize, grad_scale, found_inf).checked()
-    lists, gradients = as_lists(OP, arguments)
+    lists, gradients = as_lists(
+        OP,
+        steps,
+        inners,
+        seeds,
+        params=params,
+        grads=grads,
+        rates=rates,
+        momentum_buffers=momentum_buffers,
+        masters=masters,
+    )
     if not lists.params:
         return
     if steps is None:

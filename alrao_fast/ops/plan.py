@@ -3,6 +3,7 @@
 Eager mode only; under torch.compile the list ops are the honest graph nodes.
 """
 
+import contextlib
 import weakref
 from functools import partial
 from importlib import import_module
@@ -10,7 +11,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd.graph import increment_version
+from torch.utils._python_dispatch import _disable_current_modes
 
 from alrao_fast.ops import dispatch
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
@@ -31,7 +34,14 @@ dispatch.LIB.impl(
 _make = torch.ops.alrao_fast._feature_plan.default
 _set_options = torch.ops.alrao_fast._feature_plan_options.default
 _step = torch.ops.alrao_fast._feature_plan_step_.default
-_free = torch.ops.alrao_fast._feature_plan_free.default
+_free_op = torch.ops.alrao_fast._feature_plan_free.default
+
+
+def _free(number: int) -> None:
+    """Called by the garbage collection, at any time: no mode that traces or observes ops just then shall see it."""
+    modes = torch._C._len_torch_dispatch_stack() + _len_torch_dispatch_stack_pre_dispatch()
+    with _disable_current_modes() if modes else contextlib.nullcontext():
+        _free_op(number)
 
 
 class Plan(Protocol):

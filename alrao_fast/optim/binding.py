@@ -67,15 +67,18 @@ class Call:
         return updated
 
     def _there(self, scalars: Scalars) -> Scalars:
-        """Scalars in tensors must be where the parameters are. A learning rate on the CPU needs no waiting."""
+        """Scalars in tensors must be where the parameters are. A learning rate on the CPU needs no waiting: its value
+        is known; a graph does not know it, and sends the tensor."""
         lr, maximize, grad_scale, found_inf = scalars
         if not isinstance(lr, Tensor) and grad_scale is None and found_inf is None:
             return scalars
         device = self.lists.steps.device
         if isinstance(lr, Tensor):
             if lr.device != device:
-                lr = float(lr) if lr.device.type == "cpu" else lr.to(device)
-            elif lr.dtype not in (torch.float32, torch.float64):
+                known = lr.device.type == "cpu"
+                traced = torch.compiler.is_compiling()
+                lr = float(lr) if known and not traced else lr.to(device, non_blocking=known)
+            if isinstance(lr, Tensor) and lr.dtype not in (torch.float32, torch.float64):
                 lr = lr.double()
         grad_scale = None if grad_scale is None else grad_scale.to(device)
         found_inf = None if found_inf is None else found_inf.to(device)
