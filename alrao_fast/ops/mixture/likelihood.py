@@ -204,7 +204,12 @@ class Classes(Likelihood):
             where = ", probabilities of the classes (or classes, int64), with the samples of x"
             _check_shape(target, (*samples, weight.size(1)), where)
             wide = checks.accumulator(weight.dtype)
-            return target.detach().reshape(-1, weight.size(1)).to(wide)
+            # No call that does nothing, as this runs in every training step.
+            if target.requires_grad:
+                target = target.detach()
+            if target.dim() != 2:
+                target = target.reshape(-1, weight.size(1))
+            return target if target.dtype == wide else target.to(wide)
         _check_shape(target, samples, ", that of x without the features")
         if target.is_floating_point():
             # For the op it would be one dimension short.

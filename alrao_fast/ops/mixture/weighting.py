@@ -85,7 +85,11 @@ class Weighting(NamedTuple):
                     f"sample_weight: got shape {list(sample_weight.shape)}, expected {list(x.shape[:-1])}, that of x "
                     "without the features"
                 )
-            sample_weight = sample_weight.detach().reshape(-1)
+            # This runs in every training step: no call that does nothing.
+            if sample_weight.requires_grad:
+                sample_weight = sample_weight.detach()
+            if sample_weight.dim() != 1:
+                sample_weight = sample_weight.reshape(-1)
         return cls(reduction, sample_weight, num_items, per_sample=reduction == "none")
 
     def factors(self, target: Any, options: Factors, backend: str) -> Prepared:
