@@ -31,6 +31,7 @@ from alrao_fast.kernels.feature import frame, sgd
 from alrao_fast.kernels.feature.plan import SMALL, Lists
 from alrao_fast.kernels.mixture import log_prob as mixture_log_prob
 from alrao_fast.kernels.mixture import loss as mixture_loss
+from alrao_fast.kernels.mixture import weights as mixture_weights
 from triton_aot import TARGETS, Start, compile_for, record
 
 pytestmark = [pytest.mark.xdist_group("triton_compile"), pytest.mark.long(90)]
@@ -153,8 +154,24 @@ def mixture_with_options(dtype, shape, *, soft=False, label_smoothing=0.1) -> li
     return record(run)
 
 
+def loss_weights(dtype) -> list[Start]:
+    """The factors of the losses, of classes and of probabilities, with all of their options and without."""
+    classes, soft = torch.zeros(40, dtype=torch.int64), torch.ones(40, 3000, dtype=dtype)
+    v, w = torch.ones(40, dtype=dtype), torch.ones(3000, dtype=dtype)
+    items = torch.tensor(40)
+
+    def run() -> None:
+        for target in (classes, soft):
+            op = mixture_weights.switch_mixture_weights
+            op(target, v, w, -100, 0.1, True, 1.0, items)
+            op(target, v, None, -100, 0.0, False, 2.0)
+        op(soft, None, None, -100, 0.0, True, 1.0)
+
+    return record(run)
+
+
 def mixtures() -> list[Start]:
-    found = []
+    found = [*loss_weights(torch.float32), *loss_weights(torch.float64)]
     for dtype, shape in MIXTURES:
         found += mixture(dtype, shape)
     # With TF32 the products of a small problem, and the fused kernels.

@@ -16,6 +16,11 @@ inline torch::stable::Tensor dense(const torch::stable::Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+inline std::optional<torch::stable::Tensor> dense(
+    const std::optional<torch::stable::Tensor>& tensor) {
+  return tensor ? std::optional(dense(*tensor)) : std::nullopt;
+}
+
 // x [B, D], weight [N, C, D], bias [N, C], log_posterior [N].
 struct MixtureInputs {
   torch::stable::Tensor x, weight;
@@ -31,12 +36,19 @@ struct SwitchObserver {
 };
 
 // Options at the end of the schemas (alrao_fast/ops/mixture/likelihood.py). row_weight [B] and
-// class_weight [C] are of the type that x is computed in. Values have row_weight and per_sample.
+// class_weight [C] are of the type that x is computed in; likeliest [B] are the classes of the
+// largest probabilities. Without row_weight a sum is divided by the divisor and by num_items, a
+// tensor of one. Values have no options of classes.
 struct LossExtras {
   std::optional<torch::stable::Tensor> row_weight, class_weight;
   double label_smoothing = 0, z_loss = 0, softcap = 0;
   bool per_sample = false;
+  double divisor = 1;
+  std::optional<torch::stable::Tensor> num_items, likeliest;
 
+  bool divides() const { return divisor != 1 || num_items; }
+
+  // Whether the kernels with options are taken.
   bool any() const {
     return row_weight || class_weight || label_smoothing != 0 || z_loss != 0 || softcap != 0 ||
            per_sample;
@@ -54,6 +66,32 @@ struct LossArguments {
   LossExtras extras;
   std::optional<SwitchObserver> observer;
 };
+
+// Of switch_mixture_weights (alrao_fast/ops/mixture/weighting.py).
+struct WeightArguments {
+  torch::stable::Tensor target;
+  std::optional<torch::stable::Tensor> sample_weight, class_weight;
+  int64_t ignore_index;
+  double label_smoothing;
+  bool mean;
+  double divisor;
+  std::optional<torch::stable::Tensor> num_items;
+  bool copy;
+
+  bool soft() const { return is_soft(target); }
+  // Whether the losses themselves have weights of classes.
+  bool within() const { return class_weight && (soft() || label_smoothing != 0); }
+  // One that has the type of the arithmetic.
+  const torch::stable::Tensor& like() const {
+    return soft() ? target : sample_weight ? *sample_weight : *class_weight;
+  }
+};
+
+// Targets [B, C] that sum to 1 (none of classes, nor where those given do and no copy is asked
+// for), factors [B], weights [C] of mean 1 where the losses themselves have them, and the likeliest
+// classes [B] of distributions.
+using Weights = std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+                           torch::stable::Tensor>;
 
 // Log-probabilities [B, C], and log_mass [B]: the logarithm of what the posterior of the clones
 // alive for the sample adds up to, by which it was normalised.

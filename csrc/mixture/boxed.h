@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "common/checks.h"
-#include "mixture/arguments.h"
+#include "mixture/checks.h"
 
 namespace alrao {
 
@@ -52,7 +52,7 @@ void boxed_loss(StableIValue* values, uint64_t num_arguments, uint64_t) {
   const auto fields = likelihood.fields();
   static_assert(std::tuple_size_v<decltype(likelihood.fields())> == 1);
   constexpr bool kClasses = std::is_same_v<Options, ClassesOptions>;
-  Stack stack(values, num_arguments, 10 + (kObserved ? 5 : 0) + (kClasses ? 6 : 2));
+  Stack stack(values, num_arguments, 10 + (kObserved ? 5 : 0) + (kClasses ? 9 : 4));
   const auto take_into = [&](auto& option) {
     option = stack.take<std::decay_t<decltype(option)>>();
   };
@@ -76,8 +76,28 @@ void boxed_loss(StableIValue* values, uint64_t num_arguments, uint64_t) {
     take_into(extras.softcap);
   }
   take_into(extras.per_sample);
+  take_into(extras.divisor);
+  take_into(extras.num_items);
+  if constexpr (kClasses) take_into(extras.likeliest);
   stack.put(kRun({std::move(inputs), std::move(target), likelihood, options, std::move(extras),
                   std::move(observer)}));
+}
+
+template <Weights (*kRun)(const WeightArguments&)>
+void boxed_weights(StableIValue* values, uint64_t num_arguments, uint64_t) {
+  using torch::stable::Tensor;
+  Stack stack(values, num_arguments, 9);
+  const WeightArguments arguments{dense(stack.take<Tensor>()),
+                                  dense(stack.take<std::optional<Tensor>>()),
+                                  dense(stack.take<std::optional<Tensor>>()),
+                                  stack.take<int64_t>(),
+                                  stack.take<double>(),
+                                  stack.take<bool>(),
+                                  stack.take<double>(),
+                                  stack.take<std::optional<Tensor>>(),
+                                  stack.take<bool>()};
+  check_weights(arguments);
+  stack.put(kRun(arguments));
 }
 
 template <LogProbOutputs (*kRun)(const MixtureInputs&, int64_t memory_budget, double softcap)>

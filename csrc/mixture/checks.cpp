@@ -37,6 +37,13 @@ MixtureSizes check_mixture(const MixtureInputs& inputs, int64_t memory_budget) {
 
 namespace {
 
+void check_num_items(const Tensor& items, ScalarType wide, const Tensor& other) {
+  ALRAO_CHECK(items.numel() == 1, "num_items: got shape ", shape_of(items),
+              ", expected one number");
+  check_dtype("num_items", items, {wide, ScalarType::Long});
+  check_same_device("num_items", items, "the others", other);
+}
+
 void check_extras(const LossArguments& arguments, const MixtureSizes& sizes, ScalarType wide) {
   const Tensor& x = arguments.inputs.x;
   const LossExtras& extras = arguments.extras;
@@ -59,6 +66,17 @@ void check_extras(const LossArguments& arguments, const MixtureSizes& sizes, Sca
               "mean: got True, expected False with row_weight or per_sample");
   ALRAO_CHECK(!extras.per_sample || !(options.need_dx || options.need_dw),
               "per_sample: got True, expected False where gradients are needed");
+  ALRAO_CHECK(extras.divisor > 0, "divisor: got ", extras.divisor, ", expected a number > 0");
+  if (extras.num_items) check_num_items(*extras.num_items, wide, x);
+  ALRAO_CHECK(!extras.divides() || !(options.mean || extras.row_weight || extras.per_sample),
+              "divisor: got one, expected none with mean, row_weight or per_sample");
+  if (extras.likeliest) {
+    ALRAO_CHECK(is_soft(arguments.target) && !arguments.likelihood.gaussian,
+                "likeliest: got classes, expected None without probabilities");
+    check_shape("likeliest", *extras.likeliest, {sizes.samples});
+    check_dtype("likeliest", *extras.likeliest, {ScalarType::Long});
+    check_same_device("likeliest", *extras.likeliest, "x", x);
+  }
 }
 
 }  // namespace
@@ -90,6 +108,29 @@ MixtureSizes check_loss(const LossArguments& arguments) {
                 ", expected a positive variance that is finite");
   }
   return sizes;
+}
+
+void check_weights(const WeightArguments& a) {
+  const bool soft = a.target.scalar_type() != ScalarType::Long;
+  ALRAO_CHECK(a.target.dim() == (soft ? 2 : 1), "target: got shape ", shape_of(a.target),
+              ", expected classes [B], or distributions [B, C]");
+  ALRAO_CHECK(soft || a.sample_weight || a.class_weight,
+              "sample_weight: got None, expected weights of samples or of classes");
+  const Tensor& like = a.like();
+  check_dtype("weights", like, {ScalarType::Float, ScalarType::Double});
+  if (a.sample_weight) {
+    check_same_dtype("sample_weight", *a.sample_weight, "the others", like);
+    check_shape("sample_weight", *a.sample_weight, {a.target.size(0)});
+    check_same_device("sample_weight", *a.sample_weight, "target", a.target);
+  }
+  if (a.class_weight) {
+    check_same_dtype("class_weight", *a.class_weight, "the others", like);
+    ALRAO_CHECK(a.class_weight->dim() == 1 && a.class_weight->numel() > 0 &&
+                    (!soft || a.class_weight->size(0) == a.target.size(1)),
+                "class_weight: got shape ", shape_of(*a.class_weight), ", expected one per class");
+    check_same_device("class_weight", *a.class_weight, "target", a.target);
+  }
+  if (a.num_items) check_num_items(*a.num_items, like.scalar_type(), a.target);
 }
 
 MixtureSizes check_log_prob_gradient(const LogProbGradient& arguments) {

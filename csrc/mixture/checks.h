@@ -17,6 +17,8 @@ void check_softcap(double softcap);
 // values [B, K] of x's dtype.
 MixtureSizes check_loss(const LossArguments& arguments);
 
+void check_weights(const WeightArguments& arguments);
+
 // `grad` and `log_prob` are [B, C], `log_mass` is [B], of the type that x is computed in.
 MixtureSizes check_log_prob_gradient(const LogProbGradient& arguments);
 

@@ -28,6 +28,15 @@ from .stream import mixture_stream
 from .tile import mixture_tile
 
 
+@triton.jit
+def load_divisor(items_ptr, divisor, HAS_ITEMS: tl.constexpr):
+    """What a sum is divided by."""
+    value = tl.full([], divisor, tl.float64)
+    if HAS_ITEMS:
+        value *= tl.load(items_ptr).to(tl.float64)
+    return value
+
+
 @triton.jit(do_not_specialize=["num_samples", "ignore_index"])
 def prepare_kernel(
     target_ptr,
@@ -38,15 +47,18 @@ def prepare_kernel(
     num_clones,
     ignore_index,
     row_weight_ptr,
+    items_ptr,
+    divisor: tl.float64,
     MEAN: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     HAS_ROW_WEIGHT: tl.constexpr,
+    HAS_ITEMS: tl.constexpr,
     N_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Counts the samples; clears the flags of dead clones, and that of anything not finite behind them.
 
-    The norm is one over the count, or the largest size of a weight.
+    The norm is one over the count or the divisor, or the largest size of a weight.
     """
     n = tl.arange(0, N_P)
     tl.store(dead_ptr + n, tl.zeros([N_P], tl.int32), mask=n <= num_clones)
@@ -77,9 +89,10 @@ def prepare_kernel(
             counts += tl.where(mask & (target != ignore_index), 1, 0).to(tl.int64)
         count = tl.sum(counts, 0)
     tl.store(count_ptr, count.to(tl.float64))
-    norm = tl.full([], 1.0, tl.float64)
     if MEAN:
         norm = 1.0 / tl.where(count > 0, count, 1).to(tl.float64)
+    else:
+        norm = 1.0 / load_divisor(items_ptr, divisor, HAS_ITEMS)
     if HAS_ROW_WEIGHT:
         norm = tl.where(largest > 0.0, largest, 1.0)
     tl.store(norm_ptr, norm.to(norm_ptr.dtype.element_ty))
@@ -95,7 +108,10 @@ def finish_kernel(
     stats_ptr,
     num_samples,
     num_clones,
+    items_ptr,
+    divisor: tl.float64,
     MEAN: tl.constexpr,
+    HAS_ITEMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program n < N: the statistics of clone n; program N: the loss. Sums in float64."""
@@ -110,6 +126,8 @@ def finish_kernel(
         loss = tl.sum(total, 0)
         if MEAN:
             loss = loss / tl.where(count > 0, count, 1.0)
+        else:
+            loss = loss / load_divisor(items_ptr, divisor, HAS_ITEMS)
         tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
     else:
         nll = tl.zeros([BLOCK], tl.float64)
@@ -138,8 +156,11 @@ def _mixture(loss: Loss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         num_clones,
         loss.likelihood["ignore_index"],
         loss.options["row_weight_ptr"],
+        loss.items,
+        loss.divisor,
         num_warps=4,
         MEAN=loss.mean,
+        HAS_ITEMS=loss.has_items,
         GAUSSIAN=loss.gaussian,
         HAS_ROW_WEIGHT=loss.options["HAS_ROW_WEIGHT"],
         N_P=triton.next_power_of_2(num_clones + 1),
@@ -165,8 +186,11 @@ def _mixture(loss: Loss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         stats,
         num_samples,
         num_clones,
+        loss.items,
+        loss.divisor,
         num_warps=4,
         MEAN=loss.mean,
+        HAS_ITEMS=loss.has_items,
         BLOCK=1024,
     )
     return loss.mix if loss.per_sample else value, stats, loss.dx, loss.dweight, loss.dbias

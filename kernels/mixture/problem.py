@@ -80,8 +80,14 @@ class Loss:
         soft = None
         if not self.gaussian and self.target.is_floating_point():
             # The target's class, which counts in the accuracy alone, is the likeliest.
-            soft, self.target, option = self.target, self.target.argmax(1), -1
+            likeliest = given["likeliest"]
+            classes = self.target.argmax(1) if likeliest is None else likeliest.contiguous()
+            soft, self.target, option = self.target, classes, -1
         self.per_sample: bool = given["per_sample"]
+        # What a sum is divided by: a number, and a tensor of one.
+        self.divisor: float = given["divisor"]
+        self.has_items = given["num_items"] is not None
+        self.items = given["num_items"] if self.has_items else x
         self.row_weight, class_weight = given["row_weight"], given.get("class_weight")
         added = {k: given.get(k, 0.0) for k in ("label_smoothing", "z_loss", "softcap")}
         any_option = soft is not None or class_weight is not None or any(added.values())

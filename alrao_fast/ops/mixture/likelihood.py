@@ -30,19 +30,25 @@ _SCHEMA_TYPES = {"Tensor | None": "Tensor?"}
 
 @dataclass
 class Likelihood:
-    """The fields of a subclass are the options of its op, `per_sample` the last of them.
+    """The fields of a subclass are the options of its op.
 
     In the schema the first follows the target. The others have defaults and stand at the end, where an option that is
-    added leaves every call of the op, and every exported graph, as good as it was.
+    added leaves every call of the op, and every exported graph, as good as it was. Those of `DEFINING` are the
+    reference's, too, in which weights of samples say what the rest of them does.
     """
 
     OP: ClassVar[str]
+    DEFINING: ClassVar[tuple[str, ...]]
 
     def options(self) -> dict[str, Any]:
         """The options by name."""
         # Not vars(self), which torch.compile of torch 2.11 cannot trace. These are a dataclass's fields.
         names: tuple[str, ...] = self.__match_args__
         return {name: getattr(self, name) for name in names}
+
+    def defining(self) -> dict[str, Any]:
+        """Those of the reference."""
+        return {name: getattr(self, name) for name in self.DEFINING}
 
     def is_plain(self) -> bool:
         """Whether all options but the first have their defaults."""
@@ -89,7 +95,7 @@ class Likelihood:
         if self.is_plain():
             # Every argument of a call costs; the dispatcher has the defaults.
             return *inputs, getattr(self, names[0]), *needs, *observer
-        own, *added = self.options().values()
+        own, *added = [getattr(self, name) for name in names]
         return *inputs, own, *needs, *observer, *added
 
     @classmethod
@@ -118,6 +124,16 @@ class Likelihood:
             not (per_sample and need_gradients),
             "per_sample: got True, expected False where gradients are needed",
         )
+        divisor, num_items = options["divisor"], options["num_items"]
+        check(divisor > 0, f"divisor: got {divisor:g}, expected a number > 0")
+        if num_items is not None:
+            dtypes = checks.accumulator(x.dtype), torch.int64
+            check_tensor("num_items", num_items, (), dtypes, x.device)
+        check(
+            not (divisor != 1 or num_items is not None)
+            or not (mean or row_weight is not None or per_sample),
+            "divisor: got one, expected none with mean, row_weight or per_sample",
+        )
 
 
 @dataclass
@@ -127,9 +143,21 @@ class Classes(Likelihood):
 
     `row_weight [B]` are the factors of the samples' losses; a sample of factor 0 does not count. `class_weight [C]`:
     at first the user's, for the op of mean 1 and None where all that it does is in row_weight. softcap 0: none.
+
+    Without row_weight a sum is divided by the number `divisor` and by `num_items`, a tensor of one. `likeliest [B]` are
+    the classes of the largest probabilities; None: the op looks for them.
     """
 
     OP: ClassVar[str] = "switch_mixture_nll"
+    DEFINING: ClassVar[tuple[str, ...]] = (
+        "ignore_index",
+        "row_weight",
+        "class_weight",
+        "label_smoothing",
+        "z_loss",
+        "softcap",
+        "per_sample",
+    )
 
     ignore_index: int
     row_weight: Tensor | None = None
@@ -138,6 +166,9 @@ class Classes(Likelihood):
     z_loss: float = 0.0
     softcap: float = 0.0
     per_sample: bool = False
+    divisor: float = 1.0
+    num_items: Tensor | None = None
+    likeliest: Tensor | None = None
 
     @classmethod
     def of(
@@ -164,6 +195,8 @@ class Classes(Likelihood):
             and self.class_weight is None
             and self.label_smoothing == self.z_loss == self.softcap == 0
             and not self.per_sample
+            and self.divisor == 1
+            and self.num_items is None
         )
 
     def rows(self, target: Tensor, samples: torch.Size, weight: Tensor) -> Tensor:
@@ -171,7 +204,12 @@ class Classes(Likelihood):
             where = ", probabilities of the classes (or classes, int64), with the samples of x"
             _check_shape(target, (*samples, weight.size(1)), where)
             wide = checks.accumulator(weight.dtype)
-            return target.detach().reshape(-1, weight.size(1)).to(wide)
+            # No call that does nothing, as this runs in every training step.
+            if target.requires_grad:
+                target = target.detach()
+            if target.dim() != 2:
+                target = target.reshape(-1, weight.size(1))
+            return target if target.dtype == wide else target.to(wide)
         _check_shape(target, samples, ", that of x without the features")
         if target.is_floating_point():
             # For the op it would be one dimension short.
@@ -190,19 +228,24 @@ class Classes(Likelihood):
         if weighting.is_plain and self.class_weight is None and not soft:
             return self, target, weighting.reduction == "mean"
         wide = checks.accumulator(weight.dtype)
-        weights = None if self.class_weight is None else self.class_weight.to(wide)
+        weights = self.class_weight
+        if weights is not None and weights.dtype != wide:
+            weights = weights.to(wide)
         options = Factors(wide, weights, self.ignore_index, self.label_smoothing)
-        target, row_weight, scaled = weighting.factors(target, options, backend)
+        found = weighting.factors(target, options, backend)
         likelihood = Classes(
             self.ignore_index,
-            row_weight,
-            scaled,
+            found.row_weight,
+            found.class_weight,
             self.label_smoothing,
             self.z_loss,
             self.softcap,
             weighting.per_sample,
+            found.divisor,
+            found.num_items,
+            found.likeliest,
         )
-        return likelihood, target, False
+        return likelihood, found.target, False
 
     def counted(self, target: Tensor) -> Tensor:
         """Which samples `[B]` count by their targets in rows: not those of class ignore_index, nor those of no mass."""
@@ -227,6 +270,12 @@ class Classes(Likelihood):
                 )
         if self.class_weight is not None:
             check_tensor("class_weight", self.class_weight, (classes,), (wide,), x.device)
+        if self.likeliest is not None:
+            check(
+                target.is_floating_point(),
+                "likeliest: got classes, expected None without probabilities",
+            )
+            check_tensor("likeliest", self.likeliest, x.shape[:1], (torch.int64,), x.device)
         for name, kind in (("label_smoothing", LABEL_SMOOTHING), ("z_loss", Z_LOSS)):
             value = getattr(self, name)
             check(kind.holds(value), f"{name}: got {value:g}, expected {kind.expected}")
@@ -238,10 +287,13 @@ class Values(Likelihood):
     """Values `target [..., K]` with Gaussian noise of variance `sigma2`; row_weight as for `Classes`."""
 
     OP: ClassVar[str] = "switch_mixture_gaussian_nll"
+    DEFINING: ClassVar[tuple[str, ...]] = ("sigma2", "row_weight", "per_sample")
 
     sigma2: float
     row_weight: Tensor | None = None
     per_sample: bool = False
+    divisor: float = 1.0
+    num_items: Tensor | None = None
 
     @classmethod
     def of(cls, sigma2: Any) -> Values:
@@ -249,7 +301,12 @@ class Values(Likelihood):
         return cls(float(SIGMA2.plain("sigma2", sigma2)))
 
     def is_plain(self) -> bool:
-        return self.row_weight is None and not self.per_sample
+        return (
+            self.row_weight is None
+            and not self.per_sample
+            and self.divisor == 1
+            and self.num_items is None
+        )
 
     def rows(self, target: Tensor, samples: torch.Size, weight: Tensor) -> Tensor:
         where = ": that of x with the clones' outputs in place of the features"
@@ -266,10 +323,15 @@ class Values(Likelihood):
         if weighting.is_plain:
             return self, target, weighting.reduction == "mean"
         wide = checks.accumulator(weight.dtype)
-        # As of one class.
-        classes = target.new_zeros(target.size(0), dtype=torch.int64)
-        row_weight = weighting.factors(classes, Factors(wide, None, -1, 0.0), backend).row_weight
-        return Values(self.sigma2, row_weight, weighting.per_sample), target, False
+        classes = None
+        if weighting.sample_weight is not None or backend == "reference":
+            # As of one class.
+            classes = target.new_zeros(target.size(0), dtype=torch.int64)
+        found = weighting.factors(classes, Factors(wide, None, -1, 0.0), backend)
+        likelihood = Values(
+            self.sigma2, found.row_weight, weighting.per_sample, found.divisor, found.num_items
+        )
+        return likelihood, target, False
 
     def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:
         check_tensor("target", target, (x.size(0), weight.size(1)), (x.dtype,), x.device)

@@ -44,6 +44,20 @@ class _Op(NamedTuple):
     defaults: tuple[Any, ...]
     # Finds x, weight, bias, need_dx and need_dw among the inputs.
     find: Callable[[Sequence[Any]], tuple[Any, ...]]
+    # The place of per_sample.
+    per_sample: int
+    observed: bool
+
+    def run(self, op: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """The op's results, within a torch.autograd.Function."""
+        output: tuple[Tensor, ...]
+        if self.observed:
+            output = op(*inputs)
+        else:
+            # What the registered autograd does without gradients, less a sixth of a small head's forward.
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*inputs)
+        return output
 
 
 _ops: dict[Any, _Op] = {}
@@ -86,7 +100,7 @@ def _save(ctx: Any, op: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _save_op(op: Any, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    ctx.per_sample = inputs[-1]
+    ctx.per_sample = inputs[_ops[op].per_sample]
     if ctx.per_sample:
         per_sample.save(ctx, op, _ops[op].likelihood, _ops[op].names, inputs)
     else:
@@ -124,7 +138,7 @@ class _EagerGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = op(*inputs)
+        output = _ops[op].run(op, inputs)
         loss, stats, *_ = output
         ctx.mark_non_differentiable(stats)
         _save(ctx, op, inputs, output)
@@ -154,7 +168,7 @@ class _EagerLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        losses, stats, *_ = op(*inputs)
+        losses, stats, *_ = _ops[op].run(op, inputs)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         per_sample.save(ctx, op, _ops[op].likelihood, _ops[op].names, inputs)
@@ -181,13 +195,13 @@ def _define(likelihood: type[Likelihood]) -> None:
         schema = likelihood.schema(observed=observed)
         names, defaults = dispatch.arguments_of(schema)
         find = dispatch.finder(schema, "x", "weight", "bias", "need_dx", "need_dw")
-        op = _Op(likelihood, names, defaults, find)
+        op = _Op(likelihood, names, defaults, find, names.index("per_sample"), observed)
 
         def fake(*inputs: Any, op: _Op = op) -> tuple[Tensor, ...]:
             # Where the dispatcher calls Python, it leaves out defaults at the end.
             inputs = (*inputs, *op.defaults[len(inputs) :])
             x, weight, bias, need_dx, need_dw = op.find(inputs)
-            losses = x.shape[:1] if inputs[-1] else ()
+            losses = x.shape[:1] if inputs[op.per_sample] else ()
             return (
                 x.new_empty(losses, dtype=checks.accumulator(x.dtype)),
                 x.new_empty((3, weight.size(0)), dtype=torch.float64),
@@ -263,14 +277,17 @@ def mixture_stats(
     samples = x.shape[:-1]
     x, weight, bias = checks.flat(x, weight, bias)
     target = likelihood.rows(target, samples, weight)
-    likelihood, target, mean = likelihood.weighed(target, weight, weighting, backend)
-    if backend == "reference" or derivatives.transformed():
+    plain = backend == "reference" or derivatives.transformed()
+    likelihood, target, mean = likelihood.weighed(
+        target, weight, weighting, "reference" if plain else backend
+    )
+    if plain:
         checks.check_inputs(x, weight, bias, log_posterior, memory)
         likelihood.check_target(target, x, weight)
         likelihood.check_weights(x, mean, False)
         x, weight, bias = derivatives.once(NO_OTHER_DERIVATIVE, x, weight, bias)
         function, posterior = getattr(reference, likelihood.OP), log_posterior.detach()
-        options = {**likelihood.options(), "reduction": "mean" if mean else "sum"}
+        options = {**likelihood.defining(), "reduction": "mean" if mean else "sum"}
         loss, stats = function(x, weight, bias, posterior, target, **options)
         if observer is not None:
             observer.observe(stats, backend)

@@ -61,8 +61,7 @@ def _plain_gradients(
 ) -> list[Tensor | None]:
     """The same by the reference: these have a derivative by `grad`, which may also be a batch or a dual tensor."""
     x, weight, bias, log_posterior, target = list(arguments.values())[:5]
-    names: tuple[str, ...] = likelihood.__match_args__
-    options = {name: arguments[name] for name in names}
+    options = {name: arguments[name] for name in likelihood.DEFINING}
     function = getattr(reference, likelihood.OP)
 
     def losses(inputs: list[Any]) -> Tensor:

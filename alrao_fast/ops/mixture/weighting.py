@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alrao_fast.arguments import Kind, Number, shown
 from alrao_fast.ops import derivatives, dispatch
-from alrao_fast.ops.checks import check_together
+from alrao_fast.ops.checks import check, check_dtype, check_tensor, check_together
 from alrao_fast.ops.dispatch import define
 from alrao_fast.ops.mixture.checks import REDUCTION
 
@@ -32,13 +32,18 @@ class Factors(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """Targets of which rows of probabilities sum to 1 or are 0, factors `[B]`, and for the losses themselves the
-    weights `[C]` of the classes, of mean 1.
+    """Targets of which rows of probabilities sum to 1 or are 0, factors `[B]`, for the losses themselves the weights
+    `[C]` of the classes, of mean 1, and of probabilities the likeliest classes `[B]` where somebody looked for them.
+
+    Without factors the sum is divided by the number `divisor` and by `num_items`, a tensor of one.
     """
 
     target: Tensor
     row_weight: Tensor | None
     class_weight: Tensor | None = None
+    likeliest: Tensor | None = None
+    divisor: float = 1.0
+    num_items: Tensor | None = None
 
 
 class Weighting(NamedTuple):
@@ -66,6 +71,11 @@ class Weighting(NamedTuple):
                     f"num_items_in_batch: got {num_items!r} with reduction='none', expected None: nothing is summed"
                 )
             NUM_ITEMS.check("num_items_in_batch", num_items)
+            if isinstance(num_items, Tensor):
+                if derivatives.is_readable(num_items):
+                    num_items = float(num_items)
+                elif num_items.device != x.device:
+                    num_items = num_items.to(x.device)
         if sample_weight is not None:
             check_together(x=x, sample_weight=sample_weight)
             if sample_weight.is_complex():
@@ -75,40 +85,70 @@ class Weighting(NamedTuple):
                     f"sample_weight: got shape {list(sample_weight.shape)}, expected {list(x.shape[:-1])}, that of x "
                     "without the features"
                 )
-            sample_weight = sample_weight.detach().reshape(-1)
+            # This runs in every training step: no call that does nothing.
+            if sample_weight.requires_grad:
+                sample_weight = sample_weight.detach()
+            if sample_weight.dim() != 1:
+                sample_weight = sample_weight.reshape(-1)
         return cls(reduction, sample_weight, num_items, per_sample=reduction == "none")
 
-    def factors(self, target: Tensor, options: Factors, backend: str) -> Prepared:
-        """What the op takes of targets in rows and their weights; 1 for every sample that counts is None."""
-        weight = None if self.sample_weight is None else self.sample_weight.to(options.dtype)
-        by_mean = self.num_items is None and self.reduction == "mean"
-        live = isinstance(self.num_items, Tensor)
-        divisor = 1.0 if self.num_items is None or live else float(self.num_items)
-        if weight is None and options.class_weight is None and not target.is_floating_point():
+    def factors(self, target: Any, options: Factors, backend: str) -> Prepared:
+        """What the op takes of targets in rows and their weights; 1 for every sample that counts is None.
+
+        `target` may be None where no sample has a weight; for the backend reference it has a use all the same.
+        """
+        divisor, items = 1.0, None
+        if isinstance(self.num_items, Tensor):
+            items = self._live_items(options.dtype)
+        elif self.num_items is not None:
+            divisor = float(self.num_items)
+        weight = self.sample_weight
+        if weight is None and options.class_weight is None and not _is_soft(target):
             if self.num_items is None:
                 return Prepared(target, None)
-            prepared = Prepared(target, options.full(target, 1 / divisor))
-        else:
-            arguments: tuple[Any, ...] = (
-                target,
-                weight,
-                options.class_weight,
-                options.ignore_index,
-                options.label_smoothing,
-                by_mean,
-                divisor,
-            )
-            if backend == "cpu" and derivatives.is_readable(target):
-                found, rows, scaled = _op(*arguments)
-                found = found if target.is_floating_point() else target
-                prepared = Prepared(found, rows, scaled if scaled.numel() else None)
-            else:
-                prepared = weights(*arguments)
-        if live and prepared.row_weight is not None:
-            # On a GPU nobody has looked at it.
-            items = self.num_items.reshape(()).to(options.dtype)
-            prepared = prepared._replace(row_weight=prepared.row_weight / items)
-        return prepared
+            if backend != "reference":
+                return Prepared(target, None, None, None, divisor, items)
+            factors = options.full(target, 1 / divisor)
+            return Prepared(target, factors if items is None else factors / items)
+        if weight is not None and weight.dtype != options.dtype:
+            weight = weight.to(options.dtype)
+        by_mean = self.num_items is None and self.reduction == "mean"
+        arguments: tuple[Any, ...] = (
+            target,
+            weight,
+            options.class_weight,
+            options.ignore_index,
+            options.label_smoothing,
+            by_mean,
+            divisor,
+            items,
+        )
+        if backend == "reference":
+            return weights(*arguments)
+        readable = derivatives.is_readable(target)
+        if backend == "cpu" and not readable:
+            # What is not finite is an error here, which a traced op cannot raise.
+            return weights(*arguments)
+        if backend != "cpu" and readable:
+            check_values(target, weight, options.ignore_index)
+        op = _twin if backend == "triton" else _op
+        found, rows, scaled, likeliest = op(*arguments, backend != "cpu")
+        if not _is_soft(target):
+            return Prepared(target, rows, scaled if scaled.numel() else None)
+        # Without a copy the rows sum to 1 already.
+        found = found if found.numel() else target
+        return Prepared(found, rows, scaled if scaled.numel() else None, likeliest)
+
+    def _live_items(self, wide: torch.dtype) -> Tensor:
+        """The number of items as the ops take it, of which nobody on a GPU has looked at the value."""
+        items: Tensor = self.num_items.detach()
+        if items.dim() != 0:
+            items = items.reshape(())
+        return items if items.dtype in (wide, torch.int64) else items.to(wide)
+
+
+def _is_soft(target: Tensor | None) -> bool:
+    return target is not None and target.is_floating_point()
 
 
 # Made once: this runs in every training step.
@@ -153,6 +193,33 @@ class ClassWeight(Kind):
         return value.detach()
 
 
+def check_values(target: Tensor, sample_weight: Tensor | None, ignore_index: int) -> None:
+    """Raise RuntimeError unless what counts has a finite weight, and a target of probabilities."""
+    if sample_weight is not None:
+        # What does not count may have any weight, NaN too.
+        counted = sample_weight if _is_soft(target) else sample_weight[target != ignore_index]
+        if not counted.isfinite().all():
+            wrong = ~sample_weight.isfinite()
+            if not _is_soft(target):
+                wrong = wrong & (target != ignore_index)
+            position = int(wrong.nonzero()[0])
+            raise RuntimeError(
+                f"sample_weight: got {float(sample_weight[position])} at position {position}, expected finite numbers"
+            )
+    if not _is_soft(target) or not target.numel():
+        return
+    if sample_weight is not None:
+        target = torch.where((sample_weight != 0).unsqueeze(1), target, 0)
+    total = target.sum(1)
+    if not (target.min() >= 0 and total.isfinite().all()):
+        negative = (target < 0).any(1)
+        row = int((negative | ~total.isfinite()).nonzero()[0])
+        what = "negative entries" if negative[row] else "entries that are not finite"
+        raise RuntimeError(
+            f"target: got {what} for sample {row}, expected probabilities, or weights that are finite and >= 0"
+        )
+
+
 def weights(
     target: Tensor,
     sample_weight: Tensor | None,
@@ -161,19 +228,16 @@ def weights(
     label_smoothing: float,
     mean: bool,
     divisor: float,
+    num_items: Tensor | None = None,
 ) -> Prepared:
     """`switch_mixture_weights` in operations of PyTorch, for all devices."""
+    if derivatives.is_readable(target):
+        check_values(target, sample_weight, ignore_index)
     soft = target.is_floating_point()
     like = next(t for t in (sample_weight, class_weight, target) if t is not None)
     given = like.new_ones(target.size(0)) if sample_weight is None else sample_weight
     if not soft:
-        # What does not count may have any weight, NaN too.
         given = torch.where(target != ignore_index, given, 0)
-    if derivatives.is_readable(given) and not given.isfinite().all():
-        position = int((~given.isfinite()).nonzero()[0])
-        raise RuntimeError(
-            f"sample_weight: got {float(given[position])} at position {position}, expected finite numbers"
-        )
     share = divided = given
     if soft:
         target, sums = _distributions(torch.where(given.unsqueeze(1) != 0, target, 0))
@@ -190,47 +254,72 @@ def weights(
         smoothed = (1 - label_smoothing) * of_target + label_smoothing * average
         share = torch.where(smoothed.isfinite(), share * smoothed, share)
         scaled = class_weight / average if soft or label_smoothing != 0 else None
-    if not mean:
-        return Prepared(target, share / divisor, scaled)
-    norm = divided.sum()
-    # Where nothing counts the loss is 0.
-    return Prepared(target, share / torch.where(norm == 0, 1, norm), scaled)
+    norm: Any = divisor
+    if mean:
+        # Where nothing counts the loss is 0.
+        norm = divided.sum()
+        norm = torch.where(norm == 0, 1, norm)
+    return Prepared(target, share / (norm if num_items is None else norm * num_items), scaled)
 
 
 def _distributions(target: Tensor) -> tuple[Tensor, Tensor]:
     """Targets `[B, C]` that sum to 1, or are 0, and what they summed to, `[B]`."""
     total = target.sum(1)
-    if (
-        derivatives.is_readable(target)
-        and target.numel()
-        and not (target.min() >= 0 and total.isfinite().all())
-    ):
-        negative = (target < 0).any(1)
-        row = int((negative | ~total.isfinite()).nonzero()[0])
-        what = "negative entries" if negative[row] else "entries that are not finite"
-        raise RuntimeError(
-            f"target: got {what} for sample {row}, expected probabilities, or weights that are finite and >= 0"
-        )
     target = target / torch.where(total == 0, 1, total).unsqueeze(1)
     # One that is not finite makes every clone dead for the sample, and its loss inf: that must have a weight.
     return target, torch.where(total.isfinite(), total, 1)
 
 
-def _fake(target, sample_weight, class_weight, ignore_index, label_smoothing, mean, divisor):
-    like = next(t for t in (sample_weight, class_weight, target) if t is not None)
+def _fake(
+    target,
+    sample_weight,
+    class_weight,
+    ignore_index,
+    label_smoothing,
+    mean,
+    divisor,
+    num_items=None,
+    copy=True,
+):
     soft = target.is_floating_point()
+    like = next(t for t in (target if soft else None, sample_weight, class_weight) if t is not None)
     within = class_weight is not None and (soft or label_smoothing != 0)
     return (
-        target.new_empty(target.shape) if soft else like.new_empty(0),
+        target.new_empty(target.shape if copy else (0,)) if soft else like.new_empty(0),
         like.new_empty(target.size(0)),
         class_weight.new_empty(class_weight.shape) if within else like.new_empty(0),
+        target.new_empty(target.shape[:1] if soft else (0,), dtype=torch.int64),
     )
 
 
-# The same in one pass, on the CPU: a dozen small operations cost a small network a third of its step.
-define(
+def _check(target, sample_weight, class_weight, *options, num_items=None, copy=True):
+    """Raise RuntimeError unless the op takes these arguments."""
+    soft = target.is_floating_point()
+    check(
+        target.dim() == (2 if soft else 1),
+        f"target: got shape {list(target.shape)}, expected classes [B], or distributions [B, C]",
+    )
+    given = [t for t in (target if soft else None, sample_weight, class_weight) if t is not None]
+    check(bool(given), "sample_weight: got None, expected weights of samples or of classes")
+    wide = given[0].dtype
+    check_dtype("weights", given[0], (torch.float32, torch.float64))
+    if not soft:
+        check_dtype("target", target, (torch.int64,))
+    if sample_weight is not None:
+        check_tensor("sample_weight", sample_weight, target.shape[:1], (wide,), target.device)
+    if class_weight is not None:
+        classes = target.shape[1:] if soft else class_weight.shape
+        check_tensor("class_weight", class_weight, classes, (wide,), target.device)
+
+
+SCHEMA = (
     "switch_mixture_weights(Tensor target, Tensor? sample_weight, Tensor? class_weight, int ignore_index, "
-    "float label_smoothing, bool mean, float divisor) -> (Tensor target, Tensor row_weight, Tensor class_weight)",
-    _fake,
+    "float label_smoothing, bool mean, float divisor, Tensor? num_items=None, bool copy=True) -> "
+    "(Tensor target, Tensor row_weight, Tensor class_weight, Tensor likeliest)"
 )
+# The same in one pass or two: a dozen small operations cost a small network a third of its step. copy: False returns
+# no target where the one that is given will do. In a graph it is True, for what that depends on is in the values.
+define(SCHEMA, _fake)
+dispatch.define_triton(SCHEMA, _fake, "mixture.weights", _check)
 _op = dispatch.overload("switch_mixture_weights")
+_twin = dispatch.overload("switch_mixture_weights", "triton")

@@ -15,6 +15,8 @@ int32_t shim_type(ScalarType type) {
       return aoti_torch_dtype_float64();
     case ScalarType::Float:
       return aoti_torch_dtype_float32();
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
     case ScalarType::BFloat16:
       return aoti_torch_dtype_bfloat16();
     default:

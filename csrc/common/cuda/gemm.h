@@ -20,6 +20,7 @@ constexpr torch::headeronly::ScalarType scalar_type_of() {
   using Value = std::remove_const_t<T>;
   return std::is_same_v<Value, double>     ? ScalarType::Double
          : std::is_same_v<Value, float>    ? ScalarType::Float
+         : std::is_same_v<Value, int64_t>  ? ScalarType::Long
          : std::is_same_v<Value, BFloat16> ? ScalarType::BFloat16
                                            : ScalarType::Half;
 }

@@ -50,12 +50,16 @@ MixtureOutputs run(const LossArguments& a, const MixtureSizes& size) {
   p.target = gaussian || soft ? nullptr : static_cast<const int64_t*>(targets);
   p.expected = gaussian ? static_cast<const T*>(targets) : nullptr;
   p.soft = soft ? static_cast<const T*>(targets) : nullptr;
+  if (extras.likeliest) extras.likeliest = dense(*extras.likeliest);
+  p.likeliest =
+      extras.likeliest ? static_cast<const int64_t*>(extras.likeliest->const_data_ptr()) : nullptr;
   p.row_weight = optional_data(extras.row_weight);
   p.class_weight = optional_data(extras.class_weight);
   p.label_smoothing = extras.label_smoothing;
   p.z_loss = extras.z_loss;
   p.softcap = extras.softcap;
-  p.has_options = !gaussian && (soft || extras.any());
+  // Of one class nothing is left of the gradients; the kernels with options say so to the bit.
+  p.has_options = !gaussian && (soft || extras.any() || classes == 1);
   const int64_t counted = count_samples(p);
 
   Tensor loss = extras.per_sample ? empty_tensor<T>({samples}) : empty_tensor<T>({});
@@ -80,7 +84,8 @@ MixtureOutputs run(const LossArguments& a, const MixtureSizes& size) {
     std::fill_n(out.dbias, dbias.numel(), T(0));
   } else {
     p.log_posterior = as_doubles(a.inputs.log_posterior);
-    p.norm = mean ? 1.0 / static_cast<double>(counted) : 1.0;
+    const double divisor = extras.divisor * (extras.num_items ? number_in(*extras.num_items) : 1);
+    p.norm = 1 / (mean ? static_cast<double>(counted) : divisor);
     Tensor x = in_type<T>(a.inputs.x);
     if (counted < samples && need_dw) {
       x = with_finite_rows<T>(x, [&](int64_t b) { return !p.counts(b); });

@@ -33,17 +33,20 @@ inline constexpr torch::headeronly::ScalarType kScalarType<double> =
 // A third of the time of torch::stable::empty, which matters for small heads.
 template <class T>
 torch::stable::Tensor empty_tensor(std::initializer_list<int64_t> sizes) {
-  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double> ||
+                std::is_same_v<T, int64_t>);
   int64_t strides[3], stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= sizes.begin()[i];
   }
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-      std::is_same_v<T, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
-      aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                               std::is_same_v<T, float>    ? aoti_torch_dtype_float32()
+                               : std::is_same_v<T, double> ? aoti_torch_dtype_float64()
+                                                           : aoti_torch_dtype_int64(),
+                               aoti_torch_device_type_cpu(), 0, &handle));
   return torch::stable::Tensor(handle);
 }
 
@@ -81,8 +84,9 @@ struct MixtureProblem {
   // Classification has `target`, regression `expected`.
   const int64_t* target;
   const T* expected;
-  // Probabilities [B, C] in the place of classes, or null.
+  // Probabilities [B, C] in the place of classes, or null; their likeliest classes, or null.
   const T* soft;
+  const int64_t* likeliest;
   double norm;          // what each counted sample weighs in the loss, where there is no row_weight
   const T* row_weight;  // [B] or null
   const T* class_weight;  // [C], of mean 1, or null
@@ -148,7 +152,8 @@ class Chunks {
       if (!p.counts(b)) continue;
       targets_[b] = p.target ? p.target[b] : 0;
       if (p.soft) {
-        targets_[b] = place_of_largest(p.soft + b * classes, classes);
+        targets_[b] =
+            p.likeliest ? p.likeliest[b] : place_of_largest(p.soft + b * classes, classes);
       }
     }
     if (values) {
@@ -318,6 +323,19 @@ template <class T>
 torch::stable::Tensor in_type(const torch::stable::Tensor& tensor) {
   const auto own = dense(tensor);
   return own.scalar_type() == kScalarType<T> ? own : torch::stable::to(own, kScalarType<T>);
+}
+
+// Of a tensor of one: int64, or of a floating type that kernels compute in.
+inline double number_in(const torch::stable::Tensor& tensor) {
+  const void* p = tensor.const_data_ptr();
+  switch (tensor.scalar_type()) {
+    case torch::headeronly::ScalarType::Double:
+      return *static_cast<const double*>(p);
+    case torch::headeronly::ScalarType::Float:
+      return *static_cast<const float*>(p);
+    default:
+      return static_cast<double>(*static_cast<const int64_t*>(p));
+  }
 }
 
 inline std::vector<double> as_doubles(const torch::stable::Tensor& tensor) {

@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "common/checks.h"
 #include "common/cpu/gemm.h"
@@ -16,19 +19,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-struct WeightArguments {
-  Tensor target;
-  std::optional<Tensor> sample_weight, class_weight;
-  int64_t ignore_index;
-  double label_smoothing;
-  bool mean;
-  double divisor;
-};
-
-// Targets [B, C] that sum to 1 (none of classes), factors [B], and weights [C] of mean 1 where the
-// losses themselves have them.
-using Weights = std::tuple<Tensor, Tensor, Tensor>;
 
 template <class T>
 const T* values(const std::optional<Tensor>& tensor) {
@@ -103,11 +93,18 @@ TargetSums<T> sum_target(const T* target, const T* class_weights, int64_t classe
   return result;
 }
 
-// The factors of distributions, without the norm, and the distributions; returns what a mean
-// divides by.
+// Sums that are 1 but for their rounding.
 template <class T>
-double weigh_distributions(const WeightArguments& a, const T* sample_weights,
-                           const T* class_weights, Smoothed smoothed, T* target, T* factors) {
+bool is_one(double sum) {
+  return std::abs(sum - 1) <= 16 * std::numeric_limits<T>::epsilon();
+}
+
+// The factors of distributions, without the norm, and their likeliest classes; whether each of them
+// counts and sums to 1, and what a mean divides by.
+template <class T>
+std::pair<bool, double> weigh_distributions(const WeightArguments& a, const T* sample_weights,
+                                            const T* class_weights, Smoothed smoothed,
+                                            int64_t* likeliest, T* factors, double* totals) {
   const int64_t samples = a.target.size(0), classes = a.target.size(1);
   const T* given = static_cast<const T*>(a.target.const_data_ptr());
   double divided = 0;
@@ -117,33 +114,48 @@ double weigh_distributions(const WeightArguments& a, const T* sample_weights,
   }
   run_tasks(samples, [&](int64_t b) {
     const T* from = given + b * classes;
-    T* to = target + b * classes;
     TargetSums<T> sums;
     if (factors[b] != T(0)) sums = sum_target(from, class_weights, classes);
+    totals[b] = sums.sum;
+    likeliest[b] = sums.sum == 0 ? 0 : place_of_largest(from, classes);
     if (!sums.valid()) {
       factors[b] = T(NAN);
-    } else if (sums.sum == 0) {
-      factors[b] = T(0);
-      std::fill_n(to, classes, T(0));
     } else {
-      const T total = static_cast<T>(sums.sum);
-      for (int64_t c = 0; c < classes; ++c) to[c] = from[c] / total;
-      const double weight = class_weights ? smoothed(sums.weighted / sums.sum) : 1.0;
+      const double weight =
+          class_weights && sums.sum != 0 ? smoothed(sums.weighted / sums.sum) : 1.0;
       factors[b] *= static_cast<T>(sums.sum * weight);
     }
   });
+  bool whole = true;
   for (int64_t b = 0; b < samples; ++b) {
+    whole = whole && is_one<T>(totals[b]);
     if (!std::isnan(factors[b])) continue;
     const TargetSums<T> sums = sum_target<T>(given + b * classes, nullptr, classes);
     refuse("target: got ", sums.least < 0 ? "negative entries" : "entries that are not finite",
            " for sample ", b, ", expected probabilities, or weights that are finite and >= 0");
   }
-  return divided;
+  return {whole, divided};
+}
+
+// The distributions divided by their sums; of a sum of 0 they are 0.
+template <class T>
+void normalise(const Tensor& given, const double* totals, T* target) {
+  const int64_t classes = given.size(1);
+  run_tasks(given.size(0), [&](int64_t b) {
+    const T* from = static_cast<const T*>(given.const_data_ptr()) + b * classes;
+    T* to = target + b * classes;
+    const T total = static_cast<T>(totals[b]);
+    if (total == 0) {
+      std::fill_n(to, classes, T(0));
+    } else {
+      for (int64_t c = 0; c < classes; ++c) to[c] = from[c] / total;
+    }
+  });
 }
 
 template <class T>
 Weights run(const WeightArguments& a) {
-  const bool soft = a.target.scalar_type() != ScalarType::Long;
+  const bool soft = a.soft(), within = a.within();
   const int64_t samples = a.target.size(0);
   const T* sample_weights = values<T>(a.sample_weight);
   const T* class_weights = values<T>(a.class_weight);
@@ -154,58 +166,40 @@ Weights run(const WeightArguments& a) {
   const Smoothed smoothed{1 - a.label_smoothing, a.label_smoothing * mean_weight};
 
   Tensor factors = empty_tensor<T>({samples});
-  Tensor target = soft ? empty_tensor<T>({samples, classes}) : empty_tensor<T>({0});
-  const bool within = class_weights && (soft || a.label_smoothing != 0);
+  Tensor likeliest = empty_tensor<int64_t>({soft ? samples : 0});
   Tensor scaled = empty_tensor<T>({within ? classes : 0});
   T* factor = static_cast<T*>(factors.mutable_data_ptr());
-  const double divided =
-      soft ? weigh_distributions(a, sample_weights, class_weights, smoothed,
-                                 static_cast<T*>(target.mutable_data_ptr()), factor)
-           : weigh_classes(a, sample_weights, class_weights, classes, smoothed, factor);
-  const double norm = !a.mean ? a.divisor : divided == 0 ? 1.0 : divided;
+  std::vector<double> totals(soft ? samples : 0);
+  bool whole = true;
+  double divided = 0;
+  if (soft) {
+    std::tie(whole, divided) = weigh_distributions(
+        a, sample_weights, class_weights, smoothed,
+        static_cast<int64_t*>(likeliest.mutable_data_ptr()), factor, totals.data());
+  } else {
+    divided = weigh_classes(a, sample_weights, class_weights, classes, smoothed, factor);
+  }
+  const bool copies = soft && (a.copy || !whole);
+  Tensor target = copies ? empty_tensor<T>({samples, classes}) : empty_tensor<T>({0});
+  if (copies) normalise(a.target, totals.data(), static_cast<T*>(target.mutable_data_ptr()));
+  const double items = a.num_items ? number_in(*a.num_items) : 1.0;
+  const double norm = (!a.mean ? a.divisor : divided == 0 ? 1.0 : divided) * items;
   for (int64_t b = 0; b < samples; ++b) factor[b] = static_cast<T>(factor[b] / norm);
   T* out = static_cast<T*>(scaled.mutable_data_ptr());
   for (int64_t c = 0; within && c < classes; ++c) {
     out[c] = static_cast<T>(class_weights[c] / mean_weight);
   }
-  return {target, factors, scaled};
+  return {target, factors, scaled, likeliest};
 }
 
-std::optional<Tensor> dense(std::optional<Tensor> tensor) {
-  return tensor ? std::optional(alrao::dense(*tensor)) : std::nullopt;
+Weights weights(const WeightArguments& a) {
+  return a.like().scalar_type() == ScalarType::Double ? run<double>(a) : run<float>(a);
 }
-
-void boxed_weights(StableIValue* stack_values, uint64_t num_arguments, uint64_t) {
-  Stack stack(stack_values, num_arguments, 7);
-  WeightArguments a{alrao::dense(stack.take<Tensor>()),
-                    dense(stack.take<std::optional<Tensor>>()),
-                    dense(stack.take<std::optional<Tensor>>()),
-                    stack.take<int64_t>(),
-                    stack.take<double>(),
-                    stack.take<bool>(),
-                    stack.take<double>()};
-  const bool soft = a.target.scalar_type() != ScalarType::Long;
-  ALRAO_CHECK(soft || a.sample_weight || a.class_weight,
-              "sample_weight: got None, expected weights of samples or of classes");
-  const Tensor& like = soft ? a.target : a.sample_weight ? *a.sample_weight : *a.class_weight;
-  ALRAO_CHECK(a.target.dim() == (soft ? 2 : 1), "target: got shape ", shape_of(a.target),
-              ", expected classes [B], or distributions [B, C]");
-  check_dtype("weights", like, {ScalarType::Float, ScalarType::Double});
-  if (a.sample_weight) {
-    check_same_dtype("sample_weight", *a.sample_weight, "the others", like);
-    check_shape("sample_weight", *a.sample_weight, {a.target.size(0)});
-  }
-  if (a.class_weight) {
-    check_same_dtype("class_weight", *a.class_weight, "the others", like);
-    ALRAO_CHECK(a.class_weight->dim() == 1 && a.class_weight->numel() > 0 &&
-                    (!soft || a.class_weight->size(0) == a.target.size(1)),
-                "class_weight: got shape ", shape_of(*a.class_weight), ", expected one per class");
-  }
-  const bool is_double = like.scalar_type() == ScalarType::Double;
-  stack.put(is_double ? run<double>(a) : run<float>(a));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CPU, m) { m.impl("switch_mixture_weights", &boxed_weights); }
 
 }  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CPU, m) {
+  m.impl("switch_mixture_weights", &boxed_weights<&weights>);
+}
+
 }  // namespace alrao::cpu

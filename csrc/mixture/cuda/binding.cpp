@@ -40,6 +40,11 @@ MixtureGradients log_prob_backward(const LogProbGradient& arguments) {
   return mixture_log_prob_backward(arguments, on.stream);
 }
 
+Weights weights(const WeightArguments& arguments) {
+  const OnDevice on(arguments.target);
+  return mixture_weights(arguments, on.stream);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CUDA, m) {
@@ -48,6 +53,7 @@ STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CUDA, m) {
   m.impl("switch_mixture_gaussian_nll", &boxed_loss<ValuesOptions, false, &loss>);
   m.impl("switch_mixture_gaussian_nll_observe_", &boxed_loss<ValuesOptions, true, &loss>);
   m.impl("switch_mixture_scale_", &scale);
+  m.impl("switch_mixture_weights", &boxed_weights<&weights>);
   m.impl("switch_mixture_log_prob", &boxed_log_prob<&log_prob>);
   m.impl("switch_mixture_log_prob_backward", &boxed_log_prob_backward<&log_prob_backward>);
 }

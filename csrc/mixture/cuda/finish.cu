@@ -18,29 +18,36 @@ constexpr int kThreads = kColumnThreads;
 constexpr int kWarps = kThreads / kWarp;
 
 template <class compute_type>
-__global__ void mixture_norm_kernel(ClassTargets target, int64_t samples, compute_type* norm) {
+__global__ void mixture_norm_kernel(ClassTargets target, bool mean, MixtureDivisor divisor,
+                                    int64_t samples, compute_type* norm) {
   __shared__ double scratch[kNormThreads / kWarp];
-  const double count = count_targets(target, samples, scratch);
-  if (threadIdx.x == 0) *norm = static_cast<compute_type>(1 / fmax(count, 1.0));
+  const double divided = mean ? fmax(count_targets(target, samples, scratch), 1.0) : divisor.get();
+  if (threadIdx.x == 0) *norm = static_cast<compute_type>(1 / divided);
 }
 
 template <class compute_type>
-__global__ void mixture_weights_kernel(ClassTargets target, MixtureOptions<compute_type> options,
-                                       int64_t samples, double* counted, compute_type* largest) {
+__global__ void mixture_largest_kernel(const compute_type* row_weight, int64_t samples,
+                                       compute_type* largest) {
   __shared__ double scratch[kNormThreads / kWarp];
-  double count = 0, most = 0;
+  double most = 0;
   for (int64_t b = threadIdx.x; b < samples; b += blockDim.x) {
-    count += counts_with_options(options, target, b);
-    const double weight = options.row_weight[b];
+    const double weight = row_weight[b];
     most = fmax(most, weight < 0 ? -weight : weight);
   }
-  count = block_reduce(count, Sum(), 0.0, scratch);
-  __syncthreads();
   most = block_reduce(most, Max(), 0.0, scratch);
-  if (threadIdx.x == 0) {
-    *counted = count;
-    *largest = static_cast<compute_type>(most > 0 ? most : 1.0);
+  if (threadIdx.x == 0) *largest = static_cast<compute_type>(most > 0 ? most : 1.0);
+}
+
+// The number of samples that count; the same for every thread of the block.
+template <class scalar_t>
+__device__ double count_samples(const FinishArguments<scalar_t>& a, double* scratch) {
+  if (a.row_weight == nullptr) return count_targets(a.target, a.size.samples, scratch);
+  double counted = 0;
+  for (int64_t b = threadIdx.x; b < a.size.samples; b += blockDim.x) {
+    counted += a.row_weight[b] != 0 &&
+               (a.target.classes == nullptr || a.target.options.counts(a.target.classes[b]));
   }
+  return block_reduce(counted, Sum(), 0.0, scratch);
 }
 
 template <class from_t, class to_t>
@@ -66,15 +73,15 @@ __device__ bool was_dead(const MixtureParts& parts, int64_t clone) {
 template <class scalar_t>
 __device__ void finish_statistics(const FinishArguments<scalar_t>& a, double* scratch) {
   const int64_t clones = a.size.clones;
-  const double count =
-      a.counted != nullptr ? *a.counted : count_targets(a.target, a.size.samples, scratch);
+  const double count = count_samples(a, scratch);
   for (int64_t row = threadIdx.x / kWarp; row <= 2 * clones; row += kWarps) {
     const double sum = reduce_parts(a.parts, row, Sum());
     if (threadIdx.x % kWarp != 0) continue;
     if (row < 2 * clones) {
       a.stats[row] = sum;
     } else {
-      *a.loss = static_cast<compute_t<scalar_t>>(a.mean ? sum / fmax(count, 1.0) : sum);
+      *a.loss =
+          static_cast<compute_t<scalar_t>>(sum / (a.mean ? fmax(count, 1.0) : a.divisor.get()));
     }
   }
   for (int64_t n = threadIdx.x; n < clones; n += kThreads) a.stats[2 * clones + n] = count;
@@ -183,18 +190,18 @@ int64_t between(int64_t low, int64_t value, int64_t high) {
 }  // namespace
 
 template <class compute_type>
-cudaError_t launch_mixture_norm(const ClassTargets& target, int64_t samples, compute_type* norm,
+cudaError_t launch_mixture_norm(const ClassTargets& target, bool mean,
+                                const MixtureDivisor& divisor, int64_t samples, compute_type* norm,
                                 cudaStream_t stream) {
-  return launch(mixture_norm_kernel<compute_type>, 1, kNormThreads, 0, stream, target, samples,
-                norm);
+  return launch(mixture_norm_kernel<compute_type>, 1, mean ? kNormThreads : kWarp, 0, stream,
+                target, mean, divisor, samples, norm);
 }
 
 template <class compute_type>
-cudaError_t launch_mixture_weights(const ClassTargets& target,
-                                   const MixtureOptions<compute_type>& options, int64_t samples,
-                                   double* counted, compute_type* largest, cudaStream_t stream) {
-  return launch(mixture_weights_kernel<compute_type>, 1, kNormThreads, 0, stream, target, options,
-                samples, counted, largest);
+cudaError_t launch_mixture_largest(const compute_type* row_weight, int64_t samples,
+                                   compute_type* largest, cudaStream_t stream) {
+  return launch(mixture_largest_kernel<compute_type>, 1, kNormThreads, 0, stream, row_weight,
+                samples, largest);
 }
 
 template <class from_t, class to_t>
@@ -231,14 +238,11 @@ template cudaError_t launch_finite_copy<BFloat16, BFloat16>(const FiniteCopy<BFl
                                                             cudaStream_t);
 template cudaError_t launch_finite_copy<Float16, Float16>(const FiniteCopy<Float16, Float16>&,
                                                           cudaStream_t);
-template cudaError_t launch_mixture_norm<float>(const ClassTargets&, int64_t, float*, cudaStream_t);
-template cudaError_t launch_mixture_norm<double>(const ClassTargets&, int64_t, double*,
-                                                 cudaStream_t);
-template cudaError_t launch_mixture_weights<float>(const ClassTargets&,
-                                                   const MixtureOptions<float>&, int64_t, double*,
-                                                   float*, cudaStream_t);
-template cudaError_t launch_mixture_weights<double>(const ClassTargets&,
-                                                    const MixtureOptions<double>&, int64_t, double*,
-                                                    double*, cudaStream_t);
+template cudaError_t launch_mixture_norm<float>(const ClassTargets&, bool, const MixtureDivisor&,
+                                                int64_t, float*, cudaStream_t);
+template cudaError_t launch_mixture_norm<double>(const ClassTargets&, bool, const MixtureDivisor&,
+                                                 int64_t, double*, cudaStream_t);
+template cudaError_t launch_mixture_largest<float>(const float*, int64_t, float*, cudaStream_t);
+template cudaError_t launch_mixture_largest<double>(const double*, int64_t, double*, cudaStream_t);
 
 }  // namespace alrao::cuda

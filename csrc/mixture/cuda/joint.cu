@@ -319,6 +319,8 @@ __global__ void __launch_bounds__(kSampleThreads,
   compute_type norm = static_cast<compute_type>(a.norm.value);
   if (a.norm.on_device != nullptr) {
     norm = *a.norm.on_device;
+  } else if (a.norm.divisor.items != nullptr) {
+    norm = static_cast<compute_type>(1 / a.norm.divisor.get());
   } else if (a.norm.count) {
     const double count = count_targets(a.target, a.size.samples, scratch);
     norm = static_cast<compute_type>(1 / fmax(count, 1.0));

@@ -43,13 +43,37 @@ struct MixtureTarget : ClassTargets {
   GaussianDensity density;
 };
 
+// What a sum over samples is divided by: `value`, times what is at `items` unless that is null:
+// int64, float or double.
+struct MixtureDivisor {
+  enum Type { kInteger, kFloat, kDouble };
+
+  double value;
+  const void* items;
+  Type type;
+
+  ALRAO_HOST_DEVICE double get() const {
+    if (items == nullptr) return value;
+    switch (type) {
+      case kFloat:
+        return value * static_cast<double>(*static_cast<const float*>(items));
+      case kDouble:
+        return value * *static_cast<const double*>(items);
+      default:
+        return value * static_cast<double>(*static_cast<const int64_t*>(items));
+    }
+  }
+};
+
 // What a counted sample weighs in the gradients: `value`, or what `on_device` holds, or one over
-// the number of counted samples, for each block to count.
+// the number of counted samples, for each block to count, or one over `divisor`, whose items are
+// not null.
 template <class scalar_t>
 struct MixtureNorm {
   const compute_t<scalar_t>* on_device;
   double value;
   bool count;
+  MixtureDivisor divisor;
 };
 
 // The loss's options (alrao_fast/reference/switch_mixture.py); `any`: there is one. The kernels
@@ -179,16 +203,16 @@ cudaError_t launch_mixture_combine(const CombineArguments<scalar_t>& arguments,
 
 // ---- before and after (finish.cu) ----
 
-// One over the number of counted samples.
+// One over the number of counted samples, or over the divisor where `mean` is false.
 template <class compute_type>
-cudaError_t launch_mixture_norm(const ClassTargets& target, int64_t samples, compute_type* norm,
+cudaError_t launch_mixture_norm(const ClassTargets& target, bool mean,
+                                const MixtureDivisor& divisor, int64_t samples, compute_type* norm,
                                 cudaStream_t stream);
 
-// Of samples with weights: how many count, and the largest size of a weight (1 if all are 0).
+// The largest size of a weight, 1 if all are 0.
 template <class compute_type>
-cudaError_t launch_mixture_weights(const ClassTargets& target,
-                                   const MixtureOptions<compute_type>& options, int64_t samples,
-                                   double* counted, compute_type* largest, cudaStream_t stream);
+cudaError_t launch_mixture_largest(const compute_type* row_weight, int64_t samples,
+                                   compute_type* largest, cudaStream_t stream);
 
 template <class from_t, class to_t>
 cudaError_t launch_finite_copy(const FiniteCopy<from_t, to_t>& copy, cudaStream_t stream);
@@ -205,12 +229,13 @@ struct FinishArguments {
   compute_t<scalar_t>* loss;
   double* stats;  // [3, N]
   SwitchObservation observation;
-  weight_gradient_t<scalar_t>* dweight;  // [N, C, D] or null
-  compute_t<scalar_t>* dbias;            // [N, C] or null
-  ColumnSums<scalar_t> columns;          // into dbias, all clones
-  compute_t<scalar_t>* dx;               // [B, D], to be scaled, or null
-  const compute_t<scalar_t>* norm;       // or null: 1
-  const double* counted;                 // the samples that count, or null: to be found
+  weight_gradient_t<scalar_t>* dweight;   // [N, C, D] or null
+  compute_t<scalar_t>* dbias;             // [N, C] or null
+  ColumnSums<scalar_t> columns;           // into dbias, all clones
+  compute_t<scalar_t>* dx;                // [B, D], to be scaled, or null
+  const compute_t<scalar_t>* norm;        // or null: 1
+  const compute_t<scalar_t>* row_weight;  // [B], or null: a sample of weight 0 does not count
+  MixtureDivisor divisor;                 // of the loss, if it is no mean
 };
 
 template <class scalar_t>
@@ -254,5 +279,32 @@ struct LogProbArguments : Chunk<scalar_t> {
 
 template <class scalar_t>
 cudaError_t launch_log_prob(const LogProbArguments<scalar_t>& arguments, cudaStream_t stream);
+
+// ---- the factors of the samples' losses (weights.cu) ----
+
+// switch_mixture_weights, of classes or of distributions. compute_type is float or double.
+template <class compute_type>
+struct WeightsArguments {
+  int64_t samples, classes;
+  ClassTargets target;                // classes null: distributions
+  const compute_type* given;          // distributions [B, C]
+  const compute_type* sample_weight;  // [B], or null: 1
+  const compute_type* class_weight;   // [C], or null: 1
+  double smoothing;
+  bool mean;               // what is divided by is the sum of the weights, beside the divisor
+  MixtureDivisor divisor;  // of value 1 where `mean` is true
+  compute_type* out;       // [B, C]: distributions that sum to 1
+  compute_type* factors;   // [B]
+  compute_type* scaled;    // [C]: class weights of mean 1; or null
+  int64_t* likeliest;      // [B], of distributions
+  double* totals;          // [2], for what all blocks ask for, where weights_totals() says so
+};
+
+// Whether distributions have a launch of their own for what all blocks ask for.
+template <class compute_type>
+bool weights_totals(const WeightsArguments<compute_type>& arguments);
+
+template <class compute_type>
+cudaError_t launch_weights(const WeightsArguments<compute_type>& arguments, cudaStream_t stream);
 
 }  // namespace alrao::cuda

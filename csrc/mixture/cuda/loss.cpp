@@ -52,7 +52,7 @@ MixtureOutputs run(const LossArguments& arguments, const MixtureSizes& size,
     p.target.values = data_of<const T>(target);
     p.target.density = likelihood.values.density(classes);
   } else if (is_soft(target)) {
-    likeliest = argmax(target);
+    likeliest = extras.likeliest ? dense(*extras.likeliest) : argmax(target);
     p.target.classes = data_of<const int64_t>(*likeliest);
     p.target.options = {-1};
     p.extras.soft = data_of<const Compute>(target);
@@ -75,27 +75,27 @@ MixtureOutputs run(const LossArguments& arguments, const MixtureSizes& size,
       (!options.need_dx || clones * classes * features * static_cast<int64_t>(sizeof(T)) <=
                                std::max(options.memory_budget, kSmallCopy));
   p.norm_counts = options.mean && !likelihood.gaussian;
-  p.norm_value = options.mean && samples > 0 ? 1.0 / static_cast<double>(samples) : 1.0;
+  p.divisor = divisor_of(extras.divisor, extras.num_items);
+  p.norm_value = !options.mean ? 1 / extras.divisor
+                 : samples > 0 ? 1.0 / static_cast<double>(samples)
+                               : 1.0;
   const bool norm_on_device = (p.norm_counts && (!joint || samples > kCountedByBlocks)) ||
-                              (options.mean && !NllProblem<T>::kFoldsNorm);
+                              (extras.num_items && !joint) ||
+                              ((options.mean || extras.divides()) && !NllProblem<T>::kFoldsNorm);
   const auto norm = p.result(norm_on_device, {1});
   if (norm_on_device) {
     p.norm = data_of<const Compute>(norm);
-    check_launch("mixture_norm",
-                 launch_mixture_norm(p.target, samples, data_of<Compute>(norm), stream));
+    check_launch("mixture_norm", launch_mixture_norm(p.target, options.mean, p.divisor, samples,
+                                                     data_of<Compute>(norm), stream));
   }
 
-  const bool weighted = p.extras.row_weight != nullptr;
-  const auto counted = p.gemm.template empty<double>({weighted ? 1 : 0});
-  const auto largest = p.result(weighted, {1});
-  if (weighted) {
-    check_launch("mixture_weights",
-                 launch_mixture_weights(p.target, p.extras, samples, data_of<double>(counted),
-                                        data_of<Compute>(largest), stream));
-    if (!NllProblem<T>::kFoldsNorm) {
-      // The gradients carry the weights relative to the largest, and are scaled at the end.
-      p.norm = p.extras.scale = data_of<const Compute>(largest);
-    }
+  const bool scaled = p.extras.row_weight != nullptr && !NllProblem<T>::kFoldsNorm;
+  const auto largest = p.result(scaled, {1});
+  if (scaled) {
+    // The gradients carry the weights relative to the largest, and are scaled at the end.
+    check_launch("mixture_largest", launch_mixture_largest(p.extras.row_weight, samples,
+                                                           data_of<Compute>(largest), stream));
+    p.norm = p.extras.scale = data_of<const Compute>(largest);
   }
 
   Unfinished<T> left{};
@@ -120,7 +120,8 @@ MixtureOutputs run(const LossArguments& arguments, const MixtureSizes& size,
   a.columns = left.columns;
   a.dx = left.scale_dx ? p.dx : nullptr;
   a.norm = p.norm_left();
-  a.counted = weighted ? data_of<const double>(counted) : nullptr;
+  a.row_weight = p.extras.row_weight;
+  a.divisor = p.divisor;
   if (extras.per_sample) {
     // The losses lie in the result already.
     sum = p.result(true, {1});

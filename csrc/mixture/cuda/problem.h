@@ -127,6 +127,18 @@ struct MixtureProblem {
   torch::stable::Tensor log_posterior;
 };
 
+// What a sum is divided by; `items` stays where it is.
+inline MixtureDivisor divisor_of(double value, const std::optional<torch::stable::Tensor>& items) {
+  using torch::headeronly::ScalarType;
+  MixtureDivisor divisor{value, nullptr, MixtureDivisor::kInteger};
+  if (!items) return divisor;
+  divisor.items = items->const_data_ptr();
+  const ScalarType type = items->scalar_type();
+  if (type == ScalarType::Float) divisor.type = MixtureDivisor::kFloat;
+  if (type == ScalarType::Double) divisor.type = MixtureDivisor::kDouble;
+  return divisor;
+}
+
 // body(T()), T being the type of the inputs.
 template <class Body>
 auto in_type_of(const MixtureInputs& inputs, const Body& body) {
@@ -200,14 +212,15 @@ struct NllProblem : MixtureProblem<T> {
   double norm_value;              // what a sample weighs, if that does not depend on targets
   bool norm_counts;               // else: one over the number of counted samples
   const Compute* norm = nullptr;  // on the device, if a kernel wrote it there
+  MixtureDivisor divisor{};       // where it is no mean
   MixtureOptions<Compute> extras{};
   Compute* dx;
   WeightGradient* dweight;
   Compute* dbias;  // or null
 
   MixtureNorm<T> folded_norm() const {
-    if (!kFoldsNorm) return {nullptr, 1.0, false};
-    return {norm, norm_value, norm_counts && norm == nullptr};
+    if (!kFoldsNorm) return {nullptr, 1.0, false, {}};
+    return {norm, norm_value, norm_counts && norm == nullptr, divisor};
   }
   const Compute* norm_left() const { return kFoldsNorm ? nullptr : norm; }
 };
@@ -241,5 +254,7 @@ LogProbOutputs mixture_log_prob(const MixtureInputs& inputs, int64_t memory_budg
                                 cudaStream_t stream);
 
 MixtureGradients mixture_log_prob_backward(const LogProbGradient& arguments, cudaStream_t stream);
+
+Weights mixture_weights(const WeightArguments& arguments, cudaStream_t stream);
 
 }  // namespace alrao::cuda
