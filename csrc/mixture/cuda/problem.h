@@ -74,8 +74,8 @@ struct MixtureProblem {
   template <class W>
   MixtureGradients gradients(bool need_dx, bool need_dw, bool need_db) const {
     const auto& [samples, features, clones, classes] = size;
-    return {result(need_dx, {samples, features}),
-            result<W>(need_dw, {clones, classes, features}), result(need_db, {clones, classes})};
+    return {result(need_dx, {samples, features}), result<W>(need_dw, {clones, classes, features}),
+            result(need_db, {clones, classes})};
   }
 
   // Logits [rows, columns] of samples from `first` on, of clones from `clone` on.
@@ -186,8 +186,8 @@ struct NllProblem : MixtureProblem<T> {
   // Memory for a sum of weight_gradient over chunks, of `rows` of dweight, where those are too
   // narrow to be summed in.
   torch::stable::Tensor weight_sum(int64_t rows, int64_t chunk) const {
-    const bool needed = options.need_dw && chunk < this->size.samples &&
-                        !std::is_same_v<WeightGradient, Compute>;
+    const bool needed =
+        options.need_dw && chunk < this->size.samples && !std::is_same_v<WeightGradient, Compute>;
     return this->result(needed, {rows, this->size.features});
   }
 

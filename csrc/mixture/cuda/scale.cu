@@ -1,5 +1,5 @@
-// The factor that a backward brings, for the gradients that the loss left: one launch, which ends at
-// once where it is 1.
+// The factor that a backward brings, for the gradients that the loss left: one launch, which ends
+// at once where it is 1.
 //
 // Floor: nothing for `loss.backward()`; else 2 times the gradients' bytes.
 #include "mixture/cuda/rows.cuh"
@@ -26,8 +26,7 @@ __device__ void scale(const ScaledArray<T>& array, compute_t<T> factor) {
 }
 
 template <class weight_t>
-__global__ void __launch_bounds__(kThreads)
-    mixture_scale_kernel(ScaleArguments<weight_t> a) {
+__global__ void __launch_bounds__(kThreads) mixture_scale_kernel(ScaleArguments<weight_t> a) {
   const auto factor = *a.factor;
   if (factor == 1) return;
   scale(a.dx, factor);
@@ -42,7 +41,10 @@ cudaError_t launch_mixture_scale(const ScaleArguments<weight_t>& a, cudaStream_t
   // Eight accesses a thread, and enough blocks to fill a GPU.
   const int64_t bytes = a.dweight.size * sizeof(weight_t) + a.dx.size * sizeof(*a.factor);
   const int64_t blocks = ceil_div(bytes, int64_t(kThreads) * 16 * 8);
-  return launch(mixture_scale_kernel<weight_t>, grid_of(blocks < 1 ? 1 : blocks < 4096 ? blocks : 4096),
+  return launch(mixture_scale_kernel<weight_t>,
+                grid_of(blocks < 1      ? 1
+                        : blocks < 4096 ? blocks
+                                        : 4096),
                 kThreads, 0, stream, a);
 }
 

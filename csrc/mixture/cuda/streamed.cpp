@@ -46,8 +46,8 @@ Unfinished<T> run_streamed(const NllProblem<T>& p) {
       if (need_dw) {
         p.add_weight_gradient(weight_sum, clone, g, data_of<const T>(finite_x), first);
         if (p.dbias != nullptr) {
-          sums.columns = {g.data,       count,    classes,
-                          g.row_stride, p.dbias + clone * classes, first > 0};
+          sums.columns = {g.data,   count, classes, g.row_stride, p.dbias + clone * classes,
+                          first > 0};
         }
       }
       if (need_dx) {

@@ -20,7 +20,9 @@
 namespace alrao::cuda {
 namespace {
 
-constexpr int kRowThreads = 512;
+// Of a block; float64 needs more registers a thread, and more shared memory for sums.
+template <class scalar_t>
+constexpr int kRowThreads = sizeof(compute_t<scalar_t>) == 8 ? 256 : 512;
 // Groups of a row's copies: as many waits a row.
 constexpr int kStages = 4;
 
@@ -236,11 +238,11 @@ struct RowEntries {
 };
 
 template <class scalar_t, bool kGaussian, bool kOptions>
-__global__ void __launch_bounds__(kRowThreads, kOptions || sizeof(compute_t<scalar_t>) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kRowThreads<scalar_t>, kOptions ? 1 : 2)
     mixture_row_kernel(const __grid_constant__ RowArguments<scalar_t> a, int staged) {
   using compute_type = compute_t<scalar_t>;
   using TheRow = Row<scalar_t, kGaussian, kOptions>;
-  constexpr int kCount = TheRow::kCount, kWarps = kRowThreads / kWarp;
+  constexpr int kCount = TheRow::kCount, kWarps = kRowThreads<scalar_t> / kWarp;
   // What a thread gathers of a row: squares, or a softmax, with or without the options' sums.
   using Seen = std::conditional_t<
       kGaussian, compute_type,
@@ -362,7 +364,8 @@ struct RowPlan {
   RowPlan(const RowArguments<scalar_t>& a, const DeviceLimits& limits) : blocks(a.chunk) {
     using compute_type = compute_t<scalar_t>;
     constexpr int kCount = 16 / sizeof(compute_type);
-    while (threads < kRowThreads && threads * kCount * kStages < a.size.classes) threads *= 2;
+    while (threads < kRowThreads<scalar_t> && threads * kCount * kStages < a.size.classes)
+      threads *= 2;
     if (!a.need_gradient) return;
     // Beside the kernel's own, and what the system takes.
     constexpr int64_t kReserved = 3 * 1024;
@@ -371,9 +374,10 @@ struct RowPlan {
     const int64_t row = ceil_div(a.size.classes, step) * step;
     staged = static_cast<int>(row < fits ? row : fits / step * step);
     const int64_t per_multiprocessor = limits.shared / (shared_bytes() + kReserved);
-    const int64_t resident = limits.multiprocessors * (per_multiprocessor < 1   ? 1
-                                                       : per_multiprocessor > 4 ? 4
-                                                                                : per_multiprocessor);
+    const int64_t resident =
+        limits.multiprocessors * (per_multiprocessor < 1   ? 1
+                                  : per_multiprocessor > 4 ? 4
+                                                           : per_multiprocessor);
     if (resident < blocks) blocks = resident;
   }
 
@@ -385,9 +389,9 @@ struct RowPlan {
 template <class scalar_t>
 cudaError_t launch_mixture_rows(const RowArguments<scalar_t>& a, cudaStream_t stream) {
   const bool gaussian = a.target.classes == nullptr;
-  const auto kernel = gaussian             ? &mixture_row_kernel<scalar_t, true, false>
+  const auto kernel = gaussian                     ? &mixture_row_kernel<scalar_t, true, false>
                       : a.options.are_of_classes() ? &mixture_row_kernel<scalar_t, false, true>
-                                             : &mixture_row_kernel<scalar_t, false, false>;
+                                                   : &mixture_row_kernel<scalar_t, false, false>;
   DeviceLimits limits;
   const cudaError_t status = device_limits(limits);
   if (status != cudaSuccess) return status;
