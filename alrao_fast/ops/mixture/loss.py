@@ -115,17 +115,20 @@ def _differentiate_op(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Ten
 
 def _scale_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients to the op's inputs, of which x, weight and bias come first; grad None: nothing arrived."""
-    return _gradients(ctx, None if grad is None else lambda saved: saved * grad)
+    if grad is None:
+        return (None,) * ctx.num_inputs
+    dtypes = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    return _gradients(ctx, [None if dtype is None else saved * grad for saved, dtype in dtypes])
 
 
-def _gradients(ctx: Any, scaled: Callable[[Tensor], Tensor] | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, scaled: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The first three of the gradients, in the dtypes that autograd expects, and None for the other inputs."""
     gradients: list[Tensor | None] = [None] * ctx.num_inputs
-    if scaled is not None:
-        for i, (saved, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
-            if dtype is not None:
-                gradients[i] = scaled(saved).to(dtype)
-        if torch.is_grad_enabled():
-            gradients[:3] = derivatives.final(gradients[:3], ctx.sources, NO_OTHER_DERIVATIVE)
+    for i, (value, dtype) in enumerate(zip(scaled, ctx.dtypes, strict=True)):
+        if value is not None and dtype is not None:
+            gradients[i] = value.to(dtype)
+    if torch.is_grad_enabled():
+        gradients[:3] = derivatives.final(gradients[:3], ctx.sources, NO_OTHER_DERIVATIVE)
     return tuple(gradients)
 
 
@@ -154,8 +157,9 @@ class _EagerGradients(torch.autograd.Function):
             or torch.is_grad_enabled()
             or torch._C._autograd._get_current_graph_task_keep_graph()
         )
-        if not kept and grad is not None and _scaled_in_place(ctx.saved_tensors, grad):
-            gradients = _gradients(ctx, lambda saved: saved)
+        saved = () if kept or grad is None else ctx.saved_tensors
+        if grad is not None and not kept and _scaled_in_place(saved, grad):
+            gradients = _gradients(ctx, saved)
         else:
             gradients = _scale_gradients(ctx, grad)
         if not kept:

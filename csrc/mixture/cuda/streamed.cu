@@ -109,22 +109,20 @@ struct Row {
                                      const OptionTerms<compute_type>& terms,
                                      compute_type largest) const {
     Pack<scalar_t, kCount> pack;
+    const bool flows = terms.scale == terms.scale;
     const OptionEntries<compute_type, kCount> entries(a.options, sample(), a.size.classes, i);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      compute_type gradient = 0;
-      if (terms.scale == terms.scale && i + j < a.size.classes) {
-        gradient = fast_exp(value[j]) * terms.scale - entries.weight[j] * terms.spread;
-        if (a.options.soft != nullptr) {
-          gradient -= entries.weight[j] * entries.soft[j] * terms.hit;
-        } else if (i + j == target) {
-          gradient -= terms.hit;
-        }
-        if (a.options.softcap != 0) {
-          gradient *= cap_derivative(value[j] + largest, a.options.softcap);
-        }
+      compute_type gradient = fast_exp(value[j]) * terms.scale - entries.weight[j] * terms.spread;
+      if (entries.is_soft) {
+        gradient -= entries.weight[j] * entries.soft[j] * terms.hit;
+      } else if (i + j == target) {
+        gradient -= terms.hit;
       }
-      round_to(gradient, pack.values[j]);
+      if (a.options.softcap != 0) {
+        gradient *= cap_derivative(value[j] + largest, a.options.softcap);
+      }
+      round_to(flows ? gradient : compute_type(0), pack.values[j]);
     }
     store_pack(reinterpret_cast<scalar_t*>(logits()) + i, pack);
   }
