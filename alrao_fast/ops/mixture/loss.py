@@ -184,12 +184,14 @@ class _EagerLosses(torch.autograd.Function):
 
 
 def _scaled_in_place(gradients: Sequence[Tensor], grad: Tensor) -> bool:
-    """Scale the gradients in place where a factor of 1 costs no pass over them, without waiting for a device."""
-    if derivatives.is_batch(grad):  # which has no one value
+    """Scale the gradients in place, without a wait for a device and, but by Triton, without a pass where `grad` is 1.
+
+    False, and nothing done, for a batch of factors.
+    """
+    if derivatives.is_batch(grad):
         return False
-    if grad.device.type == "cpu":
-        return grad.item() == 1
-    _scale(*gradients, grad)
+    if grad.device.type != "cpu" or grad.item() != 1:
+        _scale(*gradients, grad)
     return True
 
 
