@@ -22,6 +22,7 @@ from torch import Tensor
 from alrao_fast.ops.mixture.likelihood import Classes, Values
 
 from ..launch import launch
+from .exponential import mixture_exponential
 from .fused import mixture_fused
 from .problem import Loss, regime
 from .stream import mixture_stream
@@ -170,7 +171,12 @@ def _mixture(loss: Loss) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         loss.dweight.zero_()
         loss.dbias.zero_()
     else:
-        runs = {"tile": mixture_tile, "fused": mixture_fused, "stream": mixture_stream}
+        runs = {
+            "tile": mixture_tile,
+            "fused": mixture_fused,
+            "exponential": mixture_exponential,
+            "stream": mixture_stream,
+        }
         runs[regime(loss.inputs, loss.gaussian, loss.options["OPTIONS"])](loss)
 
     value = loss.norm.new_empty(())

@@ -9,7 +9,7 @@ from torch import Tensor
 from alrao_fast.ops.mixture.checks import weight_gradient_dtype
 from alrao_fast.ops.mixture.likelihood import Likelihood, Values
 
-from ..launch import accumulator
+from ..launch import INTERPRETED, accumulator
 from .gemm import matmul, sum_rows, tf32
 
 # The largest tile of [N, C], both padded to powers of two, that stays in registers.
@@ -132,18 +132,18 @@ class Loss:
         # What a bfloat16 gradient is summed in over chunks of samples.
         self.sum: Tensor | None = None
 
-    def add_weight_gradient(self, g: Tensor, samples: Tensor, part: slice, clone: int = -1) -> None:
-        """Take a chunk's logits' gradient, of one clone or of all, into those of the weights and biases."""
+    def add_weight_gradient(self, g: Tensor, x: Tensor, part: slice, clone: int = -1) -> None:
+        """Take a chunk's logits' gradient, of one clone or of all, into those of the weights, g^T x, and biases."""
         dweight = self.dweight.flatten(0, 1) if clone < 0 else self.dweight[clone]
         add, is_last = part.start > 0, part.stop >= self.inputs.x.size(0)
         if self.dbias.numel():
             sum_rows(g, self.dbias.view(-1) if clone < 0 else self.dbias[clone], add=add)
         if dweight.dtype == self.inputs.dtype or (is_last and not add):
-            matmul(g.t(), samples[part], dweight, add=add)
+            matmul(g.t(), x, dweight, add=add)
             return
         if self.sum is None:
             self.sum = torch.empty_like(dweight, dtype=self.inputs.dtype)
-        matmul(g.t(), samples[part], self.sum, add=add)
+        matmul(g.t(), x, self.sum, add=add)
         if is_last:
             dweight.copy_(self.sum)
 
@@ -159,14 +159,28 @@ class Loss:
 
 
 def regime(inputs: Inputs, gaussian: bool, options: bool = False) -> str:
-    """How the clones are gone through: "tile", "fused" or "stream"; the fused kernels have no options."""
+    """How the clones are gone through: "tile", "fused", "exponential" or "stream"; two of them have no options."""
     _, num_features, num_clones, num_classes = inputs.sizes
     if tile_of(num_clones, num_classes) is not None:
         return "tile"
-    return (
-        "fused"
-        if not (gaussian or options) and is_fused(inputs.x.dtype, num_features)
-        else "stream"
+    if not (gaussian or options) and is_fused(inputs.x.dtype, num_features):
+        return "fused"
+    if not (gaussian or options or inputs.bias is not None) and is_exponential(inputs):
+        return "exponential"
+    return "stream"
+
+
+# The fewest classes for which it is worth more launches, and exponentials in place of logits.
+MANY_CLASSES = 8192
+
+
+def is_exponential(inputs: Inputs) -> bool:
+    """Whether the logits stay in the product that makes them (exponential.py): where tiles are copied as such."""
+    x, num_classes = inputs.x, inputs.weight.size(1)
+    if x.dtype != torch.bfloat16 or num_classes < MANY_CLASSES or x.size(1) % 8:
+        return False
+    return INTERPRETED or (
+        torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9
     )
 
 

@@ -381,7 +381,7 @@ def mixture_stream(loss: Loss) -> None:
                 **loss.options,
             )
             if need_dw:
-                loss.add_weight_gradient(g, samples, part, clone)
+                loss.add_weight_gradient(g, samples[part], part, clone)
             if need_dx:
                 term = z.new_empty((z.size(0), num_features))
                 matmul(g, weight[clone], term)

@@ -280,7 +280,7 @@ def mixture_tile(loss: problem.Loss) -> None:
         if need_dx:
             input_gradient(rg, matrix, loss.dead[num_clones:], loss.dx[part])
         if need_dw:
-            loss.add_weight_gradient(g, samples, part)
+            loss.add_weight_gradient(g, samples[part], part)
     if not direct:
         if norm is not None:
             loss.dx.mul_(norm)
