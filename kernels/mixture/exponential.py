@@ -107,18 +107,16 @@ def tile_of(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     return first + tile % per_group % size, tile % per_group // size
 
 
-@triton.jit(do_not_specialize=["first_sample", "num_rows", "programs"])
+@triton.jit(do_not_specialize=["num_rows", "programs"])
 def exponential_kernel(
     x_desc,
     weight_desc,
     e_desc,
-    target_ptr,
-    at_target_ptr,
     offset_ptr,
     sum_ptr,
-    higher_ptr,
+    largest_ptr,
+    place_ptr,
     guard_ptr,
-    first_sample,
     num_rows,
     num_classes,
     num_features,
@@ -131,9 +129,9 @@ def exponential_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """E of all tiles, the sums of their rows, and how many other classes are above the target; or their maxima alone.
+    """E of all tiles; of their rows the sums, the largest and its place, [tiles of columns, num_rows] each.
 
-    sum and higher are [tiles of columns, num_rows].
+    MAXIMA: the largest logits alone.
     """
     tiles_m = tl.cdiv(num_rows, BLOCK_M)
     tiles_n = tl.cdiv(num_classes, BLOCK_N)
@@ -157,20 +155,18 @@ def exponential_kernel(
         at = n * num_rows + rows
         if MAXIMA:
             largest = tl.max(tl.where(mask_n[None, :], z, -float("inf")), 1)
-            tl.store(sum_ptr + at, largest, mask=mask_m)
+            tl.store(largest_ptr + at, largest, mask=mask_m)
         else:
             offset = tl.load(offset_ptr + rows, mask=mask_m, other=float("inf"))
-            at_target = tl.load(at_target_ptr + rows, mask=mask_m, other=0.0)
-            target = tl.load(target_ptr + first_sample + rows, mask=mask_m, other=-1).to(tl.int32)
             # NaN for what is not finite: the clone is dead. A row that does not count is 0 whatever it holds.
             z = tl.where(tl.abs(z) < float("inf"), z, float("nan"))
             e = tl.exp2(z * LOG2_E - offset[:, None])
             e = tl.where(mask_n[None, :] & (offset < float("inf"))[:, None], e, 0.0)
             tl.store(sum_ptr + at, tl.sum(e, 1), mask=mask_m)
-            e_of_target = tl.exp2(at_target * LOG2_E - offset)
-            others = columns[None, :] != target[:, None]
-            higher = tl.sum(tl.where(others & (e > e_of_target[:, None]), 1, 0), 1)
-            tl.store(higher_ptr + at, higher, mask=mask_m)
+            largest = tl.max(e, 1)
+            first = tl.min(tl.where(e == largest[:, None], columns[None, :], num_classes), 1)
+            tl.store(largest_ptr + at, largest, mask=mask_m)
+            tl.store(place_ptr + at, first, mask=mask_m)
             if STORE:
                 e_desc.store([m * BLOCK_M, n * BLOCK_N], round_to(e, tl.bfloat16))
 
@@ -179,7 +175,8 @@ def exponential_kernel(
 def merge_kernel(
     e_ptr,
     sum_ptr,
-    higher_ptr,
+    largest_ptr,
+    place_ptr,
     at_target_ptr,
     offset_ptr,
     log_posterior_ptr,
@@ -219,12 +216,16 @@ def merge_kernel(
         mask = rows < num_rows
         sample = first_sample + rows
         total = tl.zeros([BLOCK], tl.float32)
-        higher = tl.zeros([BLOCK], tl.int32)
+        largest = tl.full([BLOCK], -1.0, tl.float32)
+        place = tl.zeros([BLOCK], tl.int32)
         for _ in range(num_tiles):
             total += tl.load(sum_ptr + rows, mask=mask, other=0.0)
-            higher += tl.load(higher_ptr + rows, mask=mask, other=0)
+            here = tl.load(largest_ptr + rows, mask=mask, other=0.0)
+            place = tl.where(here > largest, tl.load(place_ptr + rows, mask=mask, other=0), place)
+            largest = tl.maximum(largest, here)
             sum_ptr += num_rows
-            higher_ptr += num_rows
+            largest_ptr += num_rows
+            place_ptr += num_rows
         at_target = tl.load(at_target_ptr + rows, mask=mask, other=0.0)
         offset = tl.load(offset_ptr + rows, mask=mask, other=0.0)
         target = tl.load(target_ptr + sample, mask=mask, other=ignore_index)
@@ -243,7 +244,7 @@ def merge_kernel(
         cell = clone.to(tl.int64) * num_samples + sample
         nll = tl.where(counted, tl.where(alive, -logp, infinity), 0.0)
         tl.store(nll_ptr + cell, nll, mask=mask)
-        tl.store(score_ptr + cell, tl.where(alive & (higher == 0), 1.0, 0.0), mask=mask)
+        tl.store(score_ptr + cell, tl.where(alive & (place == target), 1.0, 0.0), mask=mask)
         if tl.max(tl.where(dead, 1, 0), 0) != 0:
             tl.store(dead_ptr + clone, 1)
 
@@ -272,9 +273,9 @@ def merge_kernel(
         )
         if STORE:
             tl.store(factor_ptr + rows, factor, mask=mask)
-            here = rows.to(tl.int64) * row_stride + tl.where(is_class, target, 0)
+            entry = rows.to(tl.int64) * row_stride + tl.where(is_class, target, 0)
             value = round_to(tl.exp2(below) - total, tl.bfloat16)
-            tl.store(e_ptr + here, value, mask=alive)
+            tl.store(e_ptr + entry, value, mask=alive)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -293,10 +294,8 @@ class _Pass(NamedTuple):
     descriptors: tuple[TensorDescriptor, ...]
     loss: Loss
     part: slice
-    at_target: torch.Tensor
     offset: torch.Tensor
-    sums: torch.Tensor
-    higher: torch.Tensor
+    of_tiles: tuple[torch.Tensor, ...]
     guard: torch.Tensor
 
     def multiply(self, *, store: bool = False, maxima: bool = False, guarded: bool = False) -> None:
@@ -310,13 +309,9 @@ class _Pass(NamedTuple):
             exponential_kernel,
             (programs,),
             *self.descriptors,
-            self.loss.target,
-            self.at_target,
             self.offset,
-            self.sums,
-            self.higher,
+            *self.of_tiles,
             self.guard,
-            self.part.start,
             self.part.stop - self.part.start,
             num_classes,
             num_features,
@@ -344,7 +339,7 @@ def mixture_exponential(loss: Loss) -> None:
     num_tiles = triton.cdiv(num_classes, block_n)
     num_sampled = triton.cdiv(num_classes, SAMPLED)
     per_sample = (
-        8 * num_tiles
+        12 * num_tiles
         + 4 * num_sampled
         + (2 * ld if store else 0)
         + (4 * num_features if need_dx else 0)
@@ -355,7 +350,9 @@ def mixture_exponential(loss: Loss) -> None:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return x.new_empty(shape, dtype=dtype)
 
-    sums, higher = empty(num_tiles * largest), empty(num_tiles * largest, dtype=torch.int32)
+    # Of every row the tiles' sums, largest entries and the places of those.
+    sums, peaks = empty(2, num_tiles * largest)
+    of_tiles = sums, peaks, empty(num_tiles * largest, dtype=torch.int32)
     at_target, offset, factor = empty(3, largest)
     # Read by a clone and written by the next: its second pass reads what its first one did.
     states = empty(2, 4, num_samples)
@@ -394,14 +391,14 @@ def mixture_exponential(loss: Loss) -> None:
                 BLOCK=1024,
             )
             here = guard[clone * len(chunks) + number :]
-            over = _Pass(descriptors, loss, part, at_target, offset, sums, higher, here)
+            over = _Pass(descriptors, loss, part, offset, of_tiles, here)
             for guarded in (False, True):
                 if guarded:
                     over.multiply(maxima=True, guarded=True)
                     launch(
                         largest_kernel,
                         (triton.cdiv(count, 64),),
-                        sums,
+                        peaks,
                         offset,
                         here,
                         count,
@@ -414,8 +411,7 @@ def mixture_exponential(loss: Loss) -> None:
                     merge_kernel,
                     (triton.cdiv(count, 64),),
                     e,
-                    sums,
-                    higher,
+                    *of_tiles,
                     at_target,
                     offset,
                     inputs.log_posterior,
