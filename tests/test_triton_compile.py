@@ -14,6 +14,7 @@ import itertools
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from unittest import mock
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from alrao_fast.kernels.feature import frame, sgd
 from alrao_fast.kernels.feature.plan import SMALL, Lists
 from alrao_fast.kernels.mixture import log_prob as mixture_log_prob
 from alrao_fast.kernels.mixture import loss as mixture_loss
+from alrao_fast.kernels.mixture import problem as mixture_problem
 from alrao_fast.kernels.mixture import weights as mixture_weights
 from triton_aot import TARGETS, Start, compile_for, record
 
@@ -170,8 +172,26 @@ def loss_weights(dtype) -> list[Start]:
     return record(run)
 
 
+def exponentials() -> list[Start]:
+    """Of many classes, trained and evaluated, the first clone and others, one chunk and several."""
+    found = []
+    for batch, budget in ((256, 1 << 30), (2000, 1 << 24)):
+        x, weight, _, a, target = testing.mixture_inputs(
+            batch, 64, 9000, 2, dtype=torch.bfloat16, bias=False
+        )
+        for needs in ((True, True), (False, True), (False, False)):
+            arguments = (x, weight, None, a, target, -100, True, *needs, budget)
+            with (
+                mock.patch.object(mixture_problem, "is_fused", lambda *_: False),
+                mock.patch.object(mixture_problem, "is_exponential", lambda _: True),
+            ):
+                found += record(functools.partial(mixture_loss.switch_mixture_nll, *arguments))
+    assert any("exponential" in start.kernel.__name__ for start in found)
+    return found
+
+
 def mixtures() -> list[Start]:
-    found = [*loss_weights(torch.float32), *loss_weights(torch.float64)]
+    found = [*exponentials(), *loss_weights(torch.float32), *loss_weights(torch.float64)]
     for dtype, shape in MIXTURES:
         found += mixture(dtype, shape)
     # With TF32 the products of a small problem, and the fused kernels.
@@ -239,7 +259,10 @@ def compiled():
     every = range(len(starts()))
     complete = TARGETS if os.environ.get("ALRAO_AOT") == "all" else ("sm_90",)
     jobs = [
-        (i, target) for target in TARGETS for i in (every if target in complete else few.values())
+        (i, target)
+        for target in TARGETS
+        for i in (every if target in complete else few.values())
+        if starts()[i].runs_on(target)
     ]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         return dict(zip(jobs, pool.map(_compile, jobs, chunksize=8)))

@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -48,6 +49,10 @@ class Start(NamedTuple):
     constants: tuple[tuple[int, Any], ...]
     aligned: tuple[int, ...]
     options: tuple[tuple[str, Any], ...]
+
+    def runs_on(self, target: str) -> bool:
+        """Tiles that are copied as such are for Hopper alone."""
+        return target == "sm_90" or not any("desc" in kind for _, kind in self.signature)
 
     def __str__(self) -> str:
         flags = [
@@ -85,6 +90,9 @@ def record(call: Callable[[], object]) -> list[Start]:
                 kind = _POINTERS[value.dtype]
                 if value.data_ptr() % 16 == 0:
                     aligned.append(i)
+            elif isinstance(value, TensorDescriptor):
+                element = _POINTERS[value.base.dtype].removeprefix("*")
+                kind = f"tensordesc<{element}[{', '.join(map(str, value.block_shape))}]>"
             elif isinstance(value, bool):
                 kind = "i1"
             elif isinstance(value, int):

@@ -301,7 +301,7 @@ class _Pass(NamedTuple):
     def multiply(self, *, store: bool = False, maxima: bool = False, guarded: bool = False) -> None:
         block_m, block_n, block_k = TILE
         programs = 4
-        if not INTERPRETED:
+        if self.guard.is_cuda:
             device = torch.cuda.get_device_properties(self.guard.device)
             programs = device.multi_processor_count
         _, num_features, _, num_classes = self.loss.inputs.sizes

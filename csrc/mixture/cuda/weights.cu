@@ -11,7 +11,7 @@
 namespace alrao::cuda {
 namespace {
 
-constexpr int kMostTotalThreads = 1024;
+constexpr int kMostTotalThreads = 512;
 constexpr int kMostRowThreads = 256;
 // Weights that a block of distributions adds up by itself.
 constexpr int64_t kSummedByBlocks = 1024;
@@ -74,8 +74,9 @@ __device__ Totals add_up(const WeightsArguments<T>& a, double* scratch) {
 template <class T>
 __device__ void scale_class_weights(const WeightsArguments<T>& a, double average) {
   if (a.scaled == nullptr) return;
+  const double inverse = 1 / average;
   for (int64_t c = threadIdx.x; c < a.classes; c += blockDim.x) {
-    a.scaled[c] = static_cast<T>(a.class_weight[c] / average);
+    a.scaled[c] = static_cast<T>(a.class_weight[c] * inverse);
   }
 }
 
@@ -153,12 +154,13 @@ __global__ void __launch_bounds__(kMostRowThreads)
   }
   sums = block_reduce(sums, AddRowSums(), RowSums<T>::none(), row_scratch);
   const bool is_empty = sums.sum == T(0);
+  const T inverse = 1 / sums.sum;
   for (int64_t c = threadIdx.x * kCount; c < a.classes; c += blockDim.x * kCount) {
     T value[kCount];
     Pack<T, kCount> pack;
     load_some<kCount>(q, c, a.classes, aligned, value);
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) pack.values[j] = is_empty ? T(0) : value[j] / sums.sum;
+    for (int j = 0; j < kCount; ++j) pack.values[j] = is_empty ? T(0) : value[j] * inverse;
     store_some(out, c, a.classes, aligned, pack);
   }
   if (threadIdx.x != 0) return;
