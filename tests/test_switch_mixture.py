@@ -262,7 +262,7 @@ def test_softmax_to_a_few_ulps(compiled, dtype, ulps):
         exact = bias.double().softmax(1)[0, 1:2001]
         error = ((out[4][0, 1:2001].double() - exact) / exact).abs()
         few = torch.full_like(error, ulps)
-        if compiled == "cuda" and dtype == torch.float32:
-            # As exact as a logit of that size is.
+        if compiled != "cpu" and dtype == torch.float32:
+            # GPUs' exponential is as exact as a logit of that size is.
             few -= logits[1:].double() / 2
         assert (error < few * torch.finfo(dtype).eps).all(), error.max()

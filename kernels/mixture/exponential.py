@@ -7,7 +7,7 @@ target E is written over, and v goes into the small factor of dweight = E^T (v x
 likelihoods and responsibilities are float32, from float32 logits; E has the relative precision that a bfloat16
 gradient has.
 
-The offset k of a row is the largest of the target's logit and of those of every 64th class. Where the row's largest is
+The offset k of a row is the largest of the target's logit and of those of one class in 64. Where the row's largest is
 40 above it (a clone that has diverged) the sum is too large: then a second pass over the clone takes the largest
 itself. Else its launches return at once.
 
@@ -337,7 +337,9 @@ def mixture_exponential(loss: Loss) -> None:
     ld = -(-num_classes // 8) * 8
     block_m, block_n, block_k = TILE
     num_tiles = triton.cdiv(num_classes, block_n)
-    num_sampled = triton.cdiv(num_classes, SAMPLED)
+    # In whole accesses: the library is slower otherwise.
+    num_sampled = max(num_classes // SAMPLED // 8 * 8, 1)
+    step = num_classes // num_sampled
     per_sample = (
         12 * num_tiles
         + 4 * num_sampled
@@ -372,7 +374,7 @@ def mixture_exponential(loss: Loss) -> None:
                 TensorDescriptor.from_tensor(e, [block_m, block_n]),
             )
             sampled = empty(count, num_sampled)
-            matmul(rows, weight[clone, ::SAMPLED].t(), sampled)
+            matmul(rows, weight[clone, : num_sampled * step : step].t(), sampled)
             launch(
                 offset_kernel,
                 (count,),
