@@ -93,6 +93,10 @@ struct MixtureOptions {
     return class_weight != nullptr || soft != nullptr || smoothing != 0 || z_loss != 0 ||
            softcap != 0;
   }
+  // Whether all classes but the target's are treated alike.
+  ALRAO_HOST_DEVICE bool treat_others_alike() const {
+    return soft == nullptr && softcap == 0 && (class_weight == nullptr || smoothing == 0);
+  }
 };
 
 // A copy with 0 for what is not finite; nothing where `to` is null.

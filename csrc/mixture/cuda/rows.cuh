@@ -343,6 +343,21 @@ struct OptionSoftmax {
     }
   }
 
+  // Of weights that are all 1.
+  template <int kCount>
+  __device__ void take_uniform(bool summed, const T* value, int i, int end) {
+    const T before = softmax.peak.value;
+    take_row<kCount>(softmax, value, i, end);
+    if (!summed) return;
+    lower(before);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if (i + j >= end) break;
+      weight += 1;
+      sums.weighted += value[j] - softmax.peak.value;
+    }
+  }
+
   static __device__ OptionSoftmax merged(OptionSoftmax a, OptionSoftmax b) {
     const T before_a = a.softmax.peak.value, before_b = b.softmax.peak.value;
     a.softmax = b.softmax = Merge()(a.softmax, b.softmax);

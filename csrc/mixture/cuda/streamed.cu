@@ -26,8 +26,12 @@ constexpr int kRowThreads = sizeof(compute_t<scalar_t>) == 8 ? 256 : 512;
 // Groups of a row's copies: as many waits a row.
 constexpr int kStages = 4;
 
+// Which options a kernel knows: none of the classes; those that treat all but the target's alike
+// (smoothing, z-loss), for an instruction or two an entry; all.
+enum class Known { kNone, kUniform, kAll };
+
 // Everything about a row but its entries.
-template <class scalar_t, bool kGaussian, bool kOptions>
+template <class scalar_t, bool kGaussian, Known kOptions>
 struct Row {
   using compute_type = compute_t<scalar_t>;
   static constexpr int kCount = 16 / sizeof(compute_type);  // entries of an access
@@ -50,7 +54,7 @@ struct Row {
       if (target >= 0) {
         target_logit = logits()[target];
         if (a.bias != nullptr) target_logit += widen(bias()[target]);
-        if (kOptions && a.options.softcap != 0) {
+        if (kOptions == Known::kAll && a.options.softcap != 0) {
           target_logit = capped(target_logit, a.options.softcap);
         }
       }
@@ -64,7 +68,7 @@ struct Row {
 
   // What makes of the product's entries logits, or errors.
   __device__ bool has_changes() const {
-    return a.bias != nullptr || kGaussian || (kOptions && a.options.softcap != 0);
+    return a.bias != nullptr || kGaussian || (kOptions == Known::kAll && a.options.softcap != 0);
   }
 
   // That, from entry i on; beyond the last class anything.
@@ -82,7 +86,7 @@ struct Row {
       for (int j = 0; j < kCount; ++j) {
         if (i + j < a.size.classes) value[j] -= widen(outputs[i + j]);
       }
-    } else if constexpr (kOptions) {
+    } else if constexpr (kOptions == Known::kAll) {
       if (a.options.softcap != 0) {
 #pragma unroll
         for (int j = 0; j < kCount; ++j) value[j] = capped(value[j], a.options.softcap);
@@ -101,6 +105,19 @@ struct Row {
       compute_type gradient = scale == 0 ? compute_type(0) : e * scale;
       if (scale != 0 && i + j == target) gradient -= norm;
       round_to(gradient, pack.values[j]);
+    }
+    store_pack(reinterpret_cast<scalar_t*>(logits()) + i, pack);
+  }
+
+  __device__ void store_uniform(int i, const compute_type* value,
+                                const OptionTerms<compute_type>& terms) const {
+    Pack<scalar_t, kCount> pack;
+    const bool flows = terms.scale == terms.scale;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      compute_type gradient = fast_exp(value[j]) * terms.scale - terms.spread;
+      if (i + j == target) gradient -= terms.hit;
+      round_to(flows ? gradient : compute_type(0), pack.values[j]);
     }
     store_pack(reinterpret_cast<scalar_t*>(logits()) + i, pack);
   }
@@ -235,16 +252,17 @@ struct RowEntries {
   }
 };
 
-template <class scalar_t, bool kGaussian, bool kOptions>
-__global__ void __launch_bounds__(kRowThreads<scalar_t>, kOptions ? 1 : 2)
+template <class scalar_t, bool kGaussian, Known kOptions>
+__global__ void __launch_bounds__(kRowThreads<scalar_t>, kOptions == Known::kNone ? 2 : 1)
     mixture_row_kernel(const __grid_constant__ RowArguments<scalar_t> a, int staged) {
   using compute_type = compute_t<scalar_t>;
   using TheRow = Row<scalar_t, kGaussian, kOptions>;
   constexpr int kCount = TheRow::kCount, kWarps = kRowThreads<scalar_t> / kWarp;
   // What a thread gathers of a row: squares, or a softmax, with or without the options' sums.
-  using Seen = std::conditional_t<
-      kGaussian, compute_type,
-      std::conditional_t<kOptions, OptionSoftmax<compute_type>, Softmax<compute_type>>>;
+  using Seen =
+      std::conditional_t<kGaussian, compute_type,
+                         std::conditional_t<kOptions == Known::kNone, Softmax<compute_type>,
+                                            OptionSoftmax<compute_type>>>;
   ALRAO_DYNAMIC_SHARED(compute_type, memory);
   __shared__ Seen scratch[kWarps];
   const int classes = static_cast<int>(a.size.classes), rows = static_cast<int>(a.chunk);
@@ -271,9 +289,11 @@ __global__ void __launch_bounds__(kRowThreads<scalar_t>, kOptions ? 1 : 2)
         for (int j = 0; j < kCount; ++j) {
           if (i + j < classes) seen += value[j] * value[j];
         }
-      } else if constexpr (kOptions) {
+      } else if constexpr (kOptions == Known::kAll) {
         const OptionEntries<compute_type, kCount> options(a.options, row.sample(), classes, i);
         seen.template take<kCount>(options, value, i, classes);
+      } else if constexpr (kOptions == Known::kUniform) {
+        seen.template take_uniform<kCount>(a.options.smoothing != 0, value, i, classes);
       } else {
         take_row<kCount>(seen, value, i, classes);
       }
@@ -309,7 +329,7 @@ __global__ void __launch_bounds__(kRowThreads<scalar_t>, kOptions ? 1 : 2)
     OptionTerms<compute_type> terms;
     if constexpr (kGaussian) {
       scale = row.finish_outputs(block_reduce(seen, Sum(), compute_type(0), scratch));
-    } else if constexpr (kOptions) {
+    } else if constexpr (kOptions != Known::kNone) {
       seen = block_reduce(seen, Merge(), Seen::none(), scratch);
       largest = seen.softmax.peak.value;
       terms = row.finish_options(seen);
@@ -325,8 +345,10 @@ __global__ void __launch_bounds__(kRowThreads<scalar_t>, kOptions ? 1 : 2)
 #pragma unroll
         for (int j = 0; j < kCount; ++j) value[j] -= largest;
       }
-      if constexpr (kOptions && !kGaussian) {
+      if constexpr (kOptions == Known::kAll) {
         row.store_with_options(i, value, terms, largest);
+      } else if constexpr (kOptions == Known::kUniform) {
+        row.store_uniform(i, value, terms);
       } else {
         row.store(i, value, scale, norm);
       }
@@ -387,9 +409,11 @@ struct RowPlan {
 template <class scalar_t>
 cudaError_t launch_mixture_rows(const RowArguments<scalar_t>& a, cudaStream_t stream) {
   const bool gaussian = a.target.classes == nullptr;
-  const auto kernel = gaussian                     ? &mixture_row_kernel<scalar_t, true, false>
-                      : a.options.are_of_classes() ? &mixture_row_kernel<scalar_t, false, true>
-                                                   : &mixture_row_kernel<scalar_t, false, false>;
+  const auto kernel =
+      gaussian                         ? &mixture_row_kernel<scalar_t, true, Known::kNone>
+      : !a.options.are_of_classes()    ? &mixture_row_kernel<scalar_t, false, Known::kNone>
+      : a.options.treat_others_alike() ? &mixture_row_kernel<scalar_t, false, Known::kUniform>
+                                       : &mixture_row_kernel<scalar_t, false, Known::kAll>;
   DeviceLimits limits;
   const cudaError_t status = device_limits(limits);
   if (status != cudaSuccess) return status;
