@@ -1,14 +1,14 @@
 """switch_mixture: loss and gradients of the mixture of clones in one pass (reference/switch_mixture.py).
 
-With L = B N C logits; times were measured on an H200 (copy 4.1 TB/s, bfloat16 products 780 TFLOP/s), Triton 3.6:
+With L = B N C logits (docs/gpu.md has what they take):
 
 * tile (N C up to 4096, both padded to powers of two): the logits of all clones by one product, one kernel that reads
   them once (4 bytes a logit) and writes G and r G (2 to 8 bytes), two products; 6 L D flops. Small problems are bound
-  by their 6 launches: 32 x 1024 features, 10 x 10 classes take 34 us.
-* stream (larger): clone after clone, 5 or 6 launches each. 6 L D flops, 12 to 16 bytes a logit and 12 a sample, clone
-  and feature. In bfloat16: 4096 x 2048 features, 10 x 1000 classes take 1.7 ms, 38 % of the rate of such products;
-  8192 x 768 features, 6 x 50304 classes 28.8 ms, 51 %; 16384 x 2048 features, 6 x 32000 classes 72 ms, 69 %.
+  by their 6 launches.
+* stream (larger): clone after clone, 4 to 6 launches each. 6 L D flops, 14 to 20 bytes a logit and 12 a sample, clone
+  and feature.
 * fused (larger, with few features): no logit is written, `fused` counts what it does instead.
+* exponential (larger, of many classes in bfloat16, without a bias, on Hopper): 6 L D flops, 6 bytes a logit.
 
 None holds more logits than the memory budget. Logits, their softmax and every sum are float32 (float64 for float64);
 TF32 is used where torch.backends.cuda.matmul allows it. Sums have a fixed order; nothing waits for the device.

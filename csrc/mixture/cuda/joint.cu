@@ -1,12 +1,10 @@
 // All clones of a sample at once: softmax, likelihoods, responsibilities, loss and the gradients to
 // the logits, for N C logits that fit into shared memory.
 //
-// Floor on an H200 (4.3 TB/s), per logit: 4 bytes read, 2 (bfloat16) to 4 (float32) written for
-// each of G and r G; so 8 to 12 bytes, 1.9 to 2.8 ps. 4096 samples of 10 x 1000 classes in
-// bfloat16: 76 us beside 637 us for the three products at 790 TFLOP/s. The copies without
-// non-finite values, which keep 0 * inf out of the products, add 4 (bfloat16) or 8 bytes a weight
-// and a feature: 20 us and 8 us there. Expected 80 % of the floor of the whole step; small heads
-// (10 x 10 classes, up to 512 samples) are bound by their five launches, about 12 us.
+// Bytes, per logit: 4 read, 2 (bfloat16) to 4 (float32) written for each of G and r G, so 8 to 12.
+// The copies without non-finite values, which keep 0 * inf out of the products, add 4 (bfloat16) or
+// 8 a weight and a feature. Small heads (10 x 10 classes, up to 512 samples) are bound by their
+// launches, five or six.
 //
 // A sample belongs to a warp where N C is small, else to a block. Its logits are read once, 16
 // bytes an access, into shared memory; a group of lanes takes a clone, so that ten classes do not

@@ -6,10 +6,8 @@
 // a class, the gradient to the logits is dz[n, c] = w[n, c] grad[c] - p[n, c] sum_c w[n, c]
 // grad[c].
 //
-// Floor on an H200 (4.3 TB/s), per logit: 4 bytes read once where all clones of a sample fit into
-// shared memory; clone after clone 4 (twice, the second time from L2) and 8 for the result. 10 x
-// 1000 classes are bound by the product (bfloat16 at 790 TFLOP/s, 2048 features: 5.2 ps a logit,
-// 0.9 ps of reading), expected 80 % of it. The backward makes the logits again and multiplies in
+// Bytes, per logit: 4 read once where all clones of a sample fit into shared memory; clone after
+// clone 4, twice, and 8 for the result. The backward makes the logits again and multiplies in
 // float32.
 #include "mixture/cuda/rows.cuh"
 
