@@ -28,7 +28,8 @@ class AlraoAdam(AlraoOptimizer):
             parameters are float32 in any case: at beta2 = 0.999 a bfloat16 second moment would never come down.
 
     params, lr_range, lr, sampler, generator, rounding, model, foreach, fused, capturable and differentiable are those
-    of `AlraoSGD`. Alrao with Adam is less reliable than with SGD: of the drawn rates fewer are usable.
+    of `AlraoSGD`, but for the default of lr_range: Adam moves an entry by about its rate whatever the gradient, and
+    rates above 0.1 destroy most networks. On the interval of SGD, which the paper took, Alrao with Adam is unreliable.
 
     State per parameter, made at construction: "rate" (float32), "step" (int64), "exp_avg", "exp_avg_sq",
     "max_exp_avg_sq", "master"; of frozen ones only the rate.
@@ -42,7 +43,7 @@ class AlraoAdam(AlraoOptimizer):
     def __init__(
         self,
         params: Any,
-        lr_range: tuple[float, float] = (1e-5, 10.0),
+        lr_range: tuple[float, float] = (1e-4, 0.1),
         *,
         lr: float | Tensor = 1.0,
         betas: tuple[float, float] = (0.9, 0.999),
