@@ -224,6 +224,7 @@ namespace alrao::cuda {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
                    cudaStream_t, Arguments&&... arguments) {
+  static_assert((sizeof(Parameters) + ... + 0) <= 32764, "more than a launch takes");
   // As on the GPU, a kernel gets copies made at the launch.
   using Values = std::tuple<Parameters...>;
   const std::pair<void (*)(Parameters...), Values> call{
