@@ -247,7 +247,8 @@ def test_made_on_the_meta_device(optimizer_type):
             if hasattr(module, name):
                 getattr(module, name)()
     optimizer = optimizer_type(net, generator=generator())
-    assert torch.equal(net.head.clone_lr, LogUniform().clone_rates(4))
+    interval = LogUniform(*optimizer.defaults["lr_range"])
+    assert torch.equal(net.head.clone_lr, interval.clone_rates(4))
     x, y = batch()
     loss = net(x, targets=y)
     loss.backward()
