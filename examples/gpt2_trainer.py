@@ -59,8 +59,7 @@ def main() -> None:
         args.out,
         max_steps=args.steps,
         per_device_train_batch_size=args.batch,
-        # The multiplier of all rates, which the schedule warms up and lets decay.
-        learning_rate=1.0,
+        # It moves the multiplier of all rates, which is 1; Trainer's learning_rate goes nowhere.
         lr_scheduler_type="cosine",
         warmup_steps=args.steps // 20,
         # One norm over all parameters would count every clone's gradient.

@@ -262,7 +262,6 @@ def train(net, folder, steps=4, resume=None, optimizer=None, **options):
         str(folder),
         max_steps=steps,
         per_device_train_batch_size=4,
-        learning_rate=1.0,
         weight_decay=0.01,
         save_steps=2,
         report_to=[],

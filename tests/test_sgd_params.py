@@ -78,16 +78,43 @@ def test_bare_tensors_warn():
     assert w[0].filename == __file__
 
 
-def test_a_multiplier_that_looks_like_a_learning_rate_warns():
-    message = r"lr: got 5e-05, the multiplier of all learning rates, which leaves 5e-09 to 5e-05 "
+def layer():
+    return nn.Linear(3, 4)
+
+
+SMALL = {
+    "option": lambda: AlraoSGD(layer(), (1e-4, 1.0), lr=5e-5),
+    "tensor": lambda: AlraoSGD(layer(), (1e-4, 1.0), lr=torch.tensor(5e-5)),
+    "sampler": lambda: AlraoSGD(layer(), lr=5e-5, sampler=LogUniform(1e-4, 1.0)),
+    "group": lambda: AlraoSGD([{"params": layer(), "lr": 5e-5}], (1e-4, 1.0)),
+    "groups": lambda: AlraoSGD([{"params": layer(), "lr": 5e-5} for _ in range(2)], (1e-4, 1.0)),
+    "added": lambda: AlraoSGD(layer(), (1e-4, 1.0)).add_param_group(
+        {"params": layer(), "lr": 5e-5}
+    ),
+}
+
+
+@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
+def test_a_multiplier_that_looks_like_a_learning_rate_warns(make):
+    message = (
+        r"lr: got 5e-05, the multiplier of all learning rates, which leaves 5e-09 to 5e-05 of \("
+    )
     with pytest.warns(UserWarning, match=message) as record:
-        AlraoSGD(nn.Linear(3, 4), (1e-4, 1.0), lr=5e-5)
+        make()
     assert [w.filename for w in record] == [__file__]
+
+
+def test_no_other_multiplier_warns():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for lr in (0.0, 0.1, 1.0, torch.tensor(1e-4)):
-            AlraoSGD(nn.Linear(3, 4), (1e-4, 1.0), lr=lr)
-        AlraoSGD(nn.Linear(3, 4), lr=1e-4, sampler=Constant(1.0))
+        for lr in (0.0, 0.1, 1.0):
+            AlraoSGD(layer(), (1e-4, 1.0), lr=lr)
+        # One rate, or rates that are as large with it.
+        AlraoSGD(layer(), lr=1e-4, sampler=Constant(1.0))
+        AlraoSGD([{"params": layer(), "sampler": Constant(1.0)}], lr=1e-3)
+        AlraoSGD(layer(), (1e-2, 1e4), lr=1e-3)
+        AlraoSGD([{"params": layer(), "lr_range": (1.0, 1e3)}], lr=1e-3)
+        AlraoSGD([{"params": layer(), "lr": 1.0}], lr=1e-3)
 
 
 def test_group_options():

@@ -86,6 +86,8 @@ class AlraoOptimizer(Optimizer):
         self._undrawn: dict[Tensor, tuple[Sampler | None, tuple[float, float]]] = {}
         self._constructing = True
         self._bare: list[str] = []
+        # Of the groups just added what multiplies the rates, and their sampler.
+        self._multipliers: list[tuple[float | Tensor, Sampler]] = []
         groups = as_groups(params)
         for root in modules_of(groups) if model is None else [model]:
             resolve(root, self._layouts)
@@ -93,14 +95,18 @@ class AlraoOptimizer(Optimizer):
         self._follow_fused()
         self._draw()
         self._warn_of_bare_tensors()
-        if self._sampler is None:
-            warn_of_small_multiplier(defaults["lr"], defaults["lr_range"], stacklevel=3)
+        self._warn_of_small_multipliers(stacklevel=3)
         if not isinstance(self._sampler, Constant):
             params = (p for group in self.param_groups for p in group["params"])
             warn_of_default_rule(params, self._layouts, stacklevel=3)
         self._constructing = False
         self._complete(self.param_groups)
         self._option_checks.follow(self.param_groups)
+
+    def _warn_of_small_multipliers(self, stacklevel: int) -> None:
+        """Of the groups added since the last call, the first."""
+        added, self._multipliers = self._multipliers, []
+        any(warn_of_small_multiplier(*given, stacklevel + 1) for given in added)
 
     def _follow_fused(self) -> None:
         fused = self.defaults["fused"]
@@ -134,6 +140,7 @@ class AlraoOptimizer(Optimizer):
         group |= {name: value for name, value in options.items() if name in group}
         if "lr_range" in group:
             sampler = sampler or LogUniform(*group["lr_range"])
+        drawn_by = sampler or self._sampler or LogUniform(*options["lr_range"])
         before = len(self.param_groups), dict(self._layouts)
         try:
             for module in modules_of([group]):
@@ -152,8 +159,10 @@ class AlraoOptimizer(Optimizer):
             self._layouts, self._undrawn, self._bare = before[1], {}, []
             self._places.note(self.param_groups)
             raise
+        self._multipliers.append((options["lr"], drawn_by))
         if not self._constructing:
             self._warn_of_bare_tensors()
+            self._warn_of_small_multipliers(stacklevel=2)
             self._complete(self.param_groups[before[0] :])
 
     def refresh(self) -> None:

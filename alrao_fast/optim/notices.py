@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from alrao_fast.optim.layouts import Layout
+from alrao_fast.optim.rates import Constant, LogUniform, Sampler
 
 # Below this share of the entries it does not matter which way the rates go.
 _SHARE = 0.01
@@ -24,16 +25,28 @@ def warn_of_bare_tensors(names: Sequence[str], stacklevel: int) -> None:
         )
 
 
-def warn_of_small_multiplier(lr: object, lr_range: tuple[float, float], stacklevel: int) -> None:
-    """Warn of a multiplier of the rates that looks like a learning rate: other optimizers' defaults are such."""
-    if isinstance(lr, float | int) and 0 < lr < _SMALL_LR:
-        low, high = lr_range
-        warnings.warn(
-            f"lr: got {lr:g}, the multiplier of all learning rates, which leaves {lr * low:.2g} to {lr * high:.2g} of "
-            f"lr_range ({low:g}, {high:g}). The rates are drawn, none needs to be chosen: leave lr at 1, and where a "
-            "trainer passes its learning rate (Trainer's learning_rate, for one), set that to 1",
-            stacklevel=stacklevel + 1,
-        )
+def warn_of_small_multiplier(lr: float | Tensor, sampler: Sampler, stacklevel: int) -> bool:
+    """Warn of a multiplier of the rates that looks like a learning rate, as other optimizers' defaults do; return so.
+
+    Not where the rates are one constant or reach as far with it, nor of one whose value is on a GPU.
+    """
+    if isinstance(lr, Tensor) and not lr.is_cpu:
+        return False
+    value = float(lr.detach() if isinstance(lr, Tensor) else lr)
+    if not 0 < value < _SMALL_LR or isinstance(sampler, Constant):
+        return False
+    leaves = ""
+    if isinstance(sampler, LogUniform):
+        if value * sampler.hi >= _SMALL_LR:
+            return False
+        low, high = sampler.lo, sampler.hi
+        leaves = f", which leaves {value * low:.2g} to {value * high:.2g} of ({low:g}, {high:g})"
+    warnings.warn(
+        f"lr: got {value:g}, the multiplier of all learning rates{leaves}. The rates are drawn, none is to be "
+        "chosen: leave lr at 1, and where a trainer passes a learning rate of its own, set that to 1",
+        stacklevel=stacklevel + 2,
+    )
+    return True
 
 
 def warn_of_default_rule(
