@@ -70,6 +70,22 @@ def test_error_budgets_of_dtypes(backend, device, name, dtype, shape, bias):
     assert_budget(inputs, backend, **options)
 
 
+@pytest.mark.parametrize("mass", [1.0, 2.0])
+def test_targets_may_be_overwritten_before_the_backward(backend, device, mass):
+    inputs, _ = case("none", 5, 4, 3, 2, device=device)
+    soft = mass * torch.eye(3, device=device)[inputs.target % 3]
+    for reduction in ("none", "mean"):
+        results = []
+        for overwritten in (False, True):
+            x, target = inputs.x.clone().requires_grad_(), soft.clone()
+            given = (x, *inputs[1:4], target)
+            loss, _ = switch_mixture_stats(*given, impl=backend, reduction=reduction)
+            if overwritten and (reduction == "none" or backend != "reference"):
+                target.zero_()
+            results += torch.autograd.grad(loss.sum(), x)
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("classes", [24_576, 27_001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", COMBINED)

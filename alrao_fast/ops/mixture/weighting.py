@@ -132,7 +132,8 @@ class Weighting(NamedTuple):
         if backend != "cpu" and readable:
             check_values(target, weight, options.ignore_index)
         op = _twin if backend == "triton" else _op
-        found, rows, scaled, likeliest = op(*arguments, backend != "cpu")
+        # Losses one by one keep the targets for their backward, and whoever gave them may write into them.
+        found, rows, scaled, likeliest = op(*arguments, backend != "cpu" or self.per_sample)
         if not _is_soft(target):
             return Prepared(target, rows, scaled if scaled.numel() else None)
         # Without a copy the rows sum to 1 already.
