@@ -73,6 +73,17 @@ def test_dx_is_the_mixtures_and_dweight_each_clones_own(backend, device, reducti
             torch.testing.assert_close(got.cpu(), want)
 
 
+@pytest.mark.parametrize("classes", [70, 2100])
+def test_the_lowest_logit_has_a_place(compiled, classes):
+    device = device_of(compiled)
+    x = torch.ones(3, 1, device=device)
+    weight = torch.full((2, classes, 1), torch.finfo(torch.float32).min, device=device)
+    a = torch.full((2,), math.log(0.5), device=device, dtype=torch.float64)
+    y = torch.tensor([0, 0, 1], device=device)
+    _, stats = switch_mixture_stats(x, weight, None, a, y, impl=compiled)
+    assert stats[1].tolist() == [2.0, 2.0]
+
+
 # Around what shared memory has of a row, on every GPU and on those with the most of it; bfloat16's
 # gradient is narrower than the logits under it.
 @pytest.mark.sanitized(classes=[24_577], dtype=[torch.bfloat16])

@@ -178,6 +178,12 @@ def equal_logits(inputs):
     pairs[:, 1] = pairs[:, 0]
 
 
+def certain(inputs):
+    # Of a probability of 1 the gradient has nothing left, however large the logits are.
+    inputs.weight[1] *= 1e4
+    target_is_the_largest(inputs)
+
+
 def far_above_the_target(inputs):
     # Its second pass takes the largest logit, which is none of those that the first one looks at.
     inputs.weight[1] *= 40
@@ -192,6 +198,7 @@ EXPONENTIAL_CHANGES = [
     dead_sample,
     target_is_the_largest,
     equal_logits,
+    certain,
     far_above_the_target,
 ]
 
@@ -241,6 +248,28 @@ def test_exponentials_in_place_of_logits(monkeypatch, sizes, budget, change):
         # Its norm, too: a bfloat16 gradient of bfloat16 factors.
         error = (got.double() - exact).norm() / exact.norm().clamp(min=1e-30)
         assert error < 4e-3, (name, error)
+
+
+@pytest.mark.interpreted
+def test_memory_that_begins_anywhere(monkeypatch):
+    from alrao_fast.kernels.mixture import problem
+
+    monkeypatch.setattr(problem, "TILE", 0)
+    monkeypatch.setattr(problem, "MANY_CLASSES", 2)
+    monkeypatch.setattr(problem, "is_fused", lambda *_: False)
+    inputs = testing.mixture_inputs(9, 8, 40, 2, dtype=torch.bfloat16, device=DEVICE, bias=False)
+
+    def shifted(tensor):
+        memory = tensor.new_empty(tensor.numel() + 1)
+        return memory[1:].view_as(tensor).copy_(tensor)
+
+    expected, _ = switch_mixture_stats(*inputs, impl="triton")
+    for x, weight in (
+        (shifted(inputs.x), inputs.weight),
+        (inputs.x, shifted(inputs.weight)),
+    ):
+        loss, _ = switch_mixture_stats(x, weight, *inputs[2:], impl="triton")
+        torch.testing.assert_close(loss, expected)
 
 
 # Samples and classes within one block, in several; parts of the classes, and of all clones' classes.

@@ -84,7 +84,9 @@ def offset_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def largest_kernel(largest_ptr, offset_ptr, guard_ptr, num_rows, num_tiles, BLOCK: tl.constexpr):
+def largest_kernel(
+    largest_ptr, at_target_ptr, offset_ptr, guard_ptr, num_rows, num_tiles, BLOCK: tl.constexpr
+):
     """The offsets from the largest logits of the tiles."""
     if tl.load(guard_ptr) != 0:
         rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -95,6 +97,8 @@ def largest_kernel(largest_ptr, offset_ptr, guard_ptr, num_rows, num_tiles, BLOC
             largest_ptr += num_rows
         offset = tl.load(offset_ptr + rows, mask=mask, other=0.0)
         known = (tl.abs(largest) < float("inf")) & (offset < float("inf"))
+        at = tl.load(at_target_ptr + rows, mask=mask, other=0.0)
+        largest = tl.where(tl.abs(at) < float("inf"), tl.maximum(largest, at), largest)
         tl.store(offset_ptr + rows, tl.where(known, largest * LOG2_E, offset), mask=mask)
 
 
@@ -107,7 +111,7 @@ def tile_of(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     return first + tile % per_group % size, tile % per_group // size
 
 
-@triton.jit(do_not_specialize=["num_rows", "programs"])
+@triton.jit(do_not_specialize=["first_sample", "num_rows", "programs"])
 def exponential_kernel(
     x_desc,
     weight_desc,
@@ -117,6 +121,8 @@ def exponential_kernel(
     largest_ptr,
     place_ptr,
     guard_ptr,
+    target_ptr,
+    first_sample,
     num_rows,
     num_classes,
     num_features,
@@ -138,7 +144,7 @@ def exponential_kernel(
     tiles = tiles_m * tiles_n
     if GUARDED:
         tiles = tl.where(tl.load(guard_ptr) != 0, tiles, 0)
-    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=not GUARDED):
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
         m, n = tile_of(tile, tiles_m, tiles_n, GROUP)
         z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for d in range(0, num_features, BLOCK_K):
@@ -162,11 +168,14 @@ def exponential_kernel(
             z = tl.where(tl.abs(z) < float("inf"), z, float("nan"))
             e = tl.exp2(z * LOG2_E - offset[:, None])
             e = tl.where(mask_n[None, :] & (offset < float("inf"))[:, None], e, 0.0)
-            tl.store(sum_ptr + at, tl.sum(e, 1), mask=mask_m)
             largest = tl.max(e, 1)
             first = tl.min(tl.where(e == largest[:, None], columns[None, :], num_classes), 1)
             tl.store(largest_ptr + at, largest, mask=mask_m)
             tl.store(place_ptr + at, first, mask=mask_m)
+            # The target's own is added from its logit: that of the sum must be the same to the bit.
+            target = tl.load(target_ptr + first_sample + rows, mask=mask_m, other=-1).to(tl.int32)
+            e = tl.where(columns[None, :] == target[:, None], 0.0, e)
+            tl.store(sum_ptr + at, tl.sum(e, 1), mask=mask_m)
             if STORE:
                 e_desc.store([m * BLOCK_M, n * BLOCK_N], round_to(e, tl.bfloat16))
 
@@ -215,11 +224,11 @@ def merge_kernel(
         rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         mask = rows < num_rows
         sample = first_sample + rows
-        total = tl.zeros([BLOCK], tl.float32)
+        others = tl.zeros([BLOCK], tl.float32)
         largest = tl.full([BLOCK], -1.0, tl.float32)
         place = tl.zeros([BLOCK], tl.int32)
         for _ in range(num_tiles):
-            total += tl.load(sum_ptr + rows, mask=mask, other=0.0)
+            others += tl.load(sum_ptr + rows, mask=mask, other=0.0)
             here = tl.load(largest_ptr + rows, mask=mask, other=0.0)
             place = tl.where(here > largest, tl.load(place_ptr + rows, mask=mask, other=0), place)
             largest = tl.maximum(largest, here)
@@ -231,16 +240,20 @@ def merge_kernel(
         target = tl.load(target_ptr + sample, mask=mask, other=ignore_index)
         counted = mask & (target != ignore_index)
         is_class = (target >= 0) & (target < num_classes)
-        # So far off that the factors would lose digits.
-        over = counted & (total >= LIMIT)
+        below = at_target * LOG2_E - offset
+        own = tl.where(is_class, tl.exp2(below), 0.0)
+        total = others + own
+        # So far off, either way, that the factors would lose digits.
+        over = counted & ((total >= LIMIT) | (total < 1 / LIMIT))
         if not GUARDED:
             if tl.max(tl.where(over, 1, 0), 0) != 0:
                 tl.store(guard_ptr, 1)
-        below = at_target * LOG2_E - offset
         logp = (below - tl.log2(total)) * LN_2
         alive = counted & is_class & (tl.abs(logp) < infinity)
-        # Of a sum that is too large the second pass tells.
-        dead = counted & (alive == 0) & (over == 0)
+        dead = counted & (alive == 0)
+        if not GUARDED:
+            # Of a sum that is so far off the second pass tells.
+            dead = dead & (over == 0)
         cell = clone.to(tl.int64) * num_samples + sample
         nll = tl.where(counted, tl.where(alive, -logp, infinity), 0.0)
         tl.store(nll_ptr + cell, nll, mask=mask)
@@ -274,7 +287,7 @@ def merge_kernel(
         if STORE:
             tl.store(factor_ptr + rows, factor, mask=mask)
             entry = rows.to(tl.int64) * row_stride + tl.where(is_class, target, 0)
-            value = round_to(tl.exp2(below) - total, tl.bfloat16)
+            value = round_to(-others, tl.bfloat16)
             tl.store(e_ptr + entry, value, mask=alive)
 
 
@@ -312,6 +325,8 @@ class _Pass(NamedTuple):
             self.offset,
             *self.of_tiles,
             self.guard,
+            self.loss.target,
+            self.part.start,
             self.part.stop - self.part.start,
             num_classes,
             num_features,
@@ -401,6 +416,7 @@ def mixture_exponential(loss: Loss) -> None:
                         largest_kernel,
                         (triton.cdiv(count, 64),),
                         peaks,
+                        at_target,
                         offset,
                         here,
                         count,

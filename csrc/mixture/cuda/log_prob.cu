@@ -19,7 +19,8 @@ constexpr int kRowThreads = 512;
 // log(e^a + e^b), -inf where both are.
 template <class T>
 __device__ T log_add(T a, T b) {
-  const T high = fmax(a, b), low = fmin(a, b);
+  // NaN where one is.
+  const T high = a > b ? a : b, low = a > b ? b : a;
   return high > T(-INFINITY) ? high + fast_log(1 + fast_exp(low - high)) : high;
 }
 

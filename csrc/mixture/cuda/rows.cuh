@@ -154,8 +154,8 @@ __device__ void take_row(Softmax<T>& softmax, const T* value, int i, int end) {
   for (int j = 0; j < kCount; ++j) {
     if (i + j < end) top = fmax(top, value[j]);
   }
-  // Seldom, after the first entries.
-  if (top > softmax.peak.value) {
+  // Seldom, after the first entries; a logit may be the lowest number there is.
+  if (top > softmax.peak.value || (top == softmax.peak.value && i < softmax.peak.place)) {
     int place = i;
 #pragma unroll
     for (int j = kCount - 1; j >= 0; --j) {

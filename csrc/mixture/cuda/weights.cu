@@ -154,13 +154,15 @@ __global__ void __launch_bounds__(kMostRowThreads)
   }
   sums = block_reduce(sums, AddRowSums(), RowSums<T>::none(), row_scratch);
   const bool is_empty = sums.sum == T(0);
-  const T inverse = 1 / sums.sum;
+  // The inverse of the smallest sums would be infinite.
+  const T scale = sums.sum < T(1e-30) ? T(18446744073709551616.0) : T(1);
+  const T inverse = 1 / (sums.sum * scale);
   for (int64_t c = threadIdx.x * kCount; c < a.classes; c += blockDim.x * kCount) {
     T value[kCount];
     Pack<T, kCount> pack;
     load_some<kCount>(q, c, a.classes, aligned, value);
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) pack.values[j] = is_empty ? T(0) : value[j] * inverse;
+    for (int j = 0; j < kCount; ++j) pack.values[j] = is_empty ? T(0) : value[j] * scale * inverse;
     store_some(out, c, a.classes, aligned, pack);
   }
   if (threadIdx.x != 0) return;
