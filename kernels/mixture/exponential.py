@@ -2,17 +2,19 @@
 
 The product's own epilogue turns a tile of logits z into E = 2^(z log2(e) - k) and sums its rows, so that one bfloat16
 per logit is written once and read by the two products of the backward, where `stream` writes a float32 logit, reads it
-twice and writes its gradient. With the sums S the gradient of a row is v (E - S at the target), v = norm / S: at the
-target E is written over, and v goes into the small factor of dweight = E^T (v x) and into dx = v (E weight). Sums,
-likelihoods and responsibilities are float32, from float32 logits; E has the relative precision that a bfloat16
+twice and writes its gradient. With S the sum of a row the gradient is v E, v = norm / S, but at the target, where it is
+-v times the sum of the others: that is written over E there, and v goes into the small factor of dweight = E^T (v x)
+and into dx = v (E weight). The target's own exponential comes from its logit alone, so that a probability of 1 is one.
+Sums, likelihoods and responsibilities are float32, from float32 logits; E has the relative precision that a bfloat16
 gradient has.
 
 The offset k of a row is the largest of the target's logit and of those of one class in 64. Where the row's largest is
-40 above it (a clone that has diverged) the sum is too large: then a second pass over the clone takes the largest
-itself. Else its launches return at once.
+40 above it (a clone that has diverged), or below, a second pass over the clone takes the largest itself. Else its
+launches return at once.
 
-Bytes, per logit: 2 written and 4 read in training, none in evaluation. Rates of the first product on an H200, 8192 x
-768 x 50304, with Triton 3.6: 574 TFLOP/s with E, 664 without, of 788 for a large product.
+Bytes, per logit: 2 written and 4 read in training, none in evaluation. The first product ran at 498 TFLOP/s on an
+H200 (8192 x 768 x 50304, Triton 3.6), of 788 for a large one; without the place of the largest 574, and 664 where E was
+not stored either.
 """
 
 from typing import NamedTuple
