@@ -63,6 +63,8 @@ class AlraoOptimizer(Optimizer):
     _rule_option: str
     # Whether states of bf16 and fp16 parameters are float32 even without master weights.
     _float32_states = False
+    # Of the groups just added what multiplies the rates, and their sampler.
+    _multipliers: tuple[tuple[float | Tensor, Sampler], ...] = ()
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         """`arguments`: the `locals()` of a subclass's constructor, which has named and typed them."""
@@ -86,8 +88,6 @@ class AlraoOptimizer(Optimizer):
         self._undrawn: dict[Tensor, tuple[Sampler | None, tuple[float, float]]] = {}
         self._constructing = True
         self._bare: list[str] = []
-        # Of the groups just added what multiplies the rates, and their sampler.
-        self._multipliers: list[tuple[float | Tensor, Sampler]] = []
         groups = as_groups(params)
         for root in modules_of(groups) if model is None else [model]:
             resolve(root, self._layouts)
@@ -105,7 +105,7 @@ class AlraoOptimizer(Optimizer):
 
     def _warn_of_small_multipliers(self, stacklevel: int) -> None:
         """Of the groups added since the last call, the first."""
-        added, self._multipliers = self._multipliers, []
+        added, self._multipliers = self._multipliers, ()
         any(warn_of_small_multiplier(*given, stacklevel + 1) for given in added)
 
     def _follow_fused(self) -> None:
@@ -159,7 +159,7 @@ class AlraoOptimizer(Optimizer):
             self._layouts, self._undrawn, self._bare = before[1], {}, []
             self._places.note(self.param_groups)
             raise
-        self._multipliers.append((options["lr"], drawn_by))
+        self._multipliers += ((options["lr"], drawn_by),)
         if not self._constructing:
             self._warn_of_bare_tensors()
             self._warn_of_small_multipliers(stacklevel=2)

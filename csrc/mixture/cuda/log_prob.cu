@@ -19,8 +19,7 @@ constexpr int kRowThreads = 512;
 // log(e^a + e^b), -inf where both are.
 template <class T>
 __device__ T log_add(T a, T b) {
-  // NaN where one is.
-  const T high = a > b ? a : b, low = a > b ? b : a;
+  const T high = fmax(a, b), low = fmin(a, b);
   return high > T(-INFINITY) ? high + fast_log(1 + fast_exp(low - high)) : high;
 }
 
