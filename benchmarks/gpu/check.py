@@ -114,9 +114,10 @@ class Check:
                 notes.append(f"its result cannot be read: {type(error).__name__}: {error}")
         seconds, note = time.monotonic() - begin, "; ".join(filter(None, notes))
         record: dict[str, Any] = {"name": step.name, "verdict": verdict}
-        record |= {"seconds": round(seconds, 1), "note": note, "command": " ".join(step.command)}
+        command = without_places(" ".join(step.command))
+        record |= {"seconds": round(seconds, 1), "note": note, "command": command}
         if verdict in ("failed", "timeout"):
-            record["tail"] = output.splitlines()[-TAIL:]
+            record["tail"] = without_places(output).splitlines()[-TAIL:]
         self.result["steps"].append(record)
         print(f"{step.name:<22} {verdict:<8} {seconds:5.0f} s  {note}", flush=True)
         self.log.write(f"===== {step.name}: {verdict} after {seconds:.1f} s {note}\n")
@@ -160,6 +161,13 @@ class Check:
         target = self.folder / f"{self.name}.json"
         target.write_text(json.dumps(self.result, indent=1) + "\n")
         target.with_suffix(".md").write_text(report.markdown(self.result))
+
+
+def without_places(text: str) -> str:
+    """Without where on the machine things lie: results are committed."""
+    for place, name in ((sys.executable, "python"), (f"{ROOT}/", ""), (f"{sys.prefix}/", "")):
+        text = text.replace(place, name)
+    return text
 
 
 def device_record(number: int) -> dict[str, Any]:
