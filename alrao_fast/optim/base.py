@@ -63,8 +63,6 @@ class AlraoOptimizer(Optimizer):
     _rule_option: str
     # Whether states of bf16 and fp16 parameters are float32 even without master weights.
     _float32_states = False
-    # Of the groups just added what multiplies the rates, and their sampler.
-    _multipliers: tuple[tuple[float | Tensor, Sampler], ...] = ()
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         """`arguments`: the `locals()` of a subclass's constructor, which has named and typed them."""
@@ -95,7 +93,7 @@ class AlraoOptimizer(Optimizer):
         self._follow_fused()
         self._draw()
         self._warn_of_bare_tensors()
-        self._warn_of_small_multipliers(stacklevel=3)
+        self._warn_of_small_multiplier(0, stacklevel=3)
         if not isinstance(self._sampler, Constant):
             params = (p for group in self.param_groups for p in group["params"])
             warn_of_default_rule(params, self._layouts, stacklevel=3)
@@ -103,10 +101,14 @@ class AlraoOptimizer(Optimizer):
         self._complete(self.param_groups)
         self._option_checks.follow(self.param_groups)
 
-    def _warn_of_small_multipliers(self, stacklevel: int) -> None:
-        """Of the groups added since the last call, the first."""
-        added, self._multipliers = self._multipliers, ()
-        any(warn_of_small_multiplier(*given, stacklevel + 1) for given in added)
+    def _warn_of_small_multiplier(self, first: int, stacklevel: int) -> None:
+        """Of the first group, from that number on, that has one."""
+        for number, group in enumerate(self.param_groups[first:], first):
+            place = self._places.of(self.param_groups, number)
+            own = place and place.sampler
+            sampler = own or self._sampler or LogUniform(*group["lr_range"])
+            if warn_of_small_multiplier(group["lr"], sampler, stacklevel + 1):
+                return
 
     def _follow_fused(self) -> None:
         fused = self.defaults["fused"]
@@ -140,7 +142,6 @@ class AlraoOptimizer(Optimizer):
         group |= {name: value for name, value in options.items() if name in group}
         if "lr_range" in group:
             sampler = sampler or LogUniform(*group["lr_range"])
-        drawn_by = sampler or self._sampler or LogUniform(*options["lr_range"])
         before = len(self.param_groups), dict(self._layouts)
         try:
             for module in modules_of([group]):
@@ -159,10 +160,9 @@ class AlraoOptimizer(Optimizer):
             self._layouts, self._undrawn, self._bare = before[1], {}, []
             self._places.note(self.param_groups)
             raise
-        self._multipliers += ((options["lr"], drawn_by),)
         if not self._constructing:
             self._warn_of_bare_tensors()
-            self._warn_of_small_multipliers(stacklevel=2)
+            self._warn_of_small_multiplier(before[0], stacklevel=2)
             self._complete(self.param_groups[before[0] :])
 
     def refresh(self) -> None:

@@ -44,7 +44,7 @@ def warn_of_small_multiplier(lr: float | Tensor, sampler: Sampler, stacklevel: i
     warnings.warn(
         f"lr: got {value:g}, the multiplier of all learning rates{leaves}. The rates are drawn, none is to be "
         "chosen: leave lr at 1, and where a trainer passes a learning rate of its own, set that to 1",
-        stacklevel=stacklevel + 2,
+        stacklevel=stacklevel + 1,
     )
     return True
 

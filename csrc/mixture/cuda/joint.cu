@@ -10,7 +10,7 @@
 // bytes an access, into shared memory; a group of lanes takes a clone, so that ten classes do not
 // idle 22 lanes. Samples are dealt to a number of groups that depends on the shape alone, and what
 // a group sums up is added by the finishing kernel in order.
-#include "mixture/cuda/rows.cuh"
+#include "mixture/cuda/options.cuh"
 
 namespace alrao::cuda {
 namespace {
@@ -208,7 +208,8 @@ struct JointSample {
     auto sums = OptionSums<compute_type>::none();
     if (a.options.smoothing != 0 || a.options.soft != nullptr) {
       for (int c = lane; c < end; c += lanes) {
-        sums.take(a.options, sample, classes, c, row[c]);
+        const OptionEntries<compute_type, 1> entry(a.options, sample, classes, c);
+        sums.add(entry.weight[0], entry.soft[0], row[c]);
       }
       sums = lanes_reduce(sums, lanes, AddOptionSums());
     }
@@ -280,9 +281,13 @@ struct JointSample {
           r = s.share[n];
           // Selected, not multiplied: what a dead clone left in the row may be anything.
           if constexpr (kOptions && !kGaussian) {
-            if (scale == scale) {
-              g = option_gradient(a.options, a.first + local, classes, c, target, row[j],
-                                  s.largest[n], scale, s.spread[n], s.hit[n]);
+            const OptionTerms<compute_type> terms{0, 0, scale, s.spread[n], s.hit[n]};
+            if (terms.flows()) {
+              const OptionEntries<compute_type, 1> entry(a.options, a.first + local, classes, c);
+              g = terms.gradient(fast_exp(row[j]), entry.weight[0], entry.share(0, c == target));
+              if (a.options.softcap != 0) {
+                g *= cap_derivative(row[j] + s.largest[n], a.options.softcap);
+              }
             }
           } else if (scale != 0) {
             g = row[j] * scale;

@@ -9,7 +9,7 @@
 // Bytes, per logit: 4 read once where all clones of a sample fit into shared memory; clone after
 // clone 4, twice, and 8 for the result. The backward makes the logits again and multiplies in
 // float32.
-#include "mixture/cuda/rows.cuh"
+#include "mixture/cuda/options.cuh"
 
 namespace alrao::cuda {
 namespace {

@@ -15,7 +15,7 @@
 // feature 16 for the sum of terms. Four launches a clone and chunk.
 #include "common/cuda/async_copy.cuh"
 #include "common/cuda/device.cuh"
-#include "mixture/cuda/rows.cuh"
+#include "mixture/cuda/options.cuh"
 
 namespace alrao::cuda {
 namespace {
@@ -112,11 +112,11 @@ struct Row {
   __device__ void store_uniform(int i, const compute_type* value,
                                 const OptionTerms<compute_type>& terms) const {
     Pack<scalar_t, kCount> pack;
-    const bool flows = terms.scale == terms.scale;
+    const bool flows = terms.flows();
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      compute_type gradient = fast_exp(value[j]) * terms.scale - terms.spread;
-      if (i + j == target) gradient -= terms.hit;
+      const auto gradient =
+          terms.gradient(fast_exp(value[j]), 1, static_cast<compute_type>(i + j == target));
       round_to(flows ? gradient : compute_type(0), pack.values[j]);
     }
     store_pack(reinterpret_cast<scalar_t*>(logits()) + i, pack);
@@ -126,16 +126,12 @@ struct Row {
                                      const OptionTerms<compute_type>& terms,
                                      compute_type largest) const {
     Pack<scalar_t, kCount> pack;
-    const bool flows = terms.scale == terms.scale;
+    const bool flows = terms.flows();
     const OptionEntries<compute_type, kCount> entries(a.options, sample(), a.size.classes, i);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      compute_type gradient = fast_exp(value[j]) * terms.scale - entries.weight[j] * terms.spread;
-      if (entries.is_soft) {
-        gradient -= entries.weight[j] * entries.soft[j] * terms.hit;
-      } else if (i + j == target) {
-        gradient -= terms.hit;
-      }
+      auto gradient =
+          terms.gradient(fast_exp(value[j]), entries.weight[j], entries.share(j, i + j == target));
       if (a.options.softcap != 0) {
         gradient *= cap_derivative(value[j] + largest, a.options.softcap);
       }
