@@ -153,3 +153,23 @@ def log_prob_gradients(inputs, impl, upstream, **kwargs):
     value = switch_mixture_log_prob(*leaves, inputs.log_posterior, impl=impl, **kwargs)
     value.backward(upstream.to(value.dtype))
     return value.detach(), *(leaf.grad for leaf in leaves)
+
+
+# Special values of inputs.
+
+
+def dead_sample(inputs):
+    inputs.x[3, 1] = INF
+
+
+def ignored_sample_not_finite(inputs):
+    inputs.target[::3] = -100
+    inputs.x[0] = NAN
+
+
+def nothing_counted(inputs):
+    inputs.target.fill_(-100)
+
+
+def posterior_with_zeros(inputs):
+    inputs.log_posterior[1] = -INF

@@ -31,7 +31,7 @@ if find_spec("triton"):
 HERE = Path(__file__).resolve().parent
 # The files of one process, and how many of their marked tests must pass.
 PARTS = {
-    "triton": (["test_triton.py"], 90),
+    "triton": (["test_triton.py", "test_triton_exponential.py"], 118),
     "plan": (["test_triton_plan.py"], 13),
     "feature": (["test_feature_sgd.py", "test_feature_rounding.py", "test_feature_adam.py"], 60),
     "mixture": (
@@ -45,7 +45,7 @@ PARTS = {
         ],
         115,
     ),
-    "options": (["test_loss_options.py", "test_loss_formulas.py"], 55),
+    "options": (["test_loss_options.py", "test_loss_weights.py", "test_loss_formulas.py"], 55),
     "switch": (["test_switch_update.py", "test_compat_golden.py"], 40),
     "gradient": (["test_gradient_clip.py"], 65),
 }

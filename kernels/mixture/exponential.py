@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..launch import INTERPRETED, INTERPRETED_BF16, launch, round_to, widen
 from .gemm import matmul, multiply, only_finite, settle
 from .problem import Loss
-from .stream import combine
+from .stream import combine, take_in
 
 # Tiles of the first product; smaller under the interpreter, for its time.
 TILE = (32, 32, 16) if INTERPRETED else (128, 256, 64)
@@ -271,13 +271,7 @@ def merge_kernel(
         else:
             old = tl.load(old_state_ptr + sample, mask=mask, other=-infinity)
             mass = tl.load(old_state_ptr + num_samples + sample, mask=mask, other=0.0)
-        peak = tl.maximum(old, joint)
-        possible = peak > -infinity
-        shift = tl.where(possible, peak, 0.0)
-        keep = tl.exp(old - shift)
-        add = tl.exp(joint - shift)
-        mass = mass * keep + add
-        mix = tl.where(possible, -peak - tl.log(tl.where(possible, mass, 1.0)), infinity)
+        peak, mass, keep, add, mix = take_in(old, mass, joint)
         tl.store(mix_ptr + sample, tl.where(counted, mix, 0.0), mask=mask)
         factor = tl.where(alive, tl.load(norm_ptr) / total, 0.0)
         tl.store(state_ptr + sample, peak, mask=mask)

@@ -62,6 +62,21 @@ def row_statistics(z_ptr, bias_ptr, num_classes, softcap, HAS_BIAS, CAPPED, LOWE
     return largest, best, tl.sum(total * tl.exp(peak - largest), 0), tl.sum(bad, 0) == 0
 
 
+@triton.jit
+def take_in(old, mass, joint):
+    """The running mixture with one clone more, of a_n + logp_n `joint`: its maximum and sum, by what to scale the sums
+    so far and the clone's term, and -log of the mixture."""
+    infinity = float("inf")
+    peak = tl.maximum(old, joint)
+    possible = peak > -infinity
+    shift = tl.where(possible, peak, 0.0)
+    keep = tl.exp(old - shift)
+    add = tl.exp(joint - shift)
+    mass = mass * keep + add
+    mix = tl.where(possible, -peak - tl.log(tl.where(possible, mass, 1.0)), infinity)
+    return peak, mass, keep, add, mix
+
+
 @triton.jit(do_not_specialize=["clone", "first_sample", "num_samples", "ignore_index"])
 def mixture_row_kernel(
     z_ptr,
@@ -222,17 +237,11 @@ def mixture_row_kernel(
     else:
         old = tl.load(state_ptr + sample)
         mass = tl.load(state_ptr + num_samples + sample)
-    peak = tl.maximum(old, joint)
-    possible = peak > -infinity
-    shift = tl.where(possible, peak, 0.0)
-    keep = tl.exp(old - shift)
-    add = tl.exp(joint - shift)
-    mass = mass * keep + add
+    peak, mass, keep, add, mix = take_in(old, mass, joint)
     tl.store(state_ptr + sample, peak)
     tl.store(state_ptr + num_samples + sample, mass)
     tl.store(state_ptr + 2 * num_samples + sample, keep)
     tl.store(state_ptr + 3 * num_samples + sample, add)
-    mix = tl.where(possible, -peak - tl.log(tl.where(possible, mass, 1.0)), infinity)
     if OPTIONS:
         mix *= loss_weight
     tl.store(mix_ptr + sample, tl.where(counted, mix, 0.0))
