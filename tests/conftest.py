@@ -10,12 +10,19 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from alrao_fast import backends, testing
 
 SELECTIVE_MARKS = ("device", "emulated", "sanitized", "interpreted", "many_launches", "slow")
 # The parameters that say on which backend a test runs.
 BACKEND_PARAMS = ("backend", "compiled", "dispatched", "gpu_backend")
+
+# The same numbers in every run: whoever changes something else meets no new failure of an old test. Others are tried by
+# --hypothesis-profile search.
+settings.register_profile("same", derandomize=True, max_examples=40)
+settings.register_profile("search", max_examples=2000)
+settings.load_profile("same")
 
 
 def pytest_addoption(parser):

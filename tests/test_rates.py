@@ -65,7 +65,7 @@ def test_clone_rates_by_hand():
     torch.testing.assert_close(LogUniform(1e-4, 1.0).clone_rates(1), torch.tensor([1e-2]))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(deadline=None)
 @given(st.floats(1e-8, 1e2), st.floats(1.0, 1e8), st.integers(2, 40))
 def test_clone_rates_are_geometric(lo, ratio, n):
     rates = log_spaced(lo, lo * ratio, n)

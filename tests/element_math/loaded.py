@@ -7,9 +7,7 @@ import pytest
 from element_math import build
 from hypothesis import HealthCheck, settings
 
-any_numbers = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+any_numbers = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @functools.cache
