@@ -92,6 +92,8 @@ class GraphedStep:
         self._lrs = [_as_device_scalar(lr, device) for lr in before]
         for group, lr in zip(opt.param_groups, self._lrs):
             group["lr"] = lr
+        # The graph's steps are counted where it is replayed.
+        run, opt._run = opt._run, None
         try:
             self._replay, self._outputs = _capture(self._step, self._warm_up, warmup, device)
         except BaseException:
@@ -99,6 +101,8 @@ class GraphedStep:
             for group, lr in zip(opt.param_groups, before):
                 group["lr"] = lr
             raise
+        finally:
+            opt._run = run
         # The graph writes into this memory: it must not go to anyone else.
         self._grads = [p.grad for p in self._params]
         self._state = opt.state
@@ -118,6 +122,8 @@ class GraphedStep:
         # What torch's schedulers ask, to warn of a schedule without steps.
         self._opt.__dict__["_opt_called"] = True
         self._replay()
+        if self._opt._run:
+            self._opt._run.count(self._opt)
         return self._outputs
 
     def _step(self) -> Any:

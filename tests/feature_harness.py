@@ -68,6 +68,9 @@ class FeatureOp:
             for name, state in self.states.items()
             if state.needs is None or options.get(state.needs)
         }
+        if "averaging" in options:
+            wide = [torch.promote_types(p.dtype, torch.float32) for p in params]
+            states["averages"] = [torch.full_like(p, 0.5, dtype=d) for p, d in zip(params, wide)]
         return states, torch.tensor(had, device=params[0].device) * self.updates_before
 
     def step(
@@ -118,6 +121,7 @@ class FeatureOp:
             problem.grads,
             *lists,
             [],
+            states.get("averages", []),
             problem.rates,
             problem.inners,
             seeds,
@@ -272,6 +276,8 @@ SGD = FeatureOp(
     {
         "lr": 1.0,
         "lr_tensor": None,
+        "warmup_steps": 0.0,
+        "averaging": 0.0,
         "momentum": 0.9,
         "dampening": 0.0,
         "weight_decay": 0.1,
@@ -293,6 +299,8 @@ ADAM = FeatureOp(
     {
         "lr": 1.0,
         "lr_tensor": None,
+        "warmup_steps": 0.0,
+        "averaging": 0.0,
         "beta1": 0.9,
         "beta2": 0.99,
         "eps": 1e-8,

@@ -30,6 +30,8 @@ OPTIONS = {
     "betas, eps": {"betas": (0.5, 0.8), "eps": 1e-3},
     "multiplier": {"lr": 0.3},
     "multiplier in a tensor": {"lr": torch.tensor(0.3)},
+    "warm-up": {"warmup_steps": 5.0, "lr": torch.tensor(0.3)},
+    "averages": {"averaging": 8.0, "warmup_steps": 3.0},
     "loss scale": {"grad_scale": torch.tensor([8.0]), "found_inf": torch.tensor([0.0])},
     "amsgrad": {"amsgrad": True},
     "amsgrad, decoupled decay": {
@@ -50,6 +52,7 @@ OPTIONS = {
 @pytest.mark.interpreted(
     dtype=[torch.float32],
     options=[
+        "averages",
         "amsgrad",
         "amsgrad, decoupled decay",
         "authors",

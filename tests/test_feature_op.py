@@ -26,8 +26,8 @@ from alrao_fast.reference.feature_sgd import entry_rates, memory_order, scaled_g
 
 
 @torch.no_grad()
-def sign_(params, grads, totals, masters, rates, inners, seeds, steps, *,
-          lr, lr_tensor, maximize, keep, strict, grad_scale, found_inf):
+def sign_(params, grads, totals, masters, averages, rates, inners, seeds, steps, *, lr, lr_tensor, maximize,
+          warmup_steps, averaging, keep, strict, grad_scale, found_inf):
     for t, param in enumerate(params):
         rate = lr * entry_rates(rates[t], inners[t], param.numel(), torch.float32)
         total = memory_order(totals[t])

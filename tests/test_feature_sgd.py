@@ -24,6 +24,8 @@ OPTIONS = {
     "maximize": {"maximize": True, "weight_decay": 0.1},
     "multiplier": {"lr": 0.3},
     "multiplier in a tensor": {"lr": torch.tensor(0.3)},
+    "warm-up": {"warmup_steps": 5.0, "lr": torch.tensor(0.3)},
+    "averages": {"averaging": 8.0, "warmup_steps": 3.0},
     "loss scale": {"grad_scale": torch.tensor([8.0]), "found_inf": torch.tensor([0.0])},
     "momentum": {"momentum": 0.9},
     "dampening": {"momentum": 0.9, "dampening": 0.25, "weight_decay": 0.1},
@@ -41,7 +43,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.interpreted(dtype=[torch.float32], options=["authors", "authors, all", "loss scale"])
+@pytest.mark.interpreted(
+    dtype=[torch.float32], options=["authors", "authors, all", "averages", "loss scale", "warm-up"]
+)
 @pytest.mark.interpreted(dtype=[torch.float64], options=["loss scale"])
 @pytest.mark.sanitized(dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS)

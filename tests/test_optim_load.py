@@ -212,7 +212,7 @@ def test_what_others_keep_in_the_state():
         o.state["wrapper"] = kept
         o.state[param]["note"] = "mine"
         o.state[param]["history"] = [torch.ones(2), {"k": torch.arange(3)}]
-        o.state[param]["average"] = torch.full((5,), 0.1)
+        o.state[param]["trace"] = torch.full((5,), 0.1)
         before = o.state[param]["history"][0]
         if o is other:
             # torch takes a text apart.
@@ -223,7 +223,7 @@ def test_what_others_keep_in_the_state():
     mine, yours = optimizer.state[ours.head.bias], other.state[theirs.head.bias]
     assert mine["note"] == "mine"
     for a, b in (
-        (mine["average"], yours["average"]),
+        (mine["trace"], yours["trace"]),
         (mine["history"][0], yours["history"][0]),
         (mine["history"][1]["k"], yours["history"][1]["k"]),
     ):

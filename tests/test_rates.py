@@ -2,6 +2,7 @@
 
 - LogUniform: the logarithm is uniform (Kolmogorov-Smirnov), within bounds, whatever the seed; float32 on the CPU;
 - clone rates: both ends exact, geometric steps, N = 1 the geometric mean (one case computed by hand);
+- LogTriangular: the logarithm has the triangular law, clones the rates of LogUniform;
 - PerWeight, Fraction and Constant draw what they say; the same seed gives the same rates;
 - invalid bounds, probabilities and rates are refused by name; a sampler that returns nonsense is refused.
 """
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alrao_fast.arguments import Interval
-from alrao_fast.optim import Constant, Fraction, LogUniform, PerWeight
+from alrao_fast.optim import Constant, Fraction, LogTriangular, LogUniform, PerWeight
 from alrao_fast.optim.rates import draw, draw_clones, log_spaced
 
 
@@ -42,6 +43,21 @@ def test_log_uniform(sampler_type, seed):
     u = (rates.double().log() - math.log(lo)) / math.log(hi / lo)
     # The 99.99 % quantile of the Kolmogorov distribution is 2.23 / sqrt(n); a uniform rate would be at 0.8.
     assert uniform_distance(u) < 2.23 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_log_triangular(seed):
+    lo, hi, n = 1e-4, 0.1, 20_000
+    rates = LogTriangular(lo, hi)(n, generator(seed))
+    assert rates.dtype == torch.float32 and float(rates.min()) >= lo * (1 - 1e-6)
+    assert float(rates.max()) <= hi * (1 + 1e-6)
+    u = (rates.double().log() - math.log(lo)) / math.log(hi / lo)
+    # The distribution function of the triangular law on [0, 1] with its mode at 1/2.
+    uniform = torch.where(u < 0.5, 2 * u * u, 1 - 2 * (1 - u) * (1 - u))
+    assert uniform_distance(uniform) < 2.23 / math.sqrt(n)
+    assert uniform_distance(u) > 0.1
+    clones = LogTriangular(lo, hi).clone_rates(7)
+    assert torch.equal(clones, LogUniform(lo, hi).clone_rates(7))
 
 
 def test_distance_notices_a_linear_scale():

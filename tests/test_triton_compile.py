@@ -30,6 +30,7 @@ from alrao_fast.kernels import gradient_clip, switch_update
 from alrao_fast.kernels.feature import adam as adam_kernels
 from alrao_fast.kernels.feature import frame, sgd
 from alrao_fast.kernels.feature.plan import SMALL, Lists
+from alrao_fast.kernels.launch import accumulator
 from alrao_fast.kernels.mixture import log_prob as mixture_log_prob
 from alrao_fast.kernels.mixture import loss as mixture_loss
 from alrao_fast.kernels.mixture import problem as mixture_problem
@@ -43,7 +44,17 @@ LARGE = SMALL
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
-def feature_step(dtype, *, numel=LARGE, adam=False, master=False, seeds=(), states=None, **options):
+def feature_step(
+    dtype,
+    *,
+    numel=LARGE,
+    adam=False,
+    master=False,
+    average=False,
+    seeds=(),
+    states=None,
+    **options,
+):
     """Starts of one optimizer step over one tensor."""
     param = torch.empty(numel, dtype=dtype)
     state = torch.empty(numel, dtype=states or dtype)
@@ -65,8 +76,10 @@ def feature_step(dtype, *, numel=LARGE, adam=False, master=False, seeds=(), stat
         [64],
         list(seeds),
         torch.zeros(1, dtype=torch.int64),
+        [torch.empty(numel, dtype=accumulator(dtype))] if average else [],
     )
     scalars = {"lr": lr, "lr_tensor": scalar, "maximize": False}
+    scalars |= {"warmup_steps": 0.0, "averaging": 0.0}
     scalars |= {"grad_scale": scalar, "found_inf": scalar, "check": lambda: None}
     return record(lambda: frame.run(update, lists, [param], own, **scalars))
 
@@ -85,7 +98,10 @@ def feature_steps() -> list[Start]:
         found += feature_step(dtype, adam=adam, **momentum)
         if not adam:
             found += feature_step(dtype)
+        found += feature_step(dtype, adam=adam, average=True, **momentum)
         if dtype.itemsize == 2:
+            wide = {"master": True, "states": single, "average": True}
+            found += feature_step(dtype, adam=adam, **wide, **momentum)
             found += feature_step(dtype, adam=adam, seeds=[7], **momentum)
             found += feature_step(dtype, adam=adam, master=True, states=single, **momentum)
             if not adam:

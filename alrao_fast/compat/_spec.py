@@ -114,7 +114,7 @@ class SpecOptimizer(Optimizer):
                 # The next step says which option is not valid.
                 continue
             trained = [p for p in group["params"] if p.requires_grad or p.grad is not None]
-            complete(self._op, trained, self.state, self._kept(group), False, False)
+            complete(self._op, trained, self.state, self._kept(group))
 
     def _kept(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The names of the states that the group's options need."""

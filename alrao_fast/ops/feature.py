@@ -24,9 +24,12 @@ Options = Mapping[str, float | bool]
 # Every optimizer's op by its stem.
 FEATURE_OPS: dict[str, FeatureOp] = {}
 LR = Number(low=0, live=True, words="a finite multiplier >= 0 of the rates")
+# What every optimizer can do besides its equation.
+COMMON = {"warmup_steps": Number(low=0), "averaging": Number(low=0)}
 _SCALARS = {
     "lr": LR,
     "maximize": Flag(),
+    **COMMON,
     "grad_scale": Optional(Data("a tensor of one element")),
     "found_inf": Optional(Data("a tensor of one element")),
 }
@@ -35,8 +38,8 @@ _SCALARS = {
 class Lists(NamedTuple):
     """The tensors of a call that stay from step to step, as `feature_sgd_` and `feature_adam_` describe them.
 
-    One entry per parameter in each list; `states` holds a list for each state that the options need, `masters` and
-    `seeds` may be empty.
+    One entry per parameter in each list; `states` holds a list for each state that the options need, `masters`, `seeds`
+    and `averages` may be empty.
     """
 
     params: list[Tensor]
@@ -46,15 +49,23 @@ class Lists(NamedTuple):
     inners: list[int]
     seeds: list[int]
     steps: Tensor
+    averages: Sequence[Tensor] = ()
 
 
 class Scalars(NamedTuple):
-    """What every step takes besides its options: the multiplier of all rates, the sign, and what AMP hands over."""
+    """What every step takes besides its options: the multiplier of all rates and the sign, what AMP hands over, the
+    steps of the warm-up and the power by which later values count more in the averages.
+
+    lr_factor multiplies lr, which may be a tensor.
+    """
 
     lr: float | Tensor = 1.0
     maximize: bool = False
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    warmup_steps: float = 0.0
+    averaging: float = 0.0
+    lr_factor: float = 1.0
 
     def checked(self) -> Scalars:
         """The same; TypeError or ValueError, naming the argument, where one is of another type or out of range.
@@ -66,12 +77,14 @@ class Scalars(NamedTuple):
         return self._replace(**checked(kinds, self._asdict()))
 
     def arguments(self) -> dict[str, Any]:
-        """The same as the ops take them: a multiplier in a tensor is an argument of its own."""
-        in_tensor = isinstance(self.lr, Tensor)
+        """The same as the ops take them: a multiplier in a tensor is an argument of its own, besides the number."""
+        lr, in_tensor = self.lr, isinstance(self.lr, Tensor)
         return {
-            "lr": 1.0 if in_tensor else self.lr,
-            "lr_tensor": self.lr if in_tensor else None,
+            "lr": self.lr_factor if isinstance(lr, Tensor) else lr * self.lr_factor,
+            "lr_tensor": lr if in_tensor else None,
             "maximize": self.maximize,
+            "warmup_steps": self.warmup_steps,
+            "averaging": self.averaging,
             "grad_scale": self.grad_scale,
             "found_inf": self.found_inf,
         }
@@ -106,8 +119,9 @@ class FeatureOp:
         )
         options = "".join(f"{kind.schema} {name}, " for name, kind in self.options.items())
         schema = (
-            f"{self.stem}_(Tensor(a!)[] params, Tensor[] grads, {lists}Tensor(x!)[] masters, Tensor[] rates, "
-            "int[] inners, int[] seeds, Tensor(y!) steps, *, float lr, Tensor? lr_tensor, bool maximize, "
+            f"{self.stem}_(Tensor(a!)[] params, Tensor[] grads, {lists}Tensor(x!)[] masters, "
+            "Tensor(z!)[] averages, Tensor[] rates, int[] inners, int[] seeds, Tensor(y!) steps, *, float lr, "
+            "Tensor? lr_tensor, bool maximize, float warmup_steps, float averaging, "
             f"{options}Tensor? grad_scale, Tensor? found_inf) -> ()"
         )
         for name in (
@@ -173,10 +187,10 @@ class FeatureOp:
 
     def check_data(self, lists: Lists, grads: Sequence[Tensor] = ()) -> None:
         """Raise RuntimeError for a tensor on meta: the dispatcher would call the op's fake, which does nothing."""
-        params, states, masters, rates, _inners, _seeds, steps = lists
-        kept = {f"{name}s": tensors for name, tensors in zip(self.states, states)}
-        named = {"params": params, "grads": grads, **kept, "masters": masters, "rates": rates}
-        for name, tensors in {**named, "steps": [steps]}.items():
+        kept = {f"{name}s": tensors for name, tensors in zip(self.states, lists.states)}
+        named = {"params": lists.params, "grads": grads, **kept, "masters": lists.masters}
+        named |= {"averages": lists.averages, "rates": lists.rates, "steps": [lists.steps]}
+        for name, tensors in named.items():
             for t, tensor in enumerate(tensors):
                 if tensor.is_meta:
                     where = name if name == "steps" else f"{name}[{t}]"
@@ -189,7 +203,10 @@ class FeatureOp:
     ) -> None:
         """One step by the list op on the backend `impl`."""
         missing: list[list[Tensor]] = [[] for _ in self.states[len(lists.states) :]]
-        args = (lists.params, grads, *lists.states, *missing, *lists[2:])
+        args = (
+            *(lists.params, grads, *lists.states, *missing, lists.masters, [*lists.averages]),
+            *(lists.rates, lists.inners, lists.seeds, lists.steps),
+        )
         options = self.numbers(options)
         values = {**scalars.arguments(), **options}
         self.check_data(lists, grads)
@@ -209,6 +226,8 @@ class FeatureOp:
         lr: float,
         lr_tensor: Tensor | None,
         maximize: bool,
+        warmup_steps: float,
+        averaging: float,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         **options: float | bool,
@@ -216,8 +235,11 @@ class FeatureOp:
         """The list op by the Triton kernels, which keep a plan of tensors that they have seen."""
         kinds = len(self.states)
         states = [state for k, state in enumerate(rest[:kinds]) if state or k < self.fixed_states]
-        lists = Lists(params, states, *rest[kinds:])
-        scalars = Scalars(lr if lr_tensor is None else lr_tensor, maximize, grad_scale, found_inf)
+        masters, averages, rates, inners, seeds, steps = rest[kinds:]
+        lists = Lists(params, states, masters, rates, inners, seeds, steps, averages)
+        given = (lr, 1.0) if lr_tensor is None else (lr_tensor, lr)
+        amp = grad_scale, found_inf
+        scalars = Scalars(given[0], maximize, *amp, warmup_steps, averaging, given[1])
         frame = import_module("alrao_fast.kernels.feature.frame")
         frame.run(
             self.kernels.UPDATE,
@@ -232,7 +254,7 @@ class FeatureOp:
 def _bump_versions(lists: Lists) -> None:
     """Tell autograd that a kernel wrote these tensors; a compiled graph does so itself."""
     if not torch.compiler.is_compiling():
-        written = lists.params, *lists.states, lists.masters, [lists.steps]
+        written = lists.params, *lists.states, lists.masters, lists.averages, [lists.steps]
         for tensors in written:
             torch.autograd.graph.increment_version(tensors)
 
@@ -250,8 +272,8 @@ def as_lists(
     0, or there is a single rate.
     """
     states = [f"{state}s" for state in op.states]
-    names = ("params", "grads", "rates", *states, "masters")
-    may_lack = {"masters", *states[op.fixed_states :]}
+    names = ("params", "grads", "rates", *states, "masters", "averages")
+    may_lack = {"masters", "averages", *states[op.fixed_states :]}
     given = {
         name: feature_checks.as_list(f"{op.stem}_", name, tensors[name], optional=name in may_lack)
         for name in names
@@ -270,5 +292,5 @@ def as_lists(
     # Without states that are there always, the caller has steps of its own.
     if steps is not None or op.fixed_states:
         feature_checks.check_entry(f"{op.stem}_", "steps", steps)
-    lists = Lists(params, present, given["masters"], rates, **numbers, steps=steps)
-    return lists, given["grads"]
+    kept = given["masters"], rates, numbers["inners"], numbers["seeds"], steps, given["averages"]
+    return Lists(params, present, *kept), given["grads"]

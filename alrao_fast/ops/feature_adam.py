@@ -48,6 +48,7 @@ def feature_adam_(
     inners: Sequence[int] | None = None,
     masters: Sequence[Tensor] | None = None,
     seeds: Sequence[int] | None = None,
+    averages: Sequence[Tensor] | None = None,
     lr: float | Tensor = 1.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -55,6 +56,8 @@ def feature_adam_(
     decoupled_weight_decay: bool = False,
     maximize: bool = False,
     eps_rule: Literal["torch", "authors"] = "torch",
+    warmup_steps: float = 0.0,
+    averaging: float = 8.0,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     impl: str = "auto",
@@ -78,7 +81,8 @@ def feature_adam_(
         rates: one float32 vector per parameter (float64 is taken for float64 parameters).
         steps: int64, one entry per parameter: the updates it has had; counted up here.
         max_exp_avg_sqs: v_max; giving it turns amsgrad on.
-        inners, masters, seeds, lr, grad_scale, found_inf, impl: as in `feature_sgd_`.
+        inners, masters, seeds, averages, lr, warmup_steps, averaging, grad_scale, found_inf, impl: as in
+            `feature_sgd_`.
         eps_rule: "authors" is the rule of the paper's code, whose eps is not rescaled:
             p = p - lr * r(i) * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps).
 
@@ -99,7 +103,7 @@ def feature_adam_(
             "eps_rule": eps_rule,
         },
     )
-    scalars = Scalars(lr, maximize, grad_scale, found_inf).checked()
+    scalars = Scalars(lr, maximize, grad_scale, found_inf, warmup_steps, averaging).checked()
     lists, gradients = as_lists(
         OP,
         steps,
@@ -112,6 +116,7 @@ def feature_adam_(
         max_exp_avg_sqs=max_exp_avg_sqs,
         rates=rates,
         masters=masters,
+        averages=averages,
     )
     if not lists.params:
         return

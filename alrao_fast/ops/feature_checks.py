@@ -96,7 +96,7 @@ def check_inputs(
     scalars: Mapping[str, Tensor | None],
 ) -> None:
     """Raise RuntimeError, naming the argument, what it is and what is expected, unless all tensors fit together."""
-    params, _, masters, rates, inners, seeds, steps = lists
+    params, _, masters, rates, inners, seeds, steps, averages = lists
 
     def check(condition: bool, message: str) -> None:
         if not condition:
@@ -123,7 +123,9 @@ def check_inputs(
         "rates": rates,
         "inners": inners,
     }
-    for name, values in (required | {"masters": masters, "seeds": seeds}).items():
+    for name, values in (
+        required | {"masters": masters, "averages": averages, "seeds": seeds}
+    ).items():
         optional = name not in required
         check(
             len(values) == count or (optional and not values),
@@ -148,6 +150,8 @@ def check_inputs(
         tensors = {f"{name}[{t}]": values[t] for name, values in present.items()}
         if masters and masters[t].numel():
             tensors[f"masters[{t}]"] = masters[t]
+        if averages and averages[t].numel():
+            tensors[f"averages[{t}]"] = averages[t]
         for name, tensor in {f"params[{t}]": param, **tensors, f"rates[{t}]": rates[t]}.items():
             check(
                 tensor.layout == torch.strided,
@@ -177,6 +181,12 @@ def check_inputs(
                     param.dtype in LOW_PRECISION and tensor.dtype == torch.float32,
                     f"{name} has dtype {_name(tensor)} for a {_name(param)} parameter, expected float32 for a "
                     "bfloat16 or float16 parameter, else an empty tensor",
+                )
+            elif name.startswith("averages"):
+                wide = "float64" if param.dtype is torch.float64 else "float32"
+                check(
+                    _name(tensor) == wide,
+                    f"{name} has dtype {_name(tensor)} for a {_name(param)} parameter, expected {wide}",
                 )
             else:
                 check(
@@ -222,7 +232,8 @@ def check_inputs(
         )
 
     if not torch.compiler.is_compiling():  # tensors have no memory yet while a graph is traced
-        written = [*params, *(tensor for state in present.values() for tensor in state), *masters]
+        kept = (tensor for state in present.values() for tensor in state)
+        written = [*params, *kept, *masters, *averages]
         starts = sorted(
             (tensor.data_ptr(), tensor.numel() * tensor.element_size())
             for tensor in written
@@ -230,7 +241,7 @@ def check_inputs(
         )
         check(
             all(a + size <= b for (a, size), (b, _) in itertools.pairwise(starts)),
-            "two of params, their states and masters share memory, expected each tensor once",
+            "two of params, their states, masters and averages share memory, expected each tensor once",
         )
 
 

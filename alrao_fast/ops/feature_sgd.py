@@ -42,6 +42,7 @@ def feature_sgd_(
     masters: Sequence[Tensor] | None = None,
     steps: Tensor | None = None,
     seeds: Sequence[int] | None = None,
+    averages: Sequence[Tensor] | None = None,
     lr: float | Tensor = 1.0,
     momentum: float = 0.0,
     dampening: float = 0.0,
@@ -49,6 +50,8 @@ def feature_sgd_(
     nesterov: bool = False,
     maximize: bool = False,
     momentum_rule: Literal["torch", "authors"] = "torch",
+    warmup_steps: float = 0.0,
+    averaging: float = 8.0,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     impl: str = "auto",
@@ -75,10 +78,17 @@ def feature_sgd_(
             rounded into the parameter; or an empty tensor. Where a parameter is not its master rounded, it was written
             since, and the master takes its value first.
         steps: int64, one entry per parameter: the updates it has had; counted up here. Needed with momentum (0 means
-            the first step) or seeds.
+            the first step), seeds, averages or a warm-up.
         seeds: one per parameter: round stochastically into bfloat16 and float16 parameters without a master; the
             random bits depend on seed, step and element only.
+        averages: per parameter the running average of its values, float32 (float64 for float64 parameters): with t the
+            updates that the parameter has had before, average += (averaging + 1) / (t + averaging + 1) * (p - average),
+            p the updated value before it is rounded. Or an empty tensor.
         lr: multiplier of every rate; a one-element tensor is read without synchronising.
+        warmup_steps: lr grows linearly over so many updates of a parameter: update t, from 0, has
+            lr * min(1, (t + 1) / warmup_steps). 0: no warm-up.
+        averaging: the power by which later values count more in `averages` (polynomial-decay averaging, Shamir and
+            Zhang, ICML 2013); 0: all alike.
         momentum_rule: "authors" is the rule of the paper's code, with r the rate times lr: after the first step
             buf = buf * (1 - momentum * min(sqrt(r), 1 / momentum)) + (1 - dampening) * g.
         grad_scale: one float32 element that divides the gradients.
@@ -103,7 +113,7 @@ def feature_sgd_(
         },
     )
     authors = options.pop("momentum_rule") == "authors"
-    scalars = Scalars(lr, maximize, grad_scale, found_inf).checked()
+    scalars = Scalars(lr, maximize, grad_scale, found_inf, warmup_steps, averaging).checked()
     lists, gradients = as_lists(
         OP,
         steps,
@@ -114,14 +124,15 @@ def feature_sgd_(
         rates=rates,
         momentum_buffers=momentum_buffers,
         masters=masters,
+        averages=averages,
     )
     if not lists.params:
         return
     if steps is None:
-        if momentum or lists.seeds:
+        if momentum or lists.seeds or lists.averages or scalars.warmup_steps:
             raise RuntimeError(
                 "feature_sgd_: steps is None, expected an int64 tensor with one entry for each of params, because "
-                "momentum or stochastic rounding is on"
+                "momentum, stochastic rounding, a warm-up or an average is on"
             )
         zeros = torch.zeros(len(lists.params), dtype=torch.int64, device=lists.params[0].device)
         lists = lists._replace(steps=zeros)

@@ -19,8 +19,8 @@ from alrao_fast.ops import dispatch
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
 
 dispatch.define(
-    "_feature_plan(str op, Tensor[] tensors, int num_params, int num_states, int[] inners, int[] seeds, Tensor steps) "
-    "-> int"
+    "_feature_plan(str op, Tensor[] tensors, int num_params, int num_states, bool masters, bool averages, "
+    "int[] inners, int[] seeds, Tensor steps) -> int"
 )
 dispatch.define("_feature_plan_options(int plan, float[] options) -> ()")
 dispatch.define("_feature_plan_free(int plan) -> ()")
@@ -66,28 +66,29 @@ class CompiledPlan:
     __slots__ = ("__weakref__", "_given", "_names", "_number", "_params")
 
     def __init__(self, op: FeatureOp, lists: Lists) -> None:
-        params, states, masters, rates, inners, seeds, steps = lists
-        tensors = [*params, *(tensor for state in states for tensor in state), *masters, *rates]
-        self._number: int = _make(
-            f"{op.stem}_", tensors, len(params), len(states), inners, seeds, steps
-        )
+        params, states, masters, rates, inners, seeds, steps, averages = lists
+        kept = [*params, *(tensor for state in states for tensor in state)]
+        tensors = [*kept, *masters, *averages, *rates]
+        counts = len(params), len(states), bool(masters), bool(averages)
+        self._number: int = _make(f"{op.stem}_", tensors, *counts, inners, seeds, steps)
         self._names = tuple(op.options)
         self._params = [*params]
         # The options that C++ holds: they seldom change, and to parse them costs as much as thousands of entries.
-        self._given: tuple[float, bool, Options] | None = None
+        self._given: tuple[Any, ...] | None = None
         weakref.finalize(self, _free, self._number).atexit = False
 
     def step(self, grads: list[Tensor], options: Options, scalars: Scalars) -> bool:
-        lr, maximize, grad_scale, found_inf = scalars
+        lr, maximize, grad_scale, found_inf, warmup_steps, averaging, factor = scalars
         lr_tensor = None
         if isinstance(lr, Tensor):
             lr, lr_tensor = 1.0, lr
-        given = (lr, maximize, options)
+        given = (lr, factor, maximize, warmup_steps, averaging, options)
         if given != self._given:
             # Numbers: an option that is a tensor may be changed in place.
             values = {name: float(options[name]) for name in self._names}
-            _set_options(self._number, [float(lr), float(maximize), *values.values()])
-            self._given = (lr, maximize, values)
+            shared = lr * factor, maximize, warmup_steps, averaging
+            _set_options(self._number, [*map(float, shared), *values.values()])
+            self._given = (*given[:-1], values)
         if not _step(self._number, grads, lr_tensor, grad_scale, found_inf):
             return False
         # Autograd has to see that the parameters have changed; the kernels do not tell it.
@@ -134,9 +135,10 @@ class ListPlan:
 
     def __init__(self, op: FeatureOp, lists: Lists, impl: str) -> None:
         self._op, self._lists, self._impl = op, lists, impl
-        params, states, masters, rates, _, _, steps = lists
-        self._others = [*(tensor for state in states for tensor in state), *masters, *rates, steps]
-        self._looks = [_look(param) for param in params]
+        states = (tensor for state in lists.states for tensor in state)
+        kept = *lists.masters, *lists.averages, *lists.rates, lists.steps
+        self._others = [*states, *kept]
+        self._looks = [_look(param) for param in lists.params]
         # Of the first step, in which nothing has changed yet: most of these plans take none.
         self._other_looks: list[tuple[object, ...]] | None = None
 

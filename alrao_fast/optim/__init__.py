@@ -6,7 +6,7 @@ import alrao_fast.optim.torch_layouts  # noqa: F401
 from alrao_fast.optim.adam import AlraoAdam
 from alrao_fast.optim.describe import RateRow, describe_rates
 from alrao_fast.optim.layouts import Feature, register_feature_layout
-from alrao_fast.optim.rates import Constant, Fraction, LogUniform, PerWeight
+from alrao_fast.optim.rates import Constant, Fraction, LogTriangular, LogUniform, PerWeight
 from alrao_fast.optim.sgd import AlraoSGD
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Constant",
     "Feature",
     "Fraction",
+    "LogTriangular",
     "LogUniform",
     "PerWeight",
     "RateRow",

@@ -1,12 +1,15 @@
 """Adam and AdamW with one learning rate per feature."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from alrao_fast.arguments import Integer, Optional
 from alrao_fast.ops.feature import Options
 from alrao_fast.ops.feature_adam import OP, OPTIONS
+from alrao_fast.optim.annealing import Run
 from alrao_fast.optim.base import AlraoOptimizer
 from alrao_fast.optim.param_groups import SHARED
 from alrao_fast.optim.rates import Sampler
@@ -27,12 +30,20 @@ class AlraoAdam(AlraoOptimizer):
             written into them, as in `AlraoSGD`; a step moves 30 bytes an entry instead of 22. The moments of such
             parameters are float32 in any case: at beta2 = 0.999 a bfloat16 second moment would never come down.
 
-    params, lr_range, lr, sampler, generator, rounding, model, foreach, fused, capturable and differentiable are those
-    of `AlraoSGD`, but for the default of lr_range: Adam moves an entry by about its rate whatever the gradient, and
-    rates above 0.1 destroy most networks. On the interval of SGD, which the paper took, Alrao with Adam is unreliable.
+        total_steps: the length of the run in steps, if it is known, and with it the whole recipe: a warm-up over 5 % of
+            it, an interval that narrows to a tenth around the clones' posterior mean (`anneal_rates`, 40 times), and
+            averages, which `with opt.averaged():` evaluates. Needs clones among the parameters; steps beyond it keep
+            the last rates.
+        warmup_steps, averaging: as in `AlraoSGD`; None: as `total_steps` says, or neither. `averaging=False`: none in
+            any case.
+
+    params, lr_range, lr, sampler, generator, rounding, model, foreach, fused, capturable and
+    differentiable are those of `AlraoSGD`, but for the default of lr_range: Adam moves an entry by about its rate
+    whatever the gradient, and rates above 0.1 destroy most networks. On the interval of SGD, which the paper took,
+    Alrao with Adam is unreliable.
 
     State per parameter, made at construction: "rate" (float32), "step" (int64), "exp_avg", "exp_avg_sq",
-    "max_exp_avg_sq", "master"; of frozen ones only the rate.
+    "max_exp_avg_sq", "master", "average"; of frozen ones only the rate.
     """
 
     _op = OP
@@ -57,13 +68,30 @@ class AlraoAdam(AlraoOptimizer):
         eps_rule: str = "torch",
         rounding: str | None = None,
         master_weights: bool = False,
+        total_steps: int | None = None,
+        warmup_steps: int | None = None,
+        averaging: float | bool | None = None,
         model: nn.Module | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        super().__init__(locals())
+        run = Optional(Integer(low=1)).check("total_steps", total_steps)
+        if warmup_steps is None:
+            warmup_steps = math.ceil(run / 20) if run else 0
+        if averaging is None and run:
+            averaging = 8.0
+        elif averaging is False:
+            averaging = None
+        arguments = locals()
+        super().__init__(
+            {name: arguments[name] for name in arguments.keys() - {"total_steps", "run"}}
+        )
+        if run:
+            self._run = Run(run)
+            # From now on the state has all that it will have.
+            self.anneal_rates(0.0)
 
     def _options(self, group: dict[str, Any]) -> Options:
         return options_of(group, authors=group["eps_rule"] == "authors")

@@ -6,7 +6,9 @@ once (binding.py) and kept until something changes: `step()` then only collects 
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,9 +21,9 @@ from torch.optim.optimizer import (
 )
 
 from alrao_fast import compiler, live
-from alrao_fast.arguments import Generator, Instance, Kind, Optional, checked
+from alrao_fast.arguments import Generator, Instance, Kind, Number, Optional, checked
 from alrao_fast.ops.feature import FeatureOp, Options, Scalars
-from alrao_fast.optim import checkpoint
+from alrao_fast.optim import annealing, averages, checkpoint
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
 from alrao_fast.optim.drawing import draw_all
 from alrao_fast.optim.layouts import Layout, check_param, default_layout, resolve
@@ -44,6 +46,7 @@ from alrao_fast.optim.places import Places
 from alrao_fast.optim.rates import Constant, LogUniform, Sampler
 from alrao_fast.optim.states import complete
 
+_SHARES = {name: Number(low=0, high=1) for name in ("progress", "width")}
 # The arguments of a constructor that are no options of a param group.
 _OWN = {
     "sampler": SAMPLER,
@@ -63,6 +66,14 @@ class AlraoOptimizer(Optimizer):
     _rule_option: str
     # Whether states of bf16 and fp16 parameters are float32 even without master weights.
     _float32_states = False
+    # How rates are drawn from lr_range.
+    _from_interval: type[LogUniform] = LogUniform
+    # Options that checkpoints did not have once, as they were then.
+    _of_old: Mapping[str, Any] = MappingProxyType({})
+    # Of a run whose length is known.
+    _run: annealing.Run | None = None
+    # Within averaged().
+    _shows_averages = False
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         """`arguments`: the `locals()` of a subclass's constructor, which has named and typed them."""
@@ -104,11 +115,14 @@ class AlraoOptimizer(Optimizer):
     def _warn_of_small_multiplier(self, first: int, stacklevel: int) -> None:
         """Of the first group, from that number on, that has one."""
         for number, group in enumerate(self.param_groups[first:], first):
-            place = self._places.of(self.param_groups, number)
-            own = place and place.sampler
-            sampler = own or self._sampler or LogUniform(*group["lr_range"])
-            if warn_of_small_multiplier(group["lr"], sampler, stacklevel + 1):
+            if warn_of_small_multiplier(group["lr"], self._sampler_of(number), stacklevel + 1):
                 return
+
+    def _sampler_of(self, number: int) -> Sampler:
+        """What the rates of a group are drawn by."""
+        place = self._places.of(self.param_groups, number)
+        lr_range = self.param_groups[number]["lr_range"]
+        return (place and place.sampler) or self._sampler or self._from_interval(*lr_range)
 
     def _follow_fused(self) -> None:
         fused = self.defaults["fused"]
@@ -123,6 +137,10 @@ class AlraoOptimizer(Optimizer):
     def _options(self, group: dict[str, Any]) -> Options:
         """The op's options as `group` has them."""
         raise NotImplementedError
+
+    def _lr_factor(self, group: dict[str, Any]) -> float:
+        """What multiplies a group's lr."""
+        return 1.0
 
     # Param groups and rates.
 
@@ -141,7 +159,7 @@ class AlraoOptimizer(Optimizer):
         options = self._option_checks.checked({**self.defaults, **group})
         group |= {name: value for name, value in options.items() if name in group}
         if "lr_range" in group:
-            sampler = sampler or LogUniform(*group["lr_range"])
+            sampler = sampler or self._from_interval(*group["lr_range"])
         before = len(self.param_groups), dict(self._layouts)
         try:
             for module in modules_of([group]):
@@ -218,7 +236,8 @@ class AlraoOptimizer(Optimizer):
                 # The next step says which option is not valid.
                 continue
             names = self._op.states[: self._op.num_states(self._options(group))]
-            precision = self._float32_states, group["master_weights"]
+            has_averages = group.get("averaging") is not None
+            precision = self._float32_states, group["master_weights"], has_averages
             trained = [p for p in group["params"] if p.requires_grad or p.grad is not None]
             complete(self._op, trained, self.state, names, *precision)
 
@@ -271,7 +290,7 @@ class AlraoOptimizer(Optimizer):
     def _draw(self) -> None:
         """Draw the rates of the parameters that have none, in the model's order, and store them in the state."""
         pending, self._undrawn = self._undrawn, {}
-        own = self._sampler or LogUniform(*self.defaults["lr_range"])
+        own = self._sampler or self._from_interval(*self.defaults["lr_range"])
         rates = draw_all(pending, own, self._generator, self._layouts, self._vectors)
         for group in self.param_groups:
             if "rounding_seed" not in group:
@@ -317,9 +336,13 @@ class AlraoOptimizer(Optimizer):
                 dict, {k: v for k, v in whole.items() if not isinstance(k, Tensor) or k in own}
             )
         try:
-            return compiler.without_import(super().state_dict)()
+            saved = compiler.without_import(super().state_dict)()
         finally:
             self.state = whole
+        if self._run:
+            for group in saved["param_groups"]:
+                group["steps_taken"] = self._run.taken
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that `state_dict()` returned; raises, changing nothing, where it does not fit the parameters.
@@ -344,11 +367,15 @@ class AlraoOptimizer(Optimizer):
                 layouts=layouts,
                 own=lambda param: self.state[param]["rate"],
             ),
+            of_old=self._of_old,
         )
         for group in groups:
             group |= self._option_checks.checked(group)
         self.param_groups, self.state, self._binding = groups, state, Binding()
         self._places.note(groups)
+        taken = [group.pop("steps_taken", 0) for group in groups]
+        if self._run:
+            self._run.taken = taken[0]
         for group in groups:
             for param in group["params"]:
                 rate, layout = state[param]["rate"], self._layouts[param]
@@ -370,6 +397,7 @@ class AlraoOptimizer(Optimizer):
             "_vectors": self._vectors,
             "_sampler": self._sampler,
             "_generator": self._generator,
+            "_run": self._run,
             "_constructing": False,
             "_undrawn": {},
             "_bare": [],
@@ -382,10 +410,54 @@ class AlraoOptimizer(Optimizer):
         self._option_checks = OptionChecks(self._kinds, self._check_group)
         self._tell_heads()
 
+    # Averages.
+
+    def averaged(
+        self, model: nn.Module | None = None, loader: Iterable[Any] | None = None
+    ) -> AbstractContextManager[None]:
+        """Within it the parameters are their running averages, clones included; afterwards what they were, bit for bit.
+
+            with opt.averaged(net, loader):
+                accuracy = evaluate(net.eval())
+                torch.save(net.state_dict(), "averaged.pt")
+
+        Needs `averaging` in at least one param group. A parameter that no step has updated stays as it is.
+
+        Args:
+            model: whose running statistics in BatchNorm are of other weights than the averages: they are estimated
+                anew, by `torch.optim.swa_utils.update_bn`, and put back at the end.
+            loader: the batches for that, tensors or tuples that begin with the inputs. Some dozens are enough:
+                `itertools.islice(loader, 40)`. Needed if and only if a model is given.
+
+        Raises ValueError where there are no averages or one argument comes without the other; RuntimeError at a
+        `step()` within.
+        """
+        return averages.averaged(self, model, loader)
+
+    def anneal_rates(self, progress: float, *, width: float = annealing.WIDTH) -> None:
+        """Narrow the interval of the rates around what the clones have found, in place and without waiting.
+
+        A log-rate keeps its place in the interval, whose width shrinks linearly to `width` of what it was and whose
+        middle moves towards the posterior mean of the clones' log-rates, within the interval of the draw. A few dozen
+        calls in a run are enough. The rates as they were drawn stay in the state, as "drawn_rate"; those of samplers
+        without an interval stay as they are.
+
+        Args:
+            progress: the part of the run that is over, from 0 (the rates as they were drawn) to 1.
+            width: the share of the log-interval's width that is left at the end, from 0 to 1.
+
+        Under a CUDA graph: call it once before the capture, then between replays. Raises ValueError for a number out of
+        range or where no clones are among the parameters.
+        """
+        given = checked(_SHARES, {"progress": progress, "width": width})
+        annealing.anneal(self, given["progress"], given["width"])
+
     # The step.
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
+        if self._shows_averages:
+            raise RuntimeError("step() within averaged(): the parameters are their averages there")
         self._option_checks.follow(self.param_groups)
         if closure is not None:
             with torch.enable_grad():
@@ -401,7 +473,15 @@ class AlraoOptimizer(Optimizer):
             if not grads:
                 continue
             options = self._options(group)
-            scalars = Scalars(group["lr"], group["maximize"], grad_scale, found_inf)
+            scalars = Scalars(
+                group["lr"],
+                group["maximize"],
+                grad_scale,
+                found_inf,
+                group.get("warmup_steps", 0),
+                group.get("averaging") or 0.0,
+                self._lr_factor(group),
+            )
             try:
                 needs = self._needs(group, options, grads)
                 make = partial(self._bind, group, needs)
@@ -412,6 +492,8 @@ class AlraoOptimizer(Optimizer):
                     if param in self._layouts:
                         check_gradient(param, self._layouts[param].name)
                 raise
+        if self._run:
+            self._run.count(self)
         return loss
 
     def _needs(self, group: dict[str, Any], options: Options, grads: list[Tensor]) -> Needs:
@@ -420,6 +502,7 @@ class AlraoOptimizer(Optimizer):
             op.states[: op.num_states(options)],
             self._float32_states,
             group["master_weights"],
+            group.get("averaging") is not None,
             group["rounding"],
             "reference" if group["fused"] is False else op.select(grads),
         )

@@ -23,7 +23,7 @@ from alrao_fast.ops.checks import LOW_PRECISION
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
 from alrao_fast.ops.plan import ListPlan, make_plan, params_are_swapped
 from alrao_fast.optim.layouts import Layout, memory_rates
-from alrao_fast.optim.states import like, state_dtype, steps_of
+from alrao_fast.optim.states import average_dtype, like, state_dtype, steps_of
 
 # What makes the rates of a parameter anew from those in its state.
 MakeRates = Callable[[], Tensor]
@@ -69,7 +69,7 @@ class Call:
     def _there(self, scalars: Scalars) -> Scalars:
         """Scalars in tensors must be where the parameters are. A learning rate on the CPU needs no waiting: its value
         is known; a graph does not know it, and sends the tensor."""
-        lr, maximize, grad_scale, found_inf = scalars
+        lr, grad_scale, found_inf = scalars.lr, scalars.grad_scale, scalars.found_inf
         if not isinstance(lr, Tensor) and grad_scale is None and found_inf is None:
             return scalars
         device = self.lists.steps.device
@@ -82,7 +82,7 @@ class Call:
                 lr = lr.double()
         grad_scale = None if grad_scale is None else grad_scale.to(device)
         found_inf = None if found_inf is None else found_inf.to(device)
-        return Scalars(lr, maximize, grad_scale, found_inf)
+        return scalars._replace(lr=lr, grad_scale=grad_scale, found_inf=found_inf)
 
 
 @torch.no_grad()
@@ -217,6 +217,7 @@ class Needs(NamedTuple):
     states: tuple[str, ...]
     float32_states: bool
     master_weights: bool
+    averages: bool
     rounding: str | None
     impl: str
 
@@ -313,6 +314,8 @@ def _lists(
             own[key] = like(own[key], param, dtype)
         if with_masters:
             own["master"] = like(own["master"], param, torch.float32)
+        if needs.averages:
+            own["average"] = like(own["average"], param, average_dtype(param))
     stochastic = low_precision and not with_masters and needs.rounding != "nearest"
     lists = Lists(
         params=params,
@@ -324,6 +327,7 @@ def _lists(
         steps=steps_of(
             owns, params[0].device, op.first_state if op.first_state in needs.states else ""
         ),
+        averages=[own["average"] for own in owns] if needs.averages else [],
     )
     return lists, derived
 
@@ -339,7 +343,7 @@ def _in_memory(rate: Tensor, param: Tensor, layout: Layout) -> Tensor:
 
 def _check_shape(param: Tensor, layout: Layout, own: dict[str, Any], needs: Needs) -> None:
     """Raises where a state is no tensor, or a parameter has another shape than the rates and states were made for."""
-    kept = ["rate", *needs.states, *(["master"] if "master" in own else [])]
+    kept = ["rate", *needs.states, *(key for key in ("master", "average") if key in own)]
     for key in kept:
         if not isinstance(own[key], Tensor):
             raise TypeError(

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,13 +23,15 @@ def fitted(
     name_of: Callable[[Tensor], str],
     rates_of: Callable[[Tensor, Mapping[str, Any]], tuple[tuple[int, ...], torch.dtype]],
     missing_rate: MissingRate,
+    of_old: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[list[dict[str, Any]], defaultdict[Any, dict[str, Any]]]:
     """The param groups and the state that `state_dict` means for the parameters of `groups`, as copies.
 
-    name_of, rates_of: the name of a parameter, the shape and dtype of its rates. State that belongs to no parameter is
+    name_of, rates_of: the name of a parameter, the shape and dtype of its rates. of_old: options that states did not
+    have once, as they were then. State that belongs to no parameter is
     taken over as it is. Raises ValueError or TypeError, naming what does not fit.
     """
-    new_groups, saved_ids = _groups(state_dict, groups)
+    new_groups, saved_ids = _groups(state_dict, groups, of_old)
     saved_state = state_dict["state"]
     _expect("state of state_dict", saved_state, Mapping, "a dict")
     params = [param for group in groups for param in group["params"]]
@@ -76,7 +79,7 @@ def _expect(what: str, value: Any, kind: Any, expected: str) -> None:
 
 
 def _groups(
-    state_dict: Any, groups: list[dict[str, Any]]
+    state_dict: Any, groups: list[dict[str, Any]], of_old: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """The saved param groups for these parameters, and the keys of all their states."""
     for key in ("param_groups", "state"):
@@ -106,8 +109,8 @@ def _groups(
             raise TypeError(
                 f"rounding_seed of {what} is {options['rounding_seed']!r}; expected an integer"
             )
-        # Options that an older state does not have keep their present values.
-        new_groups.append({**group, **options})
+        # Options that an older state does not have keep their present values, or what they meant then.
+        new_groups.append({**group, **of_old, **options})
     return new_groups, ids
 
 
@@ -127,11 +130,11 @@ class _Reader:
         self._rate_shape, self._rate_dtype, self._copies = rate_shape, rate_dtype, copies
 
     def read(self, key: str, value: Any) -> Any:
-        if key == "rate":
+        if key in ("rate", "drawn_rate"):
             return self._rate(value)
         if key == "step":
             return self._step(value)
-        if key in self._op.states or key == "master":
+        if key in self._op.states or key in ("master", "average"):
             return self._copied(self._floats(key, value, tuple(self._param.shape)))
         return self._cast(value)
 

@@ -6,8 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alrao_fast.arguments import Choice, Flag, Function, Instance, Interval, Kind, Optional, shown
-from alrao_fast.ops.feature import LR
+from alrao_fast.arguments import (
+    Choice,
+    Flag,
+    Function,
+    Instance,
+    Integer,
+    Interval,
+    Kind,
+    Optional,
+    shown,
+)
+from alrao_fast.ops.feature import COMMON, LR
 from alrao_fast.optim.binding import Objects
 
 _NOTHING: dict[str, Any] = {}
@@ -82,7 +92,8 @@ class _Sampler(Function):
 
     def __init__(self) -> None:
         super().__init__(
-            "LogUniform(...), PerWeight(...), Fraction(...), Constant(...) or a function (n, generator) -> rates"
+            "LogUniform(...), LogTriangular(...), PerWeight(...), Fraction(...), Constant(...) or a function "
+            "(n, generator) -> rates"
         )
 
     def check(self, name: str, value: Any) -> Any:
@@ -99,6 +110,8 @@ SHARED: dict[str, Kind] = {
     "maximize": Flag(),
     "rounding": Choice(None, "nearest", "stochastic"),
     "master_weights": Flag(),
+    "warmup_steps": Integer(low=0, words="a number of steps, 0 for no warm-up"),
+    "averaging": Optional(COMMON["averaging"]),
     "foreach": Optional(Flag()),
     "fused": Optional(Flag()),
     "capturable": Flag(),

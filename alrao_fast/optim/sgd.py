@@ -1,16 +1,18 @@
 """SGD with one learning rate per feature."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from alrao_fast.arguments import Flag
 from alrao_fast.ops.feature import Options
 from alrao_fast.ops.feature_sgd import OP, OPTIONS
 from alrao_fast.optim.base import AlraoOptimizer
 from alrao_fast.optim.param_groups import SHARED
-from alrao_fast.optim.rates import Sampler
+from alrao_fast.optim.rates import Constant, Sampler
 
 
 class AlraoSGD(AlraoOptimizer):
@@ -27,6 +29,10 @@ class AlraoSGD(AlraoOptimizer):
         lr_range: (lo, hi), the interval of the rates, 0 < lo <= hi. Clone n of N has lo * (hi/lo)^(n/(N-1)).
         lr: the multiplier of all drawn rates, float or one-element tensor: what LR schedulers move.
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
+        normalized_momentum: multiply the rates by 1 - momentum, so that a rate says how far a gradient moves a
+            parameter in all: torch.optim.SGD with lr = s * r(i) * (1 - momentum). Without it a momentum of 0.9 makes
+            steps ten times as large as the interval says, and networks without normalisation diverge. None: on, unless
+            momentum_rule is "authors" or the sampler is `Constant`, with which this is torch.optim.SGD.
         sampler: `LogUniform(*lr_range)` if None; `PerWeight`, `Fraction`, `Constant` or a function `(n, generator) ->
             [n]` of rates.
         generator: a CPU torch.Generator to draw from; the same seed gives the same rates on any device. In
@@ -39,6 +45,12 @@ class AlraoSGD(AlraoOptimizer):
             What is written into a parameter between two steps, by any way, counts: where it is no longer its master
             rounded, the master takes its value. A step moves 14 bytes an entry, 22 with momentum, instead of 6 and
             10.
+        warmup_steps: lr grows linearly from 0 over so many updates of each parameter, counted on the device: no
+            scheduler is needed for it, and one that is there multiplies.
+        averaging: keep a running average of every parameter, in which later values count more: after t updates
+            average += (a + 1) / (t + a) * (p - average), a the number given, 8 being usual (polynomial-decay averaging,
+            Shamir and Zhang, ICML 2013). `with opt.averaged():` evaluates it. A step moves 8 bytes an entry more, the
+            state has 4. None: no averages.
         model: the module whose feature layouts apply where `params` are bare tensors. Those of an `AlraoModel`, or of
             clones in any module, need none: `AlraoSGD(net.parameters())` is `AlraoSGD(net)`. Without it other bare
             tensors get one rate per index of dimension 0, and a warning says so.
@@ -50,16 +62,19 @@ class AlraoSGD(AlraoOptimizer):
         capturable: always so; accepted for uniformity. Under a CUDA graph `lr` must be a tensor on the device for
             schedulers to move it: `GraphedStep` sees to it.
 
-    State per parameter, made at construction: "rate" (float32), "step" (int64), "momentum_buffer", "master"; of frozen
-    ones only the rate. Raises TypeError or ValueError, naming the argument, for options of another type or out of range
-    (a number that is not finite among them), for a set of parameters, for one that is given twice or is uninitialized;
-    RuntimeError at `step()` for sparse gradients. Options that are assigned to a param group are checked by the next
+    State per parameter, made at construction: "rate" (float32), "step" (int64), "momentum_buffer", "master", "average"
+    (float32, float64 for float64 parameters); of frozen ones only the rate.
+
+    Raises TypeError or ValueError, naming the argument, for options of another type or out of range (a number that is
+    not finite among them), for a set of parameters, for one that is given twice or is uninitialized; RuntimeError at
+    `step()` for sparse gradients. Options that are assigned to a param group are checked by the next
     `step()`, which raises before it writes anything; the value of a tensor on a GPU is not looked at.
     """
 
     _op = OP
-    _kinds = {**SHARED, **OPTIONS}
+    _kinds = {**SHARED, **OPTIONS, "normalized_momentum": Flag()}
     _rule_option = "momentum_rule"
+    _of_old = MappingProxyType({"normalized_momentum": False})
 
     def __init__(
         self,
@@ -75,19 +90,28 @@ class AlraoSGD(AlraoOptimizer):
         sampler: Sampler | None = None,
         generator: torch.Generator | None = None,
         momentum_rule: str = "torch",
+        normalized_momentum: bool | None = None,
         rounding: str | None = None,
         master_weights: bool = False,
+        warmup_steps: int = 0,
+        averaging: float | None = None,
         model: nn.Module | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
+        if normalized_momentum is None:
+            normalized_momentum = momentum_rule == "torch" and not isinstance(sampler, Constant)
         super().__init__(locals())
 
     def _check_group(self, options: Mapping[str, Any]) -> None:
         super()._check_group(options)
         check_group(options)
+
+    def _lr_factor(self, group: dict[str, Any]) -> float:
+        momentum = group["momentum"]
+        return 1.0 - float(momentum) if momentum and group["normalized_momentum"] else 1.0
 
     def _options(self, group: dict[str, Any]) -> Options:
         return options_of(group, authors=group["momentum_rule"] == "authors")

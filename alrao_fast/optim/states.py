@@ -24,10 +24,12 @@ def complete(
     params: list[Tensor],
     state: Any,
     names: tuple[str, ...],
-    float32_states: bool,
-    masters: bool,
+    float32_states: bool = False,
+    masters: bool = False,
+    averages: bool = False,
 ) -> None:
-    """Make what the states of these parameters lack of `names`, the counts of steps, and the masters if there are any.
+    """Make what the states of these parameters lack of `names`, the counts of steps, and the masters and averages if
+    there are any.
 
     Whether a step is the first for `op.first_state` follows that state, as in torch.optim: made anew it restarts the
     count, and one that no step has begun is dropped where it is not needed any more.
@@ -51,6 +53,14 @@ def complete(
     for param, own in zip(params, owns) if masters else ():
         if param.dtype in LOW_PRECISION and _is_missing(own, "master", param):
             own["master"] = like(param.detach(), param, torch.float32)
+    for param, own in zip(params, owns) if averages else ():
+        if _is_missing(own, "average", param):
+            own["average"] = copy_of(param, average_dtype(param))
+
+
+def average_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of a parameter's running average."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def _is_missing(own: dict[str, Any], name: str, param: Tensor) -> bool:
@@ -71,6 +81,12 @@ def _is_unbegun(own: dict[str, Any], name: str) -> bool:
     if not (isinstance(step, Tensor) and isinstance(state, Tensor)) or step._is_view():
         return False
     return state.is_meta or (int(step) == 0 and not bool(state.any()))
+
+
+def copy_of(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """The parameter's values in memory of its own."""
+    copy = torch.empty_strided(param.size(), param.stride(), dtype=dtype, device=param.device)
+    return copy.copy_(param.detach())
 
 
 def like(stored: Tensor | None, param: Tensor, dtype: torch.dtype) -> Tensor:

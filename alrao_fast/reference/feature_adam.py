@@ -6,7 +6,7 @@ With t the number of this update, from 1:
     p = p - s r(i) / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
 Decoupled weight decay (AdamW) multiplies p by 1 - s r(i) weight_decay first; otherwise it is added to the gradient.
-Layouts, rounding and skipped steps are those of `feature_sgd`.
+Layouts, rounding, skipped steps, warm-up and averages are those of `feature_sgd`.
 """
 
 import torch
@@ -17,7 +17,9 @@ from alrao_fast.reference.feature_sgd import (
     memory_order,
     scaled_gradient,
     store,
+    update_average,
     values,
+    warmed_up,
 )
 
 
@@ -29,6 +31,7 @@ def feature_adam_(
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
     masters: list[Tensor],
+    averages: list[Tensor],
     rates: list[Tensor],
     inners: list[int],
     seeds: list[int],
@@ -43,24 +46,27 @@ def feature_adam_(
     amsgrad: bool,
     decoupled: bool,
     maximize: bool,
+    warmup_steps: float,
+    averaging: float,
     authors_eps: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """Update `params`, the moments, `masters` and `steps` in place.
+    """Update `params`, the moments, `masters`, `averages` and `steps` in place.
 
     `max_exp_avg_sqs` is empty without amsgrad. `authors_eps` is the rule of the paper's code, where eps is not
     rescaled: p = p - s r sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps).
     """
     if found_inf is not None and found_inf.item() != 0:
         return
-    scale = lr if lr_tensor is None else lr_tensor.item()
+    scale = lr if lr_tensor is None else lr * lr_tensor.item()
     for t, param in enumerate(params):
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         master = masters[t] if masters and masters[t].numel() else None
         p = values(param, master, dtype)
-        rate = scale * entry_rates(rates[t], inners[t], param.numel(), dtype)
         step = int(steps[t])
+        multiplier = warmed_up(scale, step, warmup_steps)
+        rate = multiplier * entry_rates(rates[t], inners[t], param.numel(), dtype)
         correction1, correction2 = 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)
 
         g = scaled_gradient(grads[t], param, dtype, maximize, grad_scale)
@@ -83,5 +89,8 @@ def feature_adam_(
             change = correction2**0.5 / correction1 * m / (v.sqrt() + eps)
         else:
             change = m / correction1 / (v.sqrt() / correction2**0.5 + eps)
-        store(param, master, p - rate * change, seeds[t] if seeds else None, step)
+        p = p - rate * change
+        store(param, master, p, seeds[t] if seeds else None, step)
+        if averages:
+            update_average(averages[t], p, step, averaging)
     steps.add_(1)

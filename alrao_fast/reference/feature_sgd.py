@@ -10,6 +10,10 @@ With r(i) the rate of entry i and s the learning-rate multiplier of the group:
 In memory order entry i of a parameter has the rate `rate[(i // inner) % len(rate)]`. Arithmetic in float32 (float64
 for float64 parameters), storage in each tensor's dtype. Where found_inf is not 0 nothing is written.
 
+Over the first `warmup_steps` updates s grows linearly: s min(1, (t + 1) / warmup_steps), t the updates before this one.
+The running average of the values, before they are rounded, counts later ones more (polynomial-decay averaging, Shamir
+and Zhang, ICML 2013): average += (averaging + 1) / (t + averaging + 1) * (p - average).
+
 With a float32 master, p is the master's entry as long as the parameter's is that entry rounded; where it is not, the
 parameter was written by someone else, and p is what it holds.
 """
@@ -61,6 +65,21 @@ def store(param: Tensor, master: Tensor | None, value: Tensor, seed: int | None,
     memory_order(param).copy_(value)
 
 
+def warmed_up(scale: float, step: int, warmup_steps: float) -> float:
+    """The multiplier of the rates in the update after `step` others."""
+    return scale * min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else scale
+
+
+def update_average(average: Tensor, value: Tensor, step: int, averaging: float) -> None:
+    """Take `value` (memory order) into the running average; nothing where there is none."""
+    if average.numel():
+        stored = memory_order(average)
+        if step == 0:
+            stored.copy_(value)
+        else:
+            stored.add_(value - stored, alpha=(averaging + 1) / (step + averaging + 1))
+
+
 def scaled_gradient(
     grad: Tensor, param: Tensor, dtype: torch.dtype, maximize: bool, grad_scale: Tensor | None
 ) -> Tensor:
@@ -76,6 +95,7 @@ def feature_sgd_(
     grads: list[Tensor],
     momentum_buffers: list[Tensor],
     masters: list[Tensor],
+    averages: list[Tensor],
     rates: list[Tensor],
     inners: list[int],
     seeds: list[int],
@@ -88,26 +108,29 @@ def feature_sgd_(
     weight_decay: float,
     nesterov: bool,
     maximize: bool,
+    warmup_steps: float,
+    averaging: float,
     authors_momentum: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """Update `params`, `momentum_buffers`, `masters` and `steps` in place.
+    """Update `params`, `momentum_buffers`, `masters`, `averages` and `steps` in place.
 
     `momentum_buffers` is empty without momentum; `masters` is empty or holds, per parameter, a float32 copy or an
-    empty tensor; `seeds` is empty (round to nearest) or one seed per parameter; `steps [T]` int64 counts the updates
-    each tensor has had. `authors_momentum` is the rule of the paper's code: from the second step on,
+    empty tensor, and so is `averages`; `seeds` is empty (round to nearest) or one seed per parameter; `steps [T]` int64
+    counts the updates each tensor has had. `authors_momentum` is the rule of the paper's code: from the second step on,
     buf = buf * (1 - momentum * min(sqrt(r), 1 / momentum)) + (1 - dampening) * g.
     """
     if found_inf is not None and found_inf.item() != 0:
         return
-    scale = lr if lr_tensor is None else lr_tensor.item()
+    scale = lr if lr_tensor is None else lr * lr_tensor.item()
     for t, param in enumerate(params):
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         master = masters[t] if masters and masters[t].numel() else None
         p = values(param, master, dtype)
-        rate = scale * entry_rates(rates[t], inners[t], param.numel(), dtype)
         step = int(steps[t])
+        multiplier = warmed_up(scale, step, warmup_steps)
+        rate = multiplier * entry_rates(rates[t], inners[t], param.numel(), dtype)
 
         g = scaled_gradient(grads[t], param, dtype, maximize, grad_scale)
         if weight_decay:
@@ -124,5 +147,8 @@ def feature_sgd_(
                 buf = momentum * stored.to(dtype) + (1 - dampening) * g
             stored.copy_(buf)
             d = g + momentum * buf if nesterov else buf
-        store(param, master, p - rate * d, seeds[t] if seeds else None, step)
+        p = p - rate * d
+        store(param, master, p, seeds[t] if seeds else None, step)
+        if averages:
+            update_average(averages[t], p, step, averaging)
     steps.add_(1)

@@ -6,6 +6,8 @@
 #include <sstream>
 #include <utility>
 
+#include "feature/optimizer.h"
+
 namespace alrao {
 namespace {
 
@@ -130,7 +132,7 @@ MultiTensor::MultiTensor(OpNames names, TensorLists lists)
   check_lists();
   const auto num_params = static_cast<int64_t>(lists_.params.size());
   records_.reserve(num_params);
-  seen_.reserve(num_params * (num_states() + 3));
+  seen_.reserve(num_params * (num_states() + 4));
   for (int64_t t = 0; t < num_params; ++t) {
     check_strided(entry("params", t), lists_.params[t].get());
     see(lists_.params[t]);
@@ -153,6 +155,7 @@ void MultiTensor::check_lists() const {
   for (size_t k = 0; k < lists_.states.size(); ++k)
     check_length(names_.states[k], lists_.states[k].size(), false);
   check_length("masters", lists_.masters.size(), true);
+  check_length("averages", lists_.averages.size(), true);
   check_length("rates", lists_.rates.size(), false);
   check_length("inners", lists_.inners.size(), false);
   check_length("seeds", lists_.seeds.size(), true);
@@ -253,6 +256,20 @@ void MultiTensor::add_record(int64_t t) {
     see(master);
   }
 
+  if (!lists_.averages.empty() && numel_of(lists_.averages[t].get()) > 0) {
+    const Tensor& average = lists_.averages[t];
+    const std::string name = entry("averages", t);
+    check_device(name, average.get());
+    check_like_param(name, average.get());
+    const bool is_double = dtype->dtype == Dtype::kFloat64;
+    if (dtype_of(average.get()) !=
+        (is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32()))
+      fail(op(), name, " has dtype ", dtype_text(dtype_of(average.get())), " for a ", dtype->name,
+           " parameter, expected ", is_double ? "float64" : "float32");
+    record.average = data_of(average.get());
+    see(average);
+  }
+
   const Tensor& rate = lists_.rates[t];
   check_device(entry("rates", t), rate.get());
   const DtypeName* rate_dtype = find_dtype(dtype_of(rate.get()));
@@ -298,10 +315,13 @@ void MultiTensor::check_overlap() const {
   for (const auto& states : lists_.states)
     for (const Tensor& state : states) add(state);
   for (const Tensor& master : lists_.masters) add(master);
+  for (const Tensor& average : lists_.averages) add(average);
   std::sort(ranges.begin(), ranges.end());
   for (size_t i = 1; i < ranges.size(); ++i)
     if (ranges[i].first < ranges[i - 1].second)
-      fail(op(), "two of params, their states and masters share memory, expected each tensor once");
+      fail(op(),
+           "two of params, their states, masters and averages share memory, expected each tensor "
+           "once");
 }
 
 void MultiTensor::cut() {
@@ -395,8 +415,11 @@ void MultiTensor::bind(const std::vector<AtenTensorHandle>& grads) {
   }
 }
 
-void MultiTensor::read_steps() {
-  for (size_t t = 0; t < records_.size(); ++t) records_[t].step = steps_[t];
+void MultiTensor::read_steps(double averaging) {
+  for (size_t t = 0; t < records_.size(); ++t) {
+    records_[t].step = steps_[t];
+    records_[t].average_weight = average_weight(averaging, steps_[t]);
+  }
 }
 
 void MultiTensor::count_steps() {

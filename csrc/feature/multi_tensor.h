@@ -43,7 +43,8 @@ OpNames op_names(const char* op) {
 struct TensorLists {
   std::vector<Tensor> params;
   std::vector<std::vector<Tensor>> states;
-  std::vector<Tensor> masters;  // empty, or one each; one without elements stands for none
+  std::vector<Tensor> masters;   // empty, or one each; one without elements stands for none
+  std::vector<Tensor> averages;  // the same
   std::vector<Tensor> rates;
   std::vector<int64_t> inners;
   std::vector<int64_t> seeds;  // empty: round to nearest
@@ -104,8 +105,8 @@ class MultiTensor {
   // Lets go of the copies.
   void release() { copies_.clear(); }
 
-  // Tensors on the CPU: takes the steps into the records.
-  void read_steps();
+  // Tensors on the CPU: takes the steps into the records, and what values weigh in averages then.
+  void read_steps(double averaging);
 
   // The same: body(record, begin, end) for every piece, in parallel. Which pieces there are does
   // not depend on the number of threads.

@@ -42,6 +42,7 @@ void list_op(const char* name, StableIValue* stack) {
   while (lists.states.size() > Options::kFixedStates && lists.states.back().empty())
     lists.states.pop_back();
   lists.masters = take<Tensors>(stack);
+  lists.averages = take<Tensors>(stack);
   lists.rates = take<Tensors>(stack);
   lists.inners = take<Integers>(stack);
   lists.seeds = take<Integers>(stack);
@@ -51,6 +52,8 @@ void list_op(const char* name, StableIValue* stack) {
   options.lr = take<double>(stack);
   scalars.lr = take<Scalar>(stack);
   options.grad_factor = take<bool>(stack) ? -1 : 1;  // maximize
+  options.warmup_steps = take<double>(stack);
+  options.averaging = take<double>(stack);
   for (const auto& option : Options::table())
     option.set(options, option.is_number() ? take<double>(stack) : take<bool>(stack));
   scalars.grad_scale = take<Scalar>(stack);
@@ -60,17 +63,21 @@ void list_op(const char* name, StableIValue* stack) {
   checked_step<Options, STEP>(tensors, borrow(grads), options, scalars);
 }
 
-// The same for a plan, whose options are lr, maximize and the optimizer's own.
+// The same for a plan, whose options are lr, maximize, warmup_steps, averaging and the optimizer's
+// own.
 template <class Options, FeatureStep<Options> STEP>
 void plan_step(MultiTensor& plan, const Gradients& grads, const ScalarTensors& scalars) {
   const auto table = Options::table();
   const std::vector<double>& given = plan.options;
-  if (given.size() != table.size() + 2)
-    fail(plan.op(), "the plan has ", given.size(), " options, expected ", table.size() + 2);
+  constexpr size_t kShared = 4;
+  if (given.size() != table.size() + kShared)
+    fail(plan.op(), "the plan has ", given.size(), " options, expected ", table.size() + kShared);
   Options options{};
   options.lr = given[0];
   options.grad_factor = given[1] != 0 ? -1 : 1;
-  for (size_t i = 0; i < table.size(); ++i) table[i].set(options, given[i + 2]);
+  options.warmup_steps = given[2];
+  options.averaging = given[3];
+  for (size_t i = 0; i < table.size(); ++i) table[i].set(options, given[i + kShared]);
   checked_step<Options, STEP>(plan, grads, options, scalars);
 }
 

@@ -2,7 +2,10 @@
 #pragma once
 
 #include <array>
+#include <cstdint>
 #include <variant>
+
+#include "common/host_device.h"
 
 namespace alrao {
 
@@ -10,7 +13,28 @@ namespace alrao {
 struct FeatureOptions {
   double lr = 1;           // the multiplier of every rate
   double grad_factor = 1;  // 1 / grad_scale, negative to maximize
+  double warmup_steps = 0;
+  double averaging = 0;  // the power by which later values count more in the averages
 };
+
+// What the multiplier is multiplied by in the update after `step` others.
+template <typename acc>
+ALRAO_HOST_DEVICE static inline acc warmup_factor(acc warmup_steps, int64_t step) {
+  const acc updates = static_cast<acc>(step + 1);
+  return updates < warmup_steps ? updates * (1 / warmup_steps) : 1;
+}
+
+// What the value after that update weighs in the running average.
+template <typename acc>
+ALRAO_HOST_DEVICE static inline acc average_weight(acc averaging, int64_t step) {
+  return (averaging + 1) / (static_cast<acc>(step) + averaging + 1);
+}
+
+// The first value takes the place of whatever was there, NaN included.
+template <typename acc>
+ALRAO_HOST_DEVICE static inline acc averaged(acc average, acc value, acc weight) {
+  return weight == 1 ? value : average + weight * (value - average);
+}
 
 // One of an optimizer's own options, a number or a switch, by its name in Python. A struct's
 // table() lists them in the order of the table in alrao_fast/ops/<op>.py; that both agree is

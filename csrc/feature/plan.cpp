@@ -46,15 +46,16 @@ void feature_plan_free(int64_t number) {
 }  // namespace
 
 int64_t feature_plan(const std::string& op, const std::vector<Tensor>& tensors, int64_t num_params,
-                     int64_t num_states, std::vector<int64_t> inners, std::vector<int64_t> seeds,
-                     const Tensor& steps) {
+                     int64_t num_states, bool masters, bool averages, std::vector<int64_t> inners,
+                     std::vector<int64_t> seeds, const Tensor& steps) {
   OpNames names = find_op(op);
   const auto given = static_cast<int64_t>(tensors.size());
   const auto most = static_cast<int64_t>(names.states.size());
   if (num_params < 0 || num_states < 0 || num_states > most ||
-      (given != num_params * (num_states + 2) && given != num_params * (num_states + 3))) {
+      given != num_params * (num_states + 2 + masters + averages)) {
     fail(op, "_feature_plan got ", given, " tensors, expected ", num_params,
-         " parameters, each with ", num_states, " states, a rate and at most one master");
+         " parameters, each with ", num_states, " states", masters ? ", a master" : "",
+         averages ? ", an average" : "", " and a rate");
   }
   auto next = tensors.begin();
   const auto take = [&] {
@@ -65,7 +66,8 @@ int64_t feature_plan(const std::string& op, const std::vector<Tensor>& tensors, 
   TensorLists lists;
   lists.params = take();
   for (int64_t k = 0; k < num_states; ++k) lists.states.push_back(take());
-  if (given == num_params * (num_states + 3)) lists.masters = take();
+  if (masters) lists.masters = take();
+  if (averages) lists.averages = take();
   lists.rates = take();
   lists.inners = std::move(inners);
   lists.seeds = std::move(seeds);

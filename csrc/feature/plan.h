@@ -6,11 +6,11 @@
 
 namespace alrao {
 
-// The op _feature_plan: `tensors` are the parameters, the lists of `op`'s states, the masters if
-// there are any, and the rates.
+// The op _feature_plan: `tensors` are the parameters, the lists of `op`'s states, the masters and
+// the averages if there are any, and the rates.
 int64_t feature_plan(const std::string& op, const std::vector<Tensor>& tensors, int64_t num_params,
-                     int64_t num_states, std::vector<int64_t> inners, std::vector<int64_t> seeds,
-                     const Tensor& steps);
+                     int64_t num_states, bool masters, bool averages, std::vector<int64_t> inners,
+                     std::vector<int64_t> seeds, const Tensor& steps);
 
 // The plan behind a number that _feature_plan returned; throws for any other.
 std::shared_ptr<MultiTensor> find_plan(int64_t number);

@@ -16,11 +16,13 @@ struct FeatureRecord {
   const void* grad;  // of the parameter's dtype
   void* states[kMaxStates];
   float* master;  // null, or the float32 copy of a bf16 or fp16 parameter that takes the update
+  void* average;  // null, or the running average, in the type of the arithmetic
   const void* rates;
   int64_t numel;
   int64_t inner;
   int64_t period;
-  int64_t step;  // updates the parameter has had before this one
+  int64_t step;           // updates the parameter has had before this one
+  double average_weight;  // of the value after this update
   uint64_t seed;
   bool stochastic;  // round stochastically into the parameter (bf16 and fp16 without master)
   Dtype param_dtype;

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..launch import launch
 from .multi_tensor import (
+    AVERAGE,
     INDEX,
     MASTER,
     NUMEL,
@@ -68,13 +69,14 @@ def chunk_update(
     R_DTYPE: tl.constexpr,
     ACC: tl.constexpr,
     HAS_MASTER: tl.constexpr,
+    HAS_AVERAGE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     MASKED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     table, row, grad_address, start, numel, step = chunk
-    lr, factor, ready = numbers
+    lr, factor, weight, ready = numbers
     # Made pointers here: Triton 3.6 loses a hint on an argument, or on what a function returns.
     param_ptr = cell(table, row, PARAM).to(tl.pointer_type(P_DTYPE))
     s1_ptr = cell(table, row, STATE).to(tl.pointer_type(S1_DTYPE))
@@ -82,6 +84,7 @@ def chunk_update(
     s3_ptr = cell(table, row, STATE + 2).to(tl.pointer_type(S3_DTYPE))
     grad_ptr = grad_address.to(tl.pointer_type(P_DTYPE))
     master_ptr = cell(table, row, MASTER).to(tl.pointer_type(tl.float32))
+    average_ptr = cell(table, row, AVERAGE).to(tl.pointer_type(ACC))
     seed = cell(table, row, SEED)
     if not MASKED:
         param_ptr = tl.multiple_of(param_ptr, 16)
@@ -90,6 +93,7 @@ def chunk_update(
         s2_ptr = tl.multiple_of(s2_ptr, 16)
         s3_ptr = tl.multiple_of(s3_ptr, 16)
         master_ptr = tl.multiple_of(master_ptr, 16)
+        average_ptr = tl.multiple_of(average_ptr, 16)
     for base in range(0, CHUNK, BLOCK):
         within = base + tl.arange(0, BLOCK)
         offs = start + within
@@ -123,6 +127,11 @@ def chunk_update(
         write(param_ptr, offs, mask, stored, P_DTYPE, MASKED)
         if HAS_MASTER:
             write(master_ptr, offs, mask, p, tl.float32, MASKED)
+        if HAS_AVERAGE:
+            average = read(average_ptr, offs, mask, ACC, MASKED)
+            # The first value takes the place of whatever was there, NaN included.
+            average = tl.where(weight == 1, p, average + weight * (p - average))
+            write(average_ptr, offs, mask, average, ACC, MASKED)
 
 
 @triton.jit
@@ -136,6 +145,8 @@ def feature_kernel(
     found_inf_ptr,
     lr: tl.float64,
     sign: tl.float64,
+    warmup_steps: tl.float64,
+    averaging: tl.float64,
     n0: tl.float64,
     n1: tl.float64,
     n2: tl.float64,
@@ -160,14 +171,14 @@ def feature_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_FOUND: tl.constexpr,
     HAS_MASTER: tl.constexpr,
+    HAS_AVERAGE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    lr = tl.full([], lr, ACC)
     if HAS_LR:
-        lr = tl.load(lr_ptr).to(ACC)
-    else:
-        lr = tl.full([], lr, ACC)
+        lr *= tl.load(lr_ptr).to(ACC)
     skip = tl.full([], 0.0, tl.float32)
     if HAS_FOUND:
         skip = tl.load(found_inf_ptr).to(tl.float32)
@@ -182,11 +193,17 @@ def feature_kernel(
         factor = tl.full([], sign, ACC)
         if HAS_SCALE:
             factor = factor / tl.load(grad_scale_ptr).to(ACC)
+        updates = (step + 1).to(tl.float64)
+        # Without a warm-up 1 is divided.
+        steps_left = tl.maximum(tl.full([], warmup_steps, tl.float64), updates)
+        lr *= (updates / steps_left).to(ACC)
+        power = tl.full([], averaging, tl.float64) + 1
+        weight = (power / (updates - 1 + power)).to(ACC)
         ready = PREPARE(step, n0, n1, n2, n3, n4, n5, n6, n7, ACC)
         if chunk_is_wide(table, row, grad_address, start, numel, CHUNK):
             chunk_update(
                 (table, row, grad_address, start, numel, step),
-                (lr, factor, ready),
+                (lr, factor, weight, ready),
                 UPDATE,
                 STATES,
                 A,
@@ -199,6 +216,7 @@ def feature_kernel(
                 R_DTYPE,
                 ACC,
                 HAS_MASTER,
+                HAS_AVERAGE,
                 STOCHASTIC,
                 False,
                 CHUNK,
@@ -207,7 +225,7 @@ def feature_kernel(
         else:
             chunk_update(
                 (table, row, grad_address, start, numel, step),
-                (lr, factor, ready),
+                (lr, factor, weight, ready),
                 UPDATE,
                 STATES,
                 A,
@@ -220,6 +238,7 @@ def feature_kernel(
                 R_DTYPE,
                 ACC,
                 HAS_MASTER,
+                HAS_AVERAGE,
                 STOCHASTIC,
                 True,
                 CHUNK,
@@ -237,6 +256,8 @@ def run_plan(
     lr: float,
     lr_tensor: Tensor | None,
     maximize: bool,
+    warmup_steps: float,
+    averaging: float,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     check: Callable[[], None],
@@ -272,6 +293,8 @@ def run_plan(
             steps if found_inf is None else found_inf,
             float(lr),
             -1.0 if maximize else 1.0,
+            float(warmup_steps),
+            float(averaging),
             *numbers,
             *[0.0] * (8 - len(numbers)),
             num_warps=group.num_warps,

@@ -25,6 +25,7 @@ PERIOD_SHIFT = tl.constexpr(12)
 SEED = tl.constexpr(13)
 # The tensor's place in the op's lists: of its gradient, its step count and its seed.
 INDEX = tl.constexpr(14)
+AVERAGE = tl.constexpr(15)
 COLUMNS = tl.constexpr(16)
 
 
@@ -40,6 +41,7 @@ def chunk_is_wide(table, row, grad_address, start, numel, CHUNK: tl.constexpr):
     bits = grad_address
     for column in tl.static_range(PARAM, MASTER + 1):
         bits |= cell(table, row, column)
+    bits |= cell(table, row, AVERAGE)
     return (bits % 16 == 0) & (start + CHUNK <= numel)
 
 

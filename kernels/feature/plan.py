@@ -55,6 +55,7 @@ class Lists(NamedTuple):
     inners: Sequence[int]
     seeds: Sequence[int]
     steps: Tensor
+    averages: Sequence[Tensor] = ()
 
 
 class Group(NamedTuple):
@@ -94,7 +95,8 @@ class _Looks(NamedTuple):
 
 
 def _look(lists: Lists) -> _Looks:
-    params, others = lists.params, [*chain.from_iterable(lists.states), *lists.masters]
+    params, states = lists.params, chain.from_iterable(lists.states)
+    others = [*states, *lists.masters, *lists.averages]
     # Parameters share rates.
     others += {id(rate): rate for rate in lists.rates}.values()
     return _Looks(
@@ -153,12 +155,13 @@ class Plan:
         for t, param in enumerate(lists.params):
             if param.numel():
                 master = bool(lists.masters) and lists.masters[t].numel() > 0
+                average = bool(lists.averages) and lists.averages[t].numel() > 0
                 states = tuple(state[t].dtype for state in lists.states)
-                key = (param.dtype, states, lists.rates[t].dtype, master)
+                key = (param.dtype, states, lists.rates[t].dtype, master, average)
                 members.setdefault(key, []).append(t)
         groups = []
         device = lists.steps.device
-        for (dtype, states, rate_dtype, master), indices in members.items():
+        for (dtype, states, rate_dtype, master, average), indices in members.items():
             total = sum(lists.params[t].numel() for t in indices)
             chunk, block, warps = _configuration(total, dtype == torch.float64)
             # Largest tensors first, so that the last programs are not all of one large tensor.
@@ -174,6 +177,7 @@ class Plan:
                 "R_DTYPE": TYPES[rate_dtype],
                 "ACC": TYPES[accumulator(dtype)],
                 "HAS_MASTER": master,
+                "HAS_AVERAGE": average,
                 "STOCHASTIC": bool(lists.seeds) and low and not master,
                 "CHUNK": chunk,
                 "BLOCK": block,
@@ -239,7 +243,7 @@ def _row(lists: Lists, t: int, chunk: int) -> list[int]:
         period_shift,
         lists.seeds[t] if lists.seeds else 0,
         t,
-        0,
+        lists.averages[t].data_ptr() if lists.averages else 0,
     ]
 
 
@@ -258,7 +262,8 @@ def find_plan(lists: Lists, check: Callable[[], None]) -> Plan:
     For calls that bring all tensors each time. `check` raises where the lists do not fit together; it is called unless
     they are known to.
     """
-    tensors = [*lists.params, *chain.from_iterable(lists.states), *lists.masters]
+    states = chain.from_iterable(lists.states)
+    tensors = [*lists.params, *states, *lists.masters, *lists.averages]
     if any(t.layout != torch.strided for t in tensors):
         check()
     key = (
@@ -267,7 +272,7 @@ def find_plan(lists: Lists, check: Callable[[], None]) -> Plan:
         lists.steps.dtype,
         len(lists.params),
         tuple([len(state) for state in lists.states]),
-        len(lists.masters),
+        (len(lists.masters), len(lists.averages)),
         tuple([(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]),
         tuple([(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in lists.rates]),
         tuple(lists.inners),

@@ -9,14 +9,16 @@ namespace {
 template <class Options, class Piece>
 void step(MultiTensor& tensors, const Gradients& grads, Options options,
           const ScalarTensors& scalars, const Piece& piece) {
-  options.lr = read_scalar(tensors.op(), "lr", scalars.lr, options.lr);
+  options.lr *= read_scalar(tensors.op(), "lr", scalars.lr, 1);
   options.grad_factor /= read_scalar(tensors.op(), "grad_scale", scalars.grad_scale, 1);
   const bool skip = read_scalar(tensors.op(), "found_inf", scalars.found_inf, 0) != 0;
   tensors.bind(grads);
   if (!skip) {
-    tensors.read_steps();
+    tensors.read_steps(options.averaging);
     tensors.for_each_piece([&](const FeatureRecord& record, int64_t begin, int64_t end) {
-      piece(record, options, begin, end);
+      Options own = options;
+      own.lr *= warmup_factor(options.warmup_steps, record.step);
+      piece(record, own, begin, end);
     });
     tensors.count_steps();
   }

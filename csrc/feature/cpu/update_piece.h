@@ -9,6 +9,7 @@
 
 #include "common/rounding.h"
 #include "feature/master.h"
+#include "feature/optimizer.h"
 #include "feature/record.h"
 
 namespace alrao::cpu::ALRAO_ISA {
@@ -16,6 +17,8 @@ namespace alrao::cpu::ALRAO_ISA {
 // Entries that go through buffers at a time: they stay in the L1 cache. A multiple of 8, the
 // entries served by one Philox call.
 constexpr int64_t kBlock = 512;
+// Entries that are updated before their averages are: they stay in the L1 cache, too.
+constexpr int64_t kAveragedBlock = 2048;
 // Runs of equal rates shorter than this are expanded into a buffer, one rate per entry.
 constexpr int64_t kShortRun = 16;
 
@@ -179,6 +182,17 @@ static void update_entries(const FeatureRecord& record, int64_t begin, int64_t n
   }
 }
 
+// Takes n new values into the averages from `begin` on, if there are any.
+template <typename acc>
+static void average_entries(const FeatureRecord& record, int64_t begin, const acc* values,
+                            int64_t n) {
+  if (!record.average) return;
+  acc* const averages = static_cast<acc*>(record.average) + begin;
+  const acc weight = static_cast<acc>(record.average_weight);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) averages[i] = averaged(averages[i], values[i], weight);
+}
+
 // Entries [begin, end) of the parameter, `begin` a multiple of 8. Arrays of the arithmetic's type
 // are updated in place, others a block at a time through buffers.
 template <typename acc, class Update>
@@ -192,10 +206,14 @@ static void update_piece(const FeatureRecord& record, int64_t begin, int64_t end
   bool buffered = record.param_dtype != kAcc;
   for (int k = 0; k < kStates; ++k) buffered |= record.state_dtypes[k] != kAcc;
   if (!buffered) {
-    Arrays<acc, kStates> arrays{direct_p + begin, static_cast<const acc*>(record.grad) + begin, {}};
-    for (int k = 0; k < kStates; ++k)
-      arrays.states[k] = static_cast<acc*>(record.states[k]) + begin;
-    update_entries<acc>(record, begin, end - begin, arrays, update);
+    const int64_t block = record.average ? kAveragedBlock : end - begin;
+    for (int64_t i = begin; i < end; i += block) {
+      const int64_t n = smaller(block, end - i);
+      Arrays<acc, kStates> arrays{direct_p + i, static_cast<const acc*>(record.grad) + i, {}};
+      for (int k = 0; k < kStates; ++k) arrays.states[k] = static_cast<acc*>(record.states[k]) + i;
+      update_entries<acc>(record, i, n, arrays, update);
+      average_entries(record, i, direct_p + i, n);
+    }
     return;
   }
 
@@ -230,6 +248,7 @@ static void update_piece(const FeatureRecord& record, int64_t begin, int64_t end
     }
 
     update_entries<acc>(record, i, n, arrays, update);
+    average_entries(record, i, arrays.p, n);
 
     if constexpr (sizeof(acc) == 4) {
       if (record.stochastic) {

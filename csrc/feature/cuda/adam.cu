@@ -20,7 +20,7 @@ class AdamOp {
 
   static constexpr int kStates = AMSGRAD ? 3 : 2;
   template <class L>
-  static constexpr int kUnroll = L::kMixed || L::kLowPrecision ? 1 : 2;
+  static constexpr int kUnroll = L::kMixed || L::kLowPrecision || L::kAverage ? 1 : 2;
   template <class L>
   static constexpr int kBlocks = AMSGRAD || L::kLowPrecision ? 2
                                  : L::kEntries == 4          ? 4
@@ -71,10 +71,12 @@ class AdamOp {
   Decay decay_;
 };
 
-template <typename Param, Storage STORAGE, bool AMSGRAD>
+template <typename Param, Storage STORAGE, bool AMSGRAD, bool AVERAGE = false>
 cudaError_t with_layout(const LaunchGroup& group, const MultiTensorCall& call,
                         const AdamOptions& o) {
-  using L = Layout<Param, STORAGE>;
+  if constexpr (!AVERAGE)
+    if (group.averages) return with_layout<Param, STORAGE, AMSGRAD, true>(group, call, o);
+  using L = Layout<Param, STORAGE, AVERAGE>;
   using Acc = typename L::Acc;
   const AdamScalars<Acc> s{static_cast<Acc>(o.lr),
                            static_cast<Acc>(o.grad_factor),

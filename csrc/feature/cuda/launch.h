@@ -17,7 +17,7 @@ struct DeviceScalar {
 };
 
 struct DeviceScalars {
-  DeviceScalar lr;  // in place of the options'
+  DeviceScalar lr;  // a factor of the options'
   DeviceScalar grad_scale;
   DeviceScalar found_inf;
 };
@@ -27,6 +27,8 @@ struct MultiTensorCall {
   void* table;                                // of layout.bytes bytes on the device, uploaded
   const std::vector<FeatureRecord>& records;  // their gradients are read
   DeviceScalars scalars;
+  double warmup_steps;
+  double averaging;
   cudaStream_t stream;
 };
 

@@ -13,6 +13,7 @@
 //   kStates            arrays besides the parameter and the gradient
 //   kUnroll<Layout>    vectors that a thread reads before it computes
 //   kBlocks<Layout>    blocks that shall fit on a multiprocessor
+//                      (both with the average's vectors, where Layout::kAverage)
 //   Options            numbers of the launch
 //   Op(options, lr, grad_factor, step)   run by every thread of a block, once
 //   update(p, g, states, rates)          arrays of neighbouring entries; `rates` without lr
@@ -63,6 +64,7 @@ struct Packet {
   Vector<typename L::Value, N> value;  // of the master if there is one
   Vector<Param, N> beside;             // the parameter beside its master
   Vector<Param, N> grad;
+  Vector<Acc, N> average;
   Vector<typename L::State, N> states[STATES > 0 ? STATES : 1];
 
   template <bool WIDE>
@@ -81,6 +83,7 @@ struct Packet {
       alrao::cuda::read<WIDE>(value, param, n);
     }
     alrao::cuda::read<WIDE>(grad, grads + at, n);
+    if constexpr (L::kAverage) alrao::cuda::read<WIDE>(average, global<Acc>(row.average) + at, n);
 #pragma unroll
     for (int k = 0; k < STATES; ++k) {
       if constexpr (L::kMixed) {
@@ -97,7 +100,7 @@ struct Packet {
 
   template <bool WIDE, class Op>
   __device__ void update(const Op& op, const ChunkRates<Acc, N>& rates, const TensorRow& row,
-                         int64_t step, int64_t at, int i, int n) {
+                         int64_t step, Acc average_weight, int64_t at, int i, int n) {
     Acc r[N], p[N], g[N], s[STATES > 0 ? STATES : 1][N];
     rates.read(r, i);
 #pragma unroll
@@ -113,6 +116,12 @@ struct Packet {
 #pragma unroll
     for (int k = 0; k < STATES; ++k) write_state<WIDE>(row, k, at, s[k], n);
     write_value<WIDE>(row, step, at, p, n);
+    if constexpr (L::kAverage) {
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+        average.entries[j] = averaged(average.entries[j], p[j], average_weight);
+      alrao::cuda::write<WIDE>(global<Acc>(row.average) + at, average, n);
+    }
   }
 
  private:
@@ -163,6 +172,8 @@ struct KernelArguments {
   int32_t num_chunks;
   int32_t chunk_entries;
   DeviceScalars scalars;
+  double warmup_steps;
+  double averaging;
   typename Op::Options options;
   const void* grads[CAPACITY];
 };
@@ -196,7 +207,10 @@ __device__ unsigned update_chunk(const KernelArguments<L, Op, CAPACITY>& a) {
   read_wide(first);
 
   const int64_t step = *global<int64_t>(row.step);
-  const Op op(a.options, read_scalar(a.scalars.lr, static_cast<Acc>(a.options.scalars.lr)),
+  const Acc lr = a.options.scalars.lr * read_scalar<Acc>(a.scalars.lr, 1) *
+                 warmup_factor(static_cast<Acc>(a.warmup_steps), step);
+  const Acc weight = L::kAverage ? average_weight(static_cast<Acc>(a.averaging), step) : 0;
+  const Op op(a.options, lr,
               a.options.scalars.grad_factor / read_scalar<Acc>(a.scalars.grad_scale, 1), step);
   __syncthreads();
   unsigned ticket = 0;
@@ -207,7 +221,7 @@ __device__ unsigned update_chunk(const KernelArguments<L, Op, CAPACITY>& a) {
     for (int u = 0; u < kUnroll; ++u) {
       const int v = first + u * kThreads;
       if (v < wide_vectors)
-        packets[u].template update<true>(op, rates, row, step, begin + v * N, v * N, N);
+        packets[u].template update<true>(op, rates, row, step, weight, begin + v * N, v * N, N);
     }
     first += kUnroll * kThreads;
     read_wide(first);
@@ -216,7 +230,7 @@ __device__ unsigned update_chunk(const KernelArguments<L, Op, CAPACITY>& a) {
     const int n = entries - v * N < N ? entries - v * N : N;
     Packet<L, Op::kStates> packet{};
     packet.template read<false>(row, grads, begin + v * N, n);
-    packet.template update<false>(op, rates, row, step, begin + v * N, v * N, n);
+    packet.template update<false>(op, rates, row, step, weight, begin + v * N, v * N, n);
   }
   return ticket;
 }
@@ -250,6 +264,8 @@ cudaError_t launch_sized(const LaunchGroup& group, const MultiTensorCall& call,
   a.num_chunks = group.num_chunks;
   a.chunk_entries = group.chunk_entries;
   a.scalars = call.scalars;
+  a.warmup_steps = call.warmup_steps;
+  a.averaging = call.averaging;
   a.options = options;
   for (int32_t i = 0; i < group.num_rows; ++i) a.grads[i] = call.records[group.order[i]].grad;
   const dim3 grid(group.num_chunks > 0 ? group.num_chunks : 1);

@@ -92,11 +92,12 @@ template <class Options>
 void step(MultiTensor& tensors, const Gradients& grads, Options options,
           const ScalarTensors& scalars,
           cudaError_t (*launch)(const MultiTensorCall&, const Options&)) {
-  double scale = 1, found_inf = 0;
+  double lr = 1, scale = 1, found_inf = 0;
   DeviceScalars on_device;
-  on_device.lr = device_scalar(tensors, "lr", scalars.lr, options.lr);
+  on_device.lr = device_scalar(tensors, "lr", scalars.lr, lr);
   on_device.grad_scale = device_scalar(tensors, "grad_scale", scalars.grad_scale, scale);
   on_device.found_inf = device_scalar(tensors, "found_inf", scalars.found_inf, found_inf);
+  options.lr *= lr;
   options.grad_factor /= scale;
   // Also allocates there, and copies gradients of other strides there.
   const torch::stable::accelerator::DeviceGuard guard(tensors.device_index());
@@ -105,8 +106,13 @@ void step(MultiTensor& tensors, const Gradients& grads, Options options,
     const cudaStream_t stream = current_stream(tensors.device_index());
     // Kernels for the most states there can be take states of several dtypes.
     const auto table = find_table(tensors, tensors.num_states() == kMaxStates, stream);
-    const MultiTensorCall call{table->layout, table->memory.mutable_data_ptr(), tensors.records(),
-                               on_device, stream};
+    const MultiTensorCall call{table->layout,
+                               table->memory.mutable_data_ptr(),
+                               tensors.records(),
+                               on_device,
+                               options.warmup_steps,
+                               options.averaging,
+                               stream};
     check_launch(tensors.op().c_str(), launch(call, options));
   }
   // Memory that is freed now serves what is queued later, on the same stream.

@@ -22,11 +22,12 @@ class SgdOp {
   static constexpr int kStates = MOMENTUM ? 1 : 0;
   template <class L>
   static constexpr int kUnroll = L::kMixed          ? 1
-                                 : L::kLowPrecision ? 2 - kStates
-                                                    : 4 / (1 + kStates);
+                                 : L::kLowPrecision ? (L::kAverage ? 1 : 2 - kStates)
+                                                    : 4 / (1 + kStates + L::kAverage);
   // Two vectors of a master and its parameter need more than the 80 registers of three blocks.
   template <class L>
   static constexpr int kBlocks = L::kStorage == Storage::kMaster && kStates == 0 ? 2
+                                 : L::kLowPrecision && L::kAverage               ? 2
                                  : L::kEntries == 4 && !L::kMixed                ? 4
                                                                                  : 3;
 
@@ -86,10 +87,12 @@ class SgdOp {
   bool nesterov_;
 };
 
-template <typename Param, Storage STORAGE, bool MOMENTUM>
+template <typename Param, Storage STORAGE, bool MOMENTUM, bool AVERAGE = false>
 cudaError_t with_layout(const LaunchGroup& group, const MultiTensorCall& call,
                         const SgdOptions& o) {
-  using L = Layout<Param, STORAGE>;
+  if constexpr (!AVERAGE)
+    if (group.averages) return with_layout<Param, STORAGE, MOMENTUM, true>(group, call, o);
+  using L = Layout<Param, STORAGE, AVERAGE>;
   using Acc = typename L::Acc;
   const SgdScalars<Acc> s{static_cast<Acc>(o.lr),
                           static_cast<Acc>(o.grad_factor),

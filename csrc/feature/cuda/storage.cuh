@@ -11,12 +11,13 @@
 namespace alrao::cuda {
 
 // How the arrays of a launch are stored.
-template <typename ParamType, Storage STORAGE>
+template <typename ParamType, Storage STORAGE, bool AVERAGE = false>
 struct Layout {
   using Param = ParamType;
   // The type of the arithmetic.
   using Acc = compute_t<Param>;
   static constexpr Storage kStorage = STORAGE;
+  static constexpr bool kAverage = AVERAGE;
   static constexpr bool kMixed = STORAGE == Storage::kMixed;
   static constexpr bool kLowPrecision = sizeof(Param) == 2;
   static constexpr bool kMasters = kLowPrecision && (STORAGE == Storage::kMaster || kMixed);

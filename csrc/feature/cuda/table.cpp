@@ -41,6 +41,7 @@ TensorRow make_row(const FeatureRecord& record, int num_states, int32_t chunk_en
   TensorRow row{};
   row.param = record.param;
   row.master = record.master;
+  row.average = record.average;
   row.rates = record.rates;
   row.seed = record.seed;
   row.numel = record.numel;
@@ -48,7 +49,7 @@ TensorRow make_row(const FeatureRecord& record, int num_states, int32_t chunk_en
   // One rate: the layout means nothing, and must not overflow.
   row.inner = record.period == 1 ? std::max<int64_t>(record.numel, 1) : record.inner;
   row.mode = mode_of(record);
-  row.aligned = on_vector(record.param) && on_vector(record.master);
+  row.aligned = on_vector(record.param) && on_vector(record.master) && on_vector(record.average);
   row.stochastic = record.stochastic;
   row.double_rates = record.rate_dtype == Dtype::kFloat64;
   for (int k = 0; k < num_states; ++k) {
@@ -78,12 +79,14 @@ MultiTensorTable make_table(const std::vector<FeatureRecord>& records, int num_s
     const Storage storage = storage_of(record, num_states, mixed);
     const auto takes = [&](const LaunchGroup& group) {
       // A tensor without entries only has its steps counted.
-      const bool alike = group.dtype == record.param_dtype && group.storage == storage;
+      const bool alike = group.dtype == record.param_dtype && group.storage == storage &&
+                         group.averages == (record.average != nullptr);
       return (alike || record.numel == 0) && group.order.size() < kMaxRows;
     };
     auto group = std::find_if(table.groups.begin(), table.groups.end(), takes);
     if (group == table.groups.end()) {
-      table.groups.push_back({record.param_dtype, storage, 0, 0, 0, 0, 0, 0, {}});
+      const bool averages = record.average != nullptr;
+      table.groups.push_back({record.param_dtype, storage, averages, 0, 0, 0, 0, 0, 0, {}});
       group = table.groups.end() - 1;
     }
     group->order.push_back(index);

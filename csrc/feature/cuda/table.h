@@ -37,6 +37,7 @@ struct TensorRow {
   void* param;
   void* states[kMaxStates];
   float* master;
+  void* average;
   const void* rates;
   int64_t* step;  // updates the parameter has had
   uint64_t seed;
@@ -66,6 +67,7 @@ struct alignas(16) Chunk {
 struct LaunchGroup {
   Dtype dtype;
   Storage storage;
+  bool averages;  // its tensors have one
   int32_t num_rows;
   int32_t num_chunks;
   int32_t chunk_entries;

@@ -1,0 +1,219 @@
+"""The interval of the rates that narrows during a run. Protects:
+
+- the formula by hand: where log-rates lie for a posterior, a progress and a width, and that they stay in the interval;
+- rates rewritten in place, shared vectors once, Constant's not; the heads show the clones' present rates;
+- `total_steps`: warm-up, averages and narrowing together, checkpoints that go on bit for bit, refusals;
+- a captured step counts its replays.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from checkpoint_harness import assert_same_state, build, generator, train
+from torch import nn
+
+import alrao_fast as alrao
+from alrao_fast import AlraoAdam, AlraoSGD, Constant, LogTriangular
+
+
+def set_posterior(model, posterior):
+    switch = model.head.switch
+    weights = torch.tensor(posterior, dtype=torch.float64)
+    switch.log_posterior.copy_(weights.log())
+
+
+def log_rates(opt, param):
+    return opt.state[param]["rate"].double().log10()
+
+
+def test_by_hand():
+    """The interval (1e-4, 1), in powers of ten: middle -2, half width 2; clones at -4, -8/3, -4/3, 0.
+
+    All mass at -4/3 is 2/3 above the middle. Half way with a tenth of the width left k = .55: the middle moves by 1/3,
+    a rate at -4 goes to -2 + 1/3 - 2 * .55 = -2.7667, one at 0 to -0.5667. At the end k = .1, and the middle moves by
+    all of the 2/3.
+    """
+    model = build()
+    opt = AlraoSGD(model, (1e-4, 1.0), generator=generator(0))
+    weight = model.backbone[0].weight
+    drawn = log_rates(opt, weight)
+    tensor, shared = opt.state[weight]["rate"], opt.state[model.backbone[0].bias]["rate"]
+    set_posterior(model, [0.0, 0.0, 1.0, 0.0])
+    close = {"rtol": 0, "atol": 1e-6}
+    for progress, middle, keep in ((0.5, -2 + 1 / 3, 0.55), (1.0, -2 + 2 / 3, 0.1), (0.0, -2, 1)):
+        opt.anneal_rates(progress)
+        torch.testing.assert_close(log_rates(opt, weight), middle + keep * (drawn + 2), **close)
+        ends = torch.tensor([middle - 2 * keep, middle + 2 * keep], dtype=torch.float64)
+        torch.testing.assert_close(log_rates(opt, model.head.weight)[[0, -1]], ends, **close)
+        assert torch.equal(model.head.clone_lr, opt.state[model.head.weight]["rate"])
+    assert opt.state[weight]["rate"] is tensor and shared is tensor
+    opt.anneal_rates(1.0, width=0.0)
+    assert log_rates(opt, weight).unique().numel() == 1
+
+
+def test_rates_stay_in_the_interval_they_were_drawn_from():
+    model = build()
+    opt = AlraoSGD(model, (1e-4, 1.0), generator=generator(0))
+    for posterior in ([0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]):
+        set_posterior(model, posterior)
+        for k in range(41):
+            opt.anneal_rates(k / 40)
+            for param in model.parameters():
+                rate = opt.state[param]["rate"]
+                assert float(rate.min()) >= 1e-4 * (1 - 1e-6) and float(rate.max()) <= 1 + 1e-6
+
+
+def test_where_all_clones_are_dead_rates_stay_finite():
+    model = build()
+    opt = AlraoSGD(model, (1e-4, 1.0), generator=generator(0))
+    set_posterior(model, [0.0] * 4)
+    opt.anneal_rates(0.5)
+    assert all(opt.state[p]["rate"].isfinite().all() for p in model.parameters())
+
+
+def test_groups_of_other_samplers():
+    model = build()
+    groups = [
+        {"params": model.backbone, "sampler": Constant(0.25)},
+        {"params": model.head, "lr_range": (1e-3, 1e-1)},
+    ]
+    opt = AlraoSGD(groups, generator=generator(0))
+    set_posterior(model, [0.0, 0.0, 0.0, 1.0])
+    opt.anneal_rates(1.0)
+    assert opt.state[model.backbone[0].weight]["rate"].unique().tolist() == [0.25]
+    assert "drawn_rate" not in opt.state[model.backbone[0].weight]
+    # The middle -2 moves by 9/10 of the half width: the narrowed interval ends where the drawn one does.
+    clones = log_rates(opt, model.head.weight)
+    torch.testing.assert_close(float(clones[-1]), -1.0, rtol=0, atol=1e-6)
+
+
+def test_refusals():
+    plain = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="params: got no clones"):
+        AlraoSGD(plain).anneal_rates(0.5)
+    with pytest.raises(ValueError, match="params: got no clones"):
+        AlraoAdam(plain, total_steps=10)
+    opt = AlraoSGD(build())
+    with pytest.raises(ValueError, match=r"progress: got 1\.5"):
+        opt.anneal_rates(1.5)
+    with pytest.raises(ValueError, match=r"width: got -0\.5"):
+        opt.anneal_rates(0.5, width=-0.5)
+    for wrong, error in ((0, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="total_steps: got"):
+            AlraoAdam(build(), total_steps=wrong)
+
+
+def test_total_steps_is_the_whole_recipe():
+    model, by_hand = build(), build()
+    opt = AlraoAdam(model, total_steps=80, generator=generator(0))
+    options = {"warmup_steps": 4, "averaging": 8.0}
+    other = AlraoAdam(by_hand, generator=generator(0), **options)
+    for step in range(90):
+        train(model, opt, [step])
+        train(by_hand, other, [step])
+        if step < 80 and step % 2:
+            other.anneal_rates((step + 1) / 80)
+    for p, q in zip(model.parameters(), by_hand.parameters()):
+        assert torch.equal(p, q)
+        own, others = opt.state[p], other.state[q]
+        assert torch.equal(own["rate"], others["rate"])
+        if p.requires_grad:
+            assert torch.equal(own["average"], others["average"])
+    drawn = opt.state[model.backbone[0].weight]["drawn_rate"].log()
+    spread = opt.state[model.backbone[0].weight]["rate"].log()
+    torch.testing.assert_close(spread.std() / drawn.std(), torch.tensor(0.1), rtol=1e-4, atol=0)
+    assert AlraoAdam(model, total_steps=80, averaging=False).param_groups[0]["averaging"] is None
+    given = AlraoAdam(model, total_steps=80, averaging=2, warmup_steps=0).param_groups[0]
+    assert (given["averaging"], given["warmup_steps"]) == (2, 0)
+
+
+@pytest.mark.parametrize("at", [0, 3, 21, 40])
+def test_a_checkpoint_goes_on(at):
+    model = build()
+    opt = AlraoAdam(model, total_steps=40, generator=generator(0))
+    train(model, opt, range(at))
+    again = build(seed=7)
+    again.load_state_dict(model.state_dict())
+    other = AlraoAdam(again, total_steps=40, generator=generator(1))
+    saved = copy.deepcopy(opt.state_dict())
+    other.load_state_dict(saved)
+    copied, copied_opt = copy.deepcopy((model, opt))
+    for m, o in ((model, opt), (again, other), (copied, copied_opt)):
+        train(m, o, range(at, 44))
+    assert_same_state(opt, other)
+    assert_same_state(opt, copied_opt)
+    assert opt.state_dict()["param_groups"][0]["steps_taken"] == 44
+    assert "steps_taken" not in opt.param_groups[0]
+
+
+def test_a_run_of_fewer_steps_than_narrowings():
+    model = build()
+    opt = AlraoAdam(model, total_steps=3, generator=generator(0))
+    train(model, opt, range(3))
+    own = opt.state[model.backbone[0].weight]
+    ratio = own["rate"].log().std() / own["drawn_rate"].log().std()
+    torch.testing.assert_close(ratio, torch.tensor(0.1), rtol=1e-4, atol=0)
+
+
+def test_a_compiled_step():
+    """As one graph it could not count: Python takes the step then."""
+    model = build()
+    opt = AlraoAdam(model, total_steps=40)
+    model(torch.randn(10, 6), targets=torch.randint(3, (10,))).backward()
+    compiled = torch.compile(opt.step, backend="eager")
+    for _ in range(3):
+        compiled()
+    assert opt._run.taken == 3
+
+
+def test_a_captured_step_counts_its_replays(monkeypatch):
+    """A repetition of the step stands in for the capture."""
+    from alrao_fast import graphed_step
+
+    def capture(step, warm_up, steps, device):
+        warm_up(steps)
+        out = step()
+        opt = optimizers[0]
+
+        def replay():
+            # Python counts nothing while a graph replays.
+            run, opt._run = opt._run, None
+            step()
+            opt._run = run
+
+        return replay, out
+
+    monkeypatch.setattr(graphed_step, "_capture", capture)
+    monkeypatch.setattr(graphed_step, "_device_of", lambda tensors: torch.device("cpu"))
+    models = [build() for _ in range(2)]
+    optimizers = [AlraoAdam(m, total_steps=40, generator=generator(0)) for m in models]
+    torch.manual_seed(5)
+    batches = [(torch.randn(10, 6), torch.randint(3, (10,))) for _ in range(20)]
+    run = alrao.GraphedStep(models[0], optimizers[0], *batches[0])
+    # The stand-in has taken one step where a capture takes none.
+    assert optimizers[0]._run.taken == 0
+    for x, y in batches:
+        run(x, y)
+    assert optimizers[0]._run.taken == 20
+    rate = optimizers[0].state[models[0].backbone[0].weight]["rate"]
+    assert rate.log().std() < 0.6 * log_std(optimizers[1], models[1])
+
+
+def log_std(opt, model):
+    return float(opt.state[model.backbone[0].weight]["drawn_rate"].log().std())
+
+
+def test_triangular_rates_narrow_alike():
+    model = build()
+    opt = AlraoSGD(model, sampler=LogTriangular(1e-3, 1.0), generator=generator(0))
+    weight = model.backbone[0].weight
+    drawn = log_rates(opt, weight)
+    opt.anneal_rates(1.0)
+    expected = (drawn + 1.5) * 0.1
+    actual = log_rates(opt, weight)
+    torch.testing.assert_close(
+        actual - actual.mean(), expected - expected.mean(), rtol=0, atol=1e-6
+    )
+    assert math.isclose(float(model.head.clone_lr.log10().diff()[0]), 0.1, rel_tol=1e-4)
