@@ -106,7 +106,8 @@ def _rates(update: Update) -> list[tuple[Tensor, int]]:
 def _alrao(kind: type, update: Update, **options: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     if kind is alrao.AlraoSGD:
-        options["momentum"] = update.momentum
+        # As torch.optim.SGD, which it is compared with.
+        options |= {"momentum": update.momentum, "normalized_momentum": False}
     return kind(update.model, lr_range=LR_RANGE, generator=generator, **options)
 
 
