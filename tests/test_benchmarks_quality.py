@@ -342,7 +342,8 @@ def test_schedules():
     rate = trainer.opt.param_groups[0]["lr"]
     seen = []
     trainer.method = dataclasses.replace(
-        trainer.method, after_step=lambda opt, *at: seen.append((opt.param_groups[0]["lr"], *at))
+        trainer.method,
+        after_step=lambda t: seen.append((t.opt.param_groups[0]["lr"], t.done, t.total)),
     )
     steps(trainer)
     assert seen[0] == (pytest.approx(rate / 2), 1, 40) and seen[20][0] == pytest.approx(rate / 2)

@@ -52,9 +52,9 @@ class Method:
     installs it, where that is not torch. lr_range: Alrao's interval where it is neither the task's nor the optimizer's.
 
     What happens beside the optimizer's steps: warmup: the part of the run over which the rate grows from 0. schedule:
-    whether it is annealed to 0 by a cosine over the run. after_step: called with the optimizer, the number of steps
-    that are done, and that of the run. averaged: evaluated at the average of the weights. evaluation: a context of the
-    optimizer in which the parameters are those to evaluate.
+    whether it is annealed to 0 by a cosine over the run. after_step: called with the `Trainer` after every step, which
+    knows the network, the optimizer, and how many steps of how many are done. averaged: evaluated at the average of the
+    weights. evaluation: a context of the optimizer in which the parameters are those to evaluate.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Method:
     lr_range: tuple[float, float] | None = None
     warmup: float = 0.0
     schedule: bool = False
-    after_step: Callable[[Any, int, int], object] | None = None
+    after_step: Callable[[Any], object] | None = None
     averaged: bool = False
     evaluation: Callable[[Any], AbstractContextManager[object]] | None = None
 

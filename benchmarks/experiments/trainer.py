@@ -235,7 +235,7 @@ class Trainer:
         if self.average is not None:
             self.average.step()
         if method.after_step is not None:
-            method.after_step(self.opt, self.done, self.total)
+            method.after_step(self)
         return loss
 
     @contextmanager
