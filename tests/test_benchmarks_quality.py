@@ -67,7 +67,7 @@ def test_from_end_to_end(tmp_path, no_prodigy, capsys):
         run_command(tmp_path, *options, "--seeds", seeds)
         found = records(tmp_path / "quality.jsonl")
         # The recipe, and on three intervals that are not its own; the grid; Adam; once, what is missing.
-        assert len(found) == 2 * (1 + 3 + 7 + 1) + 1 + (seeds - 1) * 2 * (1 + 7 + 1)
+        assert len(found) == 2 * (1 + 3 + 8 + 1) + 1 + (seeds - 1) * 2 * (1 + 8 + 1)
     missing = [record for record in found if "missing" in record]
     assert [m["missing"] for m in missing] == [
         "prodigyopt is not installed: pip install prodigyopt"

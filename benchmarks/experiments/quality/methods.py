@@ -12,8 +12,8 @@ import alrao_fast as alrao
 from benchmarks.experiments.methods import Method, Setting, alrao_method, of_torch, package_class
 
 # Half decades.
-SGD_GRID = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-ADAMW_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03)
+SGD_GRID = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+ADAMW_GRID = (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
 WARMUP = 0.05
 # Alrao-Adam's interval, and those on which a method should not depend.
 USEFUL = (1e-4, 0.1)
