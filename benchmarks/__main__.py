@@ -16,7 +16,7 @@ COMMANDS = {
     "gpu_ceilings": "a step of gpu_check: how fast the GPU copies and multiplies",
     "gpu_exercise": "a step of gpu_check: every op against the reference",
     "compat": "a training step of alrao_fast.compat against the loop over the last layers",
-    "quality": "Alrao without tuning against tuned and tuning-free rivals, on digits, text and CIFAR-10",
+    "quality": "Alrao without tuning against tuned and tuning-free rivals, on twelve small tasks",
     "ranking": "whether alrao_fast.rank orders networks as a search over SGD's learning rates does",
     "report": "one page of tables and figures from the results of the other commands",
     "paper": "the paper's tables and figures: table1, table2, figure2 to figure8",

@@ -1,16 +1,20 @@
 """The comparison of methods, `python benchmarks quality`. Protects:
 
-- the command from end to end on digits, text and images: records, tables, plots; a second call trains nothing, a rival
-  that is not installed is a row that says so and runs once it is;
-- the digits' parts are disjoint; a run by hand; diverged runs end early and are called so;
-- rates are chosen on the validation set, the whole grid is paid for, gaps over the tasks, all on figures made up here;
-- each rival as its authors say: the point of evaluation of Schedule-Free and DoG, rates of 1, schedules that end at 0.
+- the command from end to end: records, tables, plots; a second call trains nothing, one with more seeds trains those
+  alone, two processes give the figures of one, a rival that is not installed is named and runs once it is;
+- every task: parts that share nothing, batches that depend on the seed alone, a network that trains by every kind of
+  method; CIFAR from files;
+- every method: a step that changes the parameters, the same start, the point of evaluation (Schedule-Free, averages,
+  BatchNorm measured anew), schedules, hooks, intervals; a run by hand; diverged runs end early.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
+import pickle
 from pathlib import Path
 
 import benchmarks_package
@@ -20,6 +24,9 @@ import torch
 import alrao_fast as alrao
 
 benchmarks_package.load()
+
+from benchmarks.experiments.quality.methods import METHODS  # noqa: E402
+from benchmarks.experiments.quality.tasks import KINDS, SmallTask  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -35,7 +42,7 @@ def one_thread():
 def run_command(folder: Path, *options: object) -> None:
     from benchmarks.experiments.quality.command import main
 
-    small = ["--seeds", 1, "--epochs", 1, "--results", folder, "--device", "cpu"]
+    small = ["--steps", 4, "--results", folder, "--device", "cpu"]
     main([*map(str, small), *map(str, options)])
 
 
@@ -54,75 +61,78 @@ def no_prodigy(monkeypatch):
     return monkeypatch
 
 
-def test_digits_end_to_end(tmp_path, no_prodigy, capsys):
-    options = ["--tasks", "digits", "--methods", "alrao", "alrao-default", "sgd", "adam", "prodigy"]
-    for _ in range(2):
-        run_command(tmp_path, *options)
-        found = records(tmp_path / "digits.jsonl")
-        # Alrao's default interval is the task's own: no run of its own.
-        assert len(found) == 1 + 7 + 1 + 1
-    missing = next(record for record in found if "missing" in record)
-    assert missing["missing"] == "prodigyopt is not installed: pip install prodigyopt"
-    run = found[0]
-    assert run["case"]["method"] == "alrao" and run["steps"] == 1079 // 32
-    assert run["test_loss"] == run["curves"]["test_loss"][-1] > 0 and len(run["clone_rates"]) == 10
-    table = (tmp_path / "quality.md").read_text()
-    assert "pip install prodigyopt" in table and "sources" in table and "SGD on digits" in table
-    assert "prodigyopt is not" in capsys.readouterr().out.replace("\n", " ")
+def test_from_end_to_end(tmp_path, no_prodigy, capsys):
+    options = ["--tasks", "digits", "graph", "--methods", "recipe", "sgd", "adam", "prodigy"]
+    for seeds in (1, 1, 2):
+        run_command(tmp_path, *options, "--seeds", seeds)
+        found = records(tmp_path / "quality.jsonl")
+        # The recipe, and on three intervals that are not its own; the grid; Adam; once, what is missing.
+        assert len(found) == 2 * (1 + 3 + 8 + 1) + 1 + (seeds - 1) * 2 * (1 + 8 + 1)
+    missing = [record for record in found if "missing" in record]
+    assert [m["missing"] for m in missing] == [
+        "prodigyopt is not installed: pip install prodigyopt"
+    ]
+    first = found[0]
+    named = {"task": "digits", "method": "recipe", "lr": None, "seed": 0, "interval": None}
+    assert first["case"] == {**named, "steps": 4} and first["steps"] == 4
+    assert first["test_loss"] > 0 and len(first["curve"]) == 4 and len(first["posterior"]) == 10
+    text = (tmp_path / "quality.md").read_text()
+    for wanted in ("pip install prodigyopt", "sources", "(1e-05, 10)", "SGD, best of grid"):
+        assert wanted in text, wanted
+    assert "worst gap" in capsys.readouterr().out
     from PIL import Image
 
-    for name in ("digits_final", "digits_curves"):
+    for name in ("gaps", "profiles", "interval-recipe"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert len(picture.convert("L").getcolors()) > 20
 
 
+def test_two_processes(tmp_path):
+    options = ["--tasks", "digits", "--methods", "alrao", "adam", "--seeds", 2]
+    options += ["--intervals-of", "--results"]
+    run_command(tmp_path, *options, tmp_path / "one")
+    run_command(tmp_path, *options, tmp_path / "two", "--jobs", 2)
+    one, two = (records(tmp_path / name / "quality.jsonl") for name in ("one", "two"))
+    assert len(one) == 4
+    for a, b in zip(one, two, strict=True):
+        assert all(a[key] == b[key] for key in ("case", "test_loss", "valid_loss", "bytes"))
+
+
 @pytest.mark.slow
 def test_a_rival_runs_once_it_is_installed(tmp_path, no_prodigy):
-    options = ["--tasks", "digits", "--methods", "prodigy"]
-    run_command(tmp_path, *options, "--methods", "prodigy", "adam")
+    options = ["--tasks", "digits", "--seeds", 1, "--methods", "prodigy"]
+    run_command(tmp_path, *options, "adam")
     no_prodigy.undo()
     pytest.importorskip("prodigyopt")
     run_command(tmp_path, *options)
-    last = records(tmp_path / "digits.jsonl")[-1]
-    assert last["case"]["method"] == "prodigy" and "curves" in last
+    last = records(tmp_path / "quality.jsonl")[-1]
+    assert last["case"]["method"] == "prodigy" and "curve" in last
+    assert "missing" not in (tmp_path / "quality.md").read_text()
 
 
-@pytest.mark.slow
-def test_text_and_images(tmp_path):
-    import numpy as np
+def test_quick_and_medium():
+    from benchmarks.experiments.quality.command import parser, plan
 
-    text = tmp_path / "text.txt"
-    text.write_text("to be, or not to be: that is the question.\n" * 150)
-    rng = np.random.default_rng(0)
-    folder = tmp_path / "images" / "data"
-    folder.mkdir(parents=True)
-    options = ["--methods", "alrao", "alrao-default", "adam", "--results", tmp_path]
-    run_command(tmp_path, "--tasks", "text", "--text", text, *options)
-    found = records(tmp_path / "text.jsonl")
-    assert [run["case"]["method"] for run in found] == ["alrao", "alrao-default", "adam"]
-    assert found[0]["lr_range"] == [1e-3, 100] and found[1]["lr_range"] == [1e-5, 10]
-    assert found[0]["unit"] == "bits per character"
-    batches = tmp_path / "batches"
-    batches.mkdir()
-    import pickle
+    def cases(*options):
+        return [run.case for run in plan(parser().parse_args([*options, "--device", "cpu"]))]
 
-    for name, count in [*((f"data_batch_{k}", 40) for k in range(1, 6)), ("test_batch", 20)]:
-        pixels = rng.integers(256, size=(count, 3072)).astype(np.uint8)
-        labels = rng.integers(10, size=count).tolist()
-        (batches / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": labels}))
-    run_command(tmp_path, "--tasks", "cifar", "--cifar", batches, "--width", 0.1, *options)
-    found = records(tmp_path / "cifar.jsonl")
-    assert [run["case"]["method"] for run in found] == ["alrao", "adam"]
-    assert found[0]["case"]["task"] == "cifar-mobilenet"
+    quick, medium, full = cases("--quick"), cases("--medium"), cases()
+    assert {case["task"] for case in quick} == {"digits", "cnn-plain", "graph"}
+    assert {case["steps"] for case in quick} == {60} and {case["seed"] for case in quick} == {0}
+    assert {case["task"] for case in medium} == KINDS.keys() - {"large"}
+    # What has been done for the smaller is part of the larger; the large network is last, of one seed.
+    assert all(case in full for case in medium) and {case["seed"] for case in full} == {0, 1, 2}
+    large = [k for k, case in enumerate(full) if case["task"] == "large"]
+    assert large == list(range(large[0], len(full))) and full[-1]["seed"] == 0
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--seeds", "0"], "--seeds is 0; expected 1 at least"),
-        (["--width", "0"], "--width is 0.0; expected a factor > 0"),
+        (["--jobs", "0"], "--jobs is 0; expected 1 at least"),
         (["--tasks", "cifar"], "the task cifar needs --cifar PATH"),
-        (["--tasks", "text", "--text", "nowhere.d"], "nowhere.d is no text file"),
+        (["--cifar", "nowhere.d"], "nowhere.d does not exist"),
     ],
 )
 def test_bad_options(options, message, tmp_path, capsys):
@@ -133,226 +143,247 @@ def test_bad_options(options, message, tmp_path, capsys):
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_parts_of_the_digits():
-    from benchmarks.experiments.tasks import DigitsTask
+def test_images_from_a_file(tmp_path):
+    import numpy as np
 
-    task, again = DigitsTask(3, CPU), DigitsTask(3, CPU)
-    assert task.x.equal(again.x) and not task.x.equal(DigitsTask(4, CPU).x)
-    parts = [task.x, *(x for x, _ in task.parts.values())]
-    assert [len(part) for part in parts] == [1079, 359, 359] == list(task.sizes)
-    # scikit-learn's digits hold no image twice.
-    assert len(torch.cat(parts).unique(dim=0)) == 1797
-    first, second = (list(task.batches(3, epoch)) for epoch in (0, 1))
-    assert len(first) == task.steps() == 33 and not first[0][0].equal(second[0][0])
+    rng = np.random.default_rng(0)
+    for name, count in [*((f"data_batch_{k}", 80) for k in range(1, 6)), ("test_batch", 30)]:
+        pixels = rng.integers(256, size=(count, 3072)).astype(np.uint8)
+        labels = rng.integers(10, size=count).tolist()
+        (tmp_path / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": labels}))
+    options = ["--tasks", "cifar", "cifar-plain", "--cifar", tmp_path, "--methods", "alrao", "adam"]
+    run_command(tmp_path, *options, "--seeds", 1, "--intervals-of")
+    found = [record["case"] for record in records(tmp_path / "quality.jsonl")]
+    assert [case["task"] for case in found] == [*["cifar"] * 2, *["cifar-plain"] * 2]
 
 
-def train(name: str, lr: float | None = None, **options):
-    from benchmarks.experiments.methods import METHODS
-    from benchmarks.experiments.quality.train import train
-    from benchmarks.experiments.tasks import DigitsTask
+@pytest.fixture(scope="module")
+def small_tasks():
+    """Every task, for two steps, made once."""
+    return {name: SmallTask(kind, 0, CPU, 2) for name, kind in KINDS.items()}
 
-    options = {"epochs": 1, "width": 0.1, "device": CPU, **options}
-    return train(METHODS[name], lr, DigitsTask(0, CPU), 0, **options)
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_task(name, small_tasks):
+    task = small_tasks[name]
+    first, again, other = (list(task.batches(seed)) for seed in (0, 0, 1))
+    assert len(first) == 2 == task.steps()
+    assert all(a.equal(b) for a, b in zip(first[0], again[0])) and not first[0][0].equal(
+        other[0][0]
+    )
+    assert not first[0][0].equal(first[1][0]) and len(first[0][1]) == KINDS[name].batch
+    assert len(task.train[0]) == task.sizes[0] and min(task.sizes) >= 200
+    # No example is in two parts, but for pieces of text that are written twice.
+    parts = [task.train, task.parts["valid"], task.parts["test"]]
+    rows = [{example.numpy().tobytes() for example in x} for x, _ in parts]
+    shared = sum(len(a & b) for a, b in itertools.combinations(rows, 2))
+    assert shared <= (5 if name in ("lstm", "transformer", "large") else 0)
+    held_out = [y for _, y in parts[1:]]
+    if task.regression:
+        # Standardised targets: half their variance is what the mean alone leaves.
+        assert all(float(y.square().mean()) / 2 == pytest.approx(0.5, abs=0.06) for y in held_out)
+    else:
+        assert all(0 <= int(y.min()) and int(y.max()) < task.classes for y in held_out)
+
+
+def train(name: str, task: SmallTask, lr: float | None = None, **options):
+    from benchmarks.experiments.quality import train as training
+
+    return training.train(METHODS[name], task, 0, lr=lr, device=CPU, **options)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "large"])
+def test_every_task_trains(name, small_tasks):
+    for method, lr in (("sgd", 0.01), ("recipe", None), ("alrao", None)):
+        run = train(method, small_tasks[name], lr)
+        assert run["steps"] == 2 and not run["diverged"], method
+        assert 0 < run["test_loss"] < 2 * run["guess"] and run["bytes"] > 0
+
+
+def test_the_large_task(small_tasks):
+    net = small_tasks["large"].backbone(1.0, 0.0)
+    assert sum(param.numel() for param in net.parameters()) > 2e6
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains(name):
+    method = METHODS[name]
+    if method.missing():
+        pytest.skip(method.missing())
+    task = SmallTask(KINDS["resnet"], 0, CPU, 3)
+    run = train(name, task, next(iter(method.grid)))
+    assert run["steps"] == 3 and run["valid_loss"] is not None and len(run["curve"]) == 3
+    # Parameters at least, float32; the network has more than 80,000 of them.
+    assert run["bytes"] > 4 * 80_000
 
 
 def test_a_run_by_hand():
-    from benchmarks.experiments.tasks import DigitsTask
+    task = SmallTask(KINDS["digits"], 0, CPU, 30)
     from benchmarks.networks import PlainModel
 
-    task = DigitsTask(0, CPU)
     torch.manual_seed(0)
-    net = PlainModel(task.backbone(0.1, 0.0), 26, 10)
-    opt = torch.optim.SGD(net.parameters(), lr=0.1)
-    for epoch in range(2):
-        for x, y in task.batches(0, epoch):
-            opt.zero_grad()
-            net(x, targets=y).backward()
-            opt.step()
+    net = PlainModel(task.backbone(1.0, 0.0), 256, 10)
+    opt = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for step, (x, y) in enumerate(task.batches(0)):
+        opt.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / 30))
+        opt.zero_grad()
+        net(x, targets=y).backward()
+        opt.step()
     x, y = task.parts["test"]
     with torch.no_grad():
         loss = float(torch.nn.functional.nll_loss(net(x), y))
-    run = train("sgd", 0.1, epochs=2)
-    assert run["test_loss"] == pytest.approx(loss, rel=1e-4) and run["steps"] == 66
-    assert not run["diverged"] and 0 < run["seconds"] < 60
+    run = train("sgd", task, 0.1)
+    assert run["test_loss"] == pytest.approx(loss, rel=1e-4) and run["steps"] == 30
+    assert not run["diverged"] and run["seconds"] > 0
+    # Momentum beside the parameters.
+    assert run["bytes"] == 8 * sum(param.numel() for param in net.parameters())
+
+
+def test_a_regression_by_hand():
+    task = SmallTask(KINDS["autoencoder"], 0, CPU, 1)
+    x, y = task.parts["test"]
+    # Half the squares of 64 pixels, halved again: three quarters of the variance are explained.
+    loss, explained = task.evaluate(lambda x: x / 2, "test")
+    assert loss == pytest.approx(float(y.square().mean()) / 8) and explained == pytest.approx(75)
+    trainer = make("sgd", "autoencoder", steps=1)
+    x, y = next(task.batches(0))
+    trained = trainer.net(x, targets=y)
+    ours = (trainer.net(x) - y).square().sum() / 2 / 32
+    torch.testing.assert_close(trained, ours)
 
 
 def test_a_diverged_run_ends_early():
-    run = train("sgd", 1e30, epochs=5)
-    assert run["diverged"] and run["test_loss"] is None and run["steps"] == 33
+    run = train("sgd", SmallTask(KINDS["digits"], 0, CPU, 50), 1e30)
+    assert run["diverged"] and run["test_loss"] is None and run["steps"] < 10
 
 
-def test_alrao_learns_on_digits():
-    run = train("alrao", epochs=8, width=1.0)
-    assert run["test_accuracy"] > 93 and len(run["curves"]["posterior"]) == 8
+def test_recipe_learns():
+    run = train("recipe", SmallTask(KINDS["digits"], 0, CPU, 200))
+    assert run["test_accuracy"] > 93
 
 
-def fake(
-    task,
-    method,
-    lr,
-    seed,
-    valid,
-    test,
-    *,
-    diverged=False,
-    per_nat=1.0,
-    steps=10,
-    lr_range=(1e-5, 10),
-):
-    case = {"task": task, "method": method, "lr": lr, "seed": seed, "data": "d", "sizes": [1, 1, 1]}
-    return {
-        "case": {**case, "epochs": 1, "width": 1.0},
-        "curves": {"valid_loss": [valid], "test_loss": [test]},
-        "test_loss": test,
-        "test_accuracy": 90.0 - (test or 0),
-        "diverged": diverged,
-        "steps": steps,
-        "seconds": 2.0,
-        "unit": "nats",
-        "per_nat": per_nat,
-        "classes": 10,
-        "lr_range": list(lr_range),
-    }
-
-
-def test_summary_by_hand():
-    from benchmarks.experiments.quality.summary import Worst, cost, summarise, worst_cases
-
-    runs = [
-        # The better rate on the validation set is the worse one on the test set.
-        *(fake("digits", "sgd", 0.1, seed, 0.5, 0.75 + seed / 4) for seed in (0, 1)),
-        *(fake("digits", "sgd", 1.0, seed, 0.625, 0.125) for seed in (0, 1)),
-        *(fake("digits", "sgd", 10.0, seed, None, None, diverged=True, steps=4) for seed in (0, 1)),
-        *(fake("digits", "alrao", None, seed, 1.0, 0.5 + seed) for seed in (0, 1)),
-        fake("text", "sgd", 0.1, 0, 1.0, 2.0, per_nat=2.0),
-        fake("text", "alrao", None, 0, 1.0, 2.5, per_nat=2.0, lr_range=(1e-3, 100)),
-        fake("text", "alrao-default", None, 0, 1.0, 3.0, per_nat=2.0),
-        {"case": {"task": "digits", "method": "dog"}, "missing": "no dog"},
-    ]
-    summary = summarise(runs)
-    sgd = summary["digits"]["sgd"]
-    assert sgd.lr == 0.1 and sgd.loss == (0.875, pytest.approx(math.sqrt(1 / 32)))
-    assert (sgd.runs, sgd.steps, sgd.seconds, sgd.seeds) == (3, 24, 6, 2)
-    assert summary["digits"]["dog"] == "no dog" and "dog" not in summary["text"]
-    assert summary["text"]["alrao"].loss == (5.0, 0.0)
-    # On the digits the default interval is Alrao's own.
-    assert summary["digits"]["alrao-default"].loss == summary["digits"]["alrao"].loss
-    worst = worst_cases(summary)
-    assert worst["sgd"] == Worst(0.0, 0.0)
-    assert worst["alrao"] == Worst(0.5, 0.5)
-    assert worst["alrao-default"] == Worst(1.0, 1.0)
-    assert cost(summary)["sgd"] == (4, 34, 8)
-
-
-def test_the_last_setting_counts():
-    from benchmarks.experiments.quality.summary import summarise
-
-    old = fake("digits", "alrao", None, 0, 1.0, 0.5)
-    new = fake("digits", "alrao", None, 0, 1.0, 0.25)
-    other = fake("digits", "adam", None, 0, 1.0, 0.5)
-    other["case"]["epochs"] = 9
-    assert summarise([other, old, new])["digits"].keys() == {"alrao"}
-    assert summarise([old, new])["digits"]["alrao"].loss[0] == 0.25
-
-
-def test_a_diverged_seed_spoils_the_mean():
-    from benchmarks.experiments.quality.summary import summarise, worst_cases
-
-    runs = [fake("digits", "alrao", None, seed, 1.0, 0.5) for seed in (0, 1)]
-    runs[1] |= {"diverged": True, "test_loss": None}
-    summary = summarise([*runs, fake("digits", "adam", None, 0, 1.0, 0.5)])
-    assert (
-        summary["digits"]["alrao"].loss[0] == math.inf and summary["digits"]["alrao"].diverged == 1
-    )
-    assert worst_cases(summary)["alrao"].loss == math.inf
-
-
-def make(name: str, lr: float | None = None):
-    from benchmarks.experiments.methods import METHODS, Setting, build
-    from benchmarks.experiments.tasks import DigitsTask
+def make(name: str, task: str = "digits", steps: int = 5, **changes):
+    from benchmarks.experiments.methods import Setting, build
     from benchmarks.experiments.trainer import Trainer
 
-    task, method = DigitsTask(0, CPU), METHODS[name]
-    net, opt = build(method, Setting(lr, task.lr_range, 0), task, width=0.1)
-    return Trainer(method, net, opt, task)
+    method = dataclasses.replace(METHODS[name], **changes)
+    small = SmallTask(KINDS[task], 0, CPU, steps)
+    lr = next(iter(method.grid))
+    net, opt = build(method, Setting(lr, method.lr_range, 0, total_steps=steps), small)
+    return Trainer(method, net.train(), opt, small)
 
 
-def steps(trainer, count):
-    """Some steps of training; the last layer's weight after each."""
-    trainer.resume()
+def steps(trainer):
+    """The run; the last layer's weight after each step."""
     path = []
-    for x, y in list(trainer.task.batches(0, 0))[:count]:
+    for x, y in trainer.task.batches(0):
         trainer.train_step(x, y)
         path.append(trainer.net.head.weight.detach().clone())
     return path
 
 
-@pytest.mark.parametrize("name", ["schedulefree-adamw", "schedulefree-sgd"])
-def test_schedule_free_is_evaluated_at_its_average(name):
+def test_schedule_free_is_evaluated_at_its_average():
     pytest.importorskip("schedulefree")
-    trainer = make(name)
+    trainer = make("schedulefree")
     net = trainer.net
-    steps(trainer, 5)
+    steps(trainer)
     at_training = [param.detach().clone() for param in net.parameters()]
-    evaluated = trainer.evaluated(0, 0)
-    assert evaluated is net and not net.training
-    assert not any(a.equal(b) for a, b in zip(at_training, net.parameters()))
-    trainer.resume()
-    assert net.training
+    with trainer.evaluation(0, 0) as evaluated:
+        assert evaluated is net and not net.training
+        assert not any(a.equal(b) for a, b in zip(at_training, net.parameters()))
     for before, after in zip(at_training, net.parameters()):
         torch.testing.assert_close(before, after.detach())
 
 
-def test_dog_is_evaluated_at_its_average():
-    pytest.importorskip("dog")
-    trainer = make("dog")
-    path = steps(trainer, 3)
+@pytest.mark.parametrize("name", ["adam-averaged", "recipe"])
+def test_an_average_is_evaluated(name):
+    trainer = make(name, steps=3)
+    path = steps(trainer)
     # Polynomial decay averaging with gamma = 8: the weights of the third average by hand.
     average = path[0]
     for t in (2, 3):
         average = average.lerp(path[t - 1], 9 / (8 + t))
-    averaged = trainer.evaluated(0, 0)
-    assert averaged is not trainer.net and not averaged.training
-    torch.testing.assert_close(averaged.head.weight, average)
+    with trainer.evaluation(0, 0) as net:
+        torch.testing.assert_close(net.head.weight, average)
+    assert trainer.net.head.weight.equal(path[-1])
 
 
-@pytest.mark.parametrize(
-    "name, module", [("prodigy", "prodigyopt"), ("dadapt", "dadaptation"), ("dog", "dog")]
-)
-def test_rates_of_one(name, module):
-    pytest.importorskip(module)
-    assert [group["lr"] for group in make(name).opt.param_groups] == [1.0]
+def test_the_average_is_as_dogs_authors_have_it():
+    dog = pytest.importorskip("dog")
+    trainer = make("dog")
+    theirs = dog.PolynomialDecayAverager(trainer.net)
+    for x, y in trainer.task.batches(0):
+        trainer.train_step(x, y)
+        theirs.step()
+    with trainer.evaluation(0, 0) as net:
+        for ours, other in zip(net.parameters(), theirs.averaged_model.parameters()):
+            torch.testing.assert_close(ours, other)
 
 
-def test_alrao_and_its_schedule(monkeypatch):
-    from benchmarks.experiments.quality import train as training
+def test_normalisation_is_measured_anew_for_an_average():
+    trainer = make("adam-averaged", "cnn", steps=4)
+    steps(trainer)
+    with trainer.evaluation(0, 0) as net:
+        norm = next(m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        measured = norm.running_mean.clone()
+        first = next(m for m in net.modules() if isinstance(m, torch.nn.Conv2d))
+        with torch.no_grad():
+            means = [first(x).mean((0, 2, 3)) for x, _ in trainer.task.batches(0)]
+    torch.testing.assert_close(measured, torch.stack(means).mean(0))
 
-    kept = []
-    build = training.build
 
-    def keep(*arguments, **options):
-        kept.append(build(*arguments, **options))
-        return kept[-1]
+def test_schedules():
+    from benchmarks.experiments.trainer import rate_factor
 
-    monkeypatch.setattr(training, "build", keep)
-    train("alrao-momentum-cosine")
-    net, opt = kept[0]
-    assert isinstance(net, alrao.AlraoModel) and opt.param_groups[0]["momentum"] == 0.9
-    assert opt.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
-    train("alrao")
-    assert kept[1][1].param_groups[0]["lr"] == 1.0
+    assert [rate_factor(k, 40, 0.1, False) for k in (0, 1, 3, 4, 39)] == [0.25, 0.5, 1, 1, 1]
+    assert rate_factor(20, 40, 0.1, True) == pytest.approx(0.5)
+    assert rate_factor(0, 4, 0.05, False) == 1
+    trainer = make("adamw", steps=40)
+    rate = trainer.opt.param_groups[0]["lr"]
+    seen = []
+    trainer.method = dataclasses.replace(
+        trainer.method,
+        after_step=lambda t: seen.append((t.opt.param_groups[0]["lr"], t.done, t.total)),
+    )
+    steps(trainer)
+    assert seen[0] == (pytest.approx(rate / 2), 1, 40) and seen[20][0] == pytest.approx(rate / 2)
+    assert seen[-1][0] < 0.01 * rate and seen[-1][1:] == (40, 40)
+
+
+def test_rates_of_ours():
+    for name, low, high in (("alrao", 1e-5, 10), ("recipe", 1e-4, 0.1)):
+        trainer = make(name)
+        assert isinstance(trainer.net, alrao.AlraoModel)
+        rates = trainer.net.head.clone_lr
+        assert len(rates) == 10 and rates[0] == pytest.approx(low)
+        assert rates[-1] == pytest.approx(high)
+
+
+def test_triangular_rates():
+    from benchmarks.experiments.quality.methods import Triangular
+
+    rates = Triangular(1e-4, 0.1)(20_000, torch.Generator().manual_seed(0)).log10()
+    # Symmetric about the middle, with half of the mass in the middle 29 % of the interval.
+    assert float(rates.mean()) == pytest.approx(-2.5, abs=0.02)
+    inner = (rates + 2.5).abs() < 1.5 * (1 - math.sqrt(0.5))
+    assert float(inner.float().mean()) == pytest.approx(0.5, abs=0.02)
 
 
 def test_the_same_start_for_every_method():
-    backbones = [make(name, lr).net.backbone for name, lr in (("alrao", None), ("sgd", 0.1))]
-    assert all(a.equal(b) for a, b in zip(*(backbone.parameters() for backbone in backbones)))
+    backbones = [make(name).net.backbone for name in ("alrao", "sgd", "muon")]
+    for other in backbones[1:]:
+        pairs = zip(backbones[0].parameters(), other.parameters())
+        assert all(a.equal(b) for a, b in pairs)
 
 
-def test_grids():
-    from benchmarks.experiments.data import load_text
-    from benchmarks.experiments.methods import sgd_grid
-    from benchmarks.experiments.tasks import DigitsTask, TextTask
+def test_muon_takes_the_hidden_matrices():
+    muon = make("muon", "transformer").opt.optimizers[1]
+    shapes = {tuple(param.shape) for group in muon.param_groups for param in group["params"]}
+    assert shapes == {(192, 64), (64, 64), (256, 64), (64, 256)}
 
-    assert sgd_grid(DigitsTask(0, CPU)) == pytest.approx([10.0**k for k in range(-5, 2)])
-    text = TextTask("lstm-chars", load_text(None, "chars"), 2000, CPU)
-    assert sgd_grid(text) == pytest.approx([10.0**k for k in range(-5, 3)])
+
+@pytest.mark.parametrize("name", ["prodigy", "dog"])
+def test_rates_of_one(name):
+    if METHODS[name].missing():
+        pytest.skip(METHODS[name].missing())
+    assert [group["lr"] for group in make(name).opt.param_groups] == [1.0]

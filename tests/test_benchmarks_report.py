@@ -100,15 +100,9 @@ def paper_records() -> list[dict]:
 
 
 def quality_record(method: str, lr: float | None, loss: float, **case) -> dict:
-    case = {"task": "digits", "method": method, "lr": lr, "seed": 0, "data": "d", **case}
-    case |= {"sizes": [3, 1, 1], "epochs": 2, "width": 1.0}
-    curves = {"valid_loss": [2.0, loss], "test_loss": [2.0, loss], "train_loss": [2.0, loss]}
-    record = {"case": case, "curves": curves, "test_loss": loss, "test_accuracy": 93.5}
-    record |= {"diverged": False, "steps": 10, "seconds": 1.5, "unit": "nats", "per_nat": 1.0}
-    record |= {"classes": 10, "lr_range": [1e-5, 10.0]}
-    if method == "alrao":
-        curves["posterior"] = [[0.25, 0.75], [0.125, 0.875]]
-        record["clone_rates"] = [1e-5, 10.0]
+    case = {"task": "digits", "method": method, "lr": lr, "seed": 0, "interval": None, **case}
+    record = {"case": {**case, "steps": 10}, "curve": [2.0, loss], "valid_loss": loss}
+    record |= {"test_loss": loss, "diverged": False, "step_ms": 1.5, "bytes": 100}
     return record
 
 
@@ -128,9 +122,11 @@ def results(tmp_path) -> Path:
     write(tmp_path / "ranking" / "ranking.jsonl", ranking_records())
     quality = [quality_record("alrao", None, 0.375), quality_record("sgd", 0.1, 0.4375)]
     quality += [quality_record("sgd", 1.0, 0.5)]
-    quality += [{"case": {"task": "digits", "method": "dog"}, "missing": "dog is not installed"}]
-    write(tmp_path / "quality" / "digits.jsonl", quality)
-    write(tmp_path / "quality" / "digits-quick.jsonl", [quality_record("alrao", None, 1.625)])
+    quality += [quality_record("alrao", None, 0.75, task="graph")]
+    quality += [quality_record("alrao", None, 0.625, interval=[1e-4, 1.0])]
+    quality += [{"case": {"method": "dog"}, "missing": "dog is not installed"}]
+    write(tmp_path / "quality" / "quality.jsonl", quality)
+    write(tmp_path / "quality" / "quick.jsonl", [quality_record("alrao", None, 1.625)])
     return tmp_path
 
 
@@ -190,7 +186,7 @@ def test_page(results):
         "A1 VGG19",
         "no such peer",
         "0.375",
-        "SGD, best of its grid: 0.1",
+        "0.438 (0.1, the edge)",
         "dog is not installed",
         "Spearman's correlation of the two orders: 0.50",
         "6,258,500",
@@ -202,8 +198,8 @@ def test_page(results):
     for text in ("55,000,000", "9,000,000", "1.625"):
         assert text not in parsed.text, text
     names = {path.stem for path in (results / "report" / "figures").iterdir()}
-    assert names >= {"speed-roofline", "speed-clones", "quality-digits-final", "ranking"}
-    assert names >= {"quality-digits-curves", "quality-digits-posterior", "paper-0-curves"}
+    assert names >= {"speed-roofline", "speed-clones", "quality-gaps", "ranking"}
+    assert names >= {"quality-profiles", "quality-interval-alrao", "paper-0-curves"}
     assert names >= {"paper-0-posterior", "paper-0-fractions"}
     assert page.count("<svg") == len(names)
     assert report(results) == page
@@ -215,11 +211,11 @@ def test_markdown(results):
     text = (results / "report" / "report.md").read_text()
     figures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)
     assert len(figures) > 6 and all((results / "report" / figure).exists() for figure in figures)
-    assert "| Alrao | 0.375 | 93.5 | 1 | 10 | 1.5 |" in text
+    assert "| Alrao | -0.062 | digits | -0.062 | 1 |" in text
 
 
 def test_what_was_not_run(tmp_path):
-    write(tmp_path / "quality" / "digits.jsonl", [quality_record("alrao", None, 0.375)])
+    write(tmp_path / "quality" / "quick.jsonl", [quality_record("alrao", None, 0.375)])
     page = report(tmp_path)
     for command in (
         "python benchmarks speed",

@@ -88,7 +88,8 @@ def train(method: str, lr: float | None, seed: int, epochs: int, bar: tqdm) -> R
     run = Run(method if lr is None else f"sgd {lr:.0e}", seed, [], [], [])
     for epoch in range(epochs):
         trainer.epoch(seed, epoch)
-        loss, accuracy = trainer.evaluate(trainer.evaluated(seed, epoch), "test")
+        with trainer.evaluation(seed, epoch) as net:
+            loss, accuracy = trainer.evaluate(net, "test")
         run.losses.append(loss)
         run.accuracies.append(accuracy)
         if method == "alrao":

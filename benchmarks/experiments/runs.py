@@ -2,8 +2,11 @@
 
 import argparse
 import math
+import multiprocessing
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,29 +18,53 @@ from benchmarks.results import Record, Results
 class Run(NamedTuple):
     """A run that is wanted.
 
-    case: what names its record. train: called with the `bar` of its epochs, what the record holds. missing: why it
-    cannot be done here, which is recorded under `named` in its place. done: called when the record is on the disk.
+    case: what names its record. train: what the record holds; called with the `bar` of its `epochs`, or, where they
+    are None, with nothing. missing: why it cannot be done here, which is recorded under `named` in its place. done:
+    called when the record is on the disk.
     """
 
     label: str
     case: Record
-    epochs: int
+    epochs: int | None
     train: Callable[..., Record]
     missing: str | None = None
     named: Record | None = None
     done: Callable[[], object] | None = None
 
 
-def run_all(runs: list[Run], results: Results, *, desc: str, labels: bool = False) -> list[Record]:
+@contextmanager
+def side_by_side(runs: list[Run], results: Results, jobs: int) -> Iterator[dict[int, Future]]:
+    """The runs to do in `jobs` processes that work through them in order, by place in the list; none for one job."""
+    if jobs == 1:
+        yield {}
+        return
+    # Forked before anything has started threads: the package lies on no path that a fresh process would look at.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        try:
+            yield {
+                k: pool.submit(run.train)
+                for k, run in enumerate(runs)
+                if run.missing is None and results.find(run.case, any_machine=True) is None
+            }
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def run_all(
+    runs: list[Run], results: Results, *, desc: str, labels: bool = False, jobs: int = 1
+) -> list[Record]:
     """The record of every run, in the order given.
 
     A finished run counts wherever it was done, on another machine or by another version of the kernels: its result is
     a sample of what the method does, and its record says where it comes from. With `labels` the bar of the runs names
-    each of them.
+    each of them. `jobs` processes work side by side, for runs that a process can be sent.
     """
     records = []
-    with tqdm(total=len(runs), unit="run", desc=desc) as bar:
-        for run in runs:
+    with (
+        side_by_side(runs, results, jobs) as ahead,
+        tqdm(total=len(runs), unit="run", desc=desc) as bar,
+    ):
+        for k, run in enumerate(runs):
             if labels:
                 bar.set_description(f"{desc}: {run.label}")
             record = results.find(run.case, any_machine=True)
@@ -46,6 +73,10 @@ def run_all(runs: list[Run], results: Results, *, desc: str, labels: bool = Fals
                 record = results.find(run.named, any_machine=True)
                 if record is None or record["missing"] != run.missing:
                     record = results.append(run.named, missing=run.missing)
+            elif record is None and k in ahead:
+                record = results.append(run.case, **ahead[k].result())
+            elif record is None and run.epochs is None:
+                record = results.append(run.case, **run.train())
             elif record is None:
                 with tqdm(total=run.epochs, unit="epoch", desc=run.label, leave=False) as epochs:
                     record = results.append(run.case, **run.train(bar=epochs))

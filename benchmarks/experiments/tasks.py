@@ -32,6 +32,8 @@ class Task:
     clip: float | None = None
     # The backbone returns a state that goes into the next batch.
     recurrent = False
+    # Targets are `classes` real numbers in place of one of as many classes.
+    regression = False
 
     @property
     def grid(self) -> list[float]:

@@ -1,16 +1,18 @@
 """The training that all experiments stand on: the step, eager or captured, and a network on a task by epochs."""
 
 import itertools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import alrao_fast as alrao
-from benchmarks.experiments.methods import Method, normalises, package_class
+from benchmarks.experiments.methods import Method
 from benchmarks.experiments.tasks import Score, Task
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,7 +30,7 @@ class Step:
     def __init__(
         self,
         net: nn.Module,
-        opt: torch.optim.Optimizer,
+        opt: Any,
         *,
         recurrent: bool = False,
         clip: float | None = None,
@@ -105,7 +107,7 @@ class CapturedStep(Step):
         if self.graphed is None:
             self.graphed = alrao.GraphedStep(
                 _Cast(self.net, self.autocast).train(),
-                self.opt,  # type: ignore[arg-type]
+                self.opt,
                 inputs,
                 y,
                 scaler=self.scaler if self.scaler.is_enabled() else None,
@@ -131,18 +133,50 @@ class _Cast(nn.Module):
             return self.net(*args, **options)
 
 
+class Average:
+    """The average of parameters over the steps, later ones counting more: polynomial decay with gamma = 8.
+
+    (Shamir and Zhang 2013; as DoG's authors average.) The first call of `step` starts it at the parameters.
+    """
+
+    GAMMA = 8.0
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self.params = [param.data for param in params]
+        self.values = [torch.zeros_like(param) for param in self.params]
+        self.count = 0
+
+    def step(self) -> None:
+        self.count += 1
+        share = (1 + self.GAMMA) / (self.count + self.GAMMA)
+        torch._foreach_lerp_(self.values, self.params, share)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The parameters are the average; afterwards what they were, to the bit."""
+        kept = [param.clone() for param in self.params]
+        torch._foreach_copy_(self.params, self.values)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self.params, kept)
+
+
+def rate_factor(step: int, total: int, warmup: float, cosine: bool) -> float:
+    """What the rates of step `step` of `total`, from 0 on, are multiplied by."""
+    grown = min(1.0, (step + 1) / (warmup * total)) if warmup * total > 1 else 1.0
+    return grown * (0.5 * (1 + math.cos(math.pi * step / total)) if cosine else 1.0)
+
+
 # Batches that a network's running statistics of BatchNorm are measured on anew, as Schedule-Free's authors say.
 RECALIBRATION = 50
 
 
 class Trainer:
-    """Trains `net` by `opt` on a task's batches.
-
-    What is evaluated is the network itself, unless the method keeps another point for that: Schedule-Free's optimizer
-    moves the parameters to its average and back; DoG has a second network.
+    """Trains `net` by `opt` on a task's batches, and does what the method asks for beside the optimizer's steps.
 
     Args:
-        epochs: of the whole run, over which the rate of a method with a schedule is annealed.
+        epochs: of the whole run, which warm-up and annealing are parts of.
         amp: "bf16" or "fp16" for mixed precision.
         cuda_graph: run the steps of Alrao's optimizers as one CUDA graph.
     """
@@ -151,27 +185,24 @@ class Trainer:
         self,
         method: Method,
         net: nn.Module,
-        opt: torch.optim.Optimizer,
+        opt: Any,
         task: Task,
         *,
         epochs: int = 1,
         amp: str | None = None,
         cuda_graph: bool = False,
     ) -> None:
+        self.method = method
         self.net = net
-        self.opt: Any = opt
+        self.opt = opt
         self.task = task
         # The baselines of torch.optim take ordinary steps: the same numbers, only slower.
         make = CapturedStep if cuda_graph and isinstance(net, alrao.AlraoModel) else Step
         self.step = make(net, opt, recurrent=task.recurrent, clip=task.clip, amp=amp)
-        self.schedule_free = method.package == "schedulefree"
-        self.averager = None
-        if method.package == "dog-optimizer":
-            self.averager = package_class("dog", "PolynomialDecayAverager")(net)
-        self.schedule = None
-        if method.schedule:
-            total = epochs * task.steps()
-            self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=total)
+        self.average = Average(net.parameters()) if method.averaged else None
+        self.total = epochs * task.steps()
+        self.done = 0
+        self.rates = [group["lr"] for group in opt.param_groups]
 
     def epoch(
         self, seed: int, number: int, after_step: Callable[[int], object] | None = None
@@ -180,7 +211,7 @@ class Trainer:
 
         `after_step(k)` follows the k-th step, from 1 on.
         """
-        self.resume()
+        self.net.train()
         self.step.reset_state()
         total = torch.zeros((), dtype=torch.float64, device=self.step.device)
         batches = self.task.batches(seed, number)
@@ -193,30 +224,36 @@ class Trainer:
         return float(total) / self.task.steps()
 
     def train_step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One step, and what the method does after each of them."""
+        """One step, and what the method does around each of them."""
+        method = self.method
+        if method.warmup or method.schedule:
+            factor = rate_factor(self.done, self.total, method.warmup, method.schedule)
+            for group, rate in zip(self.opt.param_groups, self.rates):
+                group["lr"] = rate * factor
         loss = self.step(x, y)
-        if self.averager is not None:
-            self.averager.step()
-        if self.schedule is not None:
-            self.schedule.step()
+        self.done += 1
+        if self.average is not None:
+            self.average.step()
+        if method.after_step is not None:
+            method.after_step(self)
         return loss
 
-    def resume(self) -> None:
-        """Go on with training after an evaluation."""
-        if self.schedule_free:
-            self.opt.train()
-        self.net.train()
+    @contextmanager
+    def evaluation(self, seed: int, number: int) -> Iterator[nn.Module]:
+        """The network in eval mode, its parameters those that the method evaluates after epoch `number`.
 
-    @torch.no_grad()
-    def evaluated(self, seed: int, number: int) -> nn.Module:
-        """The network to evaluate after epoch `number`, in eval mode."""
-        net = self.net if self.averager is None else self.averager.averaged_model
-        if self.schedule_free:
-            self.opt.eval()
-            if normalises(net):
-                for x, _ in itertools.islice(self.task.batches(seed, number), RECALIBRATION):
-                    net(x)
-        return net.eval()
+        Where these are not the ones that were trained, statistics of BatchNorm are measured anew.
+        """
+        with ExitStack() as stack:
+            if self.method.evaluation is not None:
+                stack.enter_context(self.method.evaluation(self.opt))
+            if self.average is not None:
+                stack.enter_context(self.average.applied())
+            if self.method.evaluation is not None or self.average is not None:
+                batches = itertools.islice(self.task.batches(seed, number), RECALIBRATION)
+                with torch.no_grad():
+                    update_bn((x for x, _ in batches), self.net.train())
+            yield self.net.eval()
 
     @torch.no_grad()
     def evaluate(self, net: nn.Module, part: str) -> Score:

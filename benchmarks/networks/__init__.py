@@ -6,7 +6,7 @@ VGG19, MobileNetV2 and the LSTM have the parameter counts of the Alrao paper.
 """
 
 from benchmarks.networks.googlenet import GoogLeNet
-from benchmarks.networks.heads import ClonesOneByOne, PlainModel, first
+from benchmarks.networks.heads import ClonesOneByOne, PlainModel, PlainRegressor, first
 from benchmarks.networks.lstm import LSTMBackbone
 from benchmarks.networks.mlp import MLP
 from benchmarks.networks.mobilenet import MobileNetV2
@@ -26,6 +26,7 @@ __all__ = [
     "LSTMBackbone",
     "MobileNetV2",
     "PlainModel",
+    "PlainRegressor",
     "SENet18",
     "TransformerLM",
     "first",

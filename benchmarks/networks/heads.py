@@ -34,6 +34,21 @@ class PlainModel(nn.Module):
         return (result, *out[1:]) if self.extras and isinstance(out, tuple) else result
 
 
+class PlainRegressor(nn.Module):
+    """Backbone and one linear regressor, trained as `RegressorClones` is: by the log-likelihood of unit variance."""
+
+    def __init__(self, backbone: nn.Module, features: int, outputs: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(features, outputs)
+
+    def forward(self, *args, targets: Tensor | None = None):
+        values = self.head(first(self.backbone(*args)))
+        if targets is None:
+            return values
+        return (values - targets).square().sum(-1).mean() / 2
+
+
 class ClonesOneByOne(nn.Module):
     """Alrao's head the straightforward way: N separate layers, evaluated for the mixture and again for their own loss.
 

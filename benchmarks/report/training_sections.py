@@ -1,60 +1,38 @@
 """What Alrao buys: the records of `python benchmarks quality`, and of `ranking`, which orders networks by it."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments.demo import posterior_plot
 from benchmarks.experiments.quality import plots
-from benchmarks.experiments.quality.summary import Summary, all_tables, ran, summarise
+from benchmarks.experiments.quality.summary import summarise
+from benchmarks.experiments.quality.tables import detail_tables, main_tables
 from benchmarks.experiments.ranking import Comparison
-from benchmarks.report.page import Picture, Section, picture
+from benchmarks.report.page import Section, picture
 from benchmarks.results import read
 
 QUALITY = "python benchmarks quality --quick"
 QUALITY_INTRO = (
-    "Alrao without tuning against SGD over a grid of learning rates, Adam, tuned AdamW, and methods that promise "
-    "to need no learning rate. Figures are those of the last epoch on the test set, mean and standard deviation "
-    "over the seeds; rates are chosen on the validation set; runs, steps and seconds are what one seed costs, the"
-    " whole grid included."
+    "Alrao and methods that promise to need no tuning, each at one fixed setting, on small tasks of different kinds, "
+    "against the best of grids of SGD and AdamW. Losses are those of the test set after the last step; the grids' "
+    "rates are chosen on validation data; all methods of a seed start alike and see the same data."
 )
 
 
 def quality(folder: Path) -> tuple[Section, list[dict[str, Any]]]:
-    """The section, and the records that it is made from. Of a task's full and quick runs the full ones are shown."""
-    files = sorted(folder.glob("*.jsonl"))
-    full = {file.stem for file in files}
-    hidden = {f"{stem}-quick" for stem in full}
-    records = [record for file in files if file.stem not in hidden for record in read(file)]
-    if not any("curves" in record for record in records):
-        return Section("Quality", QUALITY_INTRO, missing=QUALITY), []
+    """The section, and the records that it is made from: those of the quick runs where there are no others."""
+    files = (folder / f"{stem}.jsonl" for stem in ("quality", "quick"))
+    records = next((found for file in files if (found := list(read(file)))), [])
     summary = summarise(records)
-    found = list(all_tables(summary))
-    pictures = [shown for task in summary for shown in pictures_of(task, summary)]
-    used = [run for cells in summary.values() for own in ran(cells).values() for run in own.all]
-    return Section("Quality", QUALITY_INTRO, found[:-1], pictures, found[-1:]), used
-
-
-def pictures_of(task: str, summary: Summary) -> list[Picture]:
-    """Final losses, learning curves, and the posterior of Alrao's first run."""
-    cells = summary[task]
-    if not ran(cells):
-        return []
-    captions = {
-        "final": f"{task}: final test loss, a dot for each seed, best method on top",
-        "curves": f"{task}: test loss by epoch, first seed, each method at its best rate",
-    }
-    found = [
-        picture(f"quality-{task}-{name}", captions[name], partial(draw, task, cells))
-        for name, draw in plots.PLOTS.items()
+    if not summary:
+        return Section("Quality", QUALITY_INTRO, missing=QUALITY), []
+    pictures = [
+        picture(f"quality-{name}", caption, draw)
+        for name, (caption, draw) in plots.plots(summary).items()
     ]
-    own = ran(cells).get("alrao")
-    if own is not None:
-        run = own.best[0]
-        draw = partial(posterior_plot, run["curves"]["posterior"], run["clone_rates"])
-        caption = f"{task}: which clone's learning rate the switch trusts, by epoch"
-        found.append(picture(f"quality-{task}-posterior", caption, draw))
-    return found
+    used = [run for cells in summary.values() for own in cells.values() for run in own.all]
+    missing = [record for record in records if "missing" in record]
+    shown, details = list(main_tables(summary)), list(detail_tables(summary, missing))
+    return Section("Quality", QUALITY_INTRO, shown, pictures, details), used
 
 
 RANKING = "python benchmarks ranking"

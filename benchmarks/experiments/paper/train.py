@@ -95,13 +95,13 @@ def _train_epoch(case: Case, trainer: Trainer, epoch: int, history: History) -> 
 
 def _measure(case: Case, trainer: Trainer, epoch: int, history: History, best: Record) -> None:
     """Validation, and the test set where validation is the best so far."""
-    net = trainer.evaluated(case.seed, epoch)
-    loss, accuracy = trainer.evaluate(net, "valid")
-    least = min((value for value in history["valid_loss"] if value is not None), default=math.inf)
-    if loss < least:
-        test_loss, test_accuracy = trainer.evaluate(net, "test")
-        best |= {"best_epoch": epoch + 1, "test_loss": finite(test_loss)}
-        best["test_accuracy"] = test_accuracy
+    with trainer.evaluation(case.seed, epoch) as net:
+        loss, accuracy = trainer.evaluate(net, "valid")
+        known = (value for value in history["valid_loss"] if value is not None)
+        if loss < min(known, default=math.inf):
+            test_loss, test_accuracy = trainer.evaluate(net, "test")
+            best |= {"best_epoch": epoch + 1, "test_loss": finite(test_loss)}
+            best["test_accuracy"] = test_accuracy
     history["valid_loss"].append(finite(loss))
     history["valid_accuracy"].append(accuracy)
 

@@ -1,93 +1,139 @@
-"""Two figures for each task: the final loss of every method, and the learning curves."""
+"""Three figures: every method's gap on every task, performance profiles, and what the interval does."""
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments.methods import METHODS
-from benchmarks.experiments.quality.summary import Cell, Summary, ran
+from benchmarks.experiments.quality import summary as figures
+from benchmarks.experiments.quality.methods import METHODS, TUNED
+from benchmarks.experiments.quality.summary import Summary
 from benchmarks.show import INK, legend_beside, pyplot, save
 
-# Alrao in black, the tuned in warm colours, those without a rate to choose in cold ones; styles differ too.
-STYLES: dict[str, dict[str, Any]] = {
-    "alrao": {"color": INK, "linewidth": 2.5},
-    "alrao-momentum": {"color": INK, "linestyle": "--"},
-    "alrao-cosine": {"color": INK, "linestyle": ":"},
-    "alrao-momentum-cosine": {"color": INK, "linestyle": "-."},
-    "alrao-default": {"color": "0.5"},
-    "sgd": {"color": "C3"},
-    "adamw": {"color": "C1"},
-    "adam": {"color": "C1", "linestyle": "--"},
-    "prodigy": {"color": "C0"},
-    "prodigy-cosine": {"color": "C0", "linestyle": ":"},
-    "dadapt": {"color": "C9"},
-    "dadapt-cosine": {"color": "C9", "linestyle": ":"},
-    "schedulefree-adamw": {"color": "C2"},
-    "schedulefree-sgd": {"color": "C2", "linestyle": "--"},
-    "dog": {"color": "C4"},
-}
+# Okabe and Ito's colours, which stay apart for the colour-blind; line styles and markers differ too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999", "#B8A800")
+LINES = ("-", "--", ":", "-.")
+MARKERS = "osD^vP*X<>"
+# Colours end here: a gap (nats) that is larger is as bad.
+FULL_GAP = 0.3
+# And changes of the loss here, in percent.
+TOP = 2000.0
 
 
-def final_losses(task: str, cells: Mapping[str, Cell | str]) -> Any:
-    """A dot for each seed's final test loss, best method on top; runs that diverged stand at the right edge."""
-    order = sorted(ran(cells).items(), key=lambda item: item[1].loss[0], reverse=True)
-    figure, axes = pyplot().subplots(figsize=(7, 0.34 * len(order) + 1.2))
-    labels = []
-    for k, (name, own) in enumerate(order):
-        color = STYLES[name]["color"]
-        values = [run["test_loss"] * run["per_nat"] for run in own.best if not run["diverged"]]
-        axes.plot(values, [k] * len(values), "o", color=color, alpha=0.6)
-        if math.isfinite(own.loss[0]):
-            axes.errorbar(own.loss[0], k, xerr=own.loss[1], fmt="|", color=color, capsize=4, ms=14)
-        else:
-            right = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
-            axes.text(0.99, k, "diverged", **right)
-        rate = "" if own.lr is None else f" ({own.lr:g})"
-        labels.append(METHODS[name].label + rate)
-    axes.set_yticks(range(len(order)), labels)
-    unit = order[0][1].unit
-    axes.set(xscale="log", xlabel=f"{task}: test loss after the last epoch ({unit})")
-    _plain_ticks(axes.xaxis)
-    axes.grid(axis="x", alpha=0.3)
+def gap_map(summary: Summary) -> Any:
+    """A row for each method, best worst case on top, a column for each task, the mean gaps as colours and numbers."""
+    found = figures.gaps(summary)
+    order = list(figures.standings(found))
+    tasks = list(summary)
+    size = (0.72 * len(tasks) + 3.6, 0.32 * len(order) + 1.4)
+    figure, axes = pyplot().subplots(figsize=size)
+    values = [
+        [statistics.fmean(found[row][t]) if t in found[row] else math.nan for t in tasks]
+        for row in order
+    ]
+    shown = [[min(max(value, -FULL_GAP), FULL_GAP) for value in line] for line in values]
+    # Squares and no image, which a page could not recolour or scale.
+    axes.pcolormesh(
+        range(len(tasks)), range(len(order)), shown, cmap="PuOr_r", vmin=-FULL_GAP, vmax=FULL_GAP
+    )
+    axes.invert_yaxis()
+    for k, line in enumerate(values):
+        for column, value in enumerate(line):
+            if not math.isnan(value):
+                text = "div." if math.isinf(value) else f"{value:+.2f}"
+                color = "white" if abs(value) > 0.75 * FULL_GAP else INK
+                axes.text(column, k, text, ha="center", va="center", fontsize=8, color=color)
+    axes.set_yticks(range(len(order)), [row.label for row in order])
+    axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right")
+    axes.tick_params(length=0)
+    axes.set_title(
+        "test loss behind the best tuned (nats); worst case smallest on top", fontsize=10
+    )
     return figure
 
 
-def learning_curves(task: str, cells: Mapping[str, Cell | str]) -> Any:
-    """Test loss by epoch of the first seed, each method at its best rate."""
+def profiles(summary: Summary) -> Any:
+    """The share of the tasks on which a method is so near to the best, in nats and in percent: high, left is good."""
+    figure, both = pyplot().subplots(1, 2, figsize=(11, 4.6), sharey=True)
+    for axes, relative in zip(both, (False, True)):
+        distances = figures.behind(summary, relative=relative)
+        most = max(map(len, distances.values()))
+        left, right = (0.3, 100.0) if relative else (0.003, 1.0)
+        shown = [row for row in METHODS if len(distances.get(figures.Row(row), [])) == most]
+        for k, name in enumerate(shown):
+            own = sorted(distances[figures.Row(name)])
+            xs = [left, *(min(max(value, left), 2 * right) for value in own), 2 * right]
+            ys = [100 * sum(d <= x for d in own) / most for x in xs]
+            ours = METHODS[name].is_alrao
+            style = {"linewidth": 2.2 if ours else 1.3, "linestyle": LINES[k // len(COLORS)]}
+            color = COLORS[k % len(COLORS)]
+            every = (k % 4 / 40, 0.1)
+            axes.plot(
+                xs,
+                ys,
+                drawstyle="steps-post",
+                label=METHODS[name].label,
+                color=color,
+                marker=MARKERS[k % len(MARKERS)],
+                markevery=every,
+                markersize=5,
+                **style,
+            )
+        unit = "% of its loss" if relative else "nats"
+        axes.set(xscale="log", xlim=(left, right), ylim=(-2, 102))
+        axes.set_xlabel(f"at most so far behind the best ({unit})")
+        axes.xaxis.set_major_formatter(pyplot().matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.grid(alpha=0.3)
+    both[0].set_ylabel(f"percent of {most} tasks")
+    legend_beside(both[1], fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def interval_plot(method: str, summary: Summary) -> Any:
+    """The change of the test loss by the interval, a line for each task."""
+    by_interval = figures.sensitivity(summary)[method]
+    order = sorted(by_interval, key=lambda ends: math.log(ends[1] / ends[0]))
     figure, axes = pyplot().subplots(figsize=(7, 4.4))
-    chosen = ran(cells)
-    for name, own in chosen.items():
-        run = min(own.best, key=lambda run: run["case"]["seed"])
-        losses = run["curves"]["test_loss"]
-        curve = [math.nan if loss is None else loss * run["per_nat"] for loss in losses]
-        axes.plot(range(1, len(curve) + 1), curve, label=METHODS[name].label, **STYLES[name])
-    first = next(iter(chosen.values())).best[0]
-    guessing = math.log(first["classes"]) * first["per_nat"]
-    # A diverging run must not squeeze all others against the axis.
-    axes.set(yscale="log", xlabel="epoch", ylabel=f"{task}: test loss ({first['unit']})")
-    axes.set_ylim(top=min(axes.get_ylim()[1], 1.2 * guessing))
-    _plain_ticks(axes.yaxis)
+    axes.axhspan(-2, 2, color="0.9", zorder=0)
+    for k, task in enumerate(summary):
+        changes = [by_interval[interval].get(task) for interval in order]
+        means = [100 * statistics.fmean(own) if own else math.nan for own in changes]
+        style = {"color": COLORS[k % len(COLORS)], "linestyle": LINES[k // len(COLORS)]}
+        # What diverges is beyond every figure: on the upper edge.
+        means = [TOP if math.isinf(value) else min(value, TOP) for value in means]
+        style |= {"marker": MARKERS[k % len(MARKERS)], "clip_on": False}
+        axes.plot(range(len(order)), means, label=task, **style)
+    axes.set_xticks(range(len(order)), ["({:g}, {:g})".format(*interval) for interval in order])
+    axes.set_yscale("symlog", linthresh=10)
+    axes.set_ylim(-40, TOP)
+    axes.set_yticks([-20, -10, -2, 2, 10, 30, 100, 300, 1000])
+    axes.yaxis.set_major_formatter(pyplot().matplotlib.ticker.FormatStrFormatter("%+g"))
+    axes.set(xlabel="interval of the rates", ylabel="change of the test loss (%)")
+    axes.set_title(f"{METHODS[method].label}; grey: within 2 %; at the top: diverged", fontsize=10)
+    axes.grid(axis="y", alpha=0.3)
     legend_beside(axes, fontsize=8)
     return figure
 
 
-def _plain_ticks(axis: Any) -> None:
-    """Numbers as people write them on a logarithmic axis, where losses rarely span a decade."""
-    ticker = pyplot().matplotlib.ticker
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axis.set_minor_locator(ticker.NullLocator())
-
-
-PLOTS = {"final": final_losses, "curves": learning_curves}
+def plots(summary: Summary) -> dict[str, tuple[str, Callable[[], Any]]]:
+    """Of every figure that there is something for: a caption, and what draws it, by name."""
+    found: dict[str, tuple[str, Callable[[], Any]]] = {}
+    if any(figures.Row(name) in cells for cells in summary.values() for name in TUNED):
+        caption = "Test loss behind the best of the tuned methods' grids, by method and task"
+        found["gaps"] = caption, partial(gap_map, summary)
+    if len(summary) > 1:
+        caption = "On how many tasks a method is nearly as good as the best one"
+        found["profiles"] = caption, partial(profiles, summary)
+    for method in figures.sensitivity(summary):
+        caption = f"{METHODS[method].label}: what the interval of the rates does to the test loss"
+        found[f"interval-{method}"] = caption, partial(interval_plot, method, summary)
+    return found
 
 
 def plot(summary: Summary, folder: Path) -> list[Path]:
-    """Write the figures of every task; return their paths."""
-    return [
-        save(draw(task, cells), folder / f"{task}_{name}.png")
-        for task, cells in summary.items()
-        if ran(cells)
-        for name, draw in PLOTS.items()
-    ]
+    """Write the figures; return their paths."""
+    drawn = plots(summary)
+    return [save(draw(), folder / f"{name}.png") for name, (_, draw) in drawn.items()]

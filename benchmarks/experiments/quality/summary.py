@@ -1,140 +1,224 @@
-"""From the records of the runs to tables: what each method reaches on each task, and what was paid for it."""
+"""From the records of the runs to figures: by task and method, against the best of the tuned, over the tasks."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import statistics
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from benchmarks.experiments.methods import COMPARED
-from benchmarks.experiments.runs import mean, mean_and_spread, plural
+from benchmarks.experiments.quality.methods import METHODS, TUNED
+from benchmarks.experiments.runs import mean
 from benchmarks.results import Record, grouped
-from benchmarks.show import Table
 
-# A task's data and the length of training: what runs must share to be compared.
-SETTING = ("task", "data", "sizes", "epochs", "width")
+Interval = tuple[float, float]
+
+
+class Row(NamedTuple):
+    """A method, and the interval of its rates where that was given in place of its own."""
+
+    method: str
+    interval: Interval | None = None
+
+    @property
+    def label(self) -> str:
+        ends = "" if self.interval is None else ", ({:g}, {:g})".format(*self.interval)
+        return METHODS[self.method].label + ends
 
 
 class Cell(NamedTuple):
-    """A method on a task: mean and standard deviation over the seeds of the last epoch's test loss and accuracy.
+    """A method on a task, at the rate of least mean validation loss where there was a choice.
 
-    Losses are in `unit`; a mean is inf where a run has diverged (`diverged` counts them). `lr` is the rate of least
-    mean validation loss, where there was a choice. `runs` and `steps` are what one seed costs, the whole grid
-    included, `seconds` its training time. `best` are the records of the seeds at `lr`, `all` those of the grid too.
+    `losses` are the test losses by seed, inf where a run has diverged; `valid` is the mean validation loss. `best` are
+    the records at that rate by seed, `all` those of the grid too. `at_edge`: the rate is an end of the grid.
     """
 
-    loss: tuple[float, float]
-    accuracy: tuple[float, float]
-    unit: str
-    diverged: int
-    seeds: int
+    losses: dict[int, float]
+    valid: float
     lr: float | None
-    runs: float
-    steps: float
-    seconds: float
-    best: list[Record]
+    at_edge: bool
+    best: dict[int, Record]
     all: list[Record]
 
+    @property
+    def loss(self) -> float:
+        """The mean test loss."""
+        return statistics.fmean(self.losses.values())
 
-# By task, then by method; a rival that could not run has the reason in place of a cell.
-Summary = dict[str, dict[str, Cell | str]]
+    @property
+    def diverged(self) -> int:
+        return sum(record["diverged"] for record in self.best.values())
+
+    @property
+    def step_ms(self) -> float:
+        return min(record["step_ms"] for record in self.all)
+
+    @property
+    def bytes(self) -> int:
+        return max(record["bytes"] for record in self.all)
 
 
-class Worst(NamedTuple):
-    """How far behind a task's best method a method falls, at worst: nats of test loss, points of accuracy."""
+Cells = dict[Row, Cell]
+# By task, in the order of the records.
+Summary = dict[str, Cells]
 
-    loss: float
-    accuracy: float
+
+def row_of(record: Record) -> Row:
+    ends = record["case"]["interval"]
+    return Row(record["case"]["method"], None if ends is None else (ends[0], ends[1]))
 
 
 def summarise(records: Iterable[Record]) -> Summary:
-    """Cells by task and method, in the order of `COMPARED`; of each task's settings the one that was run last."""
+    """Cells by task and row, methods in the order of `METHODS`; the last record of a case counts."""
+    ran = [r for r in records if "missing" not in r and r["case"]["method"] in METHODS]
+    latest = {repr(sorted(record["case"].items())): record for record in ran}.values()
+    order = list(METHODS)
     summary: Summary = {}
-    for task, own in grouped(shared(records), lambda record: record["case"]["task"]).items():
-        runs = latest([record for record in own if "missing" not in record])
-        by_method = grouped(runs, lambda run: run["case"]["method"])
-        reasons = {r["case"]["method"]: r["missing"] for r in own if "missing" in r}
-        summary[task] = {
-            name: cell(by_method[name]) if name in by_method else reasons[name]
-            for name in COMPARED
-            if name in by_method or name in reasons
-        }
+    for task, own in grouped(latest, lambda record: record["case"]["task"]).items():
+        rows = grouped(longest(own), row_of)
+        by_method = sorted(rows, key=lambda row: order.index(row.method))
+        summary[task] = {row: cell(rows[row]) for row in by_method}
     return summary
 
 
-def latest(runs: list[Record]) -> list[Record]:
-    """The last record of every case among those with the setting that the last run has."""
-    last = runs[-1:] and [runs[-1]["case"][key] for key in SETTING]
-    alike = [run for run in runs if [run["case"][key] for key in SETTING] == last]
-    return list({repr(sorted(run["case"].items())): run for run in alike}.values())
+def longest(records: list[Record]) -> list[Record]:
+    """Of a task's records, which may be of runs of several lengths, those of the longest."""
+    steps = max(record["case"]["steps"] for record in records)
+    return [record for record in records if record["case"]["steps"] == steps]
 
 
-def shared(records: Iterable[Record]) -> list[Record]:
-    """The records, and for a method whose runs on a task are those of plain Alrao, because its interval is the task's
-    own there, these runs once more under its name. That is left out where it holds on every task."""
-    records = list(records)
-    tasks = {record["case"]["task"] for record in records}
-    plain = [r for r in records if r["case"]["method"] == "alrao"]
-    result = list(records)
-    for method in COMPARED.values():
-        if method.lr_range is None:
-            continue
-        same = [record for record in plain if record["lr_range"] == list(method.lr_range)]
-        if {record["case"]["task"] for record in same} != tasks:
-            result += [{**r, "case": {**r["case"], "method": method.name}} for r in same]
+def cell(records: list[Record]) -> Cell:
+    """The runs of one method on one task, over its grid and the seeds."""
+    by_lr = grouped(records, lambda record: record["case"]["lr"])
+    # Only rates that all seeds have tried: an interrupted grid must not favour a rate that met an easy seed.
+    most = max(len(own) for own in by_lr.values())
+    valid = {
+        lr: mean(None if r["diverged"] else r["valid_loss"] for r in own)
+        for lr, own in by_lr.items()
+        if len(own) == most
+    }
+    lr = min(valid, key=lambda rate: valid[rate])
+    best = {record["case"]["seed"]: record for record in by_lr[lr]}
+    losses = {seed: math.inf if r["diverged"] else r["test_loss"] for seed, r in best.items()}
+    at_edge = len(by_lr) > 1 and lr in (min(by_lr), max(by_lr))
+    return Cell(losses, valid[lr], lr, at_edge, best, records)
+
+
+def reference(cells: Mapping[Row, Cell]) -> Cell | None:
+    """The best of the tuned methods, each at its best rate, by mean validation loss."""
+    tuned = [cells[Row(name)] for name in TUNED if Row(name) in cells]
+    return min(tuned, key=lambda own: own.valid, default=None)
+
+
+def paired(cell: Cell, other: Cell, *, relative: bool = False) -> list[float]:
+    """Differences of the test losses seed by seed, of the seeds that both have; relative ones as parts of `other`."""
+    pairs = [(cell.losses[s], other.losses[s]) for s in cell.losses if s in other.losses]
+    # Where the other has diverged nothing is worse than it.
+    known = [(a, b) for a, b in pairs if b < math.inf]
+    return [(a - b) / (b if relative else 1) for a, b in known]
+
+
+Gaps = dict[Row, dict[str, list[float]]]
+
+
+def gaps(summary: Summary) -> Gaps:
+    """By row and task, the differences to the best of the tuned, seed by seed; nothing where it has not run."""
+    result: Gaps = {}
+    for task, cells in summary.items():
+        best = reference(cells)
+        for row, own in cells.items():
+            differences = paired(own, best) if best is not None else []
+            if differences:
+                result.setdefault(row, {})[task] = differences
     return result
 
 
-def cell(runs: list[Record]) -> Cell:
-    """The runs of one method on one task, over its grid and the seeds."""
-    by_lr = grouped(runs, lambda run: run["case"]["lr"])
-    # Chosen on the validation set.
-    lr = min(by_lr, key=lambda rate: mean(r["curves"]["valid_loss"][-1] for r in by_lr[rate]))
-    best = by_lr[lr]
-    seeds = len({run["case"]["seed"] for run in runs})
-    losses = [math.inf if run["diverged"] else run["test_loss"] for run in best]
-    return Cell(
-        loss=mean_and_spread(loss * best[0]["per_nat"] for loss in losses),
-        accuracy=mean_and_spread(run["test_accuracy"] for run in best),
-        unit=best[0]["unit"],
-        diverged=sum(run["diverged"] for run in best),
-        seeds=len(best),
-        lr=lr,
-        runs=len(runs) / seeds,
-        steps=sum(run["steps"] for run in runs) / seeds,
-        seconds=sum(run["seconds"] for run in runs) / seeds,
-        best=best,
-        all=runs,
+class Standing(NamedTuple):
+    """A method over the tasks: its largest and its mean gap (nats of test loss), where the largest is, on how many."""
+
+    worst: float
+    worst_task: str
+    mean: float
+    tasks: int
+
+
+def standings(found: Gaps) -> dict[Row, Standing]:
+    """The methods at their own settings: those on all tasks first, then the best worst case, then the mean."""
+    result = {}
+    for row, by_task in found.items():
+        if row.interval is None:
+            means = {task: statistics.fmean(own) for task, own in by_task.items()}
+            worst = max(means, key=lambda task: means[task])
+            average = statistics.fmean(means.values())
+            result[row] = Standing(means[worst], worst, average, len(means))
+    order = sorted(
+        result, key=lambda row: (-result[row].tasks, result[row].worst, result[row].mean)
     )
+    return {row: result[row] for row in order}
 
 
-def ran(cells: Mapping[str, Cell | str]) -> dict[str, Cell]:
-    """The methods of a task without those that could not run."""
-    return {name: own for name, own in cells.items() if isinstance(own, Cell)}
+NATS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+PERCENT = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 
 
-def worst_cases(summary: Summary) -> dict[str, Worst]:
-    """By method, its largest gap over the tasks; only methods that ran on all of them."""
-    gaps: dict[str, list[Worst]] = {}
-    for cells in map(ran, summary.values()):
-        least = min(map(nats, cells.values()), default=0.0)
-        most = max((own.accuracy[0] for own in cells.values()), default=0.0)
-        for name, own in cells.items():
-            gaps.setdefault(name, []).append(Worst(nats(own) - least, most - own.accuracy[0]))
-    tasks = max((len(found) for found in gaps.values()), default=0)
-    return {n: Worst(*map(max, zip(*own))) for n, own in gaps.items() if len(own) == tasks}
+def behind(summary: Summary, *, relative: bool) -> dict[Row, list[float]]:
+    """By row, on each of its tasks, how far its mean test loss is behind the least of all rows: nats, or percent."""
+    result: dict[Row, list[float]] = {}
+    for cells in summary.values():
+        own = {row: cell for row, cell in cells.items() if row.interval is None}
+        least = min((cell.loss for cell in own.values()), default=math.inf)
+        if least < math.inf:
+            for row, cell in own.items():
+                scale = 100 / least if relative else 1.0
+                result.setdefault(row, []).append((cell.loss - least) * scale)
+    return result
 
 
-def nats(own: Cell) -> float:
-    """The mean test loss in nats."""
-    return own.loss[0] / own.best[0]["per_nat"]
+def share_within(distances: list[float], limit: float) -> float:
+    """The part of the tasks, in percent: a point of a performance profile (Dolan and More 2002)."""
+    return 100 * sum(distance <= limit for distance in distances) / len(distances)
 
 
-def cost(summary: Summary) -> dict[str, tuple[float, float, float]]:
-    """By method, what one seed on every task takes: runs, training steps and seconds, the grid included."""
-    paid: dict[str, list[tuple[float, float, float]]] = {}
-    for cells in map(ran, summary.values()):
-        for name, own in cells.items():
-            paid.setdefault(name, []).append((own.runs, own.steps, own.seconds))
-    return {name: tuple(map(sum, zip(*parts))) for name, parts in paid.items()}
+def sensitivity(summary: Summary) -> dict[str, dict[Interval, dict[str, list[float]]]]:
+    """By method, interval and task: relative changes of the test loss to the method's own setting, seed by seed.
+
+    Where that has diverged on a task and the other has not, there is no figure.
+    """
+    result: dict[str, dict[Interval, dict[str, list[float]]]] = {}
+    for task, cells in summary.items():
+        for row, own in cells.items():
+            if row.interval is not None and Row(row.method) in cells:
+                changes = paired(own, cells[Row(row.method)], relative=True)
+                by_interval = result.setdefault(row.method, {})
+                by_interval.setdefault(row.interval, {})[task] = changes
+    return result
+
+
+class Cost(NamedTuple):
+    """Of a method, in multiples of Adam's, geometric means over the tasks: time of a step, bytes that it keeps; and
+    how many runs a task takes."""
+
+    step: float
+    bytes: float
+    runs: float
+
+
+ADAM = Row("adam")
+
+
+def costs(summary: Summary) -> dict[Row, Cost]:
+    """On the tasks that Adam has run on too."""
+    ratios: dict[Row, list[tuple[float, float, float]]] = {}
+    for cells in summary.values():
+        adam = cells.get(ADAM)
+        for row, own in cells.items():
+            if adam is not None and row.interval is None:
+                time, kept = own.step_ms / adam.step_ms, own.bytes / adam.bytes
+                ratios.setdefault(row, []).append((time, kept, len(own.all) / len(own.best)))
+    result = {}
+    for row, found in ratios.items():
+        time, kept, runs = zip(*found)
+        means = statistics.geometric_mean(time), statistics.geometric_mean(kept)
+        result[row] = Cost(*means, statistics.fmean(runs))
+    return result
 
 
 def measured_on(records: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -142,70 +226,3 @@ def measured_on(records: Iterable[Mapping[str, Any]]) -> list[str]:
     fields = "{threads} threads, torch {torch}, python {python}, sources {sources}, commit {commit}"
     machines = [record["machine"] for record in records]
     return sorted({f"{m['gpu'] or m['cpu']}, " + fields.format(**m) for m in machines})
-
-
-def all_tables(summary: Summary) -> Iterator[Table]:
-    """One for each task; over the tasks, if there are several; every rate of the grids."""
-    for task in summary:
-        yield task_table(task, summary)
-    if len(summary) > 1:
-        yield overall_table(summary)
-    yield grid_table(summary)
-
-
-def task_table(task: str, summary: Summary) -> Table:
-    """What a task's methods reach after the last epoch, mean +- standard deviation over the seeds, and what they cost.
-
-    The cost is that of one seed, the whole grid included.
-    """
-    cells = summary[task]
-    first = next(iter(ran(cells).values()), None)
-    unit = first.unit if first else "nats"
-    epochs = f", {first.best[0]['case']['epochs']} epochs, {plural(first.seeds)}" if first else ""
-    rows = []
-    for name, own in cells.items():
-        if isinstance(own, str):
-            rows.append([COMPARED[name].label, own, *[""] * 4])
-        else:
-            label = COMPARED[name].label + ("" if own.lr is None else f": {own.lr:g}")
-            paid = [f"{own.runs:g}", f"{own.steps:.0f}", f"{own.seconds:.2g}"]
-            rows.append([label, *figures(own), *paid])
-    columns = ["method", f"test loss ({unit})", "accuracy %", "runs", "steps", "seconds"]
-    return Table(f"{task}{epochs}", columns, rows)
-
-
-def overall_table(summary: Summary) -> Table:
-    """The largest gap to the best method of a task, and what one seed on every task costs."""
-    worst, paid = worst_cases(summary), cost(summary)
-    rows = []
-    for name, gap in sorted(worst.items(), key=lambda item: item[1].loss):
-        runs, steps, seconds = paid[name]
-        loss = "diverged" if math.isinf(gap.loss) else f"{gap.loss:.3f}"
-        row = [COMPARED[name].label, loss, f"{gap.accuracy:.1f}"]
-        rows.append([*row, f"{runs:g}", f"{steps:.0f}", f"{seconds:.3g}"])
-    columns = ["method", "worst gap: nats", "points", "runs", "steps", "seconds"]
-    return Table(f"worst case over {', '.join(summary)}", columns, rows)
-
-
-def grid_table(summary: Summary) -> Table:
-    """Every rate of every grid on every task."""
-    rows = []
-    for task, cells in summary.items():
-        for name, own in ran(cells).items():
-            by_lr = grouped(own.all, lambda run: run["case"]["lr"]) if own.lr is not None else {}
-            for lr in sorted(by_lr):
-                one = cell(by_lr[lr])
-                label = COMPARED[name].label.partition(",")[0]
-                chosen = "best" if lr == own.lr else ""
-                rows.append([f"{label} on {task}", f"{lr:g}", *figures(one), chosen])
-    columns = ["grid", "rate", "test loss", "accuracy %", "by validation"]
-    return Table("Every rate of the grids", columns, rows)
-
-
-def figures(own: Cell) -> list[str]:
-    """Test loss and accuracy."""
-    spread = own.seeds > 1
-    accuracy = f"{own.accuracy[0]:.1f}" + (f" +- {own.accuracy[1]:.1f}" if spread else "")
-    if own.diverged:
-        return [f"diverged ({own.diverged} of {own.seeds})", accuracy]
-    return [f"{own.loss[0]:.3f}" + (f" +- {own.loss[1]:.3f}" if spread else ""), accuracy]

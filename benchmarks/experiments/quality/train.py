@@ -1,83 +1,109 @@
-"""One run: a fixed number of epochs, measured after each, without early stopping."""
+"""One run: a fixed number of steps, then the loss on validation and test set, without early stopping."""
 
+import itertools
 import math
+import statistics
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 import alrao_fast as alrao
 from benchmarks.experiments.methods import Method, Setting, build
-from benchmarks.experiments.tasks import Task
+from benchmarks.experiments.quality.tasks import SmallTask
 from benchmarks.experiments.trainer import Trainer
 from benchmarks.results import Record, finite
 
 # A run counts as diverged where it ends with a loss that is not finite, or this many times that of guessing.
 DIVERGED = 2.0
+# Points of the curve of training losses.
+POINTS = 10
 
 
 def train(
     method: Method,
-    lr: float | None,
-    task: Task,
+    task: SmallTask,
     seed: int,
     *,
-    epochs: int,
-    width: float,
+    lr: float | None = None,
+    lr_range: tuple[float, float] | None = None,
     device: torch.device,
-    bar: tqdm | None = None,
 ) -> Record:
     """Train one network; returns what its record holds.
 
-    "curves": lists by epoch of "train_loss" (mean over the epoch, while the network changes), "valid_loss",
-    "valid_accuracy", "test_loss" and "test_accuracy" (nats, percent; None where a loss is not finite), for Alrao also
-    "posterior". "steps" and "seconds" are those of training alone: the processor time of this process on a CPU, which
-    other programs do not lengthen, elapsed time on a GPU ("clock" says which). A run whose loss is no longer finite
-    ends with that epoch.
+    "curve" is the mean training loss of each tenth of the steps; losses are in nats, accuracies in percent, None where
+    a loss is not finite. A run ends early with a loss that is not finite. "seconds" are those of training alone and
+    "step_ms" is the median step: the processor time of this process on a CPU, which other programs do not lengthen,
+    elapsed time on a GPU. "bytes" are those of the parameters and of all that the method keeps for them.
     """
-    setting = Setting(lr, method.lr_range or task.lr_range, seed)
-    net, opt = build(method, setting, task, width=width, device=device)
-    trainer = Trainer(method, net, opt, task, epochs=epochs)
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    curves: dict[str, list[Any]] = {"train_loss": []}
-    seconds = 0.0
-    for epoch in range(epochs):
-        start = clock()
-        mean = trainer.epoch(seed, epoch)
-        seconds += clock() - start
-        curves["train_loss"].append(finite(mean, 6))
-        measure(trainer, seed, epoch, curves)
-        if bar is not None:
-            bar.update()
-        if not math.isfinite(mean) and curves["test_loss"][-1] is None:
+    setting = Setting(lr, lr_range or method.lr_range, seed, total_steps=task.steps())
+    net, opt = build(method, setting, task, device=device)
+    trainer = Trainer(method, net, opt, task)
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+        return time.process_time()
+
+    losses: list[float] = []
+    times = []
+    net.train()
+    for x, y in task.batches(seed):
+        start = now()
+        loss = trainer.train_step(x, y)
+        times.append(now() - start)
+        losses.append(float(loss))
+        if not math.isfinite(losses[-1]):
             break
-    last = curves["test_loss"][-1]
     record: Record = {
-        "curves": curves,
-        "test_loss": last,
-        "test_accuracy": curves["test_accuracy"][-1],
-        "diverged": last is None or last > DIVERGED * math.log(task.classes),
-        "steps": task.steps() * len(curves["train_loss"]),
-        "seconds": round(seconds, 3),
-        "clock": "elapsed" if device.type == "cuda" else "processor",
-        "parameters": sum(param.numel() for param in net.parameters()),
+        "curve": [finite(statistics.fmean(part), 4) for part in pieces(losses, POINTS)],
+        "steps": len(losses),
+        "seconds": round(sum(times), 3),
+        "step_ms": round(1e3 * statistics.median(times), 4),
+        "bytes": memory(net, opt, trainer),
+        "guess": round(task.guess, 6),
     }
+    with trainer.evaluation(seed, 0) as evaluated:
+        for part in ("valid", "test"):
+            loss, accuracy = trainer.evaluate(evaluated, part)
+            record[f"{part}_loss"] = finite(loss, 6)
+            record[f"{part}_accuracy"] = finite(accuracy, 5)
+    finals = [losses[-1], *(record[f"{part}_loss"] for part in ("valid", "test"))]
+    good = all(loss is not None and math.isfinite(loss) for loss in finals)
+    record["diverged"] = not good or record["test_loss"] > DIVERGED * task.guess
     if isinstance(net, alrao.AlraoModel):
-        record["clone_rates"] = net.head.clone_lr.tolist()
-        record["suggested_lr"] = net.suggested_lr()
-    # What a reader of the record needs to know of its task.
-    record |= {"unit": task.unit, "per_nat": task.per_nat, "classes": task.classes}
-    return {**record, "lr_range": list(setting.lr_range)}
+        record["posterior"] = [finite(weight, 3) for weight in net.posterior().tolist()]
+        record["clone_rates"] = [finite(rate, 3) for rate in net.head.clone_lr.tolist()]
+    return record
 
 
-def measure(trainer: Trainer, seed: int, epoch: int, curves: dict[str, list[Any]]) -> None:
-    """Loss and accuracy on the validation and the test set, to six digits."""
-    net = trainer.evaluated(seed, epoch)
-    for part in ("valid", "test"):
-        loss, accuracy = trainer.evaluate(net, part)
-        curves.setdefault(f"{part}_loss", []).append(finite(loss, 6))
-        curves.setdefault(f"{part}_accuracy", []).append(finite(accuracy, 6))
-    if isinstance(net, alrao.AlraoModel):
-        weights = [round(weight, 4) for weight in net.posterior().tolist()]
-        curves.setdefault("posterior", []).append(weights)
+def pieces(values: list[float], count: int) -> Iterable[list[float]]:
+    """The values in order, in so many pieces of about one size; fewer where there are fewer values."""
+    count = min(count, len(values))
+    ends = [k * len(values) // count for k in range(count + 1)]
+    return (values[start:end] for start, end in itertools.pairwise(ends))
+
+
+def memory(net: torch.nn.Module, opt: Any, trainer: Trainer) -> int:
+    """Bytes of the parameters, the optimizer's state and the average, each storage once."""
+    kept: dict[int, int] = {}
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            for part in value.values():
+                add(part)
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                add(part)
+
+    add(list(net.parameters()))
+    add(dict(opt.state))
+    if trainer.average is not None:
+        add(trainer.average.values)
+    return sum(kept.values())

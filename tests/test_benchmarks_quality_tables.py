@@ -1,0 +1,165 @@
+"""The figures of `python benchmarks quality`, on records made up here, computed by hand. Protects:
+
+- rates chosen on validation data, by the mean over the seeds; grids that were interrupted; the best of the tuned;
+- gaps paired by seed, their worst and mean; performance profiles; what the interval does; multiples of Adam's costs;
+- diverged runs, missing rivals, tasks of one seed; the tables and plots that say all that.
+"""
+
+from __future__ import annotations
+
+import math
+
+import benchmarks_package
+import pytest
+
+benchmarks_package.load()
+
+from benchmarks.experiments.quality import summary as figures  # noqa: E402
+from benchmarks.experiments.quality import tables  # noqa: E402
+from benchmarks.experiments.quality.summary import Row, Standing  # noqa: E402
+
+MACHINE = {"gpu": None, "cpu": "a processor", "threads": 1, "torch": "2", "python": "3"}
+
+
+def fake(task, method, lr, seed, valid, test, *, interval=None, step_ms=1.0, size=100, steps=10):
+    case = {"task": task, "method": method, "lr": lr, "seed": seed, "interval": interval}
+    return {
+        "case": {**case, "steps": steps},
+        "curve": [1.0],
+        "valid_loss": valid,
+        "test_loss": test,
+        "diverged": test is None,
+        "step_ms": step_ms,
+        "bytes": size,
+        "machine": {**MACHINE, "sources": "s", "commit": "c"},
+    }
+
+
+def some_records():
+    return [
+        # The better rate on validation data is the worse one on test data.
+        *(fake("digits", "sgd", 0.1, seed, 0.5, 0.75 + seed / 4) for seed in (0, 1)),
+        *(fake("digits", "sgd", 1.0, seed, 0.625, 0.125) for seed in (0, 1)),
+        *(fake("digits", "sgd", 3.0, seed, None, None) for seed in (0, 1)),
+        *(fake("digits", "adamw", 0.01, seed, 0.5625, 0.5) for seed in (0, 1)),
+        *(fake("digits", "adam", None, seed, 1.0, 1.0, step_ms=2.0, size=80) for seed in (0, 1)),
+        fake("digits", "recipe", None, 0, 1.0, 0.875, step_ms=8.0, size=160),
+        fake("digits", "recipe", None, 1, 1.0, 0.875, step_ms=4.0, size=160),
+        fake("digits", "recipe", None, 0, 1.0, 1.75, interval=[1e-4, 1.0]),
+        fake("text", "sgd", 0.1, 0, 4.0, 4.0),
+        fake("text", "adamw", 0.01, 0, 2.0, 2.0),
+        fake("text", "adam", None, 0, 4.0, 4.0, step_ms=10.0, size=800),
+        fake("text", "recipe", None, 0, 1.0, 1.5, step_ms=5.0, size=400),
+        fake("text", "recipe", None, 0, 1.0, 1.5, interval=[1e-4, 1.0]),
+        fake("text", "recipe", None, 0, None, None, interval=[1e-6, 1e3]),
+        fake("text", "alrao", None, 0, None, None),
+        {"case": {"method": "dog"}, "missing": "no dog"},
+    ]
+
+
+@pytest.fixture(scope="module")
+def summary():
+    return figures.summarise(some_records())
+
+
+def test_a_rate_is_chosen_on_validation_data(summary):
+    sgd, adamw = (summary["digits"][Row(name)] for name in ("sgd", "adamw"))
+    assert sgd.lr == 0.1 and sgd.at_edge and sgd.losses == {0: 0.75, 1: 1.0} and sgd.loss == 0.875
+    assert adamw.lr == 0.01 and not adamw.at_edge and adamw.valid == 0.5625
+    assert figures.reference(summary["digits"]) is sgd
+    assert figures.reference(summary["text"]) is summary["text"][Row("adamw")]
+
+
+def test_an_interrupted_grid():
+    records = [fake("digits", "sgd", 0.1, seed, 0.5, 0.5) for seed in (0, 1)]
+    records += [fake("digits", "sgd", 0.3, 0, 0.25, 0.25)]
+    cell = figures.summarise(records)["digits"][Row("sgd")]
+    # The second seed may not be as easy.
+    assert cell.lr == 0.1 and cell.losses == {0: 0.5, 1: 0.5}
+
+
+def test_the_last_record_and_the_longest_runs_count():
+    records = [fake("digits", "alrao", None, 0, 1.0, loss) for loss in (0.5, 0.25)]
+    records += [fake("digits", "adam", None, 0, 1.0, 0.125, steps=5)]
+    cells = figures.summarise(records)["digits"]
+    assert cells.keys() == {Row("alrao")} and cells[Row("alrao")].loss == 0.25
+
+
+def test_gaps_are_paired_by_seed(summary):
+    found = figures.gaps(summary)
+    assert found[Row("recipe")] == {"digits": [0.125, -0.125], "text": [-0.5]}
+    assert found[Row("adamw")] == {"digits": [-0.25, -0.5], "text": [0.0]}
+    assert found[Row("alrao")] == {"text": [math.inf]}
+    # Of the first seed alone.
+    assert found[Row("recipe", (1e-4, 1.0))] == {"digits": [1.0], "text": [-0.5]}
+    standings = figures.standings(found)
+    assert standings[Row("recipe")] == Standing(0.0, "digits", -0.25, 2)
+    assert standings[Row("sgd")] == Standing(2.0, "text", 1.0, 2)
+    assert standings[Row("alrao")] == Standing(math.inf, "text", math.inf, 1)
+    # All tasks first, the best worst case first, then the mean; what was given other intervals is not among them.
+    names = [row.method for row in standings]
+    assert names == ["recipe", "adamw", "sgd", "adam", "alrao"]
+    assert all(row.interval is None for row in standings)
+
+
+def test_profiles(summary):
+    nats = figures.behind(summary, relative=False)
+    # The least mean losses are those of AdamW, 0.5, and of the recipe, 1.5.
+    assert nats[Row("recipe")] == [0.375, 0.0] and nats[Row("adam")] == [0.5, 2.5]
+    assert figures.behind(summary, relative=True)[Row("adam")] == [100.0, pytest.approx(500 / 3)]
+    assert figures.share_within(nats[Row("recipe")], 0.2) == 50
+    assert figures.share_within(nats[Row("recipe")], 0.375) == 100
+    assert figures.share_within(nats[Row("alrao")], 1e9) == 0
+
+
+def test_sensitivity(summary):
+    found = figures.sensitivity(summary)
+    assert found.keys() == {"recipe"}
+    assert found["recipe"] == {
+        (1e-4, 1.0): {"digits": [1.0], "text": [0.0]},
+        (1e-6, 1e3): {"text": [math.inf]},
+    }
+
+
+def test_costs(summary):
+    found = figures.costs(summary)
+    # A step is the shortest median of a method's runs: twice and half of Adam's; bytes twice and half as many.
+    assert found[Row("recipe")] == (pytest.approx(1), pytest.approx(1), 1)
+    assert found[Row("sgd")].runs == 2 and found[Row("adam")] == (1, 1, 1)
+
+
+def test_tables(summary):
+    missing = [record for record in some_records() if "missing" in record]
+    shown = [*tables.main_tables(summary), *tables.detail_tables(summary, missing)]
+    standings, gaps, profile, interval, losses, grid, absent = shown
+    recipe = "Alrao-Adam, triangular, warm-up, averaged"
+    assert standings.rows[0] == [recipe, "+0.000", "digits", "-0.250", "2", "1", "1.00", "1.00"]
+    assert standings.rows[-1][:5] == ["Alrao", "diverged", "text", "diverged", "1"]
+    assert gaps.rows[0] == [recipe, "+0.000 +- 0.177", "-0.500"] and gaps.rows[-1][1] == ""
+    best = ["AdamW, best of grid", *["50"] * 5, "100", *["50"] * 5, "100"]
+    assert profile.rows[:2] == [best, [recipe, *["50"] * 5, "100", *["50"] * 6]]
+    assert interval.rows == [
+        ["(0.0001, 1)", "+100.0 %", "+100.0 %", "+0.0 %"],
+        ["(1e-06, 1000)", "diverged", "", "diverged"],
+    ]
+    by_label = {row[0]: row[1:] for row in losses.rows}
+    assert by_label["SGD, best of grid"][0] == "0.875 +- 0.177 (0.1, the edge)"
+    assert by_label["Alrao"] == ["", "diverged (1 of 1)"]
+    text = "0.1: 0.875 *; 1: 0.125; 3: diverged"
+    assert grid.rows[0] == ["SGD, best of grid", "digits", text]
+    assert absent.rows == [["DoG, averaged", "no dog"]]
+
+
+def test_plots(summary, tmp_path):
+    from benchmarks.experiments.quality.plots import plot
+
+    paths = plot(summary, tmp_path)
+    assert [path.stem for path in paths] == ["gaps", "profiles", "interval-recipe"]
+    assert all(path.stat().st_size > 5000 for path in paths)
+
+
+def test_nothing_to_compare_with():
+    summary = figures.summarise([fake("digits", "alrao", None, 0, 1.0, 0.5)])
+    assert list(tables.main_tables(summary)) == []
+    (losses,) = tables.detail_tables(summary)
+    assert losses.rows == [["Alrao", "0.500"]]
