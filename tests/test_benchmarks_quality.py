@@ -359,14 +359,15 @@ def test_rates_of_ours():
         assert rates[-1] == pytest.approx(high)
 
 
-def test_triangular_rates():
-    from benchmarks.experiments.quality.methods import Triangular
-
-    rates = Triangular(1e-4, 0.1)(20_000, torch.Generator().manual_seed(0)).log10()
-    # Symmetric about the middle, with half of the mass in the middle 29 % of the interval.
-    assert float(rates.mean()) == pytest.approx(-2.5, abs=0.02)
-    inner = (rates + 2.5).abs() < 1.5 * (1 - math.sqrt(0.5))
-    assert float(inner.float().mean()) == pytest.approx(0.5, abs=0.02)
+def test_the_length_of_the_run_is_known():
+    for name in ("recipe", "recipe-run"):
+        trainer = make(name, steps=40)
+        assert trainer.opt.param_groups[0]["warmup_steps"] == 2
+        rates = trainer.net.head.clone_lr.clone()
+        steps(trainer)
+        # Narrowed to a tenth of its width, in the logarithm.
+        widths = [float((r[-1] / r[0]).log()) for r in (rates, trainer.net.head.clone_lr)]
+        assert widths[1] == pytest.approx(widths[0] * (0.1 if name == "recipe-run" else 1))
 
 
 def test_the_same_start_for_every_method():

@@ -88,18 +88,20 @@ def alrao_method(
     kind: Callable[..., Any] = alrao.AlraoSGD,
     sampler: Callable[[float, float], Any] | None = None,
     options: dict[str, Any] | None = None,
+    of_run: Callable[[int], dict[str, Any]] | None = None,
     **more: Any,
 ) -> Method:
-    """Alrao's optimizer `kind` with `options`; `sampler` is made from the interval; `more` are a Method's fields."""
+    """Alrao's optimizer `kind` with `options`, those `of_run` made from its number of steps, and a `sampler` made from
+    the interval; `more` are a Method's fields."""
 
     def make(net: nn.Module, setting: Setting) -> torch.optim.Optimizer:
-        if sampler is None:
-            drawn: dict[str, Any] = {}
-        else:
+        chosen = {**setting.interval(), **(options or {})}
+        if sampler is not None:
             assert setting.lr_range is not None, f"{name}: a sampler needs an interval"
-            drawn = {"sampler": sampler(*setting.lr_range)}
-        interval = setting.interval()
-        return kind(net, generator=setting.generator(), **interval, **drawn, **(options or {}))
+            chosen["sampler"] = sampler(*setting.lr_range)
+        if of_run is not None:
+            chosen |= of_run(setting.total_steps)
+        return kind(net, generator=setting.generator(), **chosen)
 
     return Method(name, label, make, is_alrao=True, **more)
 

@@ -111,39 +111,60 @@ _RIVALS = (
 TUNED = ("sgd", "adamw")
 
 
-class Triangular(alrao.LogUniform):
-    """Rates whose logarithm has a triangular density on the interval; clones are log-spaced over it."""
-
-    def __call__(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        u = torch.rand(2, n, generator=generator, dtype=torch.float64).mean(0)
-        log_lo, log_hi = math.log(self.lo), math.log(self.hi)
-        return u.mul_(log_hi - log_lo).add_(log_lo).exp_().clamp_(self.lo, self.hi).float()
+_ADAM, _TRIANGULAR = alrao.AlraoAdam, alrao.LogTriangular
+_MOMENTUM = {"momentum": 0.9}
+_AVERAGED: dict[str, Any] = {"evaluation": lambda opt: opt.averaged()}
 
 
-_ADAM = alrao.AlraoAdam
-# A method of ours is one line: the optimizer's class, a sampler made from the interval, its options, and what a
-# `Method` can do beside the steps. Runs are found again by the name: another setting needs another name.
+def _warm_averaged(total: int) -> dict[str, Any]:
+    return {"warmup_steps": math.ceil(WARMUP * total), "averaging": 8.0}
+
+
+def _known_length(total: int) -> dict[str, Any]:
+    return {"total_steps": total}
+
+
+# A method of ours is one line: the optimizer's class, a sampler made from the interval, its options, those that depend
+# on the length of the run, and what a `Method` can do beside the steps. Runs are found again by the name: another
+# setting needs another name.
 _OURS = (
     alrao_method("alrao", "Alrao"),
-    alrao_method("alrao-momentum", "Alrao, momentum 0.9", options={"momentum": 0.9}),
-    alrao_method("alrao-adam", "Alrao-Adam", _ADAM),
-    alrao_method("alrao-adam-averaged", "Alrao-Adam, averaged", _ADAM, averaged=True),
+    alrao_method("alrao-momentum", "Alrao, momentum 0.9", options=_MOMENTUM),
     alrao_method(
-        "recipe-no-warmup",
-        "Alrao-Adam, triangular, averaged",
+        "alrao-momentum-averaged",
+        "Alrao, momentum 0.9, warm-up, averaged",
+        options=_MOMENTUM,
+        of_run=_warm_averaged,
+        **_AVERAGED,
+    ),
+    alrao_method("alrao-adam", "Alrao-Adam", _ADAM),
+    alrao_method(
+        "alrao-adam-averaged",
+        "Alrao-Adam, warm-up, averaged",
         _ADAM,
-        Triangular,
-        lr_range=USEFUL,
-        averaged=True,
+        of_run=_warm_averaged,
+        **_AVERAGED,
     ),
     alrao_method(
         "recipe",
         "Alrao-Adam, triangular, warm-up, averaged",
         _ADAM,
-        Triangular,
+        _TRIANGULAR,
+        of_run=_warm_averaged,
         lr_range=USEFUL,
-        warmup=WARMUP,
-        averaged=True,
+        **_AVERAGED,
+    ),
+    alrao_method(
+        "alrao-adam-run", "Alrao-Adam, total_steps", _ADAM, of_run=_known_length, **_AVERAGED
+    ),
+    alrao_method(
+        "recipe-run",
+        "Alrao-Adam, triangular, total_steps",
+        _ADAM,
+        _TRIANGULAR,
+        of_run=_known_length,
+        lr_range=USEFUL,
+        **_AVERAGED,
     ),
 )
 METHODS = {method.name: method for method in (*_OURS, *_RIVALS)}
