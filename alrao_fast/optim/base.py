@@ -21,9 +21,11 @@ from torch.optim.optimizer import (
 from alrao_fast import compiler, live
 from alrao_fast.arguments import Generator, Instance, Kind, Optional, checked
 from alrao_fast.ops.feature import FeatureOp, Options, Scalars
-from alrao_fast.optim import checkpoint
+from alrao_fast.optim import checkpoint, sharding
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
 from alrao_fast.optim.drawing import draw_all
+from alrao_fast.optim.flat_shards import check_exchange, check_modules
+from alrao_fast.optim.homes import Homes
 from alrao_fast.optim.layouts import Layout, check_param, default_layout, resolve
 from alrao_fast.optim.notices import (
     warn_of_bare_tensors,
@@ -79,6 +81,9 @@ class AlraoOptimizer(Optimizer):
         # What a state that was cleared begins with again.
         self._rates: dict[Tensor, Tensor] = {}
         self._places = Places()
+        self._homes = Homes()
+        # How many gradients each group had in the last step: where that changes, a module may have been sharded.
+        self._counts: dict[int, int] = {}
         # Vectors drawn with the optimizer's own sampler: parameters added later share them.
         self._vectors: dict[Any, Tensor] = {}
         self._binding = Binding()
@@ -88,7 +93,7 @@ class AlraoOptimizer(Optimizer):
         self._bare: list[str] = []
         groups = as_groups(params)
         for root in modules_of(groups) if model is None else [model]:
-            resolve(root, self._layouts)
+            self._resolve(root)
         super().__init__(groups, defaults)
         self._follow_fused()
         self._draw()
@@ -145,7 +150,7 @@ class AlraoOptimizer(Optimizer):
         before = len(self.param_groups), dict(self._layouts)
         try:
             for module in modules_of([group]):
-                resolve(module, self._layouts)
+                self._resolve(module)
             group["params"] = expanded(group["params"])
             self._lay_out(group["params"])
             for part in self._clones_apart(group, options[self._rule_option]):
@@ -170,6 +175,8 @@ class AlraoOptimizer(Optimizer):
 
         `step()`, `state_dict()` and `load_state_dict()` do so by themselves.
         """
+        for number, group in enumerate(self.param_groups):
+            self._follow_sharding(number, group["params"])
         self._adopt()
         self._complete(self.param_groups)
 
@@ -181,26 +188,34 @@ class AlraoOptimizer(Optimizer):
         """
         groups, before = self.param_groups, dict(self._layouts)
         strangers = [p for group in groups for p in group["params"] if p not in self._rates]
+        sharded: dict[Tensor, Tensor] = {}
         try:
             for new, old in self._places.heirs(groups) if strangers else ():
                 if new not in self._layouts and old in self._rates:
                     self._layouts[new] = self._layouts[old]
                     own = {**self.state.get(old, {}), **self.state.get(new, {})}
                     self._rates[new] = own.get("rate", self._rates[old])
+                    if sharding.is_sharded(new) and not sharding.is_sharded(old):
+                        sharded[new] = old
             for number, group in enumerate(groups if strangers else ()):
                 place = self._places.of(groups, number)
+                check_exchange(number, place.params if place else (), group["params"])
                 self._lay_out(group["params"])
                 for param in [p for p in group["params"] if p not in self._rates]:
                     if "rate" in self.state.get(param, {}):
                         self._rates[param] = self.state[param]["rate"]
                     else:
                         self._undrawn[param] = place and place.sampler, group["lr_range"]
-            self._draw()
+            self._draw(sharded)
         except Exception:
             self._layouts, self._undrawn, self._bare = before, {}, []
             for param in strangers:
                 self._rates.pop(param, None)
             raise
+        for new, old in sharded.items():
+            # The same parameter: its momentum goes on. Nothing whole is kept.
+            self.state[new] = sharding.handed_over(self.state.pop(old, {}), new) | self.state[new]
+            del self._layouts[old], self._rates[old]
         self._places.note(groups)
         self._warn_of_bare_tensors()
 
@@ -222,6 +237,10 @@ class AlraoOptimizer(Optimizer):
             trained = [p for p in group["params"] if p.requires_grad or p.grad is not None]
             complete(self._op, trained, self.state, names, *precision)
 
+    def _resolve(self, root: nn.Module) -> None:
+        resolve(root, self._layouts)
+        self._homes.note(root)
+
     def _lay_out(self, entries: list[Any]) -> None:
         """Lay out the models and heads that bare tensors belong to, as if they had been passed.
 
@@ -231,7 +250,7 @@ class AlraoOptimizer(Optimizer):
             p for p in map(tensor_of, entries) if isinstance(p, Tensor) and p not in self._layouts
         ]
         for owner in owners(bare) if bare else ():
-            resolve(owner, self._layouts)
+            self._resolve(owner)
         places: dict[Tensor, int] = {}
         for number, entry in enumerate(entries):
             param = tensor_of(entry)
@@ -268,8 +287,12 @@ class AlraoOptimizer(Optimizer):
         part = {**group, "params": clones, self._rule_option: "torch"}
         return [{**group, "params": others}, part] if others else [part]
 
-    def _draw(self) -> None:
-        """Draw the rates of the parameters that have none, in the model's order, and store them in the state."""
+    def _draw(self, sharded: Iterable[Tensor] = ()) -> None:
+        """Draw the rates of the parameters that have none, in the model's order, and store them in the state.
+
+        With DTensors among the parameters all ranks of their meshes have the first one's, also of those in `sharded`,
+        which have rates that each rank drew by itself.
+        """
         pending, self._undrawn = self._undrawn, {}
         own = self._sampler or LogUniform(*self.defaults["lr_range"])
         rates = draw_all(pending, own, self._generator, self._layouts, self._vectors)
@@ -278,7 +301,17 @@ class AlraoOptimizer(Optimizer):
                 # The tensors of a group round with consecutive seeds, starting here.
                 seed = torch.randint(2**62, (), generator=self._generator, device="cpu")
                 group["rounding_seed"] = int(seed)
+        fresh = {id(r): r for r in [*rates.values(), *(self._rates[p] for p in sharded)]}
+        if fresh:
+            params = (p for group in self.param_groups for p in group["params"])
+            self._agree([*fresh.values()], sharding.groups_of(params))
         self._store(rates)
+
+    def _agree(self, rates: list[Tensor], process_groups: list[Any]) -> None:
+        """Take over these rates, in place, and the rounding seeds from the first rank of the process groups."""
+        own = [group["rounding_seed"] for group in self.param_groups]
+        for group, seed in zip(self.param_groups, sharding.agree(rates, own, process_groups)):
+            group["rounding_seed"] = seed
 
     def _store(self, rates: dict[Tensor, Tensor]) -> None:
         """Put drawn rates into the state, on their parameters' devices, shared vectors as one tensor."""
@@ -370,6 +403,7 @@ class AlraoOptimizer(Optimizer):
             "_vectors": self._vectors,
             "_sampler": self._sampler,
             "_generator": self._generator,
+            "_counts": {},
             "_constructing": False,
             "_undrawn": {},
             "_bare": [],
@@ -379,6 +413,8 @@ class AlraoOptimizer(Optimizer):
         super().__setstate__(state)
         self._follow_fused()
         self._binding = Binding()
+        # A copy's parameters are in no module that is known.
+        self._homes = Homes()
         self._option_checks = OptionChecks(self._kinds, self._check_group)
         self._tell_heads()
 
@@ -398,6 +434,8 @@ class AlraoOptimizer(Optimizer):
         for number, group in enumerate(self.param_groups):
             params = group["params"]
             grads = gradients(params)
+            if self._counts.get(number) != len(grads):
+                grads = self._recounted(number, group)
             if not grads:
                 continue
             options = self._options(group)
@@ -413,6 +451,27 @@ class AlraoOptimizer(Optimizer):
                         check_gradient(param, self._layouts[param].name)
                 raise
         return loss
+
+    @compiler.disable("the optimizer's parameters are looked for in their modules")
+    def _recounted(self, number: int, group: dict[str, Any]) -> list[Tensor]:
+        """The gradients of a group that had another number of them in the last step.
+
+        Parameters that were sharded after the optimizer was made have none: their DTensors come into their places.
+        """
+        params = group["params"]
+        self._follow_sharding(number, [p for p in params if p.grad is None])
+        grads = gradients(params)
+        if not grads and any(p.requires_grad for p in params):
+            check_modules(self._homes.roots())
+        self._counts[number] = len(grads)
+        return grads
+
+    def _follow_sharding(self, number: int, params: Iterable[Tensor]) -> None:
+        """Put into a group the DTensors that are in the modules now in the places of `params`."""
+        moved = dict(self._homes.sharded(params))
+        if moved:
+            own = self.param_groups[number]["params"]
+            own[:] = [moved.get(param, param) for param in own]
 
     def _needs(self, group: dict[str, Any], options: Options, grads: list[Tensor]) -> Needs:
         op = self._op

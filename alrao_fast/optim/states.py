@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alrao_fast.ops.checks import LOW_PRECISION
 from alrao_fast.ops.feature import FeatureOp
+from alrao_fast.optim import sharding
 
 
 def state_dtype(param: Tensor, float32_states: bool, masters: bool) -> torch.dtype:
@@ -70,11 +71,14 @@ def _is_unbegun(own: dict[str, Any], name: str) -> bool:
         return True
     if not (isinstance(step, Tensor) and isinstance(state, Tensor)) or step._is_view():
         return False
-    return state.is_meta or (int(step) == 0 and not bool(state.any()))
+    return state.is_meta or (int(step) == 0 and not bool(sharding.local(state).any()))
 
 
 def like(stored: Tensor | None, param: Tensor, dtype: torch.dtype) -> Tensor:
-    """A state with the parameter's shape, strides and device: the stored one, moved if it must be, or zeros."""
+    """A state with the parameter's shape, strides and device, of a DTensor its placements too: the stored one, moved if
+    it must be, or zeros."""
+    if sharding.is_sharded(param):
+        return sharding.like(stored, param, dtype)
     if stored is not None and (stored.dtype, stored.device, stored.stride()) == (
         dtype,
         param.device,
@@ -94,7 +98,7 @@ def steps_of(owns: list[dict[str, Any]], device: torch.device, first: str) -> Te
     steps = torch.stack([as_count(own["step"], device) for own in owns])
     for number, own in enumerate(owns if first else ()):
         if not (isinstance(own["step"], Tensor) and own["step"]._is_view()):
-            steps[number] += (steps[number] == 0) & own[first].any()
+            steps[number] += (steps[number] == 0) & sharding.local(own[first]).any()
     for own, step in zip(owns, steps.unbind()):
         own["step"] = step
     return steps
