@@ -171,6 +171,15 @@ def _is_like(state: Any, param: Any) -> bool:
     )
 
 
+@torch.no_grad()
+def settled_gradient(param: Any) -> Any:
+    """The gradient of a DTensor without partial sums, which is put in the place of one with any."""
+    grad = param.grad
+    if any(placement.is_partial() for placement in grad.placements):
+        grad = param.grad = grad.redistribute(placements=param.placements)
+    return grad
+
+
 class LocalParts:
     """What a call on DTensors updates, and how it comes by their gradients; looked at before each step.
 
