@@ -67,6 +67,30 @@ def train(net, opt, steps=range(STEPS), part=(0, 1), after_backward=lambda: None
         opt.step()
 
 
+def gradient(name, p, step):
+    generator = torch.Generator().manual_seed(sum(name.encode()) + 1000 * step)
+    return torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def placed_like(grad, p):
+    if not hasattr(p, "placements"):
+        return grad
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(grad, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def give(net, step, place=placed_like):
+    for name, p in net.named_parameters():
+        p.grad = place(gradient(name, p, step), p)
+
+
+def steps(net, opt, place=placed_like, numbers=range(4)):
+    for step in numbers:
+        give(net, step, place)
+        opt.step()
+
+
 @torch.no_grad()
 def whole(tensor):
     """A copy of all entries, on every rank."""
@@ -94,21 +118,21 @@ def assert_close(found, expected, atol=1e-6):
         )
 
 
-def _work(rank, world, folder, jobs):
+def _work(rank, world, folder, jobs, shared):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
     )
-    torch.save({job.__name__: job(rank) for job in jobs}, f"{folder}/{rank}.pt")
+    torch.save({job.__name__: job(rank, *shared) for job in jobs}, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run(jobs, world=WORLD):
-    """What `job(rank)` returned on each rank, by the job's name: one start of the processes for all."""
+def run(jobs, *shared, world=WORLD):
+    """What `job(rank, *shared)` returned on each rank, by the job's name: one start of the processes for all."""
     if not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_work, (world, folder, jobs), nprocs=world)
+        mp.spawn(_work, (world, folder, jobs, shared), nprocs=world)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]

@@ -11,7 +11,7 @@
 
 import pytest
 import torch
-from sharded_harness import assert_close, made, model, run, states, train, weights
+from sharded_harness import assert_close, give, made, model, run, states, steps, train, weights
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -46,28 +46,6 @@ def distribute(net, mesh, placements_of):
             if placements is not None:
                 placed = distribute_tensor(p.detach(), mesh, placements)
                 setattr(module, name, nn.Parameter(placed))
-
-
-def gradient(name, p, step):
-    generator = torch.Generator().manual_seed(sum(name.encode()) + 1000 * step)
-    return torch.randn(p.shape, generator=generator).to(p.dtype)
-
-
-def placed_like(grad, p):
-    if not isinstance(p, DTensor):
-        return grad
-    return distribute_tensor(grad, p.device_mesh, p.placements, src_data_rank=None)
-
-
-def give(net, step, place=placed_like):
-    for name, p in net.named_parameters():
-        p.grad = place(gradient(name, p, step), p)
-
-
-def steps(net, opt, place=placed_like, numbers=range(4)):
-    for step in numbers:
-        give(net, step, place)
-        opt.step()
 
 
 def result(net, opt):
