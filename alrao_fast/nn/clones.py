@@ -17,6 +17,7 @@ from alrao_fast.nn.clone_loss import CRITERION, mixture_of_losses
 from alrao_fast.nn.clone_rates import WithRates
 from alrao_fast.nn.log_likelihood import log_likelihood
 from alrao_fast.nn.predictions import remember
+from alrao_fast.nn.rates_agreement import Agreement
 from alrao_fast.nn.switch import SWITCH_KINDS, Switch
 from alrao_fast.nn.watch import Watch
 from alrao_fast.ops.checks import check_together
@@ -102,6 +103,7 @@ class LinearClones(WithRates):
                 if self.bias is not None:
                     self.bias[n].uniform_(-bound, bound)
         self.watch = Watch()
+        self.agreement = Agreement()
         self.get_buffer("clone_lr").fill_(math.nan)
         self.running.zero_()
         self.switch.reset_parameters()
@@ -160,7 +162,9 @@ class LinearClones(WithRates):
 
     def _observe(self, stats: Tensor) -> None:
         """One observation of the switch from the statistics `[3, N]` of a batch."""
-        self._observer().observe(self.switch.sum_over_processes(stats))
+        if not self.switch.is_alone():
+            stats = self.agreement.sum_over_processes(self, self.switch, stats)
+        self._observer().observe(stats)
         self.switch.note_observation()
 
     def likelihood(self) -> Likelihood:

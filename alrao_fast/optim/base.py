@@ -24,9 +24,8 @@ from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import checkpoint, sharding
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
 from alrao_fast.optim.drawing import draw_all
-from alrao_fast.optim.flat_shards import check_exchange, check_modules
-from alrao_fast.optim.homes import Homes
-from alrao_fast.optim.layouts import Layout, check_param, default_layout, resolve
+from alrao_fast.optim.flat_shards import check_exchange
+from alrao_fast.optim.layouts import Layout, check_param, default_layout
 from alrao_fast.optim.notices import (
     warn_of_bare_tensors,
     warn_of_default_rule,
@@ -43,6 +42,7 @@ from alrao_fast.optim.param_groups import (
     tensor_of,
 )
 from alrao_fast.optim.places import Places
+from alrao_fast.optim.ranks import AcrossRanks
 from alrao_fast.optim.rates import Constant, LogUniform, Sampler
 from alrao_fast.optim.states import complete
 
@@ -54,7 +54,7 @@ _OWN = {
 }
 
 
-class AlraoOptimizer(Optimizer):
+class AlraoOptimizer(AcrossRanks):
     """Base class: not for use on its own."""
 
     # With fused=True, as in torch.optim, and by default for fp16 parameters, whose gradients GradScaler refuses.
@@ -81,9 +81,7 @@ class AlraoOptimizer(Optimizer):
         # What a state that was cleared begins with again.
         self._rates: dict[Tensor, Tensor] = {}
         self._places = Places()
-        self._homes = Homes()
-        # How many gradients each group had in the last step: where that changes, a module may have been sharded.
-        self._counts: dict[int, int] = {}
+        self._alone()
         # Vectors drawn with the optimizer's own sampler: parameters added later share them.
         self._vectors: dict[Any, Tensor] = {}
         self._binding = Binding()
@@ -175,8 +173,7 @@ class AlraoOptimizer(Optimizer):
 
         `step()`, `state_dict()` and `load_state_dict()` do so by themselves.
         """
-        for number, group in enumerate(self.param_groups):
-            self._follow_sharding(number, group["params"])
+        self._follow_sharding()
         self._adopt()
         self._complete(self.param_groups)
 
@@ -236,10 +233,6 @@ class AlraoOptimizer(Optimizer):
             precision = self._float32_states, group["master_weights"]
             trained = [p for p in group["params"] if p.requires_grad or p.grad is not None]
             complete(self._op, trained, self.state, names, *precision)
-
-    def _resolve(self, root: nn.Module) -> None:
-        resolve(root, self._layouts)
-        self._homes.note(root)
 
     def _lay_out(self, entries: list[Any]) -> None:
         """Lay out the models and heads that bare tensors belong to, as if they had been passed.
@@ -301,17 +294,8 @@ class AlraoOptimizer(Optimizer):
                 # The tensors of a group round with consecutive seeds, starting here.
                 seed = torch.randint(2**62, (), generator=self._generator, device="cpu")
                 group["rounding_seed"] = int(seed)
-        fresh = {id(r): r for r in [*rates.values(), *(self._rates[p] for p in sharded)]}
-        if fresh:
-            params = (p for group in self.param_groups for p in group["params"])
-            self._agree([*fresh.values()], sharding.groups_of(params))
+        self._agree([*rates.values(), *(self._rates[p] for p in sharded)])
         self._store(rates)
-
-    def _agree(self, rates: list[Tensor], process_groups: list[Any]) -> None:
-        """Take over these rates, in place, and the rounding seeds from the first rank of the process groups."""
-        own = [group["rounding_seed"] for group in self.param_groups]
-        for group, seed in zip(self.param_groups, sharding.agree(rates, own, process_groups)):
-            group["rounding_seed"] = seed
 
     def _store(self, rates: dict[Tensor, Tensor]) -> None:
         """Put drawn rates into the state, on their parameters' devices, shared vectors as one tensor."""
@@ -403,7 +387,6 @@ class AlraoOptimizer(Optimizer):
             "_vectors": self._vectors,
             "_sampler": self._sampler,
             "_generator": self._generator,
-            "_counts": {},
             "_constructing": False,
             "_undrawn": {},
             "_bare": [],
@@ -413,8 +396,7 @@ class AlraoOptimizer(Optimizer):
         super().__setstate__(state)
         self._follow_fused()
         self._binding = Binding()
-        # A copy's parameters are in no module that is known.
-        self._homes = Homes()
+        self._alone()
         self._option_checks = OptionChecks(self._kinds, self._check_group)
         self._tell_heads()
 
@@ -435,7 +417,7 @@ class AlraoOptimizer(Optimizer):
             params = group["params"]
             grads = gradients(params)
             if self._counts.get(number) != len(grads):
-                grads = self._recounted(number, group)
+                grads = self._recounted(number)
             if not grads:
                 continue
             options = self._options(group)
@@ -451,27 +433,6 @@ class AlraoOptimizer(Optimizer):
                         check_gradient(param, self._layouts[param].name)
                 raise
         return loss
-
-    @compiler.disable("the optimizer's parameters are looked for in their modules")
-    def _recounted(self, number: int, group: dict[str, Any]) -> list[Tensor]:
-        """The gradients of a group that had another number of them in the last step.
-
-        Parameters that were sharded after the optimizer was made have none: their DTensors come into their places.
-        """
-        params = group["params"]
-        self._follow_sharding(number, [p for p in params if p.grad is None])
-        grads = gradients(params)
-        if not grads and any(p.requires_grad for p in params):
-            check_modules(self._homes.roots())
-        self._counts[number] = len(grads)
-        return grads
-
-    def _follow_sharding(self, number: int, params: Iterable[Tensor]) -> None:
-        """Put into a group the DTensors that are in the modules now in the places of `params`."""
-        moved = dict(self._homes.sharded(params))
-        if moved:
-            own = self.param_groups[number]["params"]
-            own[:] = [moved.get(param, param) for param in own]
 
     def _needs(self, group: dict[str, Any], options: Options, grads: list[Tensor]) -> Needs:
         op = self._op
