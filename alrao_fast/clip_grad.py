@@ -8,12 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from alrao_fast import live
+from alrao_fast import live, sharding
 from alrao_fast.arguments import FLOATS, Flag, Number, Optional, shown
 from alrao_fast.nn.clones import LinearClones
 from alrao_fast.ops.checks import check, check_dtype
 from alrao_fast.ops.gradient_clip import KINDS, clip
-from alrao_fast.optim import sharding
 from alrao_fast.reference.gradient_clip import joint_norms
 
 _CLIP = {**KINDS, "error_if_nonfinite": Flag(), "foreach": Optional(Flag())}

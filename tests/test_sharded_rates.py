@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from alrao_fast import AlraoSGD
-from alrao_fast.optim import sharding
+from alrao_fast import AlraoSGD, sharding
 from alrao_fast.optim.binding import _in_memory
 from alrao_fast.optim.layouts import Layout, Vector
 

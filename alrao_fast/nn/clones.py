@@ -33,6 +33,7 @@ from alrao_fast.ops.mixture.likelihood import (
 from alrao_fast.ops.mixture.loss import Observer, mixture_stats
 from alrao_fast.ops.mixture.weighting import ClassWeight, Weighting, no_loss
 from alrao_fast.reference.switch_mixture import soft_capped
+from alrao_fast.sharding import is_sharded, whole
 from alrao_fast.tracing import refuse_script
 
 Evidence = Literal["mean", "sum"]
@@ -110,6 +111,7 @@ class LinearClones(WithRates):
 
     def clone_outputs(self, features: Tensor) -> Tensor:
         """Outputs `[N, ..., C]` of every clone for features `[..., D]`, by one matrix product, with plain gradients."""
+        check_together("bias", features=features, weight=self.weight, bias=self.bias)
         return self.capped(self.linear_outputs(features, self.weight, self.bias))
 
     def capped(self, outputs: Tensor) -> Tensor:
@@ -206,9 +208,16 @@ class LinearClones(WithRates):
         return loss
 
     def finite_clones(self) -> Tensor:
-        """Which clones `[N]` have finite parameters only: the others are dead for good."""
-        finite = self.weight.detach().isfinite().all((1, 2))
-        return finite if self.bias is None else finite & self.bias.detach().isfinite().all(1)
+        """Which clones `[N]` have finite parameters only: the others are dead for good.
+
+        Of a sharded head all ranks have to ask.
+        """
+        finite = whole(self.weight.detach().isfinite().all((1, 2)))
+        return finite if self.bias is None else finite & whole(self.bias.detach().isfinite().all(1))
+
+    def clones_seen_finite(self) -> Tensor:
+        """The same as far as it is known on this rank: of a sharded head, which clones had finite losses only."""
+        return self.running[0].isfinite() if is_sharded(self.weight) else self.finite_clones()
 
     def living_posterior(self) -> Tensor:
         """Posterior `[N]` of the clones with finite parameters, 0 for the others; RuntimeError if there is none."""

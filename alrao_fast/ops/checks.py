@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alrao_fast.arguments import shown
+from alrao_fast.sharding import is_sharded
 from alrao_fast.tracing import hint
 
 _NAMES = {
@@ -27,6 +28,8 @@ _NAMES = {
     torch.complex64: "ComplexFloat",
     torch.complex128: "ComplexDouble",
 }
+# What most arguments are: for the others it is asked whether they are DTensors.
+_PLAIN = (Tensor, torch.nn.Parameter)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -37,7 +40,7 @@ def check(condition: bool, message: str) -> None:
 
 def check_together(optional: str = "", /, **tensors: Any) -> None:
     """TypeError for an argument that is no tensor (`optional` names one that may be None), RuntimeError for one that is
-    sparse or not on the device of the first.
+    sparse, sharded or not on the device of the first.
 
     It stands before every implementation: one on meta would make the dispatcher call the op's fake, which does nothing.
     """
@@ -50,6 +53,12 @@ def check_together(optional: str = "", /, **tensors: Any) -> None:
         if tensor.layout is not torch.strided:
             raise RuntimeError(
                 f"{name}: got layout {tensor.layout}, expected an ordinary (strided) tensor: use {name}.to_dense()"
+            )
+        if type(tensor) not in _PLAIN and is_sharded(tensor):
+            raise RuntimeError(
+                f"{name}: got a DTensor, of which a part is here, expected the whole: under fully_shard call the "
+                "module, or a method that torch.distributed.fsdp.register_fsdp_forward_method has registered; in "
+                "tensor parallelism leave the head out of parallelize_module"
             )
         if device is None:
             first, device = name, tensor.device

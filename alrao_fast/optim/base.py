@@ -18,10 +18,10 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from alrao_fast import compiler, live
+from alrao_fast import compiler, live, sharding
 from alrao_fast.arguments import Generator, Instance, Kind, Optional, checked
 from alrao_fast.ops.feature import FeatureOp, Options, Scalars
-from alrao_fast.optim import checkpoint, sharding
+from alrao_fast.optim import checkpoint
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
 from alrao_fast.optim.drawing import draw_all
 from alrao_fast.optim.flat_shards import check_exchange

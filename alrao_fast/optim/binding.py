@@ -24,8 +24,8 @@ from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
 from alrao_fast.ops.plan import ListPlan, make_plan, params_are_swapped
 from alrao_fast.optim.flat_shards import check_whole
 from alrao_fast.optim.layouts import Layout, memory_rates
-from alrao_fast.optim.sharding import LocalParts, is_sharded, local, local_rates, local_seed
 from alrao_fast.optim.states import like, state_dtype, steps_of
+from alrao_fast.sharding import LocalParts, is_sharded, local, local_rates, local_seed
 
 # What makes the rates of a parameter anew from those in its state.
 MakeRates = Callable[[], Tensor]

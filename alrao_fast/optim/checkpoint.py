@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alrao_fast import sharding
 from alrao_fast.ops.feature import FEATURE_OPS, FeatureOp
-from alrao_fast.optim import sharding
 from alrao_fast.optim.layouts import Layout
 
 # The rates of a parameter for which a state_dict has none: (param, its state there, the states read so far).

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from alrao_fast.optim.layouts import own_parameters
-from alrao_fast.optim.sharding import is_sharded
+from alrao_fast.sharding import is_sharded
 
 
 class Homes:

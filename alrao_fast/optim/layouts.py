@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from alrao_fast.arguments import Choice, Data, Instance, Integer, Kind, Optional, checked, shown
 from alrao_fast.optim.flat_shards import check_whole
-from alrao_fast.optim.sharding import check_placements
+from alrao_fast.sharding import check_placements
 
 
 class _Dims(Kind):

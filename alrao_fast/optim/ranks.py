@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from alrao_fast import compiler
-from alrao_fast.optim import sharding
+from alrao_fast import compiler, sharding
 from alrao_fast.optim.binding import Binding, gradients
 from alrao_fast.optim.flat_shards import check_modules
 from alrao_fast.optim.homes import Homes

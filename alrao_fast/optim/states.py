@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alrao_fast import sharding
 from alrao_fast.ops.checks import LOW_PRECISION
 from alrao_fast.ops.feature import FeatureOp
-from alrao_fast.optim import sharding
 
 
 def state_dtype(param: Tensor, float32_states: bool, masters: bool) -> torch.dtype:
