@@ -164,7 +164,7 @@ class _Parts:
             first, count = clones.get(id(param), backbone)
             key: Any = grad.device
             group = _Group(grad.device, [], [], [])
-            if type(grad) is not Tensor and sharding.is_sharded(grad):
+            if sharding.is_sharded(grad):
                 grad = sharding.settled_gradient(param)
                 mesh, placements = grad.device_mesh, grad.placements
                 key = mesh, placements, grad.device

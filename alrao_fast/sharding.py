@@ -15,9 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor. Nothing is imported: while the module is not there, no tensor is one."""
+    if type(tensor) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, getattr(module, "DTensor", ()))
 
@@ -44,10 +48,17 @@ def whole(value: Any) -> Any:
     return value.full_tensor() if is_sharded(value) else value
 
 
-def check_placements(name: str, param: Any) -> None:
-    """Raise ValueError for a parameter whose parts do not say where in it their entries are."""
+def check_parts(name: str, param: Any) -> None:
+    """Raise ValueError for a DTensor whose parts do not say where in it their entries are, and TypeError for another
+    wrapper of tensors, whose memory the kernels would not find."""
     if is_sharded(param):
         spans(param, name)
+    kind = type(local(param))
+    if param.requires_grad and hasattr(kind, "__tensor_flatten__"):
+        raise TypeError(
+            f"parameter {name!r} is a {kind.__name__}, a wrapper of other tensors, expected an ordinary tensor or a "
+            "DTensor of such: train it by torch.optim, or freeze it"
+        )
 
 
 def spans(param: Any, name: str = "") -> list[tuple[int, int]]:

@@ -28,8 +28,6 @@ _NAMES = {
     torch.complex64: "ComplexFloat",
     torch.complex128: "ComplexDouble",
 }
-# What most arguments are: for the others it is asked whether they are DTensors.
-_PLAIN = (Tensor, torch.nn.Parameter)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -54,7 +52,7 @@ def check_together(optional: str = "", /, **tensors: Any) -> None:
             raise RuntimeError(
                 f"{name}: got layout {tensor.layout}, expected an ordinary (strided) tensor: use {name}.to_dense()"
             )
-        if type(tensor) not in _PLAIN and is_sharded(tensor):
+        if is_sharded(tensor):
             raise RuntimeError(
                 f"{name}: got a DTensor, of which a part is here, expected the whole: under fully_shard call the "
                 "module, or a method that torch.distributed.fsdp.register_fsdp_forward_method has registered; in "

@@ -25,7 +25,7 @@ from alrao_fast.ops.plan import ListPlan, make_plan, params_are_swapped
 from alrao_fast.optim.flat_shards import check_whole
 from alrao_fast.optim.layouts import Layout, memory_rates
 from alrao_fast.optim.states import like, state_dtype, steps_of
-from alrao_fast.sharding import LocalParts, is_sharded, local, local_rates, local_seed
+from alrao_fast.sharding import LocalParts, check_parts, is_sharded, local, local_rates, local_seed
 
 # What makes the rates of a parameter anew from those in its state.
 MakeRates = Callable[[], Tensor]
@@ -249,6 +249,7 @@ def bind(
     for k in with_grad:
         name = layouts[params[k]].name
         check_whole(name, params[k])
+        check_parts(name, params[k])
         check_gradient(params[k], name)
         for key, value in state[params[k]].items():
             if isinstance(value, Tensor) and value.is_meta:

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from alrao_fast.arguments import Choice, Data, Instance, Integer, Kind, Optional, checked, shown
 from alrao_fast.optim.flat_shards import check_whole
-from alrao_fast.sharding import check_placements
+from alrao_fast.sharding import check_parts
 
 
 class _Dims(Kind):
@@ -330,7 +330,7 @@ def check_param(name: str, param: Tensor, module: str = "") -> None:
             f"{where} has layout {param.layout}, expected an ordinary (strided) tensor: its rates follow its memory"
         )
     check_whole(name, param)
-    check_placements(name, param)
+    check_parts(name, param)
 
 
 def _fitted(

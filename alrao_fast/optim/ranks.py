@@ -130,32 +130,41 @@ class _Notice:
         """Look at the gradients of the first group that has any; return whether to look again in its next step."""
         if self._steps == 0 and grads:
             self._group = group
-        if (
-            group != self._group
-            or self._steps > 1
-            or not grads
-            or not (dist.is_available() and dist.is_initialized())
-        ):
+        if group != self._group or self._steps > 1 or not grads or _is_alone():
             return False
         store = getattr(dist.distributed_c10d, "_get_default_store", lambda: None)()
-        if store is None or dist.get_world_size() == 1 or any(map(sharding.is_sharded, grads)):
+        if store is None or any(map(sharding.is_sharded, grads)):
             return False
         self._steps += 1
-        if self._steps == 1:
-            total = sum(float(grad.detach().double().abs().sum()) for grad in grads)
-            checksum, count = optimizer.fingerprint()
-            prefix = f"alrao_fast/{next(_numbers)}"
-            self._own = f"{total!r} {count} {checksum}"
-            self._keys = f"{prefix}/{dist.get_rank()}", f"{prefix}/0"
-            store.set(self._keys[0], self._own)
-            return True
-        if store.check([self._keys[1]]):
-            theirs, ours = store.get(self._keys[1]).decode().split(), self._own.split()
-            if theirs[:2] == ours[:2] and theirs[2] != ours[2] and float(ours[0]) > 0:
-                warnings.warn(
-                    f"ranks 0 and {dist.get_rank()} have the same gradients and different learning rates: if they "
-                    "train one network, as under DistributedDataParallel, its copies drift apart. Draw the same rates "
-                    "on every rank: generator=torch.Generator().manual_seed(...) with one seed for all",
-                    stacklevel=2,
-                )
+        try:
+            if self._steps == 1:
+                self._tell(store, optimizer, grads)
+                return True
+            if store.check([self._keys[1]]):
+                self._compare(store.get(self._keys[1]).decode())
+        except RuntimeError:
+            # A store of another kind, or one whose host has gone: nobody is told.
+            self._steps = 2
         return False
+
+    def _tell(self, store: Any, optimizer: AcrossRanks, grads: list[Tensor]) -> None:
+        total = sum(float(grad.detach().double().abs().sum()) for grad in grads)
+        checksum, count = optimizer.fingerprint()
+        prefix = f"alrao_fast/{next(_numbers)}"
+        self._own = f"{total!r} {count} {checksum}"
+        self._keys = f"{prefix}/{dist.get_rank()}", f"{prefix}/0"
+        store.set(self._keys[0], self._own)
+
+    def _compare(self, first: str) -> None:
+        theirs, ours = first.split(), self._own.split()
+        if theirs[:2] == ours[:2] and theirs[2] != ours[2] and float(ours[0]) > 0:
+            warnings.warn(
+                f"ranks 0 and {dist.get_rank()} have the same gradients and different learning rates: if they train "
+                "one network, as under DistributedDataParallel, its copies drift apart. Draw the same rates on every "
+                "rank: generator=torch.Generator().manual_seed(...) with one seed for all",
+                stacklevel=2,
+            )
+
+
+def _is_alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
