@@ -11,14 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from sharded_harness import CASES, STEPS, assert_close, made, model, run, states, train, weights
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     parallelize_module,
 )
+
+import alrao_fast as alrao
 
 
 def shard(net, mesh, **options):
@@ -73,7 +76,7 @@ def after(rank):
             # As Accelerate does: placeholders, so that the whole parameters can go.
             (group,) = opt.param_groups
             order = [names[id(p)] for p in group["params"]]
-            group["params"] = [torch.empty_like(p) for p in group["params"]]
+            group["params"] = [torch.empty(1) for _ in group["params"]]
         net.head.switch.process_group = None
         shard(net, mesh)
         if kind == "groups":
@@ -138,7 +141,29 @@ def replicas_of_shards(rank):
     return result(net, opt)
 
 
-JOBS = (before, after, columns, tensor_parallel, both, replicas_of_shards)
+def tools(rank):
+    """What else there is to ask of a sharded network; the head is sharded by itself, too."""
+    mesh, net = init_device_mesh("cpu", (4,)), model()
+    fully_shard(net.head, mesh=mesh)
+    register_fsdp_forward_method(net.head, "clone_loss")
+    shard(net, mesh)
+    opt = made("momentum", net, seed=1 + rank)
+    train(net, opt, part=(rank, 4))
+    found = {"suggested_lr": net.suggested_lr(), "finite": net.head.finite_clones()}
+    rows = alrao.describe_rates(opt, file=None, details=True)
+    found["rows"] = [list(row) for row in rows]
+    # By one rank, which waits for no other.
+    found["metrics"] = alrao.metrics(net, opt) if rank == 0 else {}
+    features = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
+    net.head.eval()
+    loss = net.head.clone_loss(features, lambda out: out.square().mean(-1))
+    found["clone_loss"] = loss.detach()
+    options = StateDictOptions(full_state_dict=True)
+    found["full"] = get_model_state_dict(net, options=options)
+    return found
+
+
+JOBS = (before, after, columns, tensor_parallel, both, replicas_of_shards, tools)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +178,7 @@ def trained(kind, hidden=33):
     return result(net, opt)
 
 
-def check(found, kind, hidden=33, bare=True):
+def check(found, kind, hidden=33):
     """All ranks alike, and as one process."""
     expected = trained(kind, hidden)
     for own in found:
@@ -198,3 +223,30 @@ def test_fsdp_over_tensor_parallel(results, kind):
 
 def test_replicas_of_shards(results):
     check([r["replicas_of_shards"] for r in results], "adam")
+
+
+def test_what_a_sharded_network_tells(results):
+    found = [r["tools"] for r in results]
+    net = model()
+    opt = made("momentum", net)
+    train(net, opt)
+    features = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
+    net.head.eval()
+    loss = net.head.clone_loss(features, lambda out: out.square().mean(-1)).detach()
+    rows = alrao.describe_rates(opt, file=None, details=True)
+    for own in found:
+        assert own["suggested_lr"] == pytest.approx(net.suggested_lr(), rel=1e-6)
+        assert own["finite"].tolist() == [True] * 5
+        torch.testing.assert_close(own["clone_loss"], loss, rtol=1e-5, atol=0)
+        plain = [row._replace(module=own_row[2]) for row, own_row in zip(rows, own["rows"])]
+        assert [list(row) for row in plain] == own["rows"]
+    expected = alrao.metrics(net, opt)
+    assert found[0]["metrics"].keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[0]["metrics"][name] == pytest.approx(value, rel=1e-5), name
+    # The way to collapse.
+    whole = model(seed=3)
+    whole.load_state_dict(found[0]["full"])
+    x = torch.randn(4, 16)
+    collapsed = whole.collapse("mixture", num_extras=0)
+    torch.testing.assert_close(collapsed(x), net.eval()(x), rtol=0, atol=1e-5)

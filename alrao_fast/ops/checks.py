@@ -55,8 +55,9 @@ def check_together(optional: str = "", /, **tensors: Any) -> None:
         if is_sharded(tensor):
             raise RuntimeError(
                 f"{name}: got a DTensor, of which a part is here, expected the whole: under fully_shard call the "
-                "module, or a method that torch.distributed.fsdp.register_fsdp_forward_method has registered; in "
-                "tensor parallelism leave the head out of parallelize_module"
+                "module itself that was sharded (the head, not a layer that holds it), or a method that "
+                "torch.distributed.fsdp.register_fsdp_forward_method has registered; in tensor parallelism leave the "
+                "head out of parallelize_module"
             )
         if device is None:
             first, device = name, tensor.device
