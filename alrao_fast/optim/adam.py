@@ -63,6 +63,7 @@ class AlraoAdam(AlraoOptimizer):
         amsgrad: bool = False,
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
+        rate_bound: float | None = None,
         sampler: Sampler | None = None,
         generator: torch.Generator | None = None,
         eps_rule: str = "torch",
