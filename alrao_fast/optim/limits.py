@@ -1,8 +1,8 @@
 """The most that a feature's rate may be: a share of the size of its weights.
 
-Adam moves every entry by about its rate, whatever the gradient: by a rate of b times the root mean square of a feature's
-weights the feature changes by about the share b in a step, and by a higher one too much. Rates drawn above are set to
-that. As layers draw their weights by their fan-in, the limits follow the width of the layers.
+Adam moves every entry by about its rate, whatever the gradient: by a rate of b times the root mean square of a
+feature's weights the feature changes by about the share b in a step, and by a higher one too much. Rates drawn above
+are set to that. As layers draw their weights by their fan-in, the limits follow the width of the layers.
 """
 
 from __future__ import annotations
