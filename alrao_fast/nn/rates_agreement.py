@@ -31,7 +31,7 @@ class Agreement:
     """What a head's processes know of each other's rates; a copy of the head gets one that knows nothing."""
 
     def __init__(self) -> None:
-        # Of live.optimizers, at the last look: it numbers up with every draw.
+        # Of live.optimizers, at the last look: it counts up with every draw.
         self._seen = -1
         self._sent: Tensor | None = None
 
