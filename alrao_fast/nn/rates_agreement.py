@@ -8,6 +8,7 @@ take over those of the group's first rank, before the first step. Who trains by 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -40,12 +41,13 @@ class Agreement:
 
     def sum_over_processes(self, head: nn.Module, switch: Switch, stats: Tensor) -> Tensor:
         """The sum of the statistics `stats` (float64) over the switch's processes, the same bits on every one."""
-        if torch.compiler.is_compiling() or stats.dtype != torch.float64:
-            return switch.sum_over_processes(stats)
-        new = self._seen != live.optimizers.entered
-        if new or self._sent is None or self._sent.device != stats.device:
-            self._sent = stats.new_tensor(_note(head, new))
-        parts = switch.gathered(torch.cat([stats.detach().flatten(), self._sent]))
+        new = not torch.compiler.is_compiling() and self._seen != live.optimizers.entered
+        if torch.compiler.is_compiling():
+            # A graph says nothing, in as many numbers: another rank may have left its own.
+            sent = stats.new_full((len(_Note._fields),), math.nan)
+        else:
+            sent = self._note(head, stats, new)
+        parts = switch.gathered(torch.cat([stats.detach().flatten(), sent]))
         if new:
             self._settle(head, switch, [_Note(*part[stats.numel() :].tolist()) for part in parts])
             self._seen = live.optimizers.entered
@@ -56,9 +58,14 @@ class Agreement:
             total = total + part
         return total.view(stats.shape)
 
+    def _note(self, head: nn.Module, like: Tensor, new: bool) -> Tensor:
+        if new or self._sent is None or self._sent.device != like.device:
+            self._sent = like.new_tensor(_note(head, new))
+        return self._sent
+
     def _settle(self, head: nn.Module, switch: Switch, notes: list[_Note]) -> None:
         """Take over the first rank's rates where they differ; RuntimeError where that cannot be."""
-        if len({note[:3] for note in notes}) == 1:
+        if len({note[:3] for note in notes}) == 1 or any(math.isnan(note.new) for note in notes):
             return
         if len({note.params for note in notes}) > 1:
             # Each rank updates some of the parameters and sends them to the others (ZeroRedundancyOptimizer).
