@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -143,6 +144,24 @@ def own_seeds(rank):
     return {**result, "weights": {name: p.detach().clone() for name, p in net.named_parameters()}}
 
 
+def parts_of_the_optimizer(rank):
+    """Each rank updates some of the parameters, with rates of its own, and sends them to the other."""
+    net = make_model()
+    wrapped = DistributedDataParallel(net)
+    generator = torch.Generator().manual_seed(rank)
+    opt = ZeroRedundancyOptimizer(
+        net.parameters(), optimizer_class=AlraoSGD, momentum=0.9, generator=generator
+    )
+    for x, y in zip(*data(ignored=False)):
+        part = slice(4 * rank, 4 * rank + 4)
+        opt.zero_grad()
+        wrapped(x[part], targets=y[part]).backward()
+        opt.step()
+    own = sum(len(group["params"]) for group in opt.optim.param_groups)
+    weights = {name: p.detach().clone() for name, p in net.named_parameters()}
+    return {"own": own, "weights": weights, "clone_lr": net.head.clone_lr.clone()}
+
+
 def drawn_on_one(rank):
     """Only the first rank makes a new optimizer; the second has none that is new."""
     net = make_model()
@@ -202,6 +221,7 @@ JOBS = (
     checkpointed,
     broken,
     own_seeds,
+    parts_of_the_optimizer,
     drawn_on_one,
     others,
     without_switch,
@@ -313,6 +333,13 @@ def test_ranks_with_seeds_of_their_own_have_the_first_ones_rates(results):
                 assert torch.equal(rate, opt.state[p]["rate"])
     # Rounded by the same bits, too.
     assert_same_bits(one["weights"], two["weights"])
+
+
+def test_zero_redundancy_optimizer(results):
+    one, two = (r["parts_of_the_optimizer"] for r in results)
+    assert one["own"] and two["own"] and one["own"] + two["own"] == len(one["weights"])
+    assert_same_bits(one["weights"], two["weights"])
+    assert torch.equal(one["clone_lr"], two["clone_lr"])
 
 
 def test_rates_that_only_one_rank_has_drawn_are_refused(results):

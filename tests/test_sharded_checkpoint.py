@@ -121,8 +121,14 @@ def load_of_one(rank, folder):
                 set_optimizer_state_dict(
                     net, opt, saved["named"] if rank == 0 else {}, options=options
                 )
+            shards = [
+                value.placements == p.placements
+                for p in net.parameters()
+                for key, value in opt.state[p].items()
+                if key not in ("rate", "step")
+            ]
             go_on(case, net, opt, range(BEGUN, STEPS))
-            found[f"{case} {way}"] = result(net, opt)
+            found[f"{case} {way}"] = {**result(net, opt), "shards": shards}
     return found
 
 
@@ -195,7 +201,9 @@ def test_two_processes_to_more(results, expected, world, case, how):
 @pytest.mark.parametrize("case", CASES)
 def test_one_process_to_four(results, expected, case, way):
     for r in results:
-        check(r["load_of_one"][f"{case} {way}"], expected, case)
+        found = r["load_of_one"][f"{case} {way}"]
+        assert found["shards"] and all(found["shards"])
+        check(found, expected, case)
 
 
 @pytest.mark.parametrize("case", CASES)

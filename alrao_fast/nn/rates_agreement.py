@@ -8,6 +8,7 @@ take over those of the group's first rank, before the first step. Who trains by 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,12 @@ from alrao_fast.nn.switch import Switch
 
 
 class _Note(NamedTuple):
-    """What a rank says of the rates of its optimizers: their checksum, their number, whether they are new."""
+    """What a rank says of the rates of its optimizers: which of the model's parameters have them, as a checksum, their
+    number, their checksum, whether they are new."""
 
-    checksum: float
+    params: float
     number: float
+    checksum: float
     new: float
 
 
@@ -29,7 +32,7 @@ class Agreement:
     """What a head's processes know of each other's rates; a copy of the head gets one that knows nothing."""
 
     def __init__(self) -> None:
-        # Of live.optimizers, at the last look: it numbers up with every draw.
+        # Of live.optimizers, at the last look: it counts up with every draw.
         self._seen = -1
         self._sent: Tensor | None = None
 
@@ -38,13 +41,13 @@ class Agreement:
 
     def sum_over_processes(self, head: nn.Module, switch: Switch, stats: Tensor) -> Tensor:
         """The sum of the statistics `stats` (float64) over the switch's processes, the same bits on every one."""
-        if torch.compiler.is_compiling() or stats.dtype != torch.float64:
-            return switch.sum_over_processes(stats)
-        new = self._seen != live.optimizers.entered
-        if new or self._sent is None or self._sent.device != stats.device:
-            own = _note(_optimizers_of(head), new)
-            self._sent = stats.new_tensor(own)
-        parts = switch.gathered(torch.cat([stats.detach().flatten(), self._sent]))
+        new = not torch.compiler.is_compiling() and self._seen != live.optimizers.entered
+        if torch.compiler.is_compiling():
+            # A graph says nothing, in as many numbers: another rank may have left its own.
+            sent = stats.new_full((len(_Note._fields),), math.nan)
+        else:
+            sent = self._note(head, stats, new)
+        parts = switch.gathered(torch.cat([stats.detach().flatten(), sent]))
         if new:
             self._settle(head, switch, [_Note(*part[stats.numel() :].tolist()) for part in parts])
             self._seen = live.optimizers.entered
@@ -55,9 +58,17 @@ class Agreement:
             total = total + part
         return total.view(stats.shape)
 
+    def _note(self, head: nn.Module, like: Tensor, new: bool) -> Tensor:
+        if new or self._sent is None or self._sent.device != like.device:
+            self._sent = like.new_tensor(_note(head, new))
+        return self._sent
+
     def _settle(self, head: nn.Module, switch: Switch, notes: list[_Note]) -> None:
         """Take over the first rank's rates where they differ; RuntimeError where that cannot be."""
-        if len({note[:2] for note in notes}) == 1:
+        if len({note[:3] for note in notes}) == 1 or any(math.isnan(note.new) for note in notes):
+            return
+        if len({note.params for note in notes}) > 1:
+            # Each rank updates some of the parameters and sends them to the others (ZeroRedundancyOptimizer).
             return
         numbers = [int(note.number) for note in notes]
         if len(set(numbers)) > 1:
@@ -72,34 +83,43 @@ class Agreement:
                 "were drawn or loaded since the last observation: make the optimizer, and load a checkpoint, on every "
                 "rank"
             )
-        for optimizer in _optimizers_of(head):
+        optimizers, _ = _optimizers_of(_params_of(head))
+        for optimizer in optimizers:
             optimizer.take_over(switch.process_group)
 
 
-def _optimizers_of(head: nn.Module) -> list[Any]:
-    """The Alrao optimizers of the head and of its model, for each parameter the one that drew or loaded rates last.
+def _params_of(head: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the model that the head is in, or its own."""
+    own = {id(p) for p in head.parameters()}
+    for net in live.models:
+        params = list(net.parameters())
+        if own <= set(map(id, params)):
+            return params
+    return list(head.parameters())
+
+
+def _optimizers_of(params: list[nn.Parameter]) -> tuple[list[Any], list[int]]:
+    """The Alrao optimizers of a model, for each parameter the one that drew or loaded rates last, and which have one.
 
     One that is not used any more is alive until the garbage collection of its process comes.
     """
-    own = {id(p) for p in head.parameters()}
-    for net in live.models:
-        held = {id(p) for p in net.parameters()}
-        if own <= held:
-            own = held
-            break
-    found = []
+    left = {id(p): number for number, p in enumerate(params)}
+    optimizers, numbers = [], []
     for optimizer in reversed(list(live.optimizers)):
-        params = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not own.isdisjoint(params):
-            own -= params
-            found.append(optimizer)
-    return found
+        own = [p for group in optimizer.param_groups for p in group["params"]]
+        found = [left.pop(id(p)) for p in own if id(p) in left]
+        if found:
+            optimizers.append(optimizer)
+            numbers += found
+    return optimizers, numbers
 
 
-def _note(optimizers: list[Any], new: bool) -> _Note:
-    checksum, number = 0, 0
+def _note(head: nn.Module, new: bool) -> _Note:
+    optimizers, numbers = _optimizers_of(_params_of(head))
+    # A float64 holds 2^52.
+    params = sum(pow(3, number, 2**52) for number in numbers) % 2**52
+    checksum, rates = 0, 0
     for optimizer in optimizers:
-        own, rates = optimizer.fingerprint()
-        # A float64 holds 2^52.
-        checksum, number = (3 * checksum + own) % 2**52, number + rates
-    return _Note(float(checksum), float(number), float(new))
+        own, count = optimizer.fingerprint()
+        checksum, rates = (3 * checksum + own) % 2**52, rates + count
+    return _Note(float(params), float(rates), float(checksum), float(new))

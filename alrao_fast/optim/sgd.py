@@ -35,8 +35,9 @@ class AlraoSGD(AlraoOptimizer):
             momentum_rule is "authors" or the sampler is `Constant`, with which this is torch.optim.SGD.
         sampler: `LogUniform(*lr_range)` if None; `PerWeight`, `Fraction`, `Constant` or a function `(n, generator) ->
             [n]` of rates.
-        generator: a CPU torch.Generator to draw from; the same seed gives the same rates on any device. In
-            distributed training give every rank the same seed.
+        generator: a CPU torch.Generator to draw from; the same seed gives the same rates on any device. Ranks whose
+            parameters are DTensors, or whose networks have clones, take over the first one's rates; plain networks
+            without clones need the same seed on every rank.
         momentum_rule: "torch", or "authors" for that of the paper's code, which shortens the memory of fast features;
             it is for the pre-classifier only: clones keep torch's and get a param group of their own.
         rounding: how bfloat16 and float16 parameters are rounded: "stochastic" (None: the same) or "nearest", under
