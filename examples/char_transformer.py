@@ -94,9 +94,8 @@ def main() -> None:
     backbone = Transformer(len(alphabet), args.context, args.width, args.depth, args.heads)
     head = alrao.ClassifierClones(args.width, len(alphabet), num_clones=args.clones)
     net = alrao.AlraoModel(backbone, head).to(args.device)
-    # Adam's rates live elsewhere than SGD's.
-    opt = alrao.AlraoAdam(net, lr_range=(1e-4, 1e-1), generator=torch.Generator().manual_seed(0))
-    warm_up = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: min(1.0, (step + 1) / 50))
+    generator = torch.Generator().manual_seed(0)
+    opt = alrao.AlraoAdam(net, total_steps=args.steps, generator=generator)
 
     progress = tqdm(batches(train, args.batch, args.context, seed=0), total=args.steps)
     for step, (x, y) in enumerate(progress):
@@ -106,19 +105,18 @@ def main() -> None:
         loss = net(x, targets=y)
         loss.backward()
         opt.step()
-        warm_up.step()
         if step % 20 == 0:
             progress.set_postfix(bits=f"{loss.item() / math.log(2):.3f}")
     progress.close()
 
     net.eval()
     losses = []
-    with torch.no_grad():
+    with torch.no_grad(), opt.averaged():
         for _, (x, y) in zip(range(50), batches(valid, args.batch, args.context, seed=1)):
             losses.append(net(x, targets=y))
+        written = sample(net, valid[None, : args.context], args.sample, args.context)
     print(f"validation: {torch.stack(losses).mean() / math.log(2):.3f} bits per character")
     print(f"posterior of the clones: {[round(p, 3) for p in net.posterior().tolist()]}")
-    written = sample(net, valid[None, : args.context], args.sample, args.context)
     print("".join(alphabet[k] for k in written[0, args.context :].tolist()))
 
 

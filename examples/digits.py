@@ -39,7 +39,7 @@ def main() -> None:
     backbone = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
     head = alrao.ClassifierClones(in_features=256, num_classes=10, num_clones=args.clones)
     net = alrao.AlraoModel(backbone, head)
-    opt = alrao.AlraoSGD(net, generator=generator)
+    opt = alrao.AlraoAdam(net, total_steps=args.epochs * len(loader), generator=generator)
 
     for epoch in range(args.epochs):
         net.train()
@@ -50,7 +50,7 @@ def main() -> None:
             opt.step()
 
         net.eval()
-        with torch.no_grad():
+        with torch.no_grad(), opt.averaged():
             x, y = test[:]
             accuracy = (net(x).argmax(-1) == y).double().mean().item()
         best = net.posterior().argmax()
@@ -59,7 +59,7 @@ def main() -> None:
             f"best clone {best.item()}, learning rate {head.clone_lr[best]:.1e}"
         )
 
-    print(f"a learning rate to start a plain SGD run from: {net.suggested_lr():.2g}")
+    print(f"a learning rate to start a plain Adam run from: {net.suggested_lr():.2g}")
     print(net.collapse("best"))
 
 
