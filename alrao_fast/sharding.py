@@ -226,12 +226,14 @@ class LocalParts:
                 f"{param.device_mesh}"
             )
         if grad.placements == param.placements:
+            # The next one's is this object, most likely.
+            self._specs[number] = grad._spec
             return grad
         with torch.no_grad():
             return grad.redistribute(placements=param.placements)
 
 
-def groups_of(params: Iterable[Any]) -> list[dist.ProcessGroup]:
+def groups_of(params: Iterable[Any]) -> list[Any]:
     """The process groups, of more than one rank, of all meshes on which DTensors among `params` are placed."""
     groups: dict[int, Any] = {}
     meshes = {id(p.device_mesh): p.device_mesh for p in params if is_sharded(p)}

@@ -7,10 +7,24 @@
 - The posterior is bit-equal on all ranks.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
-from sharded_harness import CASES, STEPS, assert_close, made, model, run, states, train, weights
+from sharded_harness import (
+    CASES,
+    STEPS,
+    assert_close,
+    batch,
+    made,
+    model,
+    run,
+    states,
+    train,
+    weights,
+)
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -72,6 +86,7 @@ def after(rank):
             begun = 2
             train(net, opt, range(begun))
         names = {id(p): name for name, p in net.named_parameters()}
+        old = [weakref.ref(p) for p in net.parameters()]
         if kind == "groups":
             # As Accelerate does: placeholders, so that the whole parameters can go.
             (group,) = opt.param_groups
@@ -85,7 +100,8 @@ def after(rank):
         train(net, opt, range(begun, STEPS), part=(rank, 4))
         found[kind] = result(net, opt)
         # Nothing is left of what was whole.
-        found[kind]["kept"] = len(opt.state) == len(opt._rates) == len(list(net.parameters()))
+        gc.collect()
+        found[kind]["freed"] = all(reference() is None for reference in old)
     return found
 
 
@@ -111,6 +127,18 @@ def tensor_parallel(rank):
     found = result(net, opt)
     found["plain"] = sum(not isinstance(p, DTensor) for p in net.parameters())
     return found
+
+
+def tensor_parallel_later(rank):
+    """Without a switch, whose ranks would agree by it: the plain parameters' rates are the first rank's, too."""
+    mesh, net = init_device_mesh("cpu", (4,)), model(hidden=36).backbone
+    opt = made("momentum", net, seed=1 + rank)
+    parallelize_module(net, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    for step in range(STEPS):
+        opt.zero_grad()
+        net(batch(step)[0]).square().mean().backward()
+        opt.step()
+    return {"weights": weights(net), "states": states(net, opt)}
 
 
 def both(rank):
@@ -163,7 +191,16 @@ def tools(rank):
     return found
 
 
-JOBS = (before, after, columns, tensor_parallel, both, replicas_of_shards, tools)
+JOBS = (
+    before,
+    after,
+    columns,
+    tensor_parallel,
+    tensor_parallel_later,
+    both,
+    replicas_of_shards,
+    tools,
+)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +240,7 @@ def test_fully_shard(results, kind):
 def test_sharded_after_construction(results, kind):
     found = [r["after"][kind] for r in results]
     check(found, "momentum")
-    assert all(own["kept"] for own in found)
+    assert all(own["freed"] for own in found)
 
 
 def test_columns(results):
@@ -214,6 +251,18 @@ def test_tensor_parallel_with_plain_parameters(results):
     found = [r["tensor_parallel"] for r in results]
     assert {own["plain"] for own in found} == {4}
     check(found, "momentum", 36)
+
+
+def test_tensor_parallel_after_construction(results):
+    net = model(hidden=36).backbone
+    opt = made("momentum", net)
+    for step in range(STEPS):
+        opt.zero_grad()
+        net(batch(step)[0]).square().mean().backward()
+        opt.step()
+    for r in results:
+        assert_close(r["tensor_parallel_later"]["weights"], weights(net))
+        assert_close(r["tensor_parallel_later"]["states"], states(net, opt))
 
 
 @pytest.mark.parametrize("kind", ["shards", "late"])

@@ -203,7 +203,7 @@ class AlraoOptimizer(AcrossRanks):
                         self._rates[param] = self.state[param]["rate"]
                     else:
                         self._undrawn[param] = place and place.sampler, group["lr_range"]
-            self._draw(sharded)
+            self._draw(sharded=bool(sharded))
         except Exception:
             self._layouts, self._undrawn, self._bare = before, {}, []
             for param in strangers:
@@ -213,6 +213,7 @@ class AlraoOptimizer(AcrossRanks):
             # The same parameter: its momentum goes on. Nothing whole is kept.
             self.state[new] = sharding.handed_over(self.state.pop(old, {}), new) | self.state[new]
             del self._layouts[old], self._rates[old]
+            self._homes.forget(old)
         self._places.note(groups)
         self._warn_of_bare_tensors()
 
@@ -280,11 +281,11 @@ class AlraoOptimizer(AcrossRanks):
         part = {**group, "params": clones, self._rule_option: "torch"}
         return [{**group, "params": others}, part] if others else [part]
 
-    def _draw(self, sharded: Iterable[Tensor] = ()) -> None:
+    def _draw(self, *, sharded: bool = False) -> None:
         """Draw the rates of the parameters that have none, in the model's order, and store them in the state.
 
-        With DTensors among the parameters all ranks of their meshes have the first one's, also of those in `sharded`,
-        which have rates that each rank drew by itself.
+        With DTensors among the parameters all ranks of their meshes have the first one's. If parameters have been
+        `sharded`, all rates, which each rank had drawn by itself, become the first one's.
         """
         pending, self._undrawn = self._undrawn, {}
         own = self._sampler or LogUniform(*self.defaults["lr_range"])
@@ -294,7 +295,7 @@ class AlraoOptimizer(AcrossRanks):
                 # The tensors of a group round with consecutive seeds, starting here.
                 seed = torch.randint(2**62, (), generator=self._generator, device="cpu")
                 group["rounding_seed"] = int(seed)
-        self._agree([*rates.values(), *(self._rates[p] for p in sharded)])
+        self._agree([*rates.values(), *(self._known_rates() if sharded else ())])
         self._store(rates)
 
     def _store(self, rates: dict[Tensor, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """What an optimizer has to do with other processes: one draw of the rates for all, and modules that are sharded."""
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -24,6 +25,7 @@ class AcrossRanks(Optimizer):
     """The part of an Alrao optimizer that knows of other ranks."""
 
     _layouts: dict[Tensor, Layout]
+    _rates: dict[Tensor, Tensor]
     _binding: Binding
     _homes: Homes
     # How many gradients each group had in the last step: where that changes, a module may have been sharded.
@@ -75,6 +77,11 @@ class AcrossRanks(Optimizer):
                 own[:] = [moved.get(param, param) for param in own]
 
     # Rates that are the same on all ranks.
+
+    def _known_rates(self) -> list[Tensor]:
+        """The rates of the groups' parameters that have some."""
+        own = (p for group in self.param_groups for p in group["params"])
+        return [self._rates[p] for p in own if p in self._rates]
 
     def drawn_rates(self) -> list[Tensor]:
         """The vectors of rates, each once, in an order that is the same on all ranks that train one network."""
@@ -148,7 +155,8 @@ class _Notice:
         return False
 
     def _tell(self, store: Any, optimizer: AcrossRanks, grads: list[Tensor]) -> None:
-        total = sum(float(grad.detach().double().abs().sum()) for grad in grads)
+        norms = (torch.linalg.vector_norm(g.detach(), 1, dtype=torch.float64) for g in grads)
+        total = sum(map(float, norms))
         checksum, count = optimizer.fingerprint()
         prefix = f"alrao_fast/{next(_numbers)}"
         self._own = f"{total!r} {count} {checksum}"
@@ -157,7 +165,7 @@ class _Notice:
 
     def _compare(self, first: str) -> None:
         theirs, ours = first.split(), self._own.split()
-        if theirs[:2] == ours[:2] and theirs[2] != ours[2] and float(ours[0]) > 0:
+        if theirs[:2] == ours[:2] and theirs[2] != ours[2] and 0 < float(ours[0]) < math.inf:
             warnings.warn(
                 f"ranks 0 and {dist.get_rank()} have the same gradients and different learning rates: if they train "
                 "one network, as under DistributedDataParallel, its copies drift apart. Draw the same rates on every "
