@@ -52,7 +52,12 @@ def check_parts(name: str, param: Any) -> None:
     """Raise ValueError for a DTensor whose parts do not say where in it their entries are, and TypeError for another
     wrapper of tensors, whose memory the kernels would not find."""
     if is_sharded(param):
-        spans(param, name)
+        sizes, here = [stop - start for start, stop in spans(param, name)], local(param)
+        if here.numel() and list(here.shape) != sizes:
+            raise ValueError(
+                f"parameter {name!r} has a part of shape {list(here.shape)} on this rank, expected {sizes} by its "
+                f"placements {param.placements}"
+            )
     kind = type(local(param))
     if param.requires_grad and hasattr(kind, "__tensor_flatten__"):
         raise TypeError(

@@ -5,12 +5,14 @@ every placement that torch makes, the entries that are there have the rates that
   of tensor parallelism (strided shards), a local tensor in another memory order.
 - Slices are views, so that rates filled in place count; states are placed as their parameter, with its local strides.
 - Replicas round with the same bits, other parts with other ones; what is no range of the whole is refused.
+- Parameters that Accelerate has exchanged keep their rates.
 """
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from alrao_fast import AlraoSGD, sharding
 from alrao_fast.optim.binding import _in_memory
@@ -176,3 +178,39 @@ def test_what_is_no_range_is_refused(rank):
             ValueError, match=rf"parameter 'weight' is placed as {named}.*expected Shard or"
         ):
             AlraoSGD(layer)
+
+    other = tensor.DTensor.from_local(
+        torch.zeros(3, 4), mesh_of(LINE), (Shard(0),), run_check=False, shape=(8, 4), stride=(4, 1)
+    )
+    layer.weight = nn.Parameter(other)
+    with pytest.raises(
+        ValueError, match=r"a part of shape \[3, 4\] on this rank, expected \[2, 4\]"
+    ):
+        AlraoSGD(layer)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parameters_exchanged_by_accelerate(rank):
+    """By its own function, between the two halves of its `prepare`."""
+    utils = pytest.importorskip("accelerate.utils.fsdp_utils")
+    layer = nn.Linear(4, 8)
+    opt = AlraoSGD(layer, momentum=0.9, generator=torch.Generator().manual_seed(0))
+    before = {name: opt.state[p]["rate"].clone() for name, p in layer.named_parameters()}
+    addresses = {name: p.data_ptr() for name, p in layer.named_parameters()}
+    (group,) = opt.param_groups
+    for number, p in enumerate(group["params"]):
+        group["params"][number] = torch.empty(1)
+        group["params"][number].data_ptr = p.data_ptr()
+    fully_shard(layer, mesh=mesh_of(LINE))
+    mapping = {addresses[name]: p for name, p in layer.named_parameters()}
+    utils.fsdp2_switch_optimizer_parameters(opt, mapping)
+    saved = opt.state_dict()
+    assert saved["state"].keys() == {0, 1}
+    for name, p in layer.named_parameters():
+        assert torch.equal(opt.state[p]["rate"], before[name])
+        assert opt.state[p]["momentum_buffer"].placements == p.placements
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    spans = [sharding.spans(p)[0] for p in layer.parameters()]
+    assert spans == [(2 * rank, 2 * rank + 2)] * 2

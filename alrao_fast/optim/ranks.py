@@ -83,16 +83,16 @@ class AcrossRanks(Optimizer):
         own = (p for group in self.param_groups for p in group["params"])
         return [self._rates[p] for p in own if p in self._rates]
 
-    def drawn_rates(self) -> list[Tensor]:
+    def _drawn_rates(self) -> list[Tensor]:
         """The vectors of rates, each once, in an order that is the same on all ranks that train one network."""
         self.refresh()
         own = (p for group in self.param_groups for p in group["params"])
         return [*{id(rate): rate for rate in (self.state[p]["rate"] for p in own)}.values()]
 
-    def fingerprint(self) -> tuple[int, int]:
+    def _fingerprint(self) -> tuple[int, int]:
         """A checksum of the rates and rounding seeds, below 2^52, and the number of the rates. Waits for the device."""
         checksum, count = 0, 0
-        for rates in self.drawn_rates():
+        for rates in self._drawn_rates():
             words = rates.detach().cpu().view(torch.int32).long()
             places = torch.arange(count, count + words.numel())
             # Sums in int64 wrap.
@@ -102,9 +102,9 @@ class AcrossRanks(Optimizer):
             checksum = 3 * checksum + group["rounding_seed"]
         return checksum % 2**52, count
 
-    def take_over(self, process_group: Any) -> None:
+    def _take_over(self, process_group: Any) -> None:
         """Have the rates and rounding seeds that the first rank of the group has; all of its ranks have to call it."""
-        self._agree(self.drawn_rates(), [process_group or dist.group.WORLD])
+        self._agree(self._drawn_rates(), [process_group or dist.group.WORLD])
         # The seeds are part of what is bound.
         self._binding = Binding()
         self._tell_heads()
@@ -157,7 +157,7 @@ class _Notice:
     def _tell(self, store: Any, optimizer: AcrossRanks, grads: list[Tensor]) -> None:
         norms = (torch.linalg.vector_norm(g.detach(), 1, dtype=torch.float64) for g in grads)
         total = sum(map(float, norms))
-        checksum, count = optimizer.fingerprint()
+        checksum, count = optimizer._fingerprint()
         prefix = f"alrao_fast/{next(_numbers)}"
         self._own = f"{total!r} {count} {checksum}"
         self._keys = f"{prefix}/{dist.get_rank()}", f"{prefix}/0"
