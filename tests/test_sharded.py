@@ -1,7 +1,8 @@
 """Protects training on DTensors: four processes over gloo, compared with one process on the whole batch.
 
 - fully_shard (FSDP2), before and after the optimizer is made and in the middle of a training, with uneven and empty
-  shards, along columns; tensor parallelism, alone, where some parameters stay plain, and under FSDP on a 2D mesh.
+  shards, along columns; tensor parallelism, alone, where some parameters stay plain, with sequences over ranks, and
+  under FSDP on a 2D mesh.
 - Rates and rounding seeds are the first rank's on every rank, whatever the ranks' seeds; states are DTensors placed as
   their parameter; momentum, weight decay, maximize and Adam's moments follow the whole.
 - The posterior is bit-equal on all ranks.
@@ -28,10 +29,12 @@ from sharded_harness import (
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    PrepareModuleOutput,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 
@@ -141,6 +144,34 @@ def tensor_parallel_later(rank):
     return {"weights": weights(net), "states": states(net, opt)}
 
 
+def sequences(net, opt):
+    """Steps on sequences, clipped; returns the placements of the normalisation's gradient."""
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(STEPS):
+        x = torch.randn(4, 8, 16, generator=generator)
+        y = torch.randint(10, (4, 8), generator=generator)
+        opt.zero_grad()
+        net(x, targets=y).backward()
+        placed = str(getattr(net.backbone[3].weight.grad, "placements", ""))
+        alrao.clip_grad_norm_(net, 0.5)
+        opt.step()
+    return placed
+
+
+def sequence_parallel(rank):
+    """The normalisation sees a part of each sequence, and its gradient is a partial sum on each rank."""
+    mesh, net = init_device_mesh("cpu", (4,)), model(hidden=36)
+    plan = {
+        "": PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate()),
+        "0": ColwiseParallel(),
+        "2": RowwiseParallel(output_layouts=Shard(1)),
+        "3": SequenceParallel(),
+    }
+    parallelize_module(net.backbone, mesh, plan)
+    opt = made("momentum", net, seed=1 + rank)
+    return {"placed": sequences(net, opt), "weights": weights(net)}
+
+
 def both(rank):
     """FSDP over tensor parallelism, whose 34 columns are uneven twice; with replicas instead of shards, too."""
     mesh, found = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")), {}
@@ -197,6 +228,7 @@ JOBS = (
     columns,
     tensor_parallel,
     tensor_parallel_later,
+    sequence_parallel,
     both,
     replicas_of_shards,
     tools,
@@ -263,6 +295,14 @@ def test_tensor_parallel_after_construction(results):
     for r in results:
         assert_close(r["tensor_parallel_later"]["weights"], weights(net))
         assert_close(r["tensor_parallel_later"]["states"], states(net, opt))
+
+
+def test_sequence_parallel(results):
+    net = model(hidden=36)
+    sequences(net, made("momentum", net))
+    for r in results:
+        assert "Partial" in r["sequence_parallel"]["placed"]
+        assert_close(r["sequence_parallel"]["weights"], weights(net))
 
 
 @pytest.mark.parametrize("kind", ["shards", "late"])
