@@ -118,6 +118,8 @@ def local_rates(rate: Tensor, param: Any, dims: tuple[int, ...], name: str = "")
     if len(dims) == 1:
         ((start, stop),) = places
         period = max(rate.numel(), 1)
+        if start % period == 0 and (stop - start) % period == 0 and stop > start:
+            return rate
         if start % period + stop - start > period:
             return rate[torch.arange(start, stop, device=rate.device) % period]
         return rate[start % period : start % period + stop - start]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from alrao_fast import AlraoSGD, sharding
+from alrao_fast import AlraoSGD, PerWeight, sharding
 from alrao_fast.optim.binding import _in_memory
 from alrao_fast.optim.layouts import Layout, Vector
 
@@ -44,6 +44,8 @@ CASES = {
     "columns": ((8, 12, 4), (1,), 12),
     "gates": ((16, 4, 4), (0,), 4),
     "gates across shards": ((12, 4, 4), (0,), 6),
+    "gates not in step with shards": ((20, 4, 4), (0,), 4),
+    "odd gates": ((15, 4, 4), (0,), 3),
     "one rate": ((8, 4, 4), (), 1),
     "neighbours": ((8, 4, 4), (0, 1), 32),
     "apart": ((8, 4, 4), (0, 2), 32),
@@ -134,6 +136,24 @@ def test_slices_are_views(rank):
     own = sharding.local_rates(rate, param, (0,))
     rate.fill_(0.5)
     assert own.tolist() == [0.5, 0.5]
+
+
+def test_rates_that_are_copied_count_when_they_are_filled(rank):
+    """Of single columns, whose rates do not lie next to each other."""
+    layer = nn.Linear(8, 4, bias=False)
+    weight = placed(torch.zeros(4, 8), mesh_of(LINE), (Shard(1),))
+    layer.weight = nn.Parameter(weight)
+    opt = AlraoSGD(layer, sampler=PerWeight(0.1, 1.0))
+    drawn = sharding.local(
+        placed(opt.state[layer.weight]["rate"].view(4, 8), mesh_of(LINE), (Shard(1),))
+    )
+    here = sharding.local(layer.weight)
+    for expected in (drawn.clone(), torch.full((4, 2), 0.25)):
+        here.zero_()
+        layer.weight.grad = torch.ones_like(layer.weight)
+        opt.step()
+        assert torch.equal(here, -expected)
+        opt.state[layer.weight]["rate"].fill_(0.25)
 
 
 def test_states_are_placed_as_their_parameter(rank):
