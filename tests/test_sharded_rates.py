@@ -234,3 +234,24 @@ def test_parameters_exchanged_by_accelerate(rank):
     opt.step()
     spans = [sharding.spans(p)[0] for p in layer.parameters()]
     assert spans == [(2 * rank, 2 * rank + 2)] * 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rank", [1], indirect=True)
+def test_compiled_steps(rank):
+    """As eager ones."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 7)
+        fully_shard(layer, mesh=mesh_of(LINE))
+        generator = torch.Generator().manual_seed(0)
+        opt = AlraoSGD(layer, momentum=0.9, lr=torch.tensor(1.0), generator=generator)
+        step = torch.compile(opt.step, backend="aot_eager") if compiled else opt.step
+        for number in range(3):
+            for p in layer.parameters():
+                p.grad = torch.full_like(p, number + 1.0)
+            (opt.step if number == 0 else step)()
+        found.append([sharding.local(p).clone() for p in layer.parameters()])
+    for eager, other in zip(*found):
+        torch.testing.assert_close(other, eager, rtol=1e-6, atol=1e-7)
