@@ -52,7 +52,12 @@ def check_parts(name: str, param: Any) -> None:
     """Raise ValueError for a DTensor whose parts do not say where in it their entries are, and TypeError for another
     wrapper of tensors, whose memory the kernels would not find."""
     if is_sharded(param):
-        spans(param, name)
+        sizes, here = [stop - start for start, stop in spans(param, name)], local(param)
+        if here.numel() and list(here.shape) != sizes:
+            raise ValueError(
+                f"parameter {name!r} has a part of shape {list(here.shape)} on this rank, expected {sizes} by its "
+                f"placements {param.placements}"
+            )
     kind = type(local(param))
     if param.requires_grad and hasattr(kind, "__tensor_flatten__"):
         raise TypeError(
@@ -113,6 +118,8 @@ def local_rates(rate: Tensor, param: Any, dims: tuple[int, ...], name: str = "")
     if len(dims) == 1:
         ((start, stop),) = places
         period = max(rate.numel(), 1)
+        if start % period == 0 and (stop - start) % period == 0 and stop > start:
+            return rate
         if start % period + stop - start > period:
             return rate[torch.arange(start, stop, device=rate.device) % period]
         return rate[start % period : start % period + stop - start]
@@ -226,12 +233,14 @@ class LocalParts:
                 f"{param.device_mesh}"
             )
         if grad.placements == param.placements:
+            # The next one's is this object, most likely.
+            self._specs[number] = grad._spec
             return grad
         with torch.no_grad():
             return grad.redistribute(placements=param.placements)
 
 
-def groups_of(params: Iterable[Any]) -> list[dist.ProcessGroup]:
+def groups_of(params: Iterable[Any]) -> list[Any]:
     """The process groups, of more than one rank, of all meshes on which DTensors among `params` are placed."""
     groups: dict[int, Any] = {}
     meshes = {id(p.device_mesh): p.device_mesh for p in params if is_sharded(p)}

@@ -1,23 +1,40 @@
 """Protects training on DTensors: four processes over gloo, compared with one process on the whole batch.
 
 - fully_shard (FSDP2), before and after the optimizer is made and in the middle of a training, with uneven and empty
-  shards, along columns; tensor parallelism, alone, where some parameters stay plain, and under FSDP on a 2D mesh.
+  shards, along columns; tensor parallelism, alone, where some parameters stay plain, with sequences over ranks, and
+  under FSDP on a 2D mesh.
 - Rates and rounding seeds are the first rank's on every rank, whatever the ranks' seeds; states are DTensors placed as
   their parameter; momentum, weight decay, maximize and Adam's moments follow the whole.
 - The posterior is bit-equal on all ranks.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
-from sharded_harness import CASES, STEPS, assert_close, made, model, run, states, train, weights
+from sharded_harness import (
+    CASES,
+    STEPS,
+    assert_close,
+    batch,
+    made,
+    model,
+    run,
+    states,
+    train,
+    weights,
+)
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    PrepareModuleOutput,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 
@@ -72,6 +89,7 @@ def after(rank):
             begun = 2
             train(net, opt, range(begun))
         names = {id(p): name for name, p in net.named_parameters()}
+        old = [weakref.ref(p) for p in net.parameters()]
         if kind == "groups":
             # As Accelerate does: placeholders, so that the whole parameters can go.
             (group,) = opt.param_groups
@@ -85,7 +103,8 @@ def after(rank):
         train(net, opt, range(begun, STEPS), part=(rank, 4))
         found[kind] = result(net, opt)
         # Nothing is left of what was whole.
-        found[kind]["kept"] = len(opt.state) == len(opt._rates) == len(list(net.parameters()))
+        gc.collect()
+        found[kind]["freed"] = all(reference() is None for reference in old)
     return found
 
 
@@ -111,6 +130,46 @@ def tensor_parallel(rank):
     found = result(net, opt)
     found["plain"] = sum(not isinstance(p, DTensor) for p in net.parameters())
     return found
+
+
+def tensor_parallel_later(rank):
+    """Without a switch, whose ranks would agree by it: the plain parameters' rates are the first rank's, too."""
+    mesh, net = init_device_mesh("cpu", (4,)), model(hidden=36).backbone
+    opt = made("momentum", net, seed=1 + rank)
+    parallelize_module(net, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    for step in range(STEPS):
+        opt.zero_grad()
+        net(batch(step)[0]).square().mean().backward()
+        opt.step()
+    return {"weights": weights(net), "states": states(net, opt)}
+
+
+def sequences(net, opt):
+    """Steps on sequences, clipped; returns the placements of the normalisation's gradient."""
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(STEPS):
+        x = torch.randn(4, 8, 16, generator=generator)
+        y = torch.randint(10, (4, 8), generator=generator)
+        opt.zero_grad()
+        net(x, targets=y).backward()
+        placed = str(getattr(net.backbone[3].weight.grad, "placements", ""))
+        alrao.clip_grad_norm_(net, 0.5)
+        opt.step()
+    return placed
+
+
+def sequence_parallel(rank):
+    """The normalisation sees a part of each sequence, and its gradient is a partial sum on each rank."""
+    mesh, net = init_device_mesh("cpu", (4,)), model(hidden=36)
+    plan = {
+        "": PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate()),
+        "0": ColwiseParallel(),
+        "2": RowwiseParallel(output_layouts=Shard(1)),
+        "3": SequenceParallel(),
+    }
+    parallelize_module(net.backbone, mesh, plan)
+    opt = made("momentum", net, seed=1 + rank)
+    return {"placed": sequences(net, opt), "weights": weights(net)}
 
 
 def both(rank):
@@ -163,7 +222,17 @@ def tools(rank):
     return found
 
 
-JOBS = (before, after, columns, tensor_parallel, both, replicas_of_shards, tools)
+JOBS = (
+    before,
+    after,
+    columns,
+    tensor_parallel,
+    tensor_parallel_later,
+    sequence_parallel,
+    both,
+    replicas_of_shards,
+    tools,
+)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +272,7 @@ def test_fully_shard(results, kind):
 def test_sharded_after_construction(results, kind):
     found = [r["after"][kind] for r in results]
     check(found, "momentum")
-    assert all(own["kept"] for own in found)
+    assert all(own["freed"] for own in found)
 
 
 def test_columns(results):
@@ -214,6 +283,26 @@ def test_tensor_parallel_with_plain_parameters(results):
     found = [r["tensor_parallel"] for r in results]
     assert {own["plain"] for own in found} == {4}
     check(found, "momentum", 36)
+
+
+def test_tensor_parallel_after_construction(results):
+    net = model(hidden=36).backbone
+    opt = made("momentum", net)
+    for step in range(STEPS):
+        opt.zero_grad()
+        net(batch(step)[0]).square().mean().backward()
+        opt.step()
+    for r in results:
+        assert_close(r["tensor_parallel_later"]["weights"], weights(net))
+        assert_close(r["tensor_parallel_later"]["states"], states(net, opt))
+
+
+def test_sequence_parallel(results):
+    net = model(hidden=36)
+    sequences(net, made("momentum", net))
+    for r in results:
+        assert "Partial" in r["sequence_parallel"]["placed"]
+        assert_close(r["sequence_parallel"]["weights"], weights(net))
 
 
 @pytest.mark.parametrize("kind", ["shards", "late"])
@@ -238,8 +327,7 @@ def test_what_a_sharded_network_tells(results):
         assert own["suggested_lr"] == pytest.approx(net.suggested_lr(), rel=1e-6)
         assert own["finite"].tolist() == [True] * 5
         torch.testing.assert_close(own["clone_loss"], loss, rtol=1e-5, atol=0)
-        plain = [row._replace(module=own_row[2]) for row, own_row in zip(rows, own["rows"])]
-        assert [list(row) for row in plain] == own["rows"]
+        assert [list(row) for row in rows] == own["rows"]
     expected = alrao.metrics(net, opt)
     assert found[0]["metrics"].keys() == expected.keys()
     for name, value in expected.items():

@@ -5,14 +5,16 @@ every placement that torch makes, the entries that are there have the rates that
   of tensor parallelism (strided shards), a local tensor in another memory order.
 - Slices are views, so that rates filled in place count; states are placed as their parameter, with its local strides.
 - Replicas round with the same bits, other parts with other ones; what is no range of the whole is refused.
+- Parameters that Accelerate has exchanged keep their rates.
 """
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
-from alrao_fast import AlraoSGD, sharding
+from alrao_fast import AlraoSGD, PerWeight, sharding
 from alrao_fast.optim.binding import _in_memory
 from alrao_fast.optim.layouts import Layout, Vector
 
@@ -42,6 +44,8 @@ CASES = {
     "columns": ((8, 12, 4), (1,), 12),
     "gates": ((16, 4, 4), (0,), 4),
     "gates across shards": ((12, 4, 4), (0,), 6),
+    "gates not in step with shards": ((20, 4, 4), (0,), 4),
+    "odd gates": ((15, 4, 4), (0,), 3),
     "one rate": ((8, 4, 4), (), 1),
     "neighbours": ((8, 4, 4), (0, 1), 32),
     "apart": ((8, 4, 4), (0, 2), 32),
@@ -134,6 +138,24 @@ def test_slices_are_views(rank):
     assert own.tolist() == [0.5, 0.5]
 
 
+def test_rates_that_are_copied_count_when_they_are_filled(rank):
+    """Of single columns, whose rates do not lie next to each other."""
+    layer = nn.Linear(8, 4, bias=False)
+    weight = placed(torch.zeros(4, 8), mesh_of(LINE), (Shard(1),))
+    layer.weight = nn.Parameter(weight)
+    opt = AlraoSGD(layer, sampler=PerWeight(0.1, 1.0))
+    drawn = sharding.local(
+        placed(opt.state[layer.weight]["rate"].view(4, 8), mesh_of(LINE), (Shard(1),))
+    )
+    here = sharding.local(layer.weight)
+    for expected in (drawn.clone(), torch.full((4, 2), 0.25)):
+        here.zero_()
+        layer.weight.grad = torch.ones_like(layer.weight)
+        opt.step()
+        assert torch.equal(here, -expected)
+        opt.state[layer.weight]["rate"].fill_(0.25)
+
+
 def test_states_are_placed_as_their_parameter(rank):
     mesh = mesh_of(SQUARE)
     placements = (Strided(0, split_factor=2), Shard(0))
@@ -176,3 +198,60 @@ def test_what_is_no_range_is_refused(rank):
             ValueError, match=rf"parameter 'weight' is placed as {named}.*expected Shard or"
         ):
             AlraoSGD(layer)
+
+    other = tensor.DTensor.from_local(
+        torch.zeros(3, 4), mesh_of(LINE), (Shard(0),), run_check=False, shape=(8, 4), stride=(4, 1)
+    )
+    layer.weight = nn.Parameter(other)
+    with pytest.raises(
+        ValueError, match=r"a part of shape \[3, 4\] on this rank, expected \[2, 4\]"
+    ):
+        AlraoSGD(layer)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parameters_exchanged_by_accelerate(rank):
+    """By its own function, between the two halves of its `prepare`."""
+    utils = pytest.importorskip("accelerate.utils.fsdp_utils")
+    layer = nn.Linear(4, 8)
+    opt = AlraoSGD(layer, momentum=0.9, generator=torch.Generator().manual_seed(0))
+    before = {name: opt.state[p]["rate"].clone() for name, p in layer.named_parameters()}
+    addresses = {name: p.data_ptr() for name, p in layer.named_parameters()}
+    (group,) = opt.param_groups
+    for number, p in enumerate(group["params"]):
+        group["params"][number] = torch.empty(1)
+        group["params"][number].data_ptr = p.data_ptr()
+    fully_shard(layer, mesh=mesh_of(LINE))
+    mapping = {addresses[name]: p for name, p in layer.named_parameters()}
+    utils.fsdp2_switch_optimizer_parameters(opt, mapping)
+    saved = opt.state_dict()
+    assert saved["state"].keys() == {0, 1}
+    for name, p in layer.named_parameters():
+        assert torch.equal(opt.state[p]["rate"], before[name])
+        assert opt.state[p]["momentum_buffer"].placements == p.placements
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    spans = [sharding.spans(p)[0] for p in layer.parameters()]
+    assert spans == [(2 * rank, 2 * rank + 2)] * 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rank", [1], indirect=True)
+def test_compiled_steps(rank):
+    """As eager ones."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 7)
+        fully_shard(layer, mesh=mesh_of(LINE))
+        generator = torch.Generator().manual_seed(0)
+        opt = AlraoSGD(layer, momentum=0.9, lr=torch.tensor(1.0), generator=generator)
+        step = torch.compile(opt.step, backend="aot_eager") if compiled else opt.step
+        for number in range(3):
+            for p in layer.parameters():
+                p.grad = torch.full_like(p, number + 1.0)
+            (opt.step if number == 0 else step)()
+        found.append([sharding.local(p).clone() for p in layer.parameters()])
+    for eager, other in zip(*found):
+        torch.testing.assert_close(other, eager, rtol=1e-6, atol=1e-7)

@@ -85,7 +85,7 @@ class Agreement:
             )
         optimizers, _ = _optimizers_of(_params_of(head))
         for optimizer in optimizers:
-            optimizer.take_over(switch.process_group)
+            optimizer._take_over(switch.process_group)
 
 
 def _params_of(head: nn.Module) -> list[nn.Parameter]:
@@ -120,6 +120,6 @@ def _note(head: nn.Module, new: bool) -> _Note:
     params = sum(pow(3, number, 2**52) for number in numbers) % 2**52
     checksum, rates = 0, 0
     for optimizer in optimizers:
-        own, count = optimizer.fingerprint()
+        own, count = optimizer._fingerprint()
         checksum, rates = (3 * checksum + own) % 2**52, rates + count
     return _Note(float(params), float(rates), float(checksum), float(new))

@@ -224,7 +224,7 @@ class AlraoOptimizer(AcrossRanks):
                         self._rates[param] = rates_in(self.state[param])
                     else:
                         self._undrawn[param] = place and place.sampler, group["lr_range"]
-            self._draw(sharded)
+            self._draw(sharded=bool(sharded))
         except Exception:
             self._layouts, self._undrawn, self._bare = before, {}, []
             for param in strangers:
@@ -236,6 +236,7 @@ class AlraoOptimizer(AcrossRanks):
                 sharding.handed_over(self.state.pop(old, {}), new, RATES) | self.state[new]
             )
             del self._layouts[old], self._rates[old]
+            self._homes.forget(old)
         self._places.note(groups)
         self._warn_of_bare_tensors()
 
@@ -304,11 +305,11 @@ class AlraoOptimizer(AcrossRanks):
         part = {**group, "params": clones, self._rule_option: "torch"}
         return [{**group, "params": others}, part] if others else [part]
 
-    def _draw(self, sharded: Iterable[Tensor] = ()) -> None:
+    def _draw(self, *, sharded: bool = False) -> None:
         """Draw the rates of the parameters that have none, in the model's order, and store them in the state.
 
-        With DTensors among the parameters all ranks of their meshes have the first one's, also of those in `sharded`,
-        which have rates that each rank drew by itself.
+        With DTensors among the parameters all ranks of their meshes have the first one's. If parameters have been
+        `sharded`, all rates, which each rank had drawn by itself, become the first one's.
         """
         pending, self._undrawn = self._undrawn, {}
         own = self._sampler or self._from_interval(*self.defaults["lr_range"])
@@ -320,8 +321,8 @@ class AlraoOptimizer(AcrossRanks):
                 group["rounding_seed"] = int(seed)
         bounded = [p for p in rates if isinstance(pending[p][0] or own, LogUniform)]
         limits = rate_limits(bounded, self._layouts, self._rate_bound) if self._rate_bound else {}
-        others = (rate for p in sharded for rate in self._rates[p].values())
-        self._agree([*rates.values(), *limits.values(), *others])
+        known = self._known_rates() if sharded else ()
+        self._agree([*rates.values(), *limits.values(), *known])
         for param, own_rates in limited(rates, limits).items():
             self._rates[param] = own_rates
             self.state[param].update(own_rates)

@@ -27,6 +27,10 @@ class Homes:
         """The modules that are still there."""
         return [root for root in (reference() for reference in self._roots) if root is not None]
 
+    def forget(self, param: Tensor) -> None:
+        """Keep nothing of a parameter that is not used any more."""
+        self._places.pop(param, None)
+
     def sharded(self, params: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """`(param, its DTensor)` for those of `params` in whose place a DTensor of their shape is now.
 

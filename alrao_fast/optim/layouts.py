@@ -216,7 +216,7 @@ def resolve(model: nn.Module, table: dict[Tensor, Layout], prefix: str = "") -> 
 
 def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Layout]) -> None:
     own = dict(own_parameters(module))
-    type_name = type(module).__name__
+    type_name = _class_name(module)
     for name, param in own.items():
         check_param(_join(module_name, name), param, type_name)
     registered = next((_RULES[c] for c in type(module).__mro__ if c in _RULES), None)
@@ -265,6 +265,12 @@ def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Lay
             table[param] = default_layout(_join(module_name, name), param, type_name)
 
 
+def _class_name(module: nn.Module) -> str:
+    """The name of the module's class, also where `fully_shard` has made a subclass of it and FSDPModule."""
+    own, *bases = type(module).__mro__
+    return bases[1].__name__ if bases[0].__name__ == "FSDPModule" else own.__name__
+
+
 def _below(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """The submodules' parameters that a built-in rule names, `child.name`, save those of registered types."""
     found: dict[str, Tensor] = {}
@@ -288,7 +294,7 @@ def _features(rule: Rule, module: nn.Module) -> Any:
         if problem.__traceback__ is None or problem.__traceback__.tb_next is not None:
             raise
         raise TypeError(
-            f"the feature layout registered for {type(module).__name__}: the rule {shown(rule)} cannot be called with "
+            f"the feature layout registered for {_class_name(module)}: the rule {shown(rule)} cannot be called with "
             "the module, expected a function of the module that returns a dict {parameter's name: Feature}"
         ) from problem
 
@@ -369,7 +375,7 @@ def _fitted(
         vectors[feature.vector] = vector
     if (vector.length, vector.kind) != (length, feature.kind):
         return f"vector {feature.vector!r} has {vector.length} {vector.kind} rates, this needs {length} {feature.kind}"
-    return Layout(name, type(module).__name__, rule, dims, vector, feature.feature_of)
+    return Layout(name, _class_name(module), rule, dims, vector, feature.feature_of)
 
 
 def _leftover(name: str, param: Tensor, module: str, stand_in: bool) -> Layout:

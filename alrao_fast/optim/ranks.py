@@ -1,6 +1,7 @@
 """What an optimizer has to do with other processes: one draw of the rates for all, and modules that are sharded."""
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -25,6 +26,7 @@ class AcrossRanks(Optimizer):
     """The part of an Alrao optimizer that knows of other ranks."""
 
     _layouts: dict[Tensor, Layout]
+    _rates: dict[Tensor, Tensor]
     _binding: Binding
     _homes: Homes
     # How many gradients each group had in the last step: where that changes, a module may have been sharded.
@@ -77,17 +79,22 @@ class AcrossRanks(Optimizer):
 
     # Rates that are the same on all ranks.
 
-    def drawn_rates(self) -> list[Tensor]:
+    def _known_rates(self) -> list[Tensor]:
+        """The rates of the groups' parameters that have some."""
+        own = (p for group in self.param_groups for p in group["params"])
+        return [rate for p in own if p in self._rates for rate in self._rates[p].values()]
+
+    def _drawn_rates(self) -> list[Tensor]:
         """The vectors of rates, each once, in an order that is the same on all ranks that train one network."""
         self.refresh()
         own = (p for group in self.param_groups for p in group["params"])
         rates = (rate for p in own for rate in rates_in(self.state[p]).values())
         return [*{id(rate): rate for rate in rates}.values()]
 
-    def fingerprint(self) -> tuple[int, int]:
+    def _fingerprint(self) -> tuple[int, int]:
         """A checksum of the rates and rounding seeds, below 2^52, and the number of the rates. Waits for the device."""
         checksum, count = 0, 0
-        for rates in self.drawn_rates():
+        for rates in self._drawn_rates():
             words = rates.detach().cpu().view(torch.int32).long()
             places = torch.arange(count, count + words.numel())
             # Sums in int64 wrap.
@@ -97,9 +104,9 @@ class AcrossRanks(Optimizer):
             checksum = 3 * checksum + group["rounding_seed"]
         return checksum % 2**52, count
 
-    def take_over(self, process_group: Any) -> None:
+    def _take_over(self, process_group: Any) -> None:
         """Have the rates and rounding seeds that the first rank of the group has; all of its ranks have to call it."""
-        self._agree(self.drawn_rates(), [process_group or dist.group.WORLD])
+        self._agree(self._drawn_rates(), [process_group or dist.group.WORLD])
         # The seeds are part of what is bound.
         self._binding = Binding()
         self._tell_heads()
@@ -150,8 +157,9 @@ class _Notice:
         return False
 
     def _tell(self, store: Any, optimizer: AcrossRanks, grads: list[Tensor]) -> None:
-        total = sum(float(grad.detach().double().abs().sum()) for grad in grads)
-        checksum, count = optimizer.fingerprint()
+        norms = (torch.linalg.vector_norm(g.detach(), 1, dtype=torch.float64) for g in grads)
+        total = sum(map(float, norms))
+        checksum, count = optimizer._fingerprint()
         prefix = f"alrao_fast/{next(_numbers)}"
         self._own = f"{total!r} {count} {checksum}"
         self._keys = f"{prefix}/{dist.get_rank()}", f"{prefix}/0"
@@ -159,7 +167,7 @@ class _Notice:
 
     def _compare(self, first: str) -> None:
         theirs, ours = first.split(), self._own.split()
-        if theirs[:2] == ours[:2] and theirs[2] != ours[2] and float(ours[0]) > 0:
+        if theirs[:2] == ours[:2] and theirs[2] != ours[2] and 0 < float(ours[0]) < math.inf:
             warnings.warn(
                 f"ranks 0 and {dist.get_rank()} have the same gradients and different learning rates: if they train "
                 "one network, as under DistributedDataParallel, its copies drift apart. Draw the same rates on every "
