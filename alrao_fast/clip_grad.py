@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from alrao_fast import live
+from alrao_fast import live, sharding
 from alrao_fast.arguments import FLOATS, Flag, Number, Optional, shown
 from alrao_fast.nn.clones import LinearClones
 from alrao_fast.ops.checks import check, check_dtype
@@ -66,6 +67,9 @@ def clip_grad_norm_(
     A norm that is not finite does to its part what it does in torch, and nothing to the others: NaN makes the part's
     gradients NaN, inf makes them 0 and NaN. A clone that is dead for the loss has the gradient 0.
 
+    Norms of DTensors are those of the whole gradients: their ranks exchange one number per segment, and all of them
+    have to call this. A gradient that is a partial sum on each rank is summed up first, in `param.grad`.
+
     Raises TypeError or ValueError, naming it, for an argument of another kind; RuntimeError for gradients that are
     sparse, complex or of 8 bits. Then no gradient has changed.
     """
@@ -100,6 +104,35 @@ def grad_norms(
     return GradNorms(backbone[0], tuple(clones))
 
 
+class _Group(NamedTuple):
+    """Gradients of one device, or what is on this rank of DTensors placed alike, and their segments."""
+
+    device: torch.device
+    grads: list[Tensor]
+    firsts: list[int]
+    counts: list[int]
+    # The placements of DTensors with their mesh.
+    mesh: Any = None
+    placements: Any = ()
+
+    def clip(self, segments: int, **options: Any) -> Tensor:
+        """The norms `[segments]` of what is here."""
+        if not self.grads:
+            return torch.zeros(segments, dtype=torch.float64, device=self.device)
+        return clip(self.grads, self.firsts, self.counts, segments, **options)
+
+    def norms(self, segments: int, norm_type: float) -> Tensor:
+        """The norms of what all ranks have, the same bits on each."""
+        norms = self.clip(segments, max_norm=math.inf, norm_type=norm_type)
+        for dim, placement in enumerate(self.placements):
+            if not placement.is_replicate() and self.mesh.size(dim) > 1:
+                # Summed up in the order of the ranks, which an all-reduce may not do.
+                gathered = [torch.empty_like(norms) for _ in range(self.mesh.size(dim))]
+                dist.all_gather(gathered, norms, group=self.mesh.get_group(dim))
+                norms = joint_norms(gathered, norm_type)
+        return norms
+
+
 class _Parts:
     """The gradients of a network by device, each with its segments: 0 for the backbone, then those of each head.
 
@@ -115,7 +148,7 @@ class _Parts:
             clones.update({id(param): (sum(self.sizes), count) for param in own})
             self.sizes.append(count)
         self.segments = sum(self.sizes)
-        self._groups: dict[torch.device, tuple[list[Tensor], list[int], list[int]]] = {}
+        self._groups: dict[Any, _Group] = {}
         backbone = (0, 1)
         for number, param in enumerate(params):
             grad = param.grad
@@ -128,35 +161,45 @@ class _Parts:
                 "or grad.to_dense()",
             )
             check_dtype(name, grad, FLOATS)
-            grads, firsts, counts = self._groups.setdefault(grad.device, ([], [], []))
             first, count = clones.get(id(param), backbone)
-            grads.append(grad)
-            firsts.append(first)
-            counts.append(count)
+            key: Any = grad.device
+            group = _Group(grad.device, [], [], [])
+            if sharding.is_sharded(grad):
+                grad = sharding.settled_gradient(param)
+                mesh, placements = grad.device_mesh, grad.placements
+                key = mesh, placements, grad.device
+                group = group._replace(mesh=mesh, placements=placements)
+                if count > 1:
+                    start, stop = sharding.spans(grad, name)[0]
+                    first, count = first + start, stop - start
+                grad = sharding.local(grad)
+            group = self._groups.setdefault(key, group)
+            if count:
+                group.grads.append(grad)
+                group.firsts.append(first)
+                group.counts.append(count)
 
     def clip(self, max_norm: float, norm_type: float) -> Tensor:
         """Clip; return the norms `[segments]` before that."""
         if len(self._groups) == 1 and self._scale is None:
             (group,) = self._groups.values()
-            return clip(*group, self.segments, max_norm=max_norm, norm_type=norm_type)
+            if group.mesh is None:
+                return group.clip(self.segments, max_norm=max_norm, norm_type=norm_type)
         norms = self.norms(norm_type)
         self.clip_by(norms, max_norm)
         return norms
 
     def norms(self, norm_type: float) -> Tensor:
-        found = [
-            clip(*group, self.segments, max_norm=math.inf, norm_type=norm_type)
-            for group in self._groups.values()
-        ]
+        found = [group.norms(self.segments, norm_type) for group in self._groups.values()]
         if not found:
             return torch.zeros(self.segments, dtype=torch.float64)
         norms = found[0] if len(found) == 1 else joint_norms(found, norm_type)
         return norms if self._scale is None else norms / self._scale
 
     def clip_by(self, norms: Tensor, max_norm: float) -> None:
-        for device, group in self._groups.items():
-            own = norms.to(device)
-            clip(*group, self.segments, max_norm=max_norm, norm_type=2.0, norms=own)
+        for group in self._groups.values():
+            own = norms.to(group.device)
+            group.clip(self.segments, max_norm=max_norm, norm_type=2.0, norms=own)
 
     def check_finite(self, norms: Tensor) -> None:
         names = ["the backbone"]

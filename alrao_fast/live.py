@@ -25,10 +25,13 @@ class Live(Generic[T]):
 
     def __init__(self) -> None:
         self._entries: dict[int, weakref.ref[T]] = {}
+        # How often something has entered.
+        self.entered = 0
 
     def enter(self, entry: T) -> None:
         """Add an object, or make one that is here the last."""
         entries, key = self._entries, id(entry)
+        self.entered += 1
         # Without its weak reference an entry that leaves here is not called back.
         entries.pop(key, None)
         entries[key] = weakref.ref(entry, lambda _: entries.pop(key, None))

@@ -83,7 +83,8 @@ def metrics(
     - `best_clone`, its number; `best_posterior`, `best_lr`, `best_loss`, `best_accuracy` (regression:
       `best_squared_error`), its probability, learning rate, and means over the training samples;
     - `mean_lr`, the rates' geometric mean under the posterior, as `suggested_lr()` but without its refusals;
-    - `dead_clones`, the share of the clones with parameters that are not finite;
+    - `dead_clones`, the share of the clones with parameters that are not finite (of a head that is sharded over ranks,
+      with losses that were not: one rank may ask by itself);
     - `posterior/0`, `loss/0`, `accuracy/0`, ... of each clone, where there are at most 16;
     - `lr`, the optimizer's multiplier; `lr/0`, `lr/1`, ... where its groups differ.
 
@@ -131,7 +132,7 @@ def _tensors(head: LinearClones, means: dict[str, Tensor]) -> list[Tensor]:
         head.switch.t,
         head.switch.posterior(),
         head.clone_lr,
-        head.finite_clones(),
+        head.clones_seen_finite(),
         *means.values(),
     ]
 

@@ -107,8 +107,8 @@ def test_refusals():
 
 def test_total_steps_is_the_whole_recipe():
     model, by_hand = build(), build()
-    opt = AlraoAdam(model, total_steps=80, generator=generator(0))
-    options = {"warmup_steps": 4, "averaging": 8.0}
+    opt = AlraoAdam(model, total_steps=80, rate_bound=None, generator=generator(0))
+    options = {"warmup_steps": 4, "averaging": 8.0, "rate_bound": None}
     other = AlraoAdam(by_hand, generator=generator(0), **options)
     for step in range(90):
         train(model, opt, [step])
@@ -150,7 +150,7 @@ def test_a_checkpoint_goes_on(at):
 
 def test_a_run_of_fewer_steps_than_narrowings():
     model = build()
-    opt = AlraoAdam(model, total_steps=3, generator=generator(0))
+    opt = AlraoAdam(model, total_steps=3, rate_bound=None, generator=generator(0))
     train(model, opt, range(3))
     own = opt.state[model.backbone[0].weight]
     ratio = own["rate"].log().std() / own["drawn_rate"].log().std()

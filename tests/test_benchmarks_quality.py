@@ -62,18 +62,27 @@ def no_prodigy(monkeypatch):
 
 
 def test_from_end_to_end(tmp_path, no_prodigy, capsys):
-    options = ["--tasks", "digits", "graph", "--methods", "recipe", "sgd", "adam", "prodigy"]
+    options = [
+        "--tasks",
+        "digits",
+        "graph",
+        "--methods",
+        "alrao-adam-run",
+        "sgd",
+        "adam",
+        "prodigy",
+    ]
     for seeds in (1, 1, 2):
         run_command(tmp_path, *options, "--seeds", seeds)
         found = records(tmp_path / "quality.jsonl")
-        # The recipe, and on three intervals that are not its own; the grid; Adam; once, what is missing.
-        assert len(found) == 2 * (1 + 3 + 8 + 1) + 1 + (seeds - 1) * 2 * (1 + 8 + 1)
+        # The recipe, and on four intervals that are not its own; the grid; Adam; once, what is missing.
+        assert len(found) == 2 * (1 + 4 + 8 + 1) + 1 + (seeds - 1) * 2 * (1 + 8 + 1)
     missing = [record for record in found if "missing" in record]
     assert [m["missing"] for m in missing] == [
         "prodigyopt is not installed: pip install prodigyopt"
     ]
     first = found[0]
-    named = {"task": "digits", "method": "recipe", "lr": None, "seed": 0, "interval": None}
+    named = {"task": "digits", "method": "alrao-adam-run", "lr": None, "seed": 0, "interval": None}
     assert first["case"] == {**named, "steps": 4} and first["steps"] == 4
     assert first["test_loss"] > 0 and len(first["curve"]) == 4 and len(first["posterior"]) == 10
     text = (tmp_path / "quality.md").read_text()
@@ -82,7 +91,7 @@ def test_from_end_to_end(tmp_path, no_prodigy, capsys):
     assert "worst gap" in capsys.readouterr().out
     from PIL import Image
 
-    for name in ("gaps", "profiles", "interval-recipe"):
+    for name in ("gaps", "profiles", "interval-alrao-adam-run"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert len(picture.convert("L").getcolors()) > 20
 
@@ -194,7 +203,7 @@ def train(name: str, task: SmallTask, lr: float | None = None, **options):
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "large"])
 def test_every_task_trains(name, small_tasks):
-    for method, lr in (("sgd", 0.01), ("recipe", None), ("alrao", None)):
+    for method, lr in (("sgd", 0.01), ("alrao-adam-run", None), ("alrao", None)):
         run = train(method, small_tasks[name], lr)
         assert run["steps"] == 2 and not run["diverged"], method
         assert 0 < run["test_loss"] < 2 * run["guess"] and run["bytes"] > 0
@@ -257,8 +266,8 @@ def test_a_diverged_run_ends_early():
     assert run["diverged"] and run["test_loss"] is None and run["steps"] < 10
 
 
-def test_recipe_learns():
-    run = train("recipe", SmallTask(KINDS["digits"], 0, CPU, 200))
+def test_the_recipe_learns():
+    run = train("alrao-adam-run", SmallTask(KINDS["digits"], 0, CPU, 200))
     assert run["test_accuracy"] > 93
 
 
@@ -295,7 +304,7 @@ def test_schedule_free_is_evaluated_at_its_average():
         torch.testing.assert_close(before, after.detach())
 
 
-@pytest.mark.parametrize("name", ["adam-averaged", "recipe"])
+@pytest.mark.parametrize("name", ["adam-averaged", "alrao-adam-run"])
 def test_an_average_is_evaluated(name):
     trainer = make(name, steps=3)
     path = steps(trainer)
@@ -351,7 +360,7 @@ def test_schedules():
 
 
 def test_rates_of_ours():
-    for name, low, high in (("alrao", 1e-5, 10), ("recipe", 1e-4, 0.1)):
+    for name, low, high in (("alrao", 1e-5, 10), ("unbounded", 1e-4, 0.1)):
         trainer = make(name)
         assert isinstance(trainer.net, alrao.AlraoModel)
         rates = trainer.net.head.clone_lr
@@ -360,14 +369,14 @@ def test_rates_of_ours():
 
 
 def test_the_length_of_the_run_is_known():
-    for name in ("recipe", "recipe-run"):
+    for name in ("alrao-adam-averaged", "alrao-adam-run"):
         trainer = make(name, steps=40)
         assert trainer.opt.param_groups[0]["warmup_steps"] == 2
         rates = trainer.net.head.clone_lr.clone()
         steps(trainer)
         # Narrowed to a tenth of its width, in the logarithm.
         widths = [float((r[-1] / r[0]).log()) for r in (rates, trainer.net.head.clone_lr)]
-        assert widths[1] == pytest.approx(widths[0] * (0.1 if name == "recipe-run" else 1))
+        assert widths[1] == pytest.approx(widths[0] * (0.1 if name == "alrao-adam-run" else 1))
 
 
 def test_the_same_start_for_every_method():

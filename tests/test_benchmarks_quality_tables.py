@@ -43,15 +43,15 @@ def some_records():
         *(fake("digits", "sgd", 3.0, seed, None, None) for seed in (0, 1)),
         *(fake("digits", "adamw", 0.01, seed, 0.5625, 0.5) for seed in (0, 1)),
         *(fake("digits", "adam", None, seed, 1.0, 1.0, step_ms=2.0, size=80) for seed in (0, 1)),
-        fake("digits", "recipe", None, 0, 1.0, 0.875, step_ms=8.0, size=160),
-        fake("digits", "recipe", None, 1, 1.0, 0.875, step_ms=4.0, size=160),
-        fake("digits", "recipe", None, 0, 1.0, 1.75, interval=[1e-4, 1.0]),
+        fake("digits", "alrao-adam-run", None, 0, 1.0, 0.875, step_ms=8.0, size=160),
+        fake("digits", "alrao-adam-run", None, 1, 1.0, 0.875, step_ms=4.0, size=160),
+        fake("digits", "alrao-adam-run", None, 0, 1.0, 1.75, interval=[1e-4, 1.0]),
         fake("text", "sgd", 0.1, 0, 4.0, 4.0),
         fake("text", "adamw", 0.01, 0, 2.0, 2.0),
         fake("text", "adam", None, 0, 4.0, 4.0, step_ms=10.0, size=800),
-        fake("text", "recipe", None, 0, 1.0, 1.5, step_ms=5.0, size=400),
-        fake("text", "recipe", None, 0, 1.0, 1.5, interval=[1e-4, 1.0]),
-        fake("text", "recipe", None, 0, None, None, interval=[1e-6, 1e3]),
+        fake("text", "alrao-adam-run", None, 0, 1.0, 1.5, step_ms=5.0, size=400),
+        fake("text", "alrao-adam-run", None, 0, 1.0, 1.5, interval=[1e-4, 1.0]),
+        fake("text", "alrao-adam-run", None, 0, None, None, interval=[1e-6, 1e3]),
         fake("text", "alrao", None, 0, None, None),
         {"case": {"method": "dog"}, "missing": "no dog"},
     ]
@@ -87,35 +87,35 @@ def test_the_last_record_and_the_longest_runs_count():
 
 def test_gaps_are_paired_by_seed(summary):
     found = figures.gaps(summary)
-    assert found[Row("recipe")] == {"digits": [0.125, -0.125], "text": [-0.5]}
+    assert found[Row("alrao-adam-run")] == {"digits": [0.125, -0.125], "text": [-0.5]}
     assert found[Row("adamw")] == {"digits": [-0.25, -0.5], "text": [0.0]}
     assert found[Row("alrao")] == {"text": [math.inf]}
     # Of the first seed alone.
-    assert found[Row("recipe", (1e-4, 1.0))] == {"digits": [1.0], "text": [-0.5]}
+    assert found[Row("alrao-adam-run", (1e-4, 1.0))] == {"digits": [1.0], "text": [-0.5]}
     standings = figures.standings(found)
-    assert standings[Row("recipe")] == Standing(0.0, "digits", -0.25, -0.25, 2)
+    assert standings[Row("alrao-adam-run")] == Standing(0.0, "digits", -0.25, -0.25, 2)
     assert standings[Row("sgd")] == Standing(2.0, "text", 1.0, 1.0, 2)
     assert standings[Row("alrao")] == Standing(math.inf, "text", math.inf, math.inf, 1)
     # All tasks first, the best worst case first, then the mean; what was given other intervals is not among them.
     names = [row.method for row in standings]
-    assert names == ["recipe", "adamw", "sgd", "adam", "alrao"]
+    assert names == ["alrao-adam-run", "adamw", "sgd", "adam", "alrao"]
     assert all(row.interval is None for row in standings)
 
 
 def test_profiles(summary):
     nats = figures.behind(summary, relative=False)
     # The least mean losses are those of AdamW, 0.5, and of the recipe, 1.5.
-    assert nats[Row("recipe")] == [0.375, 0.0] and nats[Row("adam")] == [0.5, 2.5]
+    assert nats[Row("alrao-adam-run")] == [0.375, 0.0] and nats[Row("adam")] == [0.5, 2.5]
     assert figures.behind(summary, relative=True)[Row("adam")] == [100.0, pytest.approx(500 / 3)]
-    assert figures.share_within(nats[Row("recipe")], 0.2) == 50
-    assert figures.share_within(nats[Row("recipe")], 0.375) == 100
+    assert figures.share_within(nats[Row("alrao-adam-run")], 0.2) == 50
+    assert figures.share_within(nats[Row("alrao-adam-run")], 0.375) == 100
     assert figures.share_within(nats[Row("alrao")], 1e9) == 0
 
 
 def test_sensitivity(summary):
     found = figures.sensitivity(summary)
-    assert found.keys() == {"recipe"}
-    assert found["recipe"] == {
+    assert found.keys() == {"alrao-adam-run"}
+    assert found["alrao-adam-run"] == {
         (1e-4, 1.0): {"digits": [1.0], "text": [0.0]},
         (1e-6, 1e3): {"text": [math.inf]},
     }
@@ -124,7 +124,7 @@ def test_sensitivity(summary):
 def test_costs(summary):
     found = figures.costs(summary)
     # A step is the shortest median of a method's runs: twice and half of Adam's; bytes twice and half as many.
-    assert found[Row("recipe")] == (pytest.approx(1), pytest.approx(1), 1)
+    assert found[Row("alrao-adam-run")] == (pytest.approx(1), pytest.approx(1), 1)
     assert found[Row("sgd")].runs == 2 and found[Row("adam")] == (1, 1, 1)
 
 
@@ -132,18 +132,9 @@ def test_tables(summary):
     missing = [record for record in some_records() if "missing" in record]
     shown = [*tables.main_tables(summary), *tables.detail_tables(summary, missing)]
     standings, gaps, profile, interval, losses, grid, absent = shown
-    recipe = "Alrao-Adam, triangular, warm-up, averaged"
-    assert standings.rows[0] == [
-        recipe,
-        "+0.000",
-        "digits",
-        "-0.250",
-        "-0.250",
-        "2",
-        "1",
-        "1.00",
-        "1.00",
-    ]
+    recipe = "Alrao-Adam, total_steps"
+    first = "+0.000 digits -0.250 -0.250 2 1 1.00 1.00"
+    assert standings.rows[0] == [recipe, *first.split()]
     assert standings.rows[-1][:6] == ["Alrao", "diverged", "text", "diverged", "diverged", "1"]
     assert gaps.rows[0] == [recipe, "+0.000 +- 0.177", "-0.500"] and gaps.rows[-1][1] == ""
     best = ["AdamW, best of grid", *["50"] * 5, "100", *["50"] * 5, "100"]
@@ -164,7 +155,7 @@ def test_plots(summary, tmp_path):
     from benchmarks.experiments.quality.plots import plot
 
     paths = plot(summary, tmp_path)
-    assert [path.stem for path in paths] == ["gaps", "profiles", "interval-recipe"]
+    assert [path.stem for path in paths] == ["gaps", "profiles", "interval-alrao-adam-run"]
     assert all(path.stat().st_size > 5000 for path in paths)
 
 

@@ -218,15 +218,19 @@ def test_several_dtypes(backend):
 @pytest.mark.parametrize("order", [2.0, 1.0, math.inf])
 def test_gradients_that_lie_apart_share_their_norms(backend, device, order):
     """As on two devices: the groups, each with some of the gradients."""
+    lists = "grads", "firsts", "counts"
     whole = model()
     apart = copy.deepcopy(whole)
     for net in (whole, apart):
         give_gradients(net)
     parts = clip_grad._Parts(apart, None)
-    ((where, lists),) = parts._groups.items()
+    ((where, group),) = parts._groups.items()
     number = 0 if where.type == "cpu" else where.index
     same = torch.device(where.type) if where.index is not None else torch.device(where.type, number)
-    parts._groups = {where: [own[:3] for own in lists], same: [own[3:] for own in lists]}
+    parts._groups = {
+        device: group._replace(device=device, **{name: getattr(group, name)[cut] for name in lists})
+        for device, cut in ((where, slice(3)), (same, slice(3, None)))
+    }
     assert len(parts._groups) == 2
     norms = parts.clip(0.5, order)
     expected = clip_grad._Parts(whole, None).clip(0.5, order)

@@ -3,7 +3,9 @@
 - The switch observes the mean over all processes' counted samples, equal to one process with the whole batch, and
   every process ends with the same bits; a process group of one keeps to itself.
 - The second run of an activation checkpoint communicates nothing and observes nothing.
-- DistributedDataParallel around an AlraoModel: gradients of the whole batch, equal models after some steps.
+- DistributedDataParallel around an AlraoModel: gradients of the whole batch, equal models after some steps, whatever
+  the ranks' seeds: they take over the first one's rates. Networks of one process keep theirs; without a switch ranks
+  that drift apart are told so.
 """
 
 import math
@@ -124,7 +126,86 @@ def broken(rank):
     return {"told": messages, "t": net.head.switch.t}
 
 
-JOBS = (switch_alone, heads, alone, data_parallel, gradients, checkpointed, broken)
+def own_seeds(rank):
+    """Every rank draws its rates, and what it rounds by, with a seed of its own, also anew in the middle."""
+    net = make_model().bfloat16()
+    wrapped = DistributedDataParallel(net)
+    result = {}
+    for draw in range(2):
+        opt = AlraoSGD(net, generator=torch.Generator().manual_seed(7 + rank + 10 * draw))
+        for x, y in zip(*data(ignored=False)):
+            part = slice(4 * rank, 4 * rank + 4)
+            opt.zero_grad()
+            wrapped(x[part].bfloat16(), targets=y[part]).backward()
+            opt.step()
+        rates = [opt.state[p]["rate"].clone() for p in net.parameters()]
+        result[draw] = {"rates": rates, "seed": opt.param_groups[0]["rounding_seed"]}
+    return {**result, "weights": {name: p.detach().clone() for name, p in net.named_parameters()}}
+
+
+def drawn_on_one(rank):
+    """Only the first rank makes a new optimizer; the second has none that is new."""
+    net = make_model()
+    opt = AlraoSGD(net, generator=torch.Generator().manual_seed(0))
+    x, y = (values[0] for values in data(ignored=False))
+    net(x, targets=y)
+    if rank == 0:
+        opt = AlraoSGD(net, generator=torch.Generator().manual_seed(1))
+    try:
+        net(x, targets=y)
+    except RuntimeError as error:
+        return str(error)
+    return "" if opt.param_groups else "no parameters"
+
+
+def others(rank):
+    """Optimizers of other networks on each rank: two processes that share no network, in groups of their own."""
+    groups = [dist.new_group([r]) for r in range(WORLD)]
+    net = make_model(process_group=groups[rank])
+    opt = AlraoSGD(net, generator=torch.Generator().manual_seed(rank))
+    x, y = (values[0] for values in data(ignored=False))
+    weight = net.backbone[0].weight
+    before = opt.state[weight]["rate"].clone(), opt.param_groups[0]["rounding_seed"]
+    net(x, targets=y).backward()
+    opt.step()
+    same = torch.equal(before[0], opt.state[weight]["rate"])
+    return same and before[1] == opt.param_groups[0]["rounding_seed"]
+
+
+def without_switch(rank):
+    """A network without clones, whose ranks exchange nothing but gradients: what is told."""
+    result = {}
+    for kind in ("one network", "one seed", "networks apart"):
+        apart = kind == "networks apart"
+        torch.manual_seed(rank if apart else 0)
+        net = nn.Linear(6, 5)
+        wrapped = net if apart else DistributedDataParallel(net)
+        seed = 0 if kind == "one seed" else rank
+        opt = AlraoSGD(net, generator=torch.Generator().manual_seed(seed))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for x in data(ignored=False)[0]:
+                opt.zero_grad()
+                wrapped(x[4 * rank : 4 * rank + 4]).square().sum().backward()
+                opt.step()
+                dist.barrier()
+        result[kind] = [str(w.message) for w in told if "ranks" in str(w.message)]
+    return result
+
+
+JOBS = (
+    switch_alone,
+    heads,
+    alone,
+    data_parallel,
+    gradients,
+    checkpointed,
+    broken,
+    own_seeds,
+    drawn_on_one,
+    others,
+    without_switch,
+)
 
 
 def work(rank, folder):
@@ -219,3 +300,34 @@ def test_data_parallel_gradients_are_those_of_the_whole_batch(results):
     net(x, targets=y).backward()
     for name, p in net.named_parameters():
         torch.testing.assert_close(one[name], p.grad, msg=name)
+
+
+def test_ranks_with_seeds_of_their_own_have_the_first_ones_rates(results):
+    one, two = (r["own_seeds"] for r in results)
+    for draw in range(2):
+        net = make_model().bfloat16()
+        opt = AlraoSGD(net, generator=torch.Generator().manual_seed(7 + 10 * draw))
+        for own in (one[draw], two[draw]):
+            assert own["seed"] == opt.param_groups[0]["rounding_seed"]
+            for rate, p in zip(own["rates"], net.parameters()):
+                assert torch.equal(rate, opt.state[p]["rate"])
+    # Rounded by the same bits, too.
+    assert_same_bits(one["weights"], two["weights"])
+
+
+def test_rates_that_only_one_rank_has_drawn_are_refused(results):
+    one, two = (r["drawn_on_one"] for r in results)
+    assert "only those of ranks [0] of the switch's group were drawn or loaded" in one
+    assert two == ""
+
+
+def test_networks_of_one_process_keep_their_rates(results):
+    assert all(r["others"] for r in results)
+
+
+def test_drift_without_a_switch_is_told(results):
+    one, two = (r["without_switch"] for r in results)
+    assert not any(one.values())
+    (message,) = two["one network"]
+    assert "ranks 0 and 1 have the same gradients and different learning rates" in message
+    assert not two["one seed"] and not two["networks apart"]

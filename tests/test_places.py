@@ -91,7 +91,7 @@ def test_another_in_its_place(kind, moved, steps):
 @bare
 def test_rates_come_with_the_place_or_with_the_state():
     layer = nn.Linear(4, 3)
-    opt = AlraoSGD(layer, momentum=0.9)
+    opt = AlraoSGD(layer, momentum=0.9, normalized_momentum=False)
     step(opt)
     rate = opt.state[layer.weight]["rate"]
     replaced = torch.tensor([1.0, 2.0, 3.0])

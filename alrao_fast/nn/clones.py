@@ -17,6 +17,7 @@ from alrao_fast.nn.clone_loss import CRITERION, mixture_of_losses
 from alrao_fast.nn.clone_rates import WithRates
 from alrao_fast.nn.log_likelihood import log_likelihood
 from alrao_fast.nn.predictions import remember
+from alrao_fast.nn.rates_agreement import Agreement
 from alrao_fast.nn.switch import SWITCH_KINDS, Switch
 from alrao_fast.nn.watch import Watch
 from alrao_fast.ops.checks import check_together
@@ -32,6 +33,7 @@ from alrao_fast.ops.mixture.likelihood import (
 from alrao_fast.ops.mixture.loss import Observer, mixture_stats
 from alrao_fast.ops.mixture.weighting import ClassWeight, Weighting, no_loss
 from alrao_fast.reference.switch_mixture import soft_capped
+from alrao_fast.sharding import is_sharded, whole
 from alrao_fast.tracing import refuse_script
 
 Evidence = Literal["mean", "sum"]
@@ -102,12 +104,14 @@ class LinearClones(WithRates):
                 if self.bias is not None:
                     self.bias[n].uniform_(-bound, bound)
         self.watch = Watch()
+        self.agreement = Agreement()
         self.get_buffer("clone_lr").fill_(math.nan)
         self.running.zero_()
         self.switch.reset_parameters()
 
     def clone_outputs(self, features: Tensor) -> Tensor:
         """Outputs `[N, ..., C]` of every clone for features `[..., D]`, by one matrix product, with plain gradients."""
+        check_together("bias", features=features, weight=self.weight, bias=self.bias)
         return self.capped(self.linear_outputs(features, self.weight, self.bias))
 
     def capped(self, outputs: Tensor) -> Tensor:
@@ -160,7 +164,9 @@ class LinearClones(WithRates):
 
     def _observe(self, stats: Tensor) -> None:
         """One observation of the switch from the statistics `[3, N]` of a batch."""
-        self._observer().observe(self.switch.sum_over_processes(stats))
+        if not self.switch.is_alone():
+            stats = self.agreement.sum_over_processes(self, self.switch, stats)
+        self._observer().observe(stats)
         self.switch.note_observation()
 
     def likelihood(self) -> Likelihood:
@@ -202,9 +208,16 @@ class LinearClones(WithRates):
         return loss
 
     def finite_clones(self) -> Tensor:
-        """Which clones `[N]` have finite parameters only: the others are dead for good."""
-        finite = self.weight.detach().isfinite().all((1, 2))
-        return finite if self.bias is None else finite & self.bias.detach().isfinite().all(1)
+        """Which clones `[N]` have finite parameters only: the others are dead for good.
+
+        Of a sharded head all ranks have to ask.
+        """
+        finite = whole(self.weight.detach().isfinite().all((1, 2)))
+        return finite if self.bias is None else finite & whole(self.bias.detach().isfinite().all(1))
+
+    def clones_seen_finite(self) -> Tensor:
+        """The same as far as it is known on this rank: of a sharded head, which clones had finite losses only."""
+        return self.running[0].isfinite() if is_sharded(self.weight) else self.finite_clones()
 
     def living_posterior(self) -> Tensor:
         """Posterior `[N]` of the clones with finite parameters, 0 for the others; RuntimeError if there is none."""

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from alrao_fast.arguments import Choice
 from alrao_fast.nn.clones import ClassifierClones, LinearClones
 from alrao_fast.nn.switch import normalized
+from alrao_fast.sharding import is_sharded
 
 WHICH = Choice("best", "mixture")
 # What a generated signature can spell out.
@@ -44,6 +45,7 @@ class Output(NamedTuple):
 
 def collapse(backbone: nn.Module, head: LinearClones, which: str, output: Output) -> fx.GraphModule:
     """Backbone and the best clone, or the mixture of all, in eval mode (see `AlraoModel.collapse`)."""
+    refuse_shards(backbone, head)
     root: dict[str, Any] = {"backbone": copy.deepcopy(backbone)}
     graph = fx.Graph()
     out = _call_backbone(graph, backbone)
@@ -61,6 +63,16 @@ def collapse(backbone: nn.Module, head: LinearClones, which: str, output: Output
         )
     graph.output(result)
     return fx.GraphModule(root, graph, class_name="CollapsedModel").eval()
+
+
+def refuse_shards(*modules: nn.Module) -> None:
+    """Raise RuntimeError for modules with DTensors: a copy has to be of whole parameters."""
+    if any(is_sharded(p) for module in modules for p in module.parameters()):
+        raise RuntimeError(
+            "collapse: got a model that is sharded over ranks, expected a whole one: load its full state, "
+            "get_model_state_dict(net, options=StateDictOptions(full_state_dict=True)) of "
+            "torch.distributed.checkpoint.state_dict, into a model that was not sharded, and collapse that"
+        )
 
 
 def add_head(
@@ -90,6 +102,7 @@ def add_head(
 
 def collapsed_head(head: LinearClones, which: str) -> fx.GraphModule:
     """The head alone, from features to the prediction, in eval mode."""
+    refuse_shards(head)
     root: dict[str, Any] = {}
     graph = fx.Graph()
     graph.output(add_head(graph, root, head, which, graph.placeholder("features")))
@@ -98,6 +111,7 @@ def collapsed_head(head: LinearClones, which: str) -> fx.GraphModule:
 
 def best_layer(head: LinearClones) -> nn.Linear:
     """The best clone as a layer of the clones' dtype."""
+    refuse_shards(head)
     weight, bias, log_posterior = _living(head, head.weight.dtype)
     best = _best(weight, bias, log_posterior)
     return _linear(weight[best], None if bias is None else bias[best])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from alrao_fast import live
 from alrao_fast.nn.clones import ClassifierClones, LinearClones
-from alrao_fast.nn.collapse import WHICH, best_layer, collapsed_head
+from alrao_fast.nn.collapse import WHICH, best_layer, collapsed_head, refuse_shards
 from alrao_fast.nn.regressor import RegressorClones
 from alrao_fast.nn.with_clones import WithClones
 
@@ -169,6 +169,7 @@ class Pretrained(WithClones):
         if which == "best":
             self._check_observed("collapse('best')")
         head = self._clones()
+        refuse_shards(self)
         plain = copy.deepcopy(self)
         settings = plain.__dict__.pop("_alrao")
         layer = best_layer(head) if which == "best" else collapsed_head(head, which)

@@ -25,6 +25,11 @@ SWITCH_KINDS = {
     "device": Optional(Device()),
 }
 
+# Its name in later versions of torch, which deprecate the other.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)
+
 
 def normalized(log_posterior: Tensor) -> Tensor:
     """`log_posterior [N]` with probabilities that sum to 1; NaN counts as -inf, and where all are -inf all are NaN."""
@@ -181,15 +186,17 @@ class Switch(FixedDtypeBuffers):
         """
         if self.is_alone():
             return values
-        world = dist.get_world_size(self.process_group)
-        gathered = values.new_empty(world * values.numel())
-        dist.all_gather_into_tensor(
-            gathered, values.detach().flatten().contiguous(), group=self.process_group
-        )
-        total, *rest = gathered.view(world, *values.shape).unbind()
+        total, *rest = self.gathered(values.detach())
         for value in rest:
             total = total + value
         return total
+
+    def gathered(self, values: Tensor) -> tuple[Tensor, ...]:
+        """`values` of every process of the group, in the order of the ranks."""
+        world = dist.get_world_size(self.process_group)
+        gathered = values.new_empty(world * values.numel())
+        _all_gather(gathered, values.flatten().contiguous(), group=self.process_group)
+        return gathered.view(world, *values.shape).unbind()
 
     def extra_repr(self) -> str:
         return f"num_clones={self.num_clones}, theta={self.theta}"

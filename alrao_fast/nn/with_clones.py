@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from alrao_fast.nn.clones import LinearClones
+from alrao_fast.sharding import whole
 
 
 class WithClones(nn.Module):
@@ -39,7 +40,7 @@ class WithClones(nn.Module):
                 "the clones have no learning rates yet: make an AlraoSGD or AlraoAdam of this model first"
             )
         self._check_observed("suggested_lr")
-        if not all(bool(p.isfinite().all()) for p in self._backbone_parameters()):
+        if not all(bool(whole(p.isfinite().all())) for p in self._backbone_parameters()):
             raise RuntimeError(
                 "suggested_lr: the backbone has parameters that are not finite, so the posterior tells nothing of "
                 "learning rates that train: go back to a checkpoint, and lower the upper end of lr_range"

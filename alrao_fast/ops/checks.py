@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alrao_fast.arguments import shown
+from alrao_fast.sharding import is_sharded
 from alrao_fast.tracing import hint
 
 _NAMES = {
@@ -37,7 +38,7 @@ def check(condition: bool, message: str) -> None:
 
 def check_together(optional: str = "", /, **tensors: Any) -> None:
     """TypeError for an argument that is no tensor (`optional` names one that may be None), RuntimeError for one that is
-    sparse or not on the device of the first.
+    sparse, sharded or not on the device of the first.
 
     It stands before every implementation: one on meta would make the dispatcher call the op's fake, which does nothing.
     """
@@ -50,6 +51,13 @@ def check_together(optional: str = "", /, **tensors: Any) -> None:
         if tensor.layout is not torch.strided:
             raise RuntimeError(
                 f"{name}: got layout {tensor.layout}, expected an ordinary (strided) tensor: use {name}.to_dense()"
+            )
+        if is_sharded(tensor):
+            raise RuntimeError(
+                f"{name}: got a DTensor, of which a part is here, expected the whole: under fully_shard call the "
+                "module itself that was sharded (the head, not a layer that holds it), or a method that "
+                "torch.distributed.fsdp.register_fsdp_forward_method has registered; in tensor parallelism leave the "
+                "head out of parallelize_module"
             )
         if device is None:
             first, device = name, tensor.device

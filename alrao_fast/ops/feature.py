@@ -18,6 +18,7 @@ from torch import Tensor
 from alrao_fast import _extension, backends
 from alrao_fast.arguments import Data, Flag, Number, Optional, checked
 from alrao_fast.ops import dispatch, feature_checks
+from alrao_fast.sharding import is_sharded
 
 # An optimizer's own options by name.
 Options = Mapping[str, float | bool]
@@ -186,7 +187,8 @@ class FeatureOp:
         feature_checks.check_inputs(f"{self.stem}_", lists, grads, states, tensors)
 
     def check_data(self, lists: Lists, grads: Sequence[Tensor] = ()) -> None:
-        """Raise RuntimeError for a tensor on meta: the dispatcher would call the op's fake, which does nothing."""
+        """Raise RuntimeError for a tensor on meta, for which the dispatcher would call the op's fake that does nothing,
+        and for a DTensor, which has only a part of its entries here."""
         kept = {f"{name}s": tensors for name, tensors in zip(self.states, lists.states)}
         named = {"params": lists.params, "grads": grads, **kept, "masters": lists.masters}
         named |= {"averages": lists.averages, "rates": lists.rates, "steps": [lists.steps]}
@@ -196,6 +198,11 @@ class FeatureOp:
                     where = name if name == "steps" else f"{name}[{t}]"
                     raise RuntimeError(
                         f"{self.stem}_: {where} is on meta, expected a tensor with data"
+                    )
+                if is_sharded(tensor):
+                    raise RuntimeError(
+                        f"{self.stem}_: {name}[{t}] is a DTensor, expected an ordinary tensor: AlraoSGD and AlraoAdam "
+                        "update DTensors"
                     )
 
     def __call__(

@@ -12,13 +12,15 @@ from alrao_fast.ops.feature_adam import OP, OPTIONS
 from alrao_fast.optim.annealing import Run
 from alrao_fast.optim.base import AlraoOptimizer
 from alrao_fast.optim.param_groups import SHARED
-from alrao_fast.optim.rates import Sampler
+from alrao_fast.optim.rates import LogTriangular, Sampler
 
 
 class AlraoAdam(AlraoOptimizer):
     """torch.optim.Adam, or AdamW, in which every feature has its own learning rate, drawn once (arXiv 1810.01322).
 
-        p = p - lr * r(i) * m_hat / (sqrt(v_hat) + eps),    log r ~ U(log lo, log hi) per feature
+        p = p - lr * r(i) * m_hat / (sqrt(v_hat) + eps)
+
+    log r is drawn per feature from a triangular law on [log lo, log hi]; clone n of N has lo * (hi/lo)^(n/(N-1)).
 
     Args:
         betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.Adam.
@@ -30,31 +32,36 @@ class AlraoAdam(AlraoOptimizer):
             written into them, as in `AlraoSGD`; a step moves 30 bytes an entry instead of 22. The moments of such
             parameters are float32 in any case: at beta2 = 0.999 a bfloat16 second moment would never come down.
 
-        total_steps: the length of the run in steps, if it is known, and with it the whole recipe: a warm-up over 5 % of
-            it, an interval that narrows to a tenth around the clones' posterior mean (`anneal_rates`, 40 times), and
+        rate_bound: the most that a feature's rate may be, in relation to the root mean square of its weights at
+            construction: about the share of a feature that Adam changes in a step. It follows the width of a layer, as
+            weights do, and makes the upper end of the interval nearly irrelevant. Clones are not bounded, nor are the
+            rates of samplers without an interval. None: no bound, as in the paper.
+        total_steps: the length of the run in steps, where it is known, and with it the whole recipe: a warm-up over 5 %
+            of it, an interval that narrows to a tenth around the clones' posterior mean (`anneal_rates`, 40 times), and
             averages, which `with opt.averaged():` evaluates. Needs clones among the parameters; steps beyond it keep
             the last rates.
         warmup_steps, averaging: as in `AlraoSGD`; None: as `total_steps` says, or neither. `averaging=False`: none in
             any case.
+        sampler: `LogTriangular(*lr_range)` if None.
 
-    params, lr_range, lr, sampler, generator, rounding, model, foreach, fused, capturable and
-    differentiable are those of `AlraoSGD`, but for the default of lr_range: Adam moves an entry by about its rate
-    whatever the gradient, and rates above 0.1 destroy most networks. On the interval of SGD, which the paper took,
-    Alrao with Adam is unreliable.
+    params, lr_range, lr, generator, rounding, model, foreach, fused, capturable and differentiable are those of
+    `AlraoSGD`, but for the default of lr_range: Adam moves an entry by about its rate whatever the gradient.
 
     State per parameter, made at construction: "rate" (float32), "step" (int64), "exp_avg", "exp_avg_sq",
-    "max_exp_avg_sq", "master", "average"; of frozen ones only the rate.
+    "max_exp_avg_sq", "master", "average", and where rates are bounded "drawn_rate" and "rate_limit" (float32); of
+    frozen ones only these and the rate.
     """
 
     _op = OP
     _kinds = {**SHARED, **OPTIONS, "amsgrad": OP.options["amsgrad"]}
     _rule_option = "eps_rule"
     _float32_states = True
+    _from_interval = LogTriangular
 
     def __init__(
         self,
         params: Any,
-        lr_range: tuple[float, float] = (1e-4, 0.1),
+        lr_range: tuple[float, float] = (1e-4, 1.0),
         *,
         lr: float | Tensor = 1.0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -63,6 +70,7 @@ class AlraoAdam(AlraoOptimizer):
         amsgrad: bool = False,
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
+        rate_bound: float | None = 0.1,
         sampler: Sampler | None = None,
         generator: torch.Generator | None = None,
         eps_rule: str = "torch",

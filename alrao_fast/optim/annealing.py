@@ -65,7 +65,8 @@ def anneal(optimizer: AlraoOptimizer, progress: float, width: float) -> None:
                 continue
             drawn = originals[id(rate)] = own.setdefault("drawn_rate", rate.clone())
             moved = middle + shift.clamp(-limit, limit).to(rate.device)
-            rate.copy_((moved + keep * (drawn.double().log() - middle)).exp())
+            narrowed = (moved + keep * (drawn.double().log() - middle)).exp()
+            rate.copy_(narrowed.clamp(max=own["rate_limit"]) if "rate_limit" in own else narrowed)
 
 
 def _intervals(optimizer: AlraoOptimizer) -> Iterator[tuple[LogUniform, list[Tensor]]]:

@@ -20,13 +20,15 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from alrao_fast import compiler, live
+from alrao_fast import compiler, live, sharding
 from alrao_fast.arguments import Generator, Instance, Kind, Number, Optional, checked
 from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import annealing, averages, checkpoint
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
 from alrao_fast.optim.drawing import draw_all
-from alrao_fast.optim.layouts import Layout, check_param, default_layout, resolve
+from alrao_fast.optim.flat_shards import check_exchange
+from alrao_fast.optim.layouts import Layout, check_param, default_layout
+from alrao_fast.optim.limits import limited, rate_limits
 from alrao_fast.optim.notices import (
     warn_of_bare_tensors,
     warn_of_default_rule,
@@ -43,8 +45,9 @@ from alrao_fast.optim.param_groups import (
     tensor_of,
 )
 from alrao_fast.optim.places import Places
+from alrao_fast.optim.ranks import AcrossRanks
 from alrao_fast.optim.rates import Constant, LogUniform, Sampler
-from alrao_fast.optim.states import complete
+from alrao_fast.optim.states import RATES, complete, rates_in
 
 _SHARES = {name: Number(low=0, high=1) for name in ("progress", "width")}
 # The arguments of a constructor that are no options of a param group.
@@ -52,10 +55,11 @@ _OWN = {
     "sampler": SAMPLER,
     "generator": Optional(Generator()),
     "model": Optional(Instance(nn.Module, "a torch.nn.Module")),
+    "rate_bound": Optional(Number(above=0)),
 }
 
 
-class AlraoOptimizer(Optimizer):
+class AlraoOptimizer(AcrossRanks):
     """Base class: not for use on its own."""
 
     # With fused=True, as in torch.optim, and by default for fp16 parameters, whose gradients GradScaler refuses.
@@ -81,15 +85,17 @@ class AlraoOptimizer(Optimizer):
         self._option_checks = OptionChecks(self._kinds, self._check_group)
         defaults |= self._option_checks.checked(defaults)
         params = defaults.pop("params")
-        own = checked(_OWN, {name: defaults.pop(name) for name in _OWN})
+        own = checked(_OWN, {name: defaults.pop(name, None) for name in _OWN})
         model = own["model"]
         self._sampler: Sampler | None = own["sampler"]
         self._generator: torch.Generator | None = own["generator"]
+        self._rate_bound: float | None = own["rate_bound"]
         # Of every parameter met so far, in the order in which rates are drawn.
         self._layouts: dict[Tensor, Layout] = {}
-        # What a state that was cleared begins with again.
-        self._rates: dict[Tensor, Tensor] = {}
+        # What a state that was cleared begins with again: its entries among RATES.
+        self._rates: dict[Tensor, dict[str, Tensor]] = {}
         self._places = Places()
+        self._alone()
         # Vectors drawn with the optimizer's own sampler: parameters added later share them.
         self._vectors: dict[Any, Tensor] = {}
         self._binding = Binding()
@@ -99,7 +105,7 @@ class AlraoOptimizer(Optimizer):
         self._bare: list[str] = []
         groups = as_groups(params)
         for root in modules_of(groups) if model is None else [model]:
-            resolve(root, self._layouts)
+            self._resolve(root)
         super().__init__(groups, defaults)
         self._follow_fused()
         self._draw()
@@ -163,7 +169,7 @@ class AlraoOptimizer(Optimizer):
         before = len(self.param_groups), dict(self._layouts)
         try:
             for module in modules_of([group]):
-                resolve(module, self._layouts)
+                self._resolve(module)
             group["params"] = expanded(group["params"])
             self._lay_out(group["params"])
             for part in self._clones_apart(group, options[self._rule_option]):
@@ -188,6 +194,7 @@ class AlraoOptimizer(Optimizer):
 
         `step()`, `state_dict()` and `load_state_dict()` do so by themselves.
         """
+        self._follow_sharding()
         self._adopt()
         self._complete(self.param_groups)
 
@@ -199,26 +206,36 @@ class AlraoOptimizer(Optimizer):
         """
         groups, before = self.param_groups, dict(self._layouts)
         strangers = [p for group in groups for p in group["params"] if p not in self._rates]
+        sharded: dict[Tensor, Tensor] = {}
         try:
             for new, old in self._places.heirs(groups) if strangers else ():
                 if new not in self._layouts and old in self._rates:
                     self._layouts[new] = self._layouts[old]
                     own = {**self.state.get(old, {}), **self.state.get(new, {})}
-                    self._rates[new] = own.get("rate", self._rates[old])
+                    self._rates[new] = rates_in(own) or self._rates[old]
+                    if sharding.is_sharded(new) and not sharding.is_sharded(old):
+                        sharded[new] = old
             for number, group in enumerate(groups if strangers else ()):
                 place = self._places.of(groups, number)
+                check_exchange(number, place.params if place else (), group["params"])
                 self._lay_out(group["params"])
                 for param in [p for p in group["params"] if p not in self._rates]:
                     if "rate" in self.state.get(param, {}):
-                        self._rates[param] = self.state[param]["rate"]
+                        self._rates[param] = rates_in(self.state[param])
                     else:
                         self._undrawn[param] = place and place.sampler, group["lr_range"]
-            self._draw()
+            self._draw(sharded)
         except Exception:
             self._layouts, self._undrawn, self._bare = before, {}, []
             for param in strangers:
                 self._rates.pop(param, None)
             raise
+        for new, old in sharded.items():
+            # The same parameter: its momentum goes on. Nothing whole is kept.
+            self.state[new] = (
+                sharding.handed_over(self.state.pop(old, {}), new, RATES) | self.state[new]
+            )
+            del self._layouts[old], self._rates[old]
         self._places.note(groups)
         self._warn_of_bare_tensors()
 
@@ -229,9 +246,9 @@ class AlraoOptimizer(Optimizer):
                 own = self.state[param]
                 # Clearing the state forgets momentum, not the rates.
                 if own.get("rate") is None:
-                    own["rate"] = self._rates[param]
+                    own.update(self._rates[param])
                 elif isinstance(own["rate"], Tensor):
-                    self._rates[param] = own["rate"]
+                    self._rates[param] = rates_in(own)
             if not self._option_checks.hold(group):
                 # The next step says which option is not valid.
                 continue
@@ -250,7 +267,7 @@ class AlraoOptimizer(Optimizer):
             p for p in map(tensor_of, entries) if isinstance(p, Tensor) and p not in self._layouts
         ]
         for owner in owners(bare) if bare else ():
-            resolve(owner, self._layouts)
+            self._resolve(owner)
         places: dict[Tensor, int] = {}
         for number, entry in enumerate(entries):
             param = tensor_of(entry)
@@ -287,8 +304,12 @@ class AlraoOptimizer(Optimizer):
         part = {**group, "params": clones, self._rule_option: "torch"}
         return [{**group, "params": others}, part] if others else [part]
 
-    def _draw(self) -> None:
-        """Draw the rates of the parameters that have none, in the model's order, and store them in the state."""
+    def _draw(self, sharded: Iterable[Tensor] = ()) -> None:
+        """Draw the rates of the parameters that have none, in the model's order, and store them in the state.
+
+        With DTensors among the parameters all ranks of their meshes have the first one's, also of those in `sharded`,
+        which have rates that each rank drew by itself.
+        """
         pending, self._undrawn = self._undrawn, {}
         own = self._sampler or self._from_interval(*self.defaults["lr_range"])
         rates = draw_all(pending, own, self._generator, self._layouts, self._vectors)
@@ -297,17 +318,13 @@ class AlraoOptimizer(Optimizer):
                 # The tensors of a group round with consecutive seeds, starting here.
                 seed = torch.randint(2**62, (), generator=self._generator, device="cpu")
                 group["rounding_seed"] = int(seed)
-        self._store(rates)
-
-    def _store(self, rates: dict[Tensor, Tensor]) -> None:
-        """Put drawn rates into the state, on their parameters' devices, shared vectors as one tensor."""
-        moved: dict[tuple[int, torch.device], Tensor] = {}
-        for param, rate in rates.items():
-            device = rate.device if param.is_meta else param.device
-            key = (id(rate), device)
-            if key not in moved:
-                moved[key] = rate.to(device)
-            self._rates[param] = self.state[param]["rate"] = moved[key]
+        bounded = [p for p in rates if isinstance(pending[p][0] or own, LogUniform)]
+        limits = rate_limits(bounded, self._layouts, self._rate_bound) if self._rate_bound else {}
+        others = (rate for p in sharded for rate in self._rates[p].values())
+        self._agree([*rates.values(), *limits.values(), *others])
+        for param, own_rates in limited(rates, limits).items():
+            self._rates[param] = own_rates
+            self.state[param].update(own_rates)
         self._tell_heads()
 
     def _tell_heads(self) -> None:
@@ -379,7 +396,7 @@ class AlraoOptimizer(Optimizer):
         for group in groups:
             for param in group["params"]:
                 rate, layout = state[param]["rate"], self._layouts[param]
-                self._rates[param] = rate
+                self._rates[param] = rates_in(state[param])
                 if layout.vector in self._vectors and layout.feature_of is None:
                     self._vectors[layout.vector] = rate
         self._tell_heads()
@@ -398,6 +415,7 @@ class AlraoOptimizer(Optimizer):
             "_sampler": self._sampler,
             "_generator": self._generator,
             "_run": self._run,
+            "_rate_bound": self._rate_bound,
             "_constructing": False,
             "_undrawn": {},
             "_bare": [],
@@ -407,6 +425,7 @@ class AlraoOptimizer(Optimizer):
         super().__setstate__(state)
         self._follow_fused()
         self._binding = Binding()
+        self._alone()
         self._option_checks = OptionChecks(self._kinds, self._check_group)
         self._tell_heads()
 
@@ -470,6 +489,8 @@ class AlraoOptimizer(Optimizer):
         for number, group in enumerate(self.param_groups):
             params = group["params"]
             grads = gradients(params)
+            if self._counts.get(number) != len(grads):
+                grads = self._recounted(number)
             if not grads:
                 continue
             options = self._options(group)

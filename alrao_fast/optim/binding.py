@@ -22,8 +22,10 @@ from alrao_fast.arguments import FLOATS
 from alrao_fast.ops.checks import LOW_PRECISION
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
 from alrao_fast.ops.plan import ListPlan, make_plan, params_are_swapped
+from alrao_fast.optim.flat_shards import check_whole
 from alrao_fast.optim.layouts import Layout, memory_rates
 from alrao_fast.optim.states import average_dtype, like, state_dtype, steps_of
+from alrao_fast.sharding import LocalParts, check_parts, is_sharded, local, local_rates, local_seed
 
 # What makes the rates of a parameter anew from those in its state.
 MakeRates = Callable[[], Tensor]
@@ -33,6 +35,7 @@ class Call:
     """One op on tensors of one device and dtype; `positions` says which of a group's gradients are theirs (None: all).
 
     derived: those of the rates that are copies, by number, with what makes them: each step looks what they are now.
+    parts: where `lists` holds what is here of DTensors, those.
 
     Raises RuntimeError where the tensors do not fit together.
     """
@@ -44,8 +47,12 @@ class Call:
         impl: str,
         positions: list[int] | None = None,
         derived: Mapping[int, MakeRates] = MappingProxyType({}),
+        parts: LocalParts | None = None,
     ) -> None:
         self.lists, self.impl, self.positions = lists, impl, positions
+        self._parts = parts
+        # As the optimizer has them.
+        self.params: list[Tensor] = lists.params if parts is None else parts.params
         op.check_data(lists)
         self._listed = ListPlan(op, lists, impl)
         self._plan = make_plan(op, lists, impl)
@@ -55,6 +62,11 @@ class Call:
         """One step; False, with nothing written, where a parameter's memory, strides or dtype has changed."""
         if self.positions is not None:
             grads = [grads[k] for k in self.positions]
+        if self._parts is not None:
+            here = self._parts.gradients(grads)
+            if here is None:
+                return False
+            grads = here
         plan = self._listed if torch.compiler.is_compiling() else self._plan
         scalars = self._there(scalars)
         if self._derived and not self._listed.unchanged():
@@ -193,7 +205,7 @@ class Binding:
             if call.step(grads, options, scalars):
                 continue
             # Something has moved: bind anew and make all calls from this one on; those before have had this step.
-            done = {id(p) for before in group.calls[:place] for p in before.lists.params}
+            done = {id(p) for before in group.calls[:place] for p in before.params}
             rest = [p.grad for p in params if p.grad is not None and id(p) not in done]
             for again in self._keep(number, make(done)).calls:
                 if not again.step(rest, options, scalars):
@@ -237,6 +249,8 @@ def bind(
     with_grad = [k for k, has_grad in enumerate(mask) if has_grad]
     for k in with_grad:
         name = layouts[params[k]].name
+        check_whole(name, params[k])
+        check_parts(name, params[k])
         check_gradient(params[k], name)
         for key, value in state[params[k]].items():
             if isinstance(value, Tensor) and value.is_meta:
@@ -246,9 +260,10 @@ def bind(
     calls = []
     for positions in by_device_and_dtype([params[k] for k in with_grad]):
         numbers = with_grad if positions is None else [with_grad[k] for k in positions]
-        seeds = [(seed + k) % 2**63 for k in numbers]
-        lists, derived = _lists(op, [params[k] for k in numbers], seeds, layouts, state, needs)
-        calls.append(Call(op, lists, needs.impl, positions, derived))
+        own = [params[k] for k in numbers]
+        seeds = [local_seed((seed + k) % 2**63, params[k]) for k in numbers]
+        lists, derived, parts = _lists(op, own, seeds, layouts, state, needs)
+        calls.append(Call(op, lists, needs.impl, positions, derived, parts))
     return GroupBinding(calls, params, mask, needs, state)
 
 
@@ -261,10 +276,10 @@ def gradients(params: list[Tensor]) -> list[Tensor]:
 
 
 def by_device_and_dtype(params: list[Tensor]) -> list[list[int] | None]:
-    """The positions of the parameters that one call can take; None for all of them."""
-    parts: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    """The positions of the parameters that one call can take, DTensors apart from others; None for all of them."""
+    parts: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
     for position, param in enumerate(params):
-        parts.setdefault((param.device, param.dtype), []).append(position)
+        parts.setdefault((param.device, param.dtype, is_sharded(param)), []).append(position)
     return [*parts.values()] if len(parts) > 1 else [None] * len(parts)
 
 
@@ -292,8 +307,8 @@ def _lists(
     layouts: dict[Tensor, Layout],
     state: Any,
     needs: Needs,
-) -> tuple[Lists, dict[int, MakeRates]]:
-    """The op's tensors, and which of the rates are copies."""
+) -> tuple[Lists, dict[int, MakeRates], LocalParts | None]:
+    """The op's tensors, which of the rates are copies, and the DTensors if these are what is here of them."""
     low_precision = params[0].dtype in LOW_PRECISION
     with_masters = needs.master_weights and low_precision
     dtype = state_dtype(params[0], needs.float32_states, needs.master_weights)
@@ -303,13 +318,11 @@ def _lists(
         layout = layouts[param]
         _check_shape(param, layout, own, needs)
         own["rate"] = own["rate"].to(param.device, torch.float32)
-        # Without entries there are no features either; the ops expect at least one rate.
-        rate = own["rate"] if own["rate"].numel() else own["rate"].new_ones(1)
-        in_memory, inner = memory_rates(rate, param, layout.dims, layout.name)
+        in_memory, inner = _in_memory(own["rate"], param, layout)
         rates.append(in_memory)
         inners.append(inner)
-        if is_copy(in_memory, rate):
-            derived[number] = partial(_in_memory, rate, param, layout)
+        if is_copy(in_memory, own["rate"]):
+            derived[number] = partial(_rates_in_memory, own["rate"], param, layout)
         for key in needs.states:
             own[key] = like(own[key], param, dtype)
         if with_masters:
@@ -317,28 +330,47 @@ def _lists(
         if needs.averages:
             own["average"] = like(own["average"], param, average_dtype(param))
     stochastic = low_precision and not with_masters and needs.rounding != "nearest"
+    kept = [[own[key] for own in owns] for key in needs.states]
+    masters = [own["master"] for own in owns] if with_masters else []
+    averages = [own["average"] for own in owns] if needs.averages else []
+    parts = None
+    if is_sharded(params[0]):
+        names = [layouts[param].name for param in params]
+        parts = LocalParts(params, [*chain(*kept, masters, averages)], names)
     lists = Lists(
-        params=params,
-        states=[[own[key] for own in owns] for key in needs.states],
-        masters=[own["master"] for own in owns] if with_masters else [],
+        params=[*map(local, params)] if parts else params,
+        states=[[*map(local, states)] for states in kept] if parts else kept,
+        masters=[*map(local, masters)],
         rates=rates,
         inners=inners,
         seeds=seeds if stochastic else [],
         steps=steps_of(
             owns, params[0].device, op.first_state if op.first_state in needs.states else ""
         ),
-        averages=[own["average"] for own in owns] if needs.averages else [],
+        averages=[*map(local, averages)],
     )
-    return lists, derived
+    return lists, derived, parts
 
 
 def is_copy(tensor: Tensor, of: Tensor) -> bool:
     """Whether `tensor` has memory of its own."""
-    return tensor is not of and tensor.data_ptr() != of.data_ptr()
+    if tensor is of or not of.numel():
+        return False
+    return tensor.untyped_storage().data_ptr() != of.untyped_storage().data_ptr()
 
 
-def _in_memory(rate: Tensor, param: Tensor, layout: Layout) -> Tensor:
-    return memory_rates(rate, param, layout.dims, layout.name)[0]
+def _in_memory(rate: Tensor, param: Tensor, layout: Layout) -> tuple[Tensor, int]:
+    """The rates of the entries that are here, and how many entries one rate is for, as `memory_rates` has them."""
+    if is_sharded(param):
+        rate = local_rates(rate, param, layout.dims, layout.name)
+        param = local(param)
+    # Without entries there are no features either; the ops expect at least one rate.
+    rate = rate if rate.numel() else rate.new_ones(1)
+    return memory_rates(rate, param, layout.dims, layout.name)
+
+
+def _rates_in_memory(rate: Tensor, param: Tensor, layout: Layout) -> Tensor:
+    return _in_memory(rate, param, layout)[0]
 
 
 def _check_shape(param: Tensor, layout: Layout, own: dict[str, Any], needs: Needs) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alrao_fast import sharding
 from alrao_fast.ops.feature import FEATURE_OPS, FeatureOp
 from alrao_fast.optim.layouts import Layout
+from alrao_fast.optim.states import RATES
 
 # The rates of a parameter for which a state_dict has none: (param, its state there, the states read so far).
 MissingRate = Callable[[Tensor, Mapping[str, Any], Mapping[Any, dict[str, Any]]], Tensor]
@@ -130,12 +132,12 @@ class _Reader:
         self._rate_shape, self._rate_dtype, self._copies = rate_shape, rate_dtype, copies
 
     def read(self, key: str, value: Any) -> Any:
-        if key in ("rate", "drawn_rate"):
-            return self._rate(value)
+        if key in RATES:
+            return self._rate(sharding.whole(value))
         if key == "step":
             return self._step(value)
         if key in self._op.states or key in ("master", "average"):
-            return self._copied(self._floats(key, value, tuple(self._param.shape)))
+            return self._placed(self._floats(key, value, tuple(self._param.shape)))
         return self._cast(value)
 
     def _rate(self, value: Any) -> Tensor:
@@ -190,6 +192,12 @@ class _Reader:
         if type(value) in (list, tuple):
             return type(value)(self._cast(entry) for entry in value)
         return value
+
+    def _placed(self, value: Tensor) -> Tensor:
+        """A copy that is placed as the parameter: of what one process has saved, the entries that are here."""
+        if not sharding.is_sharded(self._param):
+            return self._copied(sharding.whole(value))
+        return sharding.like(value.detach(), self._param, value.dtype, copy=True)
 
     def _copied(self, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         device = value.device if self._param.is_meta else self._param.device

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from alrao_fast.arguments import Choice, Data, Instance, Integer, Kind, Optional, checked, shown
+from alrao_fast.optim.flat_shards import check_whole
+from alrao_fast.sharding import check_parts
 
 
 class _Dims(Kind):
@@ -316,7 +318,8 @@ def _join(prefix: str, name: str) -> str:
 
 
 def check_param(name: str, param: Tensor, module: str = "") -> None:
-    """Raises ValueError for an uninitialized parameter, which has no shape, and for a sparse one that is trained."""
+    """Raises ValueError for an uninitialized parameter, which has no shape, for a sparse one that is trained, and for
+    shards that do not say where their entries are."""
     where = f"parameter {name!r}{f' of {module}' if module else ''}"
     if is_lazy(param):
         raise ValueError(
@@ -326,6 +329,8 @@ def check_param(name: str, param: Tensor, module: str = "") -> None:
         raise ValueError(
             f"{where} has layout {param.layout}, expected an ordinary (strided) tensor: its rates follow its memory"
         )
+    check_whole(name, param)
+    check_parts(name, param)
 
 
 def _fitted(

@@ -4,13 +4,23 @@ They are all there from the start, as in torch.optim.Adagrad: whoever loads a ch
 optimizer, as torch.distributed.checkpoint does, finds every one of them.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alrao_fast import sharding
 from alrao_fast.ops.checks import LOW_PRECISION
 from alrao_fast.ops.feature import FeatureOp
+
+# What a state has with one entry per feature: the rates of now, those that were drawn, and the most that they may be.
+RATES = ("rate", "drawn_rate", "rate_limit")
+
+
+def rates_in(own: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of a state, what it has with one entry per feature."""
+    return {key: own[key] for key in RATES if isinstance(own.get(key), Tensor)}
 
 
 def state_dtype(param: Tensor, float32_states: bool, masters: bool) -> torch.dtype:
@@ -80,17 +90,22 @@ def _is_unbegun(own: dict[str, Any], name: str) -> bool:
         return True
     if not (isinstance(step, Tensor) and isinstance(state, Tensor)) or step._is_view():
         return False
-    return state.is_meta or (int(step) == 0 and not bool(state.any()))
+    return state.is_meta or (int(step) == 0 and not bool(sharding.local(state).any()))
 
 
 def copy_of(param: Tensor, dtype: torch.dtype) -> Tensor:
     """The parameter's values in memory of its own."""
+    if sharding.is_sharded(param):
+        return sharding.like(param.detach(), param, dtype, copy=True)
     copy = torch.empty_strided(param.size(), param.stride(), dtype=dtype, device=param.device)
     return copy.copy_(param.detach())
 
 
 def like(stored: Tensor | None, param: Tensor, dtype: torch.dtype) -> Tensor:
-    """A state with the parameter's shape, strides and device: the stored one, moved if it must be, or zeros."""
+    """A state with the parameter's shape, strides and device, of a DTensor its placements too: the stored one, moved if
+    it must be, or zeros."""
+    if sharding.is_sharded(param):
+        return sharding.like(stored, param, dtype)
     if stored is not None and (stored.dtype, stored.device, stored.stride()) == (
         dtype,
         param.device,
@@ -110,7 +125,7 @@ def steps_of(owns: list[dict[str, Any]], device: torch.device, first: str) -> Te
     steps = torch.stack([as_count(own["step"], device) for own in owns])
     for number, own in enumerate(owns if first else ()):
         if not (isinstance(own["step"], Tensor) and own["step"]._is_view()):
-            steps[number] += (steps[number] == 0) & own[first].any()
+            steps[number] += (steps[number] == 0) & sharding.local(own[first]).any()
     for own, step in zip(owns, steps.unbind()):
         own["step"] = step
     return steps

@@ -22,7 +22,7 @@ from benchmarks.results import Record, Results
 
 FULL_SEEDS, QUICK_TASKS, QUICK_STEPS = 3, ("digits", "cnn-plain", "graph"), 60
 # Whose interval is varied.
-INTERVALS_OF = ("alrao", "alrao-adam", "recipe", "recipe-run")
+INTERVALS_OF = ("alrao", "alrao-adam-run", "unbounded-run")
 CIFAR = ("cifar", "cifar-plain")
 
 DESCRIPTION = f"""A comparison without tuning, each method at one fixed setting on small tasks of different kinds,

@@ -15,9 +15,9 @@ from benchmarks.experiments.methods import Method, Setting, alrao_method, of_tor
 SGD_GRID = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 ADAMW_GRID = (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
 WARMUP = 0.05
-# Alrao-Adam's interval, and those on which a method should not depend.
-USEFUL = (1e-4, 0.1)
-INTERVALS = (USEFUL, (1e-4, 1.0), (1e-5, 10.0), (1e-6, 1e3))
+# Alrao-Adam's interval, that which serves where rates are not bounded, and those on which a method should not depend.
+USUAL, USEFUL = (1e-4, 1.0), (1e-4, 0.1)
+INTERVALS = (USEFUL, USUAL, (1e-3, 100.0), (1e-5, 10.0), (1e-6, 1e3))
 
 
 class Together:
@@ -111,7 +111,8 @@ _RIVALS = (
 TUNED = ("sgd", "adamw")
 
 
-_ADAM, _TRIANGULAR = alrao.AlraoAdam, alrao.LogTriangular
+_ADAM = alrao.AlraoAdam
+_UNBOUNDED: dict[str, Any] = {"options": {"rate_bound": None}, "lr_range": USEFUL}
 _MOMENTUM = {"momentum": 0.9}
 _AVERAGED: dict[str, Any] = {"evaluation": lambda opt: opt.averaged()}
 
@@ -146,24 +147,37 @@ _OURS = (
         **_AVERAGED,
     ),
     alrao_method(
-        "recipe",
-        "Alrao-Adam, triangular, warm-up, averaged",
+        "alrao-adam-run",
+        "Alrao-Adam, total_steps",
         _ADAM,
-        _TRIANGULAR,
-        of_run=_warm_averaged,
-        lr_range=USEFUL,
+        of_run=_known_length,
+        lr_range=USUAL,
         **_AVERAGED,
     ),
     alrao_method(
-        "alrao-adam-run", "Alrao-Adam, total_steps", _ADAM, of_run=_known_length, **_AVERAGED
+        "uniform-run",
+        "Alrao-Adam, uniform, total_steps",
+        _ADAM,
+        alrao.LogUniform,
+        of_run=_known_length,
+        lr_range=USUAL,
+        **_AVERAGED,
+    ),
+    alrao_method("unbounded", "Alrao-Adam, not bounded", _ADAM, **_UNBOUNDED),
+    alrao_method(
+        "unbounded-averaged",
+        "Alrao-Adam, not bounded, warm-up, averaged",
+        _ADAM,
+        of_run=_warm_averaged,
+        **_UNBOUNDED,
+        **_AVERAGED,
     ),
     alrao_method(
-        "recipe-run",
-        "Alrao-Adam, triangular, total_steps",
+        "unbounded-run",
+        "Alrao-Adam, not bounded, total_steps",
         _ADAM,
-        _TRIANGULAR,
         of_run=_known_length,
-        lr_range=USEFUL,
+        **_UNBOUNDED,
         **_AVERAGED,
     ),
 )

@@ -132,7 +132,7 @@ def gaps(summary: Summary) -> Gaps:
 
 
 class Standing(NamedTuple):
-    """A method over the tasks: its largest, mean and median gap in nats of test loss, where the largest is, on how many."""
+    """A method over the tasks: largest, mean and median gap in nats of test loss, where the largest is, on how many."""
 
     worst: float
     worst_task: str
