@@ -88,7 +88,7 @@ def test_from_end_to_end(tmp_path, no_prodigy, capsys):
     text = (tmp_path / "quality.md").read_text()
     for wanted in ("pip install prodigyopt", "sources", "(1e-05, 10)", "SGD, best of grid"):
         assert wanted in text, wanted
-    assert "worst gap" in capsys.readouterr().out
+    assert "median" in capsys.readouterr().out
     from PIL import Image
 
     for name in ("gaps", "profiles", "interval-alrao-adam-run"):

@@ -211,7 +211,7 @@ def test_markdown(results):
     text = (results / "report" / "report.md").read_text()
     figures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)
     assert len(figures) > 6 and all((results / "report" / figure).exists() for figure in figures)
-    assert "| Alrao | -0.062 | digits | -0.062 | 1 |" in text
+    assert "| Alrao | -0.062 | digits | -0.062 | -0.062 | 1 |" in text
 
 
 def test_what_was_not_run(tmp_path):

@@ -24,6 +24,8 @@ FULL_SEEDS, QUICK_TASKS, QUICK_STEPS = 3, ("digits", "cnn-plain", "graph"), 60
 # Whose interval is varied.
 INTERVALS_OF = ("alrao", "alrao-adam-run", "unbounded-run")
 CIFAR = ("cifar", "cifar-plain")
+# Characters of a terminal that shows all tables.
+WIDE = 180
 
 DESCRIPTION = f"""A comparison without tuning, each method at one fixed setting on small tasks of different kinds,
 against the best of grids of SGD and AdamW, chosen on validation data. All methods of a seed start from the same
@@ -162,8 +164,9 @@ def report(
 ) -> None:
     """Print what the comparison says; write that, the details and the plots."""
     tables = list(main_tables(summary))
-    for table in tables:
-        console.print(table.rich(whole=True))
+    # A column for each task needs room.
+    for table in tables if console.width >= WIDE else tables[:1]:
+        console.print(table.rich(whole=console.width >= WIDE))
     tables += detail_tables(summary, missing)
     written = [table.markdown() + "\n" for table in tables]
     runs = (run for cells in summary.values() for own in cells.values() for run in own.all)

@@ -165,6 +165,14 @@ _OURS = (
     ),
     alrao_method("unbounded", "Alrao-Adam, not bounded", _ADAM, **_UNBOUNDED),
     alrao_method(
+        "unbounded-averaged",
+        "Alrao-Adam, not bounded, warm-up, averaged",
+        _ADAM,
+        of_run=_warm_averaged,
+        **_UNBOUNDED,
+        **_AVERAGED,
+    ),
+    alrao_method(
         "unbounded-run",
         "Alrao-Adam, not bounded, total_steps",
         _ADAM,

@@ -132,11 +132,12 @@ def gaps(summary: Summary) -> Gaps:
 
 
 class Standing(NamedTuple):
-    """A method over the tasks: its largest and its mean gap (nats of test loss), where the largest is, on how many."""
+    """A method over the tasks: largest, mean and median gap in nats of test loss, where the largest is, on how many."""
 
     worst: float
     worst_task: str
     mean: float
+    median: float
     tasks: int
 
 
@@ -147,8 +148,8 @@ def standings(found: Gaps) -> dict[Row, Standing]:
         if row.interval is None:
             means = {task: statistics.fmean(own) for task, own in by_task.items()}
             worst = max(means, key=lambda task: means[task])
-            average = statistics.fmean(means.values())
-            result[row] = Standing(means[worst], worst, average, len(means))
+            middle = statistics.fmean(means.values()), statistics.median(means.values())
+            result[row] = Standing(means[worst], worst, *middle, len(means))
     order = sorted(
         result, key=lambda row: (-result[row].tasks, result[row].worst, result[row].mean)
     )

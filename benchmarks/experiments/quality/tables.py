@@ -63,13 +63,24 @@ def standings_table(summary: Summary, found: figures.Gaps) -> Table:
     paid = figures.costs(summary)
     rows = []
     for row, own in figures.standings(found).items():
-        line = [row.label, nats(own.worst), own.worst_task, nats(own.mean), str(own.tasks)]
+        line = [row.label, nats(own.worst), own.worst_task, nats(own.mean), nats(own.median)]
+        line += [str(own.tasks)]
         cost = paid.get(row)
         if cost is None:
             rows.append([*line, "", "", ""])
         else:
             rows.append([*line, f"{cost.runs:g}", f"{cost.step:.2f}", f"{cost.bytes:.2f}"])
-    columns = ["method", "worst gap", "where", "mean gap", "tasks", "runs", "step", "memory"]
+    columns = [
+        "method",
+        "worst gap",
+        "where",
+        "mean gap",
+        "median",
+        "tasks",
+        "runs",
+        "step",
+        "memory",
+    ]
     title = (
         "test loss behind the best of the grids of SGD and AdamW (nats); step and memory are multiples of "
         "Adam's"

@@ -218,7 +218,7 @@ KINDS = {
     "graph": Kind(graph, 200, 100),
     "lstm": Kind(functools.partial(characters, networks.CharacterLSTM), 500, 16),
     "transformer": Kind(functools.partial(characters, _transformer), 500, 10),
-    # 2.2 million parameters.
+    # 2.3 million parameters.
     "large": Kind(functools.partial(characters, _large), 300, 8),
 }
 LARGE = "large"
