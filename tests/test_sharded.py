@@ -39,6 +39,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import alrao_fast as alrao
+from alrao_fast.optim.states import RATES
 
 
 def shard(net, mesh, **options):
@@ -53,7 +54,7 @@ def result(net, opt):
         for p in params
         if isinstance(p, DTensor)
         for key, value in opt.state[p].items()
-        if key not in ("rate", "step")
+        if key not in (*RATES, "step")
     ]
     return {
         "weights": weights(net),

@@ -125,7 +125,7 @@ def load_of_one(rank, folder):
                 value.placements == p.placements
                 for p in net.parameters()
                 for key, value in opt.state[p].items()
-                if key not in ("rate", "step")
+                if key not in (*RATES, "step")
             ]
             go_on(case, net, opt, range(BEGUN, STEPS))
             found[f"{case} {way}"] = {**result(net, opt), "shards": shards}

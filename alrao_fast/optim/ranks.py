@@ -26,7 +26,7 @@ class AcrossRanks(Optimizer):
     """The part of an Alrao optimizer that knows of other ranks."""
 
     _layouts: dict[Tensor, Layout]
-    _rates: dict[Tensor, Tensor]
+    _rates: dict[Tensor, dict[str, Tensor]]
     _binding: Binding
     _homes: Homes
     # How many gradients each group had in the last step: where that changes, a module may have been sharded.
