@@ -1,8 +1,7 @@
 """Protects what is refused, with the cure and before anything is written, because rates would go to wrong entries:
 
-- flat parameters and shards: FullyShardedDataParallel (FSDP1), with and without its original parameters, wrapped before
-  and after the optimizer is made, passed as a module and bare; DeepSpeed's ZeRO-3; vectors in the place of a group's
-  parameters, as ZeRO-1 and ZeRO-2 and Megatron leave them;
+- flat parameters and shards: those of DeepSpeed's ZeRO-3; vectors in the place of a group's parameters, as ZeRO-1 and
+  ZeRO-2 and Megatron leave them (FullyShardedDataParallel: tests/test_sharded.py);
 - wrappers of other tensors; DTensors in ops, losses and collapse that need a whole tensor.
 """
 
@@ -11,9 +10,9 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from sharded_harness import batch, made, model
+from sharded_harness import made, model
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.two_tensor import TwoTensor
 
 import alrao_fast as alrao
@@ -29,35 +28,6 @@ def two_ranks():
     debug._clear_sharding_prop_cache()
     yield
     dist.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("bare", [False, True], ids=["module", "bare"])
-@pytest.mark.parametrize("first", ["wrapper", "optimizer"])
-@pytest.mark.parametrize("originals", [True, False])
-def test_fsdp1(two_ranks, originals, first, bare):
-    net = model()
-
-    def optimizer(module):
-        return made("momentum", module.parameters() if bare else module)
-
-    def run():
-        opt = optimizer(net) if first == "optimizer" else None
-        wrapped = FullyShardedDataParallel(
-            net, use_orig_params=originals, device_id=torch.device("cpu")
-        )
-        opt = opt or optimizer(wrapped)
-        x, y = batch(0)
-        wrapped(x, targets=y).backward()
-        before = [p.detach().clone() for p in net.parameters()]
-        try:
-            opt.step()
-        finally:
-            assert all(map(torch.equal, before, net.parameters()))
-
-    expected = r"parameter '.*' is (a flat shard|the flat parameter) of FullyShardedDataParallel.*fully_shard"
-    with pytest.raises(ValueError, match=expected):
-        run()
 
 
 def test_zero3():
