@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from alrao_fast.optim.states import RATES
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 BEGUN, STEPS = 3, 5

@@ -207,7 +207,7 @@ class SpecOptimizer(Optimizer):
             self._op,
             name_of=names.__getitem__,
             rates_of=self._saved_rates,
-            missing_rate=lambda param, saved, read: self.state[param]["rate"],
+            missing_rates=lambda param, saved, read: {"rate": self.state[param]["rate"]},
         )
         for group in groups:
             group |= self._option_checks.checked(group)

@@ -34,8 +34,9 @@ class AlraoAdam(AlraoOptimizer):
 
         rate_bound: the most that a feature's rate may be, in relation to the root mean square of its weights at
             construction: about the share of a feature that Adam changes in a step. It follows the width of a layer, as
-            weights do, and makes the upper end of the interval nearly irrelevant. Clones are not bounded, nor are the
-            rates of samplers without an interval. None: no bound, as in the paper.
+            weights do, and makes the upper end of the interval nearly irrelevant. Features of zeros, and parameters on
+            the meta device, count as drawn as torch's layers do. Clones are not bounded, nor are the rates of samplers
+            without an interval. None: no bound, as in the paper.
         total_steps: the length of the run in steps, where it is known, and with it the whole recipe: a warm-up over 5 %
             of it, an interval that narrows to a tenth around the clones' posterior mean (`anneal_rates`, 40 times), and
             averages, which `with opt.averaged():` evaluates. Needs clones among the parameters; steps beyond it keep

@@ -380,10 +380,10 @@ class AlraoOptimizer(AcrossRanks):
             self._op,
             name_of=lambda param: layouts[param].name,
             rates_of=lambda param, _: ((layouts[param].length(param),), torch.float32),
-            missing_rate=partial(
-                checkpoint.rate_of_frozen,
+            missing_rates=partial(
+                checkpoint.rates_of_frozen,
                 layouts=layouts,
-                own=lambda param: self.state[param]["rate"],
+                own=lambda param: rates_in(self.state[param]),
             ),
             of_old=self._of_old,
         )

@@ -12,10 +12,12 @@ from torch import Tensor
 from alrao_fast import sharding
 from alrao_fast.ops.feature import FEATURE_OPS, FeatureOp
 from alrao_fast.optim.layouts import Layout
-from alrao_fast.optim.states import RATES
+from alrao_fast.optim.states import RATES, rates_in
 
 # The rates of a parameter for which a state_dict has none: (param, its state there, the states read so far).
-MissingRate = Callable[[Tensor, Mapping[str, Any], Mapping[Any, dict[str, Any]]], Tensor]
+MissingRates = Callable[
+    [Tensor, Mapping[str, Any], Mapping[Any, dict[str, Any]]], Mapping[str, Tensor]
+]
 
 
 def fitted(
@@ -24,7 +26,7 @@ def fitted(
     op: FeatureOp,
     name_of: Callable[[Tensor], str],
     rates_of: Callable[[Tensor, Mapping[str, Any]], tuple[tuple[int, ...], torch.dtype]],
-    missing_rate: MissingRate,
+    missing_rates: MissingRates,
     of_old: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[list[dict[str, Any]], defaultdict[Any, dict[str, Any]]]:
     """The param groups and the state that `state_dict` means for the parameters of `groups`, as copies.
@@ -53,7 +55,7 @@ def fitted(
         if "rate" not in saved:
             without_rates.append((param, saved))
     for param, saved in without_rates:
-        state[param]["rate"] = missing_rate(param, saved, state)
+        state[param].update(missing_rates(param, saved, state))
     known = set(saved_ids)
     for key, value in saved_state.items():
         if key not in known:
@@ -211,14 +213,14 @@ def _kind(value: Tensor) -> str:
     return f"{value.dtype}, {value.layout}, of shape {list(value.shape)} on {value.device}"
 
 
-def rate_of_frozen(
+def rates_of_frozen(
     param: Tensor,
     saved: Mapping[str, Any],
     read: Mapping[Any, dict[str, Any]],
     *,
     layouts: Mapping[Tensor, Layout],
-    own: Callable[[Tensor], Tensor],
-) -> Tensor:
+    own: Callable[[Tensor], Mapping[str, Tensor]],
+) -> Mapping[str, Tensor]:
     """The rates of a frozen parameter without a saved state: those of its vector, if another parameter has loaded it,
     else its own. torch.distributed.checkpoint leaves frozen parameters out.
     """
@@ -230,5 +232,5 @@ def rate_of_frozen(
     for other, states in read.items():
         shared = "rate" in states and layouts[other].vector is layout.vector
         if shared and layout.feature_of is layouts[other].feature_of is None:
-            return states["rate"]
+            return rates_in(states)
     return own(param)
