@@ -138,6 +138,10 @@ def test_a_checkpoint_goes_on(at):
     again.load_state_dict(model.state_dict())
     other = AlraoAdam(again, total_steps=40, generator=generator(1))
     saved = copy.deepcopy(opt.state_dict())
+    if at == 21:
+        # As flattened by torch.distributed.checkpoint.
+        for group in saved["param_groups"]:
+            del group["steps_taken"]
     other.load_state_dict(saved)
     copied, copied_opt = copy.deepcopy((model, opt))
     for m, o in ((model, opt), (again, other), (copied, copied_opt)):

@@ -326,7 +326,7 @@ def test_modules_cost_no_search(monkeypatch):
     def search(params):
         raise AssertionError("searched")
 
-    monkeypatch.setattr("alrao_fast.optim.base.owners", search)
+    monkeypatch.setattr("alrao_fast.optim.rated.owners", search)
     with warnings.catch_warnings():
         AlraoSGD(net)
         AlraoSGD(net.parameters(), model=net)

@@ -13,8 +13,8 @@ Where the rates come from another interval than the clones', its middle moves as
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,6 +34,11 @@ class Run:
 
     def __init__(self, total_steps: int) -> None:
         self.total_steps, self.taken = total_steps, 0
+
+    def go_on_from(self, taken: int | None, states: Iterable[Mapping[str, Any]]) -> None:
+        """After loading; where nobody has kept what was `taken`, as flattened checkpoints do not, the updates count."""
+        steps = [int(own["step"]) for own in states if "step" in own]
+        self.taken = max(steps, default=0) if taken is None else taken
 
     def count(self, optimizer: AlraoOptimizer) -> None:
         """After a step."""

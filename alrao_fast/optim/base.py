@@ -20,21 +20,16 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from alrao_fast import compiler, live, sharding
+from alrao_fast import compiler
 from alrao_fast.arguments import Generator, Instance, Kind, Number, Optional, checked
 from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import annealing, averages, checkpoint
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
-from alrao_fast.optim.drawing import draw_all
-from alrao_fast.optim.flat_shards import check_exchange
-from alrao_fast.optim.layouts import Layout, check_param, default_layout
-from alrao_fast.optim.limits import limited, rate_limits
+from alrao_fast.optim.layouts import Layout
 from alrao_fast.optim.notices import (
-    warn_of_bare_tensors,
     warn_of_default_rule,
-    warn_of_small_multiplier,
 )
-from alrao_fast.optim.owners import owners, warn_of_unobserved
+from alrao_fast.optim.owners import warn_of_unobserved
 from alrao_fast.optim.param_groups import (
     SAMPLER,
     OptionChecks,
@@ -42,12 +37,11 @@ from alrao_fast.optim.param_groups import (
     check_shared,
     expanded,
     modules_of,
-    tensor_of,
 )
 from alrao_fast.optim.places import Places
-from alrao_fast.optim.ranks import AcrossRanks
-from alrao_fast.optim.rates import Constant, LogUniform, Sampler
-from alrao_fast.optim.states import RATES, complete, rates_in
+from alrao_fast.optim.rated import Rated
+from alrao_fast.optim.rates import Constant
+from alrao_fast.optim.states import complete, rates_in
 
 _SHARES = {name: Number(low=0, high=1) for name in ("progress", "width")}
 # The arguments of a constructor that are no options of a param group.
@@ -59,7 +53,7 @@ _OWN = {
 }
 
 
-class AlraoOptimizer(AcrossRanks):
+class AlraoOptimizer(Rated):
     """Base class: not for use on its own."""
 
     # With fused=True, as in torch.optim, and by default for fp16 parameters, whose gradients GradScaler refuses.
@@ -67,11 +61,8 @@ class AlraoOptimizer(AcrossRanks):
     # The op, the options of a param group and what they may be, and which of them may name the authors' rule.
     _op: FeatureOp
     _kinds: Mapping[str, Kind]
-    _rule_option: str
     # Whether states of bf16 and fp16 parameters are float32 even without master weights.
     _float32_states = False
-    # How rates are drawn from lr_range.
-    _from_interval: type[LogUniform] = LogUniform
     # Options that checkpoints did not have once, as they were then.
     _of_old: Mapping[str, Any] = MappingProxyType({})
     # Of a run whose length is known.
@@ -87,22 +78,17 @@ class AlraoOptimizer(AcrossRanks):
         params = defaults.pop("params")
         own = checked(_OWN, {name: defaults.pop(name, None) for name in _OWN})
         model = own["model"]
-        self._sampler: Sampler | None = own["sampler"]
-        self._generator: torch.Generator | None = own["generator"]
-        self._rate_bound: float | None = own["rate_bound"]
+        self._sampler, self._generator = own["sampler"], own["generator"]
+        self._rate_bound = own["rate_bound"]
         # Of every parameter met so far, in the order in which rates are drawn.
         self._layouts: dict[Tensor, Layout] = {}
         # What a state that was cleared begins with again: its entries among RATES.
         self._rates: dict[Tensor, dict[str, Tensor]] = {}
         self._places = Places()
         self._alone()
-        # Vectors drawn with the optimizer's own sampler: parameters added later share them.
-        self._vectors: dict[Any, Tensor] = {}
+        self._vectors, self._undrawn, self._bare = {}, {}, []
         self._binding = Binding()
-        # Rates are drawn once all groups are there, in the model's order whatever the groups.
-        self._undrawn: dict[Tensor, tuple[Sampler | None, tuple[float, float]]] = {}
         self._constructing = True
-        self._bare: list[str] = []
         groups = as_groups(params)
         for root in modules_of(groups) if model is None else [model]:
             self._resolve(root)
@@ -117,18 +103,6 @@ class AlraoOptimizer(AcrossRanks):
         self._constructing = False
         self._complete(self.param_groups)
         self._option_checks.follow(self.param_groups)
-
-    def _warn_of_small_multiplier(self, first: int, stacklevel: int) -> None:
-        """Of the first group, from that number on, that has one."""
-        for number, group in enumerate(self.param_groups[first:], first):
-            if warn_of_small_multiplier(group["lr"], self._sampler_of(number), stacklevel + 1):
-                return
-
-    def _sampler_of(self, number: int) -> Sampler:
-        """What the rates of a group are drawn by."""
-        place = self._places.of(self.param_groups, number)
-        lr_range = self.param_groups[number]["lr_range"]
-        return (place and place.sampler) or self._sampler or self._from_interval(*lr_range)
 
     def _follow_fused(self) -> None:
         fused = self.defaults["fused"]
@@ -198,48 +172,6 @@ class AlraoOptimizer(AcrossRanks):
         self._adopt()
         self._complete(self.param_groups)
 
-    def _adopt(self) -> None:
-        """Give rates to parameters that were put into `param_groups` by hand.
-
-        One in the place of another of its shape has that one's layout and, unless its state has some, its rates; any
-        other is treated as `add_param_group` would treat it.
-        """
-        groups, before = self.param_groups, dict(self._layouts)
-        strangers = [p for group in groups for p in group["params"] if p not in self._rates]
-        sharded: dict[Tensor, Tensor] = {}
-        try:
-            for new, old in self._places.heirs(groups) if strangers else ():
-                if new not in self._layouts and old in self._rates:
-                    self._layouts[new] = self._layouts[old]
-                    own = {**self.state.get(old, {}), **self.state.get(new, {})}
-                    self._rates[new] = rates_in(own) or self._rates[old]
-                    if sharding.is_sharded(new) and not sharding.is_sharded(old):
-                        sharded[new] = old
-            for number, group in enumerate(groups if strangers else ()):
-                place = self._places.of(groups, number)
-                check_exchange(number, place.params if place else (), group["params"])
-                self._lay_out(group["params"])
-                for param in [p for p in group["params"] if p not in self._rates]:
-                    if "rate" in self.state.get(param, {}):
-                        self._rates[param] = rates_in(self.state[param])
-                    else:
-                        self._undrawn[param] = place and place.sampler, group["lr_range"]
-            self._draw(sharded=bool(sharded))
-        except Exception:
-            self._layouts, self._undrawn, self._bare = before, {}, []
-            for param in strangers:
-                self._rates.pop(param, None)
-            raise
-        for new, old in sharded.items():
-            # The same parameter: its momentum goes on. Nothing whole is kept.
-            self.state[new] = (
-                sharding.handed_over(self.state.pop(old, {}), new, RATES) | self.state[new]
-            )
-            del self._layouts[old], self._rates[old]
-            self._homes.forget(old)
-        self._places.note(groups)
-        self._warn_of_bare_tensors()
-
     def _complete(self, groups: Iterable[dict[str, Any]]) -> None:
         """Give all parameters of `groups` their rates, and those that are trained the states that they lack."""
         for group in groups:
@@ -258,85 +190,6 @@ class AlraoOptimizer(AcrossRanks):
             precision = self._float32_states, group["master_weights"], has_averages
             trained = [p for p in group["params"] if p.requires_grad or p.grad is not None]
             complete(self._op, trained, self.state, names, *precision)
-
-    def _lay_out(self, entries: list[Any]) -> None:
-        """Lay out the models and heads that bare tensors belong to, as if they had been passed.
-
-        Tensors that no module has laid out have one rate per index of dimension 0.
-        """
-        bare = [
-            p for p in map(tensor_of, entries) if isinstance(p, Tensor) and p not in self._layouts
-        ]
-        for owner in owners(bare) if bare else ():
-            self._resolve(owner)
-        places: dict[Tensor, int] = {}
-        for number, entry in enumerate(entries):
-            param = tensor_of(entry)
-            if not isinstance(param, Tensor):
-                # torch's own add_param_group has the message.
-                continue
-            if places.setdefault(param, number) != number:
-                raise ValueError(
-                    f"params: got {self._layouts[param].name!r} at {places[param]} and again at {number}, expected "
-                    "each parameter once: list(dict.fromkeys(params)) leaves out the repetitions"
-                )
-            if param in self._layouts:
-                check_param(self._layouts[param].name, param)
-                continue
-            name = entry[0] if isinstance(entry, tuple) else f"params[{number}]"
-            self._layouts[param] = default_layout(name, param)
-            self._bare.append(name)
-
-    def _warn_of_bare_tensors(self) -> None:
-        bare, self._bare = self._bare, []
-        warn_of_bare_tensors(bare, stacklevel=4 if self._constructing else 3)
-
-    def _clones_apart(self, group: dict[str, Any], rule: str) -> list[dict[str, Any]]:
-        """The authors' rules are for the pre-classifier: under one, clones become a group of their own."""
-        if rule != "authors":
-            return [group]
-        clones: list[Any] = []
-        others: list[Any] = []
-        for entry in group["params"]:
-            layout = self._layouts.get(tensor_of(entry))
-            (clones if layout and layout.vector.kind == "clone" else others).append(entry)
-        if not clones:
-            return [group]
-        part = {**group, "params": clones, self._rule_option: "torch"}
-        return [{**group, "params": others}, part] if others else [part]
-
-    def _draw(self, *, sharded: bool = False) -> None:
-        """Draw the rates of the parameters that have none, in the model's order, and store them in the state.
-
-        With DTensors among the parameters all ranks of their meshes have the first one's. If parameters have been
-        `sharded`, all rates, which each rank had drawn by itself, become the first one's.
-        """
-        pending, self._undrawn = self._undrawn, {}
-        own = self._sampler or self._from_interval(*self.defaults["lr_range"])
-        rates = draw_all(pending, own, self._generator, self._layouts, self._vectors)
-        for group in self.param_groups:
-            if "rounding_seed" not in group:
-                # The tensors of a group round with consecutive seeds, starting here.
-                seed = torch.randint(2**62, (), generator=self._generator, device="cpu")
-                group["rounding_seed"] = int(seed)
-        bounded = [p for p in rates if isinstance(pending[p][0] or own, LogUniform)]
-        limits = rate_limits(bounded, self._layouts, self._rate_bound) if self._rate_bound else {}
-        known = self._known_rates() if sharded else ()
-        self._agree([*rates.values(), *limits.values(), *known])
-        for param, own_rates in limited(rates, limits).items():
-            self._rates[param] = own_rates
-            self.state[param].update(own_rates)
-        self._tell_heads()
-
-    def _tell_heads(self) -> None:
-        """Let the heads, which outlive the optimizer, copy the rates of their clones."""
-        live.optimizers.enter(self)
-        for head in live.heads:
-            head.take_rates(self)
-
-    def layout_of(self, param: Tensor) -> Layout:
-        """The feature layout of one of the optimizer's parameters."""
-        return self._layouts[param]
 
     # Checkpoints and copies.
 
@@ -391,15 +244,15 @@ class AlraoOptimizer(AcrossRanks):
             group |= self._option_checks.checked(group)
         self.param_groups, self.state, self._binding = groups, state, Binding()
         self._places.note(groups)
-        taken = [group.pop("steps_taken", 0) for group in groups]
+        taken = [group.pop("steps_taken", None) for group in groups]
         if self._run:
-            self._run.taken = taken[0]
+            self._run.go_on_from(taken[0], state.values())
         for group in groups:
             for param in group["params"]:
-                rate, layout = state[param]["rate"], self._layouts[param]
-                self._rates[param] = rates_in(state[param])
+                own, layout = rates_in(state[param]), self._layouts[param]
+                self._rates[param] = own
                 if layout.vector in self._vectors and layout.feature_of is None:
-                    self._vectors[layout.vector] = rate
+                    self._vectors[layout.vector] = own.get("drawn_rate", own["rate"])
         self._tell_heads()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
