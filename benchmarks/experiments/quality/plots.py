@@ -98,7 +98,8 @@ def interval_plot(method: str, summary: Summary) -> Any:
     order = sorted(by_interval, key=lambda ends: math.log(ends[1] / ends[0]))
     figure, axes = pyplot().subplots(figsize=(7, 4.4))
     axes.axhspan(-2, 2, color="0.9", zorder=0)
-    for k, task in enumerate(summary):
+    tried = {task for found in by_interval.values() for task in found}
+    for k, task in enumerate(task for task in summary if task in tried):
         changes = [by_interval[interval].get(task) for interval in order]
         means = [100 * statistics.fmean(own) if own else math.nan for own in changes]
         style = {"color": COLORS[k % len(COLORS)], "linestyle": LINES[k // len(COLORS)]}
