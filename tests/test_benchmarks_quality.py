@@ -62,7 +62,16 @@ def no_prodigy(monkeypatch):
 
 
 def test_from_end_to_end(tmp_path, no_prodigy, capsys):
-    options = ["--tasks", "digits", "graph", "--methods", "alrao-adam-run", "sgd", "adam", "prodigy"]
+    options = [
+        "--tasks",
+        "digits",
+        "graph",
+        "--methods",
+        "alrao-adam-run",
+        "sgd",
+        "adam",
+        "prodigy",
+    ]
     for seeds in (1, 1, 2):
         run_command(tmp_path, *options, "--seeds", seeds)
         found = records(tmp_path / "quality.jsonl")
