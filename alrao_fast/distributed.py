@@ -16,17 +16,20 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from alrao_fast.nn.clones import LinearClones
+from alrao_fast.nn.classes_over_ranks import ClassesOverRanks
+from alrao_fast.nn.clones import ClassifierClones, LinearClones
 from alrao_fast.nn.clones_over_ranks import ClonesOverRanks
 from alrao_fast.nn.over_ranks import OverRanks
 
-__all__ = ["ClonesParallel"]
+__all__ = ["ClassesParallel", "ClonesParallel"]
 
 
 class _HeadParallel(ParallelStyle):
     """A head whose parameters are cut along one of their dimensions."""
 
     _over_ranks: type[OverRanks]
+    _head: type[LinearClones] = LinearClones
+    _heads = "ClassifierClones or RegressorClones"
 
     def __init__(self, *, input_layouts: Placement | None = None) -> None:
         super().__init__()
@@ -34,10 +37,8 @@ class _HeadParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         name = type(self).__name__
-        if not isinstance(module, LinearClones):
-            raise TypeError(
-                f"{name}: got a {type(module).__name__}, expected ClassifierClones or RegressorClones"
-            )
+        if not isinstance(module, self._head):
+            raise TypeError(f"{name}: got a {type(module).__name__}, expected {self._heads}")
         if device_mesh.ndim != 1:
             raise ValueError(
                 f"{name}: got a mesh of {device_mesh.ndim} dimensions, expected one: mesh[<name>]"
@@ -84,3 +85,16 @@ class ClonesParallel(_HeadParallel):
     """
 
     _over_ranks = ClonesOverRanks
+
+
+class ClassesParallel(_HeadParallel):
+    """The classes of a head over the ranks of a mesh's dimension (vocabulary-parallel), for `parallelize_module`.
+
+    As `ClonesParallel`, for `ClassifierClones`: every rank has some classes of each clone, C need not be divisible by
+    the number of ranks, targets are classes of the whole. Log-probabilities are gathered, `[..., C]` on every rank.
+    The computation is plain PyTorch, in chunks of the head's `memory_budget`.
+    """
+
+    _over_ranks = ClassesOverRanks
+    _head = ClassifierClones
+    _heads = "ClassifierClones"

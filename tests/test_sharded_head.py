@@ -22,12 +22,14 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 import alrao_fast as alrao
-from alrao_fast.distributed import ClonesParallel
+from alrao_fast.distributed import ClassesParallel, ClonesParallel
 from alrao_fast.nn.merging import merged_losses, shares_of_mass
 
+STYLES = {"clones": ClonesParallel, "classes": ClassesParallel}
 
-def parallel(net, mesh, **options):
-    parallelize_module(net, mesh, {"head": ClonesParallel(**options)})
+
+def parallel(net, mesh, style="clones"):
+    parallelize_module(net, mesh, {"head": STYLES[style]()})
     return net
 
 
@@ -50,31 +52,40 @@ def clipped(net):
     return lambda: alrao.clip_grad_norm_(net, 1.0)
 
 
+SIZES = [(2, "clones"), (3, "clones"), (4, "clones"), (3, "classes"), (4, "classes")]
+
+
 def five_steps(rank):
     found = {}
-    for size in (2, 3, 4):
+    for size, style in SIZES:
         # What is left over is a mesh of its own.
         meshes = [DeviceMesh("cpu", list(r)) for r in (range(size), range(size, 4)) if r]
         mesh = meshes[rank >= size]
-        net = parallel(model(group=mesh.get_group()), mesh)
+        net = parallel(model(group=mesh.get_group()), mesh, style)
         opt = made("momentum", net, seed=1)
         train(net, opt, after_backward=clipped(net))
-        found[str(size)] = result(net, opt)
+        found[f"{style} {size}"] = result(net, opt)
     return found
 
 
-def classifier(x=(6, 7, 8), targets=None, options=None, dead=(), dtype=torch.float32, **call):
+def classifier(
+    x=(6, 7, 8), targets=None, options=None, dead=(), dtype=torch.float32, classes=10, **call
+):
     """A head, its features and the arguments of one call; `dead` clones have an infinite weight."""
     torch.manual_seed(3)
-    weights = torch.rand(10) + 0.5 if options is not None and options.pop("weighted", 0) else None
-    head = alrao.ClassifierClones(8, 10, 5, class_weight=weights, dtype=dtype, **(options or {}))
+    weights = (
+        torch.rand(classes) + 0.5 if options is not None and options.pop("weighted", 0) else None
+    )
+    head = alrao.ClassifierClones(
+        8, classes, 5, class_weight=weights, dtype=dtype, **(options or {})
+    )
     with torch.no_grad():
         head.weight[list(dead), 3, 2] = float("inf")
         head.switch.update(torch.tensor([0.3, -0.2, 0.8, 0.1, 0.0]))
     x = torch.randn(x, dtype=dtype, requires_grad=True)
-    y = torch.randint(10, x.shape[:-1])
+    y = torch.randint(classes, x.shape[:-1])
     if targets == "probabilities":
-        y = torch.rand(*y.shape, 10)
+        y = torch.rand(*y.shape, classes)
         y[0, 1] = 0
     elif targets == "ignored":
         y[1:4, 2] = -100
@@ -130,6 +141,7 @@ CASES = {
     "regression, weights": (regressor, {"sample_weight": True}),
     "float64": (classifier, {"dtype": torch.float64}),
     "bfloat16": (classifier, {"dtype": torch.bfloat16}),
+    "few classes": (classifier, {"classes": 5}),
 }
 
 
@@ -167,7 +179,14 @@ def one_batch(name, mesh=None, style=ClonesParallel):
 
 def batches(rank):
     mesh = DeviceMesh("cpu", range(4))
-    return {name: one_batch(name, mesh) for name in CASES}
+    return {
+        key: {name: one_batch(name, mesh, style) for name, case in CASES.items() if can(key, case)}
+        for key, style in STYLES.items()
+    }
+
+
+def can(style, case):
+    return style == "clones" or case[0] is classifier
 
 
 def two_dimensions(rank):
@@ -314,24 +333,26 @@ def test_five_steps(ranks):
     train(net, opt, after_backward=clipped(net))
     expected = result(net, opt)
     for own in ranks:
-        for size in "234":
-            found = own["five_steps"][size]
+        for found in own["five_steps"].values():
             for name in ("weights", "states"):
                 assert_close(found[name], expected[name])
             for name in ("logw", "loss", "accuracy", "clone_lr", "prediction"):
                 torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-6)
-    for size in "234":
-        first = ranks[0]["five_steps"][size]
-        for own in ranks[1 : int(size)]:
-            assert torch.equal(own["five_steps"][size]["logw"], first["logw"])
-            assert torch.equal(own["five_steps"][size]["prediction"], first["prediction"])
+    for size, style in SIZES:
+        first, *others = [own["five_steps"][f"{style} {size}"] for own in ranks[:size]]
+        for other in others:
+            assert torch.equal(other["logw"], first["logw"])
+            assert torch.equal(other["prediction"], first["prediction"])
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_batches(ranks, name):
+@pytest.mark.parametrize(
+    ("style", "name"), [(s, name) for s in STYLES for name, case in CASES.items() if can(s, case)]
+)
+def test_batches(ranks, style, name):
     expected = one_batch(name)
+    first = ranks[0]["batches"][style][name]
     for own in ranks:
-        found = own["batches"][name]
+        found = own["batches"][style][name]
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             # In bfloat16 every rank rounds its part of the sum.
@@ -346,9 +367,7 @@ def test_batches(ranks, name):
                 atol=error,
                 msg=lambda m, key=key: f"{key}: {m}",
             )
-            assert torch.equal(
-                found[key].nan_to_num(7), ranks[0]["batches"][name][key].nan_to_num(7)
-            )
+            assert torch.equal(found[key].nan_to_num(7), first[key].nan_to_num(7))
 
 
 def close(found, expected, names=("weights", "states")):

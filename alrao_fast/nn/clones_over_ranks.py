@@ -18,9 +18,9 @@ from alrao_fast.nn.merging import merged_losses, shares_of_mass
 from alrao_fast.nn.over_ranks import OverRanks, Part, Ranks
 from alrao_fast.ops.checks import check_together
 from alrao_fast.ops.mixture import checks
+from alrao_fast.ops.mixture.likelihood import Likelihood
 from alrao_fast.ops.mixture.log_prob import log_prob_and_mass
 from alrao_fast.ops.mixture.loss import prepared_stats
-from alrao_fast.ops.mixture.weighting import Weighting
 from alrao_fast.reference.switch_mixture import mean_and_mass
 
 if TYPE_CHECKING:
@@ -119,36 +119,23 @@ class ClonesOverRanks(OverRanks):
         bias = None if bias is None else torch.cat([bias, bias.new_zeros(1, bias.size(1))])
         return part._replace(weight=weight, bias=bias)
 
-    @compiler.disable("the clones of the head lie over ranks")
-    def loss(
+    def losses(
         self,
         head: LinearClones,
-        features: Tensor,
-        targets: Tensor,
-        weighting: Weighting,
+        part: Part,
+        x: Tensor,
+        target: Tensor,
+        likelihood: Likelihood,
+        counted: Tensor,
         log_posterior: Tensor,
         impl: str,
     ) -> tuple[Tensor, Tensor]:
-        part = self.part(head)
-        x = self.entered(head, features)
-        check_together(
-            "bias", x=x, weight=part.weight, bias=part.bias, target=targets, posterior=log_posterior
-        )
-        self.check_batch(part.ranks, x)
-        samples = x.shape[:-1]
-        x, weight, bias = checks.flat(x, part.weight, part.bias)
-        likelihood = head.likelihood()
-        target = likelihood.rows(targets, samples, weight)
-        likelihood, target, mean = likelihood.weighed(target, weight, weighting, "reference")
         factors: Tensor | None = likelihood.options()["row_weight"]
-        counted = likelihood.counted(target)
-        if factors is not None:
-            counted = counted & (factors != 0)
         rows = _Rows()
         losses, stats = prepared_stats(
             # A factor's multiple is no log-likelihood.
             likelihood.one_by_one(None if factors is None else counted.to(factors.dtype)),
-            (_ScaledBack.apply(x, rows), weight, bias, self._of(part, log_posterior)),
+            (_ScaledBack.apply(x, rows), part.weight, part.bias, self._of(part, log_posterior)),
             target,
             False,
             checks.budget(x, head.memory_budget),
@@ -157,14 +144,7 @@ class ClonesOverRanks(OverRanks):
         every, stats = self._gathered(part, losses, stats, head.num_clones)
         merged, shares = merged_losses(every)
         rows.factors = shares[part.ranks.here]
-        each = torch.where(counted, _InPlaceOf.apply(losses, merged), 0)
-        if factors is not None:
-            each = torch.where(counted, factors * each, 0)
-        if weighting.per_sample:
-            loss = each.view(samples)
-        else:
-            loss = each.sum() / counted.sum().clamp(min=1) if mean else each.sum()
-        return loss.to(losses.dtype), stats
+        return _InPlaceOf.apply(losses, merged), stats
 
     @compiler.disable("the clones of the head lie over ranks")
     def log_prob(

@@ -12,7 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from alrao_fast import compiler
+from alrao_fast.arguments import FLOATS
 from alrao_fast.nn.switch import _all_gather
+from alrao_fast.ops.checks import check, check_dtype, check_together
+from alrao_fast.ops.mixture import checks
+from alrao_fast.ops.mixture.likelihood import Likelihood
 from alrao_fast.ops.mixture.weighting import Weighting
 from alrao_fast.sharding import is_sharded, spans, whole
 
@@ -51,6 +56,19 @@ class Part(NamedTuple):
     stop: int
     ranks: Ranks
 
+    def in_rows(self, x: Tensor) -> tuple[Tensor, Part]:
+        """`checks.flat`, where a rank may have nothing."""
+        check_dtype("x", x, FLOATS)
+        features = self.weight.size(-1)
+        check(
+            x.dim() > 0 and x.size(-1) == features,
+            f"x: got shape {list(x.shape)}, expected [..., {features}], D being that of the head",
+        )
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        part = self._replace(weight=self.weight.to(dtype), bias=bias)
+        return x.reshape(-1, features).to(dtype), part
+
 
 class OverRanks:
     """How a head computes whose parameters are cut along `dim` of its weight `[N, C, D]`."""
@@ -65,6 +83,7 @@ class OverRanks:
     def __reduce__(self) -> tuple[type[OverRanks], tuple[()]]:
         return type(self), ()
 
+    @compiler.disable("the head lies over ranks")
     def loss(
         self,
         head: LinearClones,
@@ -75,6 +94,45 @@ class OverRanks:
         impl: str,
     ) -> tuple[Tensor, Tensor]:
         """The mixture's loss and the statistics `[3, N]` of all clones."""
+        part = self.part(head)
+        x = self.entered(head, features)
+        own = {"weight": part.weight, "bias": part.bias}
+        check_together("bias", x=x, **own, log_posterior=log_posterior, target=targets)
+        self.check_batch(part.ranks, x)
+        samples = x.shape[:-1]
+        x, part = part.in_rows(x)
+        # The targets are those of the whole.
+        like = part.weight.new_empty(1, head.weight.size(1), 0)
+        likelihood = head.likelihood()
+        target = likelihood.rows(targets, samples, like)
+        likelihood, target, mean = likelihood.weighed(target, like, weighting, "reference")
+        factors: Tensor | None = likelihood.options()["row_weight"]
+        counted = likelihood.counted(target)
+        if factors is not None:
+            counted = counted & (factors != 0)
+        options = target, likelihood, counted, log_posterior, impl
+        losses, stats = self.losses(head, part, x, *options)
+        each = torch.where(counted, losses, 0)
+        if factors is not None:
+            each = torch.where(counted, factors * each, 0)
+        if weighting.per_sample:
+            loss = each.view(samples)
+        else:
+            loss = each.sum() / counted.sum().clamp(min=1) if mean else each.sum()
+        return loss.to(checks.accumulator(x.dtype)), stats
+
+    def losses(
+        self,
+        head: LinearClones,
+        part: Part,
+        x: Tensor,
+        target: Tensor,
+        likelihood: Likelihood,
+        counted: Tensor,
+        log_posterior: Tensor,
+        impl: str,
+    ) -> tuple[Tensor, Tensor]:
+        """The mixture's losses `[B]`, float64, and the statistics `[3, N]`, of samples and targets in rows."""
         raise NotImplementedError
 
     def log_prob(
