@@ -42,6 +42,7 @@ def classifier(
     dtype=torch.float32,
     classes=10,
     flat=False,
+    large=False,
     **call,
 ):
     """A head, its features and the arguments of one call; `dead` clones have an infinite weight."""
@@ -54,11 +55,16 @@ def classifier(
     )
     with torch.no_grad():
         head.weight[list(dead), 3, 2] = float("inf")
+        if large:
+            head.weight[2, 3, 2] = 100.0
         if flat:
             head.weight.zero_()
             head.bias.zero_()
         head.switch.update(torch.tensor([0.3, -0.2, 0.8, 0.1, 0.0]))
     x = torch.randn(x, dtype=dtype, requires_grad=True)
+    if large:
+        # On which that clone overflows, and no other.
+        x.data[1, 2, 2] = 1e37
     y = torch.randint(classes, x.shape[:-1])
     if targets == "probabilities":
         y = torch.rand(*y.shape, classes)

@@ -9,9 +9,10 @@ Mathematics: reference/switch_mixture.py.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,22 @@ if TYPE_CHECKING:
 
 # Tensors of the size of a chunk's logits that stand at a time.
 _TENSORS = 4
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """The function in the dtypes of its tensors, as an op has them, under autocast too."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return call
 
 
 class _Targets(NamedTuple):
@@ -118,6 +135,7 @@ class _Losses(torch.autograd.Function):
     clone. Those to x are this rank's part of the sum."""
 
     @staticmethod
+    @_without_autocast
     def forward(
         ctx: Any,
         x: Tensor,
@@ -171,6 +189,7 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, peak, log_total, alive, responsibility = ctx.saved_tensors
         targets: _Targets = ctx.targets
@@ -179,12 +198,12 @@ class _Losses(torch.autograd.Function):
         # A clone that is dead for a sample that counts gets no gradient.
         lives = (alive | (grad == 0).unsqueeze(1)).all(0).to(wide)
         dx = x.new_zeros(x.shape, dtype=wide)
-        dweight = weight.new_zeros(weight.shape, dtype=wide)
-        dbias = weight.new_zeros(weight.shape[:2], dtype=wide)
+        dweight, dbias = torch.empty_like(weight), weight.new_empty(weight.shape[:2])
         finite_x = torch.where(x.isfinite().all(1, keepdim=True), x, 0).to(wide)
         for n, own in enumerate(weight):
             own_bias = None if bias is None else bias[n]
             finite = torch.where(own.isfinite().all(1, keepdim=True), own, 0).to(wide)
+            own_dweight, own_dbias = torch.zeros_like(finite), finite.new_zeros(len(finite))
             for rows in targets.chunks():
                 z = soft_capped(targets.logits(x[rows], own, own_bias), targets.softcap)
                 of = (rows, slice(n, n + 1))
@@ -197,10 +216,10 @@ class _Losses(torch.autograd.Function):
                 g = torch.where(alive[of], g, 0) * grad[rows].unsqueeze(1)
                 dx[rows] += (responsibility[of] * g) @ finite
                 g = g * lives[n]
-                dweight[n] += g.t() @ finite_x[rows]
-                dbias[n] += g.sum(0)
-        own_dbias = None if bias is None else dbias.to(bias.dtype)
-        return dx.to(x.dtype), dweight.to(weight.dtype), own_dbias, None, None, None
+                own_dweight += g.t() @ finite_x[rows]
+                own_dbias += g.sum(0)
+            dweight[n], dbias[n] = own_dweight, own_dbias
+        return dx.to(x.dtype), dweight, None if bias is None else dbias, None, None, None
 
 
 def _here(
@@ -329,6 +348,7 @@ class ClassesOverRanks(OverRanks):
         return torch.cat(found).view(*samples, classes)
 
 
+@_without_autocast
 def _log_prob(x: Tensor, part: Part, log_posterior: Tensor, softcap: float | None) -> Tensor:
     """The mixture's log-probabilities `[b, C']` of the classes here, in the dtype of x."""
     weight, ranks = part.weight.to(x.dtype), part.ranks

@@ -192,6 +192,8 @@ class LinearClones(WithRates):
     ) -> Tensor:
         """What `forward` returns with targets; `observe`: in training mode, update the switch."""
         switch = self.switch
+        if self.over_ranks is not None:
+            features = self.over_ranks.entered(self, features)
         reduction = self.reduction if reduction is None else reduction
         weighting = Weighting.of(reduction, sample_weight, num_items_in_batch, features)
         posterior, observing, impl = switch.mixing_posterior(observing=observe and self.training)

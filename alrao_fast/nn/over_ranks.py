@@ -93,14 +93,13 @@ class OverRanks:
         log_posterior: Tensor,
         impl: str,
     ) -> tuple[Tensor, Tensor]:
-        """The mixture's loss and the statistics `[3, N]` of all clones."""
+        """The mixture's loss and the statistics `[3, N]` of all clones, for features that have entered."""
         part = self.part(head)
-        x = self.entered(head, features)
         own = {"weight": part.weight, "bias": part.bias}
-        check_together("bias", x=x, **own, log_posterior=log_posterior, target=targets)
-        self.check_batch(part.ranks, x)
-        samples = x.shape[:-1]
-        x, part = part.in_rows(x)
+        check_together("bias", x=features, **own, log_posterior=log_posterior, target=targets)
+        self.check_batch(part.ranks, features)
+        samples = features.shape[:-1]
+        x, part = part.in_rows(features)
         # The targets are those of the whole.
         like = part.weight.new_empty(1, head.weight.size(1), 0)
         likelihood = head.likelihood()
@@ -173,6 +172,7 @@ class OverRanks:
             weight.to_local(), None if bias is None else bias.to_local(), start, stop, ranks
         )
 
+    @compiler.disable("the head lies over ranks")
     def entered(self, head: LinearClones, features: Any) -> Tensor:
         """The features as an ordinary tensor, whose gradient is summed over the ranks on its way back.
 
@@ -180,6 +180,7 @@ class OverRanks:
         """
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
+        self.check(head)
         mesh = head.weight.device_mesh  # type: ignore[attr-defined]
         if not is_sharded(features):
             features = DTensor.from_local(features, mesh, [Replicate()], run_check=False)
@@ -194,7 +195,6 @@ class OverRanks:
         """Raise ValueError, on every rank, unless all have the same features; once for every head."""
         if self._batch_is_known:
             return
-        self._batch_is_known = True
         size = x.detach().double().abs().nan_to_num(0, 0, 0).sum()
         found = ranks.gathered(torch.stack([size.new_tensor(x.numel()), size])).tolist()
         first = found[0]
@@ -204,6 +204,7 @@ class OverRanks:
                 f"{[float(f'{total:.6g}') for _, total in found]} on the ranks over which the {self.what} lie, "
                 "expected the same batch on all of them: batches of data go over another dimension of the mesh"
             )
+        self._batch_is_known = True
 
 
 def all_clones(head: LinearClones) -> tuple[Tensor, Tensor | None]:
