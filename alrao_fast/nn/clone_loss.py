@@ -23,12 +23,13 @@ CRITERION = Function("a function outputs [N, ..., C] -> losses [N, ...]")
 def mixture_of_losses(
     head: LinearClones,
     features: Tensor,
+    clones: tuple[Tensor, Tensor | None],
     criterion: Callable[[Tensor], Tensor],
     log_posterior: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and statistics `[3, N]` of the clones' losses, mixed by the log-posterior `[N]`."""
+    """Loss and statistics `[3, N]` of the losses of `clones`, weights and biases, mixed by the log-posterior `[N]`."""
     # Each branch detaches, and makes finite, what it has no gradient for: 0 * inf would be NaN in its backward.
-    x, weight, bias = derivatives.once(NO_OTHER_DERIVATIVE, features, head.weight, head.bias)
+    x, weight, bias = derivatives.once(NO_OTHER_DERIVATIVE, features, *clones)
     own_outputs = head.linear_outputs(_finite_rows(x.detach(), -1), weight, bias)
     weight = _finite_rows(weight.detach(), (1, 2))
     bias = None if bias is None else _finite_rows(bias.detach(), 1)

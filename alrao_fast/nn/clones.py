@@ -16,6 +16,7 @@ from alrao_fast.arguments import COUNT, Choice, Flag, FloatDtype, Integer, Optio
 from alrao_fast.nn.clone_loss import CRITERION, mixture_of_losses
 from alrao_fast.nn.clone_rates import WithRates
 from alrao_fast.nn.log_likelihood import log_likelihood
+from alrao_fast.nn.over_ranks import OverRanks, all_clones, copies
 from alrao_fast.nn.predictions import remember
 from alrao_fast.nn.rates_agreement import Agreement
 from alrao_fast.nn.switch import SWITCH_KINDS, Switch
@@ -67,6 +68,8 @@ class LinearClones(WithRates):
     _width: str
     # Name of the second row of the statistics, divided by the number of samples.
     _score: str
+    # How it computes where its clones, or classes, lie over ranks (alrao_fast/distributed.py).
+    over_ranks: OverRanks | None = None
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         """`arguments`: the `locals()` of a subclass's constructor, which has named and typed them."""
@@ -111,8 +114,9 @@ class LinearClones(WithRates):
 
     def clone_outputs(self, features: Tensor) -> Tensor:
         """Outputs `[N, ..., C]` of every clone for features `[..., D]`, by one matrix product, with plain gradients."""
-        check_together("bias", features=features, weight=self.weight, bias=self.bias)
-        return self.capped(self.linear_outputs(features, self.weight, self.bias))
+        weight, bias = all_clones(self)
+        check_together("bias", features=features, weight=weight, bias=bias)
+        return self.capped(self.linear_outputs(features, weight, bias))
 
     def capped(self, outputs: Tensor) -> Tensor:
         """The clones' outputs from those of their linear layers; what is not finite stays so."""
@@ -141,9 +145,10 @@ class LinearClones(WithRates):
         criterion, or losses, of another kind.
         """
         CRITERION.check("criterion", criterion)
-        check_together("bias", features=features, weight=self.weight, bias=self.bias)
+        clones = weight, bias = all_clones(self)
+        check_together("bias", features=features, weight=weight, bias=bias)
         posterior, observing, _ = self.switch.mixing_posterior(observing=self.training)
-        loss, stats = mixture_of_losses(self, features, criterion, posterior)
+        loss, stats = mixture_of_losses(self, features, clones, criterion, posterior)
         if observing:
             self._observe(stats)
             self.watch.look(self, loss, features, None)
@@ -166,6 +171,8 @@ class LinearClones(WithRates):
         """One observation of the switch from the statistics `[3, N]` of a batch."""
         if not self.switch.is_alone():
             stats = self.agreement.sum_over_processes(self, self.switch, stats)
+            if self.over_ranks is not None:
+                stats = stats / copies(self)
         self._observer().observe(stats)
         self.switch.note_observation()
 
@@ -185,9 +192,17 @@ class LinearClones(WithRates):
     ) -> Tensor:
         """What `forward` returns with targets; `observe`: in training mode, update the switch."""
         switch = self.switch
+        if self.over_ranks is not None:
+            features = self.over_ranks.entered(self, features)
         reduction = self.reduction if reduction is None else reduction
         weighting = Weighting.of(reduction, sample_weight, num_items_in_batch, features)
         posterior, observing, impl = switch.mixing_posterior(observing=observe and self.training)
+        if self.over_ranks is not None:
+            loss, stats = self.over_ranks.loss(self, features, targets, weighting, posterior, impl)
+            if observing:
+                self._observe(stats)
+                self.watch.look(self, loss, features, targets, sample_weight)
+            return loss
         # With other processes the statistics must be summed first.
         alone = observing and switch.is_alone()
         loss, stats = mixture_stats(
@@ -358,6 +373,9 @@ class ClassifierClones(LinearClones):
             no_loss(sample_weight, num_items_in_batch, reduction)
             # A fresh tensor: a later training step may update the posterior before this result's backward.
             posterior, _, impl = self.switch.mixing_posterior(observing=False)
+            if self.over_ranks is not None:
+                log_prob = self.over_ranks.log_prob(self, features, posterior, impl)
+                return remember(self, features, log_prob)
             log_prob = switch_mixture_log_prob(
                 features,
                 self.weight,
@@ -397,16 +415,9 @@ class ClassifierClones(LinearClones):
         once. No option of the loss but `logit_softcap` has a part in them, and the switch observes nothing.
         """
         posterior, _, impl = self.switch.mixing_posterior(observing=False)
-        return log_likelihood(
-            features,
-            self.weight,
-            self.bias,
-            posterior,
-            targets,
-            self.likelihood(),
-            self.memory_budget,
-            impl,
-        )
+        weight, bias = all_clones(self)
+        options = targets, self.likelihood(), self.memory_budget, impl
+        return log_likelihood(features, weight, bias, posterior, *options)
 
     def counted(
         self, features: Tensor, targets: Tensor | None, sample_weight: Tensor | None

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from alrao_fast.arguments import Choice
 from alrao_fast.nn.clones import ClassifierClones, LinearClones
+from alrao_fast.nn.over_ranks import all_clones
 from alrao_fast.nn.switch import normalized
 from alrao_fast.sharding import is_sharded
 
@@ -66,8 +67,19 @@ def collapse(backbone: nn.Module, head: LinearClones, which: str, output: Output
 
 
 def refuse_shards(*modules: nn.Module) -> None:
-    """Raise RuntimeError for modules with DTensors: a copy has to be of whole parameters."""
-    if any(is_sharded(p) for module in modules for p in module.parameters()):
+    """Raise RuntimeError for modules with DTensors: a copy has to be of whole parameters.
+
+    Those of a head over ranks are gathered.
+    """
+    inside = [m for module in modules for m in module.modules()]
+    gathered = {
+        id(p)
+        for m in inside
+        if isinstance(m, LinearClones) and m.over_ranks is not None
+        for p in m.parameters()
+    }
+    own = (p for m in inside for p in m.parameters(recurse=False))
+    if any(is_sharded(p) and id(p) not in gathered for p in own):
         raise RuntimeError(
             "collapse: got a model that is sharded over ranks, expected a whole one: load its full state, "
             "get_model_state_dict(net, options=StateDictOptions(full_state_dict=True)) of "
@@ -157,14 +169,15 @@ def _living(head: LinearClones, dtype: torch.dtype) -> tuple[Tensor, Tensor | No
     finite = head.finite_clones()
     if not finite.any():
         raise ValueError("every clone has non-finite weights: there is nothing to collapse to")
-    bias = None if head.bias is None else head.bias.detach()[finite].to(dtype)
+    weight, bias = all_clones(head)
+    bias = None if bias is None else bias.detach()[finite].to(dtype)
     switch = head.switch
     if isinstance(head, ClassifierClones):
         log_posterior = switch.log_posterior
     else:
         log_posterior = switch.log_posterior_of_means()
     log_posterior = normalized(log_posterior[finite])
-    return head.weight.detach()[finite].to(dtype), bias, log_posterior
+    return weight.detach()[finite].to(dtype), bias, log_posterior
 
 
 def _best(weight: Tensor, bias: Tensor | None, log_posterior: Tensor) -> Tensor:

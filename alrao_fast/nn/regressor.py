@@ -64,6 +64,9 @@ class RegressorClones(LinearClones):
         if targets is None:
             no_loss(sample_weight, num_items_in_batch, reduction)
             posterior, _, impl = self.switch.mixing_posterior(observing=False, means=True)
+            if self.over_ranks is not None:
+                mean = self.over_ranks.mean(self, features, posterior, impl)
+                return remember(self, features, mean)
             mean = switch_mixture_mean(features, self.weight, self.bias, posterior, impl=impl)
             return remember(self, features, mean)
         return self.loss(

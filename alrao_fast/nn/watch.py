@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alrao_fast.ops.derivatives import is_traced
+from alrao_fast.sharding import is_sharded, local, spans
 
 if TYPE_CHECKING:
     from alrao_fast.nn.clones import LinearClones
@@ -141,24 +142,29 @@ def _diagnose_backbone(features: Tensor, these: str) -> tuple[str, str]:
 def _diagnose_clones(
     head: LinearClones, features: Tensor, targets: Tensor | None
 ) -> tuple[str, str]:
-    finite = head.finite_clones()
+    # Of clones that lie over ranks those that are here: the ranks may not look at the same time.
+    weight, bias = (None if p is None else local(p.detach()) for p in (head.weight, head.bias))
+    assert weight is not None
+    finite = weight.isfinite().all((1, 2))
     x = features.abs().max().double()
-    largest = head.weight.detach().abs().sum(2, dtype=torch.float64) * x
-    if head.bias is not None:
-        largest = largest + head.bias.detach().abs()
+    largest = weight.abs().sum(2, dtype=torch.float64) * x
+    if bias is not None:
+        finite = finite & bias.isfinite().all(1)
+        largest = largest + bias.abs()
     # Outputs whose square is finite have a finite likelihood.
     small = finite & (largest.amax(1) < math.sqrt(torch.finfo(torch.float32).max))
     if small.any():
         return "targets", f"features and clones are finite. {head.describe_targets(targets)}"
-    dead, overflow = (mask.nonzero().flatten().tolist() for mask in (~finite, finite))
+    first = spans(head.weight)[0][0] if is_sharded(head.weight) else 0
+    dead, overflow = ((mask.nonzero().flatten() + first).tolist() for mask in (~finite, finite))
     parts = []
     if dead:
         parts.append(f"clones {dead} have parameters that are not finite")
     if overflow:
         parts.append(f"clones {overflow} overflow on features up to {float(x):.2g}")
     return "clones", (
-        f"every clone is dead for a sample: {' and '.join(parts)}. Go back to a checkpoint and lower the upper end of "
-        "lr_range"
+        f"every clone is dead for a sample: {' and '.join(parts) or 'none is here'}. Go back to a "
+        "checkpoint and lower the upper end of lr_range"
     )
 
 

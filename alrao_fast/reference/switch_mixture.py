@@ -370,9 +370,27 @@ def switch_mixture_mean(
     return (p.unsqueeze(2) * means).sum(1)
 
 
+def mean_and_mass(
+    x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, but 0 where there is no clone to take the mean of, and the logarithm `[B]`, float64, of the
+    probability that the living clones have together."""
+    dtype = _accumulator(x, weight)
+    bias = None if bias is None else bias.to(dtype)
+    means, alive = _safe_outputs(x.to(dtype), weight.to(dtype), bias)
+    mass = _mass(log_posterior, alive)
+    norm = torch.where(mass > -math.inf, mass, 0).unsqueeze(1)
+    p = torch.where(alive, log_posterior.double() - norm, -math.inf).exp().to(dtype)
+    return (p.unsqueeze(2) * means).sum(1), mass
+
+
+def _mass(log_posterior: Tensor, alive: Tensor) -> Tensor:
+    return torch.where(alive, log_posterior.double(), -math.inf).logsumexp(1)
+
+
 def log_mass(x: Tensor, weight: Tensor, bias: Tensor | None, log_posterior: Tensor) -> Tensor:
     """Logarithm [B] of the probability that the clones alive for the sample have together."""
     dtype = _accumulator(x, weight)
     bias = None if bias is None else bias.to(dtype)
     _, alive = _safe_outputs(x.to(dtype), weight.to(dtype), bias)
-    return torch.where(alive, log_posterior.double(), -math.inf).logsumexp(1).to(dtype)
+    return _mass(log_posterior, alive).to(dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -50,6 +50,11 @@ class Likelihood:
         """Those of the reference."""
         return {name: getattr(self, name) for name in self.DEFINING}
 
+    def one_by_one(self, row_weight: Tensor | None) -> Likelihood:
+        """The same for losses that are not summed, with these factors."""
+        sums = {"row_weight": row_weight, "per_sample": True, "divisor": 1.0, "num_items": None}
+        return replace(self, **sums)
+
     def is_plain(self) -> bool:
         """Whether all options but the first have their defaults."""
         raise NotImplementedError
@@ -62,6 +67,10 @@ class Likelihood:
         self, target: Tensor, weight: Tensor, weighting: Weighting, backend: str
     ) -> tuple[Likelihood, Tensor, bool]:
         """The op's options with the weights `[B]` of the samples, its target in rows, and whether it takes the mean."""
+        raise NotImplementedError
+
+    def counted(self, target: Tensor) -> Tensor:
+        """Which samples `[B]` count by their targets in rows."""
         raise NotImplementedError
 
     def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -248,7 +257,7 @@ class Classes(Likelihood):
         return likelihood, found.target, False
 
     def counted(self, target: Tensor) -> Tensor:
-        """Which samples `[B]` count by their targets in rows: not those of class ignore_index, nor those of no mass."""
+        """Not those of class ignore_index, nor those of no mass."""
         return target != self.ignore_index if target.dim() == 1 else (target != 0).any(1)
 
     def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -332,6 +341,9 @@ class Values(Likelihood):
             self.sigma2, found.row_weight, weighting.per_sample, found.divisor, found.num_items
         )
         return likelihood, target, False
+
+    def counted(self, target: Tensor) -> Tensor:
+        return target.new_ones(target.size(0), dtype=torch.bool)
 
     def check_target(self, target: Tensor, x: Tensor, weight: Tensor) -> None:
         check_tensor("target", target, (x.size(0), weight.size(1)), (x.dtype,), x.device)

@@ -163,18 +163,51 @@ def switch_mixture_log_prob(
     sense, any number of times and in forward mode. Those further derivatives, and all inside
     transforms of torch.func, are plain PyTorch's, whatever `impl` says.
     """
+    options = logit_softcap, memory_budget, impl
+    result, _ = _log_prob(x, weight, bias, log_posterior, *options, need_mass=False)
+    return result if x.dim() == 2 else result.reshape(*x.shape[:-1], weight.size(1))
+
+
+def log_prob_and_mass(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_posterior: Tensor,
+    *,
+    logit_softcap: float | None,
+    memory_budget: int | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """`switch_mixture_log_prob` in rows `[B, C]`, and the logarithm `[B]` of what it has divided by: the probability
+    that the clones alive for the sample have together. That has no gradient."""
+    options = logit_softcap, memory_budget, impl
+    return _log_prob(x, weight, bias, log_posterior, *options, need_mass=True)
+
+
+def _log_prob(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_posterior: Tensor,
+    logit_softcap: float | None,
+    memory_budget: int | None,
+    impl: str,
+    *,
+    need_mass: bool,
+) -> tuple[Tensor, Tensor]:
     check_together("bias", x=x, weight=weight, bias=bias, log_posterior=log_posterior)
     backend = backends.select(checks.OP, x.device, impl)
     rows, weight, bias = checks.flat(x, weight, bias)
     memory = checks.budget(x, memory_budget)
     softcap = checks.softcap(logit_softcap)
-    if backend == "reference" or derivatives.transformed() or not ops_are_known():
-        checks.check_inputs(rows, weight, bias, log_posterior, memory)
-        result = reference.switch_mixture_log_prob(rows, weight, bias, log_posterior, softcap)
-    else:
+    if backend != "reference" and not derivatives.transformed() and ops_are_known():
         op = dispatch.overload("switch_mixture_log_prob", backend)
-        result, _ = op(rows, weight, bias, log_posterior, memory, softcap)
-    return result if x.dim() == 2 else result.reshape(*x.shape[:-1], weight.size(1))
+        result, mass = op(rows, weight, bias, log_posterior, memory, softcap)
+        return result, mass
+    checks.check_inputs(rows, weight, bias, log_posterior, memory)
+    inputs = rows, weight, bias, log_posterior
+    result = reference.switch_mixture_log_prob(*inputs, softcap)
+    return result, reference.log_mass(*inputs) if need_mass else result
 
 
 def switch_mixture_mean(

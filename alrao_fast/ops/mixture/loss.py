@@ -287,7 +287,26 @@ def mixture_stats(
     likelihood, target, mean = likelihood.weighed(
         target, weight, weighting, "reference" if plain else backend
     )
-    if plain:
+    loss, stats = prepared_stats(
+        likelihood, (x, weight, bias, log_posterior), target, mean, memory, backend, observer
+    )
+    return loss.view(samples) if weighting.per_sample else loss, stats
+
+
+def prepared_stats(
+    likelihood: Likelihood,
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    target: Tensor,
+    mean: bool,
+    memory: int,
+    backend: str,
+    observer: Observer | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same of inputs and a target that are checked and in rows, with the options that `weighed` has made; losses
+    `[B]` where these are per_sample."""
+    x, weight, bias, log_posterior = inputs
+    per_sample: bool = likelihood.options()["per_sample"]
+    if backend == "reference" or derivatives.transformed():
         checks.check_inputs(x, weight, bias, log_posterior, memory)
         likelihood.check_target(target, x, weight)
         likelihood.check_weights(x, mean, False)
@@ -297,11 +316,11 @@ def mixture_stats(
         loss, stats = function(x, weight, bias, posterior, target, **options)
         if observer is not None:
             observer.observe(stats, backend)
-        return loss.view(samples) if weighting.per_sample else loss, stats
+        return loss, stats
 
     # Whether the gradient to x, and those to weight and bias, are wanted.
     need_dx = need_dw = False
-    if weighting.per_sample:
+    if per_sample:
         # Its backward mixes by the posterior that this forward saw.
         log_posterior = log_posterior.clone()
     elif torch.is_grad_enabled():
@@ -309,7 +328,7 @@ def mixture_stats(
         need_dw = weight.requires_grad or (bias is not None and bias.requires_grad)
     data = x, weight, bias, log_posterior, target
     needs = mean, need_dx, need_dw, memory
-    one_launch = backend == "cuda" and not weighting.per_sample
+    one_launch = backend == "cuda" and not per_sample
     if observer is not None and one_launch and not torch.compiler.is_compiling():
         # The update is the tail of the op's last kernel.
         logw, _, t, running, mean, theta = observer
@@ -321,8 +340,8 @@ def mixture_stats(
     if torch.compiler.is_compiling():
         loss, stats, *_ = op(*arguments)
     else:
-        function = _EagerLosses if weighting.per_sample else _EagerGradients
+        function = _EagerLosses if per_sample else _EagerGradients
         loss, stats = function.apply(op, *arguments)
     if observer is not None:
         observer.observe(stats, backend)
-    return loss.view(samples) if weighting.per_sample else loss, stats
+    return loss, stats
