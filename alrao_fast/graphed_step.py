@@ -169,6 +169,8 @@ class GraphedStep:
 
     def _check_unchanged(self) -> None:
         again = "make a new GraphedStep"
+        if self._opt._shows_averages:
+            raise RuntimeError("a step within averaged(): the parameters are their averages there")
         if self._opt.state is not self._state:
             raise RuntimeError(
                 f"the optimizer's state was replaced since the capture (load_state_dict): {again}"

@@ -31,9 +31,8 @@ def log_rates(opt, param):
 def test_by_hand():
     """The interval (1e-4, 1), in powers of ten: middle -2, half width 2; clones at -4, -8/3, -4/3, 0.
 
-    All mass at -4/3 is 2/3 above the middle. Half way with a tenth of the width left k = .55: the middle moves by 1/3,
-    a rate at -4 goes to -2 + 1/3 - 2 * .55 = -2.7667, one at 0 to -0.5667. At the end k = .1, and the middle moves by
-    all of the 2/3.
+    All mass is at -4/3, which stays where it is. Half way with a tenth of the width left k = .55: the middle goes to
+    .55 * -2 + .45 * -4/3 = -1.7, a rate at -4 to -2.8, one at 0 to -0.6. At the end k = .1: the middle at -1.4.
     """
     model = build()
     opt = AlraoSGD(model, (1e-4, 1.0), generator=generator(0))
@@ -42,7 +41,7 @@ def test_by_hand():
     tensor, shared = opt.state[weight]["rate"], opt.state[model.backbone[0].bias]["rate"]
     set_posterior(model, [0.0, 0.0, 1.0, 0.0])
     close = {"rtol": 0, "atol": 1e-6}
-    for progress, middle, keep in ((0.5, -2 + 1 / 3, 0.55), (1.0, -2 + 2 / 3, 0.1), (0.0, -2, 1)):
+    for progress, middle, keep in ((0.5, -1.7, 0.55), (1.0, -1.4, 0.1), (0.0, -2, 1)):
         opt.anneal_rates(progress)
         torch.testing.assert_close(log_rates(opt, weight), middle + keep * (drawn + 2), **close)
         ends = torch.tensor([middle - 2 * keep, middle + 2 * keep], dtype=torch.float64)
@@ -73,6 +72,67 @@ def test_where_all_clones_are_dead_rates_stay_finite():
     assert all(opt.state[p]["rate"].isfinite().all() for p in model.parameters())
 
 
+def test_the_heads_show_the_narrowed_rates():
+    model = build()
+    opt = AlraoSGD(model, (1e-4, 1.0), generator=generator(0))
+    train(model, opt, range(3))
+    opt.anneal_rates(1.0)
+    expected = opt.state[model.head.weight]["rate"].clone()
+    assert torch.equal(copy.deepcopy(model).head.clone_lr, expected)
+    del opt
+    assert torch.equal(model.head.clone_lr, expected)
+
+
+def test_a_cleared_state_narrows_once():
+    model = build()
+    opt = AlraoSGD(model, (1e-4, 1.0), generator=generator(0))
+    drawn = opt.state[model.backbone[0].weight]["rate"].clone()
+    opt.anneal_rates(1.0)
+    opt.state.clear()
+    opt.anneal_rates(1.0)
+    opt.anneal_rates(0.0)
+    torch.testing.assert_close(opt.state[model.backbone[0].weight]["rate"], drawn)
+
+
+def test_a_loaded_interval_counts():
+    def two(lr_range):
+        model = build()
+        groups = [{"params": model.backbone, "lr_range": lr_range}, {"params": model.head}]
+        return model, AlraoSGD(groups, generator=generator(0))
+
+    (model, opt), (again, other) = two((1e-5, 0.1)), two((1e-2, 100.0))
+    other.load_state_dict(opt.state_dict())
+    for optimizer in (opt, other):
+        optimizer.anneal_rates(1.0)
+    rates = [o.state[m.backbone[0].weight]["rate"] for o, m in ((opt, model), (other, again))]
+    assert torch.equal(*rates)
+
+
+@pytest.mark.parametrize("total", [3, 40, 79, 1039])
+def test_how_often_a_run_narrows(total, monkeypatch):
+    from alrao_fast.optim import annealing
+
+    model, seen = build(), []
+    opt = AlraoAdam(model, total_steps=total)
+    monkeypatch.setattr(annealing, "anneal", lambda opt, progress, width: seen.append(progress))
+    for _ in range(total + 50):
+        opt._run.count(opt)
+    assert len(seen) == min(total, 40) and seen[-1] == 1
+
+
+def test_on_meta():
+    model = build().to("meta")
+    opt = AlraoAdam(model, total_steps=20)
+    assert opt.state[model.backbone[0].weight]["drawn_rate"].device.type == "cpu"
+
+
+def test_a_checkpoint_without_averages_is_told():
+    model = build()
+    saved = AlraoAdam(model).state_dict()
+    with pytest.warns(UserWarning, match="written without averages"):
+        AlraoAdam(model, total_steps=20).load_state_dict(saved)
+
+
 def test_groups_of_other_samplers():
     model = build()
     groups = [
@@ -84,7 +144,7 @@ def test_groups_of_other_samplers():
     opt.anneal_rates(1.0)
     assert opt.state[model.backbone[0].weight]["rate"].unique().tolist() == [0.25]
     assert "drawn_rate" not in opt.state[model.backbone[0].weight]
-    # The middle -2 moves by 9/10 of the half width: the narrowed interval ends where the drawn one does.
+    # What the clones agree on stays where it is.
     clones = log_rates(opt, model.head.weight)
     torch.testing.assert_close(float(clones[-1]), -1.0, rtol=0, atol=1e-6)
 

@@ -147,6 +147,88 @@ def test_an_error_within_restores():
     opt.step()
 
 
+def frozen_norm(model):
+    """As detectors freeze it: in evaluation mode whatever the model's."""
+    norm = model.backbone[1]
+    norm.running_mean.fill_(0.25)
+
+    def train(mode=True):
+        nn.Sequential.train(model.backbone, mode)
+        norm.training = False
+        return model.backbone
+
+    model.backbone.train = train
+    return norm
+
+
+def trained(averaging=8.0):
+    model = clones()
+    opt = AlraoSGD(model, averaging=averaging, generator=generator(0))
+    for x, y in data(3):
+        opt.zero_grad()
+        model(x, targets=y).backward()
+        opt.step()
+    return model, opt
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_frozen_statistics_stay(mode):
+    model, opt = trained()
+    norm = frozen_norm(model)
+    model.train(mode)
+    with opt.averaged(model, data(3)):
+        assert norm.running_mean.unique().tolist() == [0.25]
+        assert model.training is mode
+    model, opt = trained()
+    norm = model.backbone[1].eval()
+    before = norm.running_mean.clone()
+    with opt.averaged(model, data(3)):
+        assert torch.equal(norm.running_mean, before)
+    assert not norm.training and model.training
+
+
+@pytest.mark.parametrize(
+    "loader, error, message",
+    [
+        ([], ValueError, "loader: got no batches"),
+        ([{"x": torch.zeros(2, 6)}], TypeError, "loader: got a batch of dict"),
+        ([torch.zeros(1, 6)], ValueError, "Expected more than 1 value per channel"),
+    ],
+    ids=["empty", "dict", "one sample"],
+)
+def test_a_loader_that_fails_leaves_no_trace(loader, error, message):
+    model, opt = trained()
+    model.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(error, match=message), opt.averaged(model, loader):
+        pass
+    assert not any(module.training for module in model.modules())
+    assert model.backbone[1].momentum == 0.1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_before_the_first_step_and_compiled():
+    model = clones()
+    opt = AlraoSGD(model, averaging=8.0)
+    with opt.averaged(model, data(3)):
+        assert model.backbone[1].running_mean.abs().sum() > 0
+    with opt.averaged(torch.compile(model, backend="eager"), data(3)):
+        pass
+    assert model.backbone[1].running_mean.abs().sum() == 0
+    with pytest.raises(TypeError, match="model: got"), opt.averaged(list(data(1)), model):
+        pass
+
+
+def test_false_is_no_average():
+    for optimizer_type in (AlraoSGD, AlraoAdam):
+        opt = optimizer_type(clones(), averaging=False)
+        assert opt.param_groups[0]["averaging"] is None
+        opt.add_param_group({"params": nn.Linear(2, 2), "averaging": False})
+        assert opt.param_groups[1]["averaging"] is None
+        with pytest.raises(TypeError, match="averaging: got True"):
+            optimizer_type(clones(), averaging=True)
+
+
 def test_refusals():
     model = clones()
     with pytest.raises(ValueError, match="averaging: got None in every param group"):
@@ -247,6 +329,23 @@ def test_where_momentum_is_normalized_by_default():
     assert normalized() and normalized(sampler=lambda n, generator: torch.ones(n))
     assert not normalized(momentum_rule="authors") and not normalized(sampler=Constant(0.1))
     assert not normalized(normalized_momentum=False)
+    net = clones()
+    groups = [{"params": net.backbone, "sampler": Constant(0.1)}, {"params": net.head}]
+    opt = AlraoSGD(groups, momentum=0.9)
+    assert [group["normalized_momentum"] for group in opt.param_groups] == [False, True]
+    groups = [{"params": net.backbone, "lr_range": (1e-3, 1.0)}, {"params": net.head}]
+    opt = AlraoSGD(groups, momentum=0.9, sampler=Constant(0.1))
+    assert [group["normalized_momentum"] for group in opt.param_groups] == [True, False]
+
+
+def test_a_momentum_of_one_or_more_is_not_normalized():
+    for momentum in (1.0, 1.5):
+        layer = nn.Linear(2, 2)
+        opt = AlraoSGD(layer, (0.5, 0.5), momentum=momentum)
+        before = layer.bias.detach().clone()
+        layer.bias.grad = torch.ones(2)
+        opt.step()
+        torch.testing.assert_close(layer.bias.detach(), before - 0.5)
 
 
 def test_a_compiled_step(backend, device):

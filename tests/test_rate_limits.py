@@ -116,6 +116,33 @@ def test_a_rate_per_weight_is_bounded_by_the_size_of_the_tensor():
     close(found["weight"], layer.weight.detach().double().square().mean().expand(15))
 
 
+def test_what_is_small_on_purpose_moves():
+    """A feature of the size 1e-6 counts as a tenth of what torch's layers would draw."""
+    layer = nn.Linear(5, 3)
+    for param in layer.parameters():
+        nn.init.constant_(param, 1e-6)
+    usual = torch.full((3,), 0.1 * BOUND / 18**0.5)
+    torch.testing.assert_close(limits(layer)["weight"], usual)
+
+
+def test_a_bound_of_a_group():
+    model = build()
+    groups = [
+        {"params": model.backbone[0], "rate_bound": None},
+        {"params": model.backbone[1], "rate_bound": 0.5},
+        {"params": model.head},
+    ]
+    opt = AlraoAdam(groups, generator=generator(0))
+    assert "rate_limit" not in opt.state[model.backbone[0].weight]
+    gain = opt.state[model.backbone[1].weight]["rate_limit"]
+    torch.testing.assert_close(gain, torch.full((8,), 0.5 * 0.5**0.5))
+    assert "rate_bound" not in opt.param_groups[0]
+    with pytest.raises(ValueError, match="rate_bound: got -1"):
+        opt.add_param_group({"params": nn.Linear(2, 2), "rate_bound": -1})
+    with pytest.raises(ValueError, match="total_steps: got it in a param group"):
+        opt.add_param_group({"params": nn.Linear(2, 2), "total_steps": 5})
+
+
 def test_who_is_not_bounded():
     model = build()
     opt = AlraoAdam(model, (1e-4, 1e3), generator=generator(0))

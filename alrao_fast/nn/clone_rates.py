@@ -37,7 +37,7 @@ class WithRates(FixedDtypeBuffers):
         rates = self._buffers.get("clone_lr")
         if rates is None:
             raise AttributeError(f"{type(self).__name__} has no clone_lr yet")
-        self._follow_optimizer()
+        self.follow_optimizer()
         return rates
 
     @torch.no_grad()
@@ -52,7 +52,7 @@ class WithRates(FixedDtypeBuffers):
                 return True
         return False
 
-    def _follow_optimizer(self) -> None:
+    def follow_optimizer(self) -> None:
         """Copy the rates that the clones have now into the buffer."""
         if self._rates_from is not None:
             optimizer = self._rates_from()
@@ -62,9 +62,9 @@ class WithRates(FixedDtypeBuffers):
         any(map(self.take_rates, reversed(list(live.optimizers))))
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
-        self._follow_optimizer()
+        self.follow_optimizer()
         super()._save_to_state_dict(*arguments)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
-        self._follow_optimizer()
+        self.follow_optimizer()

@@ -1,13 +1,12 @@
 """The interval of the rates, narrowed during a run around what the clones have found.
 
 The clones measure which rates serve: the switch's posterior over their log-spaced rates. With q the part of the run
-that is over, w the width that is left at its end, m the middle and h half the width of the log-interval, a rate drawn
-as log r becomes
+that is over and w the width that is left at its end, a rate drawn as log r becomes
 
-    log r(q) = m + s(q) + k (log r - m),    k = 1 - q (1 - w),    s(q) = q (c(q) - m), at most (1 - k) h either way
+    log r(q) = k log r + (1 - k) c(q),    k = 1 - q (1 - w)
 
-where c(q) is the posterior mean of the clones' log-rates as drawn: the narrowed interval lies within that of the draw.
-Where the rates come from another interval than the clones', its middle moves as far as theirs does.
+where c(q) is the posterior mean of the clones' log-rates as drawn: what the clones agree on stays where it is, and all
+rates stay in their interval. Where they come from another interval than the clones', c is as far from its middle.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from alrao_fast import live
+from alrao_fast import compiler, live
 from alrao_fast.optim.rates import LogUniform
+from alrao_fast.optim.states import rates_in
 
 if TYPE_CHECKING:
     from alrao_fast.optim.base import AlraoOptimizer
@@ -40,16 +40,13 @@ class Run:
         steps = [int(own["step"]) for own in states if "step" in own]
         self.taken = max(steps, default=0) if taken is None else taken
 
+    @compiler.disable("the steps of the run are counted")
     def count(self, optimizer: AlraoOptimizer) -> None:
         """After a step."""
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "total_steps: a compiled step counts nothing, expected step() to be called by Python: compile the "
-                "model alone, or call anneal_rates(progress) outside of the compiled function instead"
-            )
+        total, before = self.total_steps, self.taken
         self.taken += 1
-        if self.taken % max(1, self.total_steps // TIMES) == 0 and self.taken <= self.total_steps:
-            anneal(optimizer, self.taken / self.total_steps, WIDTH)
+        if before < total and self.taken * TIMES // total != before * TIMES // total:
+            anneal(optimizer, self.taken / total, WIDTH)
 
 
 @torch.no_grad()
@@ -57,21 +54,26 @@ def anneal(optimizer: AlraoOptimizer, progress: float, width: float) -> None:
     """Rewrite the rates in place, on their devices: nothing waits."""
     optimizer.refresh()
     intervals = list(_intervals(optimizer))
-    shift = progress * _shift(optimizer, intervals)
+    shift = _shift(optimizer, intervals)
     keep = 1 - progress * (1 - width)
     originals: dict[int, Tensor] = {}
     for sampler, params in intervals:
-        middle, half = _middle_and_half(sampler)
-        limit = (1 - keep) * half
-        for own in (optimizer.state[param] for param in params):
+        lo, hi = math.log(sampler.lo), math.log(sampler.hi)
+        centre = (0.5 * (lo + hi) + shift).clamp(lo, hi)
+        for param in params:
+            own = optimizer.state[param]
             rate = own["rate"]
             if id(rate) in originals:
                 own.setdefault("drawn_rate", originals[id(rate)])
-                continue
-            drawn = originals[id(rate)] = own.setdefault("drawn_rate", rate.clone())
-            moved = middle + shift.clamp(-limit, limit).to(rate.device)
-            narrowed = (moved + keep * (drawn.double().log() - middle)).exp()
-            rate.copy_(narrowed.clamp(max=own["rate_limit"]) if "rate_limit" in own else narrowed)
+            else:
+                drawn = originals[id(rate)] = own.setdefault("drawn_rate", rate.clone())
+                narrowed = keep * drawn.double().log() + (1 - keep) * centre.to(rate.device)
+                narrowed = narrowed.exp()
+                limit = own.get("rate_limit")
+                rate.copy_(narrowed if limit is None else narrowed.clamp(max=limit))
+            optimizer._rates[param] = rates_in(own)
+    for head in live.heads:
+        head.follow_optimizer()
 
 
 def _intervals(optimizer: AlraoOptimizer) -> Iterator[tuple[LogUniform, list[Tensor]]]:
@@ -80,11 +82,6 @@ def _intervals(optimizer: AlraoOptimizer) -> Iterator[tuple[LogUniform, list[Ten
         sampler = optimizer._sampler_of(number)
         if isinstance(sampler, LogUniform):
             yield sampler, group["params"]
-
-
-def _middle_and_half(sampler: LogUniform) -> tuple[float, float]:
-    lo, hi = math.log(sampler.lo), math.log(sampler.hi)
-    return 0.5 * (hi + lo), 0.5 * (hi - lo)
 
 
 def _shift(optimizer: AlraoOptimizer, intervals: list[tuple[LogUniform, list[Tensor]]]) -> Tensor:
@@ -100,9 +97,13 @@ def _shift(optimizer: AlraoOptimizer, intervals: list[tuple[LogUniform, list[Ten
             posterior = head.switch.posterior()
             own_state = optimizer.state[clones[0]]
             drawn = own_state.get("drawn_rate", own_state["rate"])
+            if posterior.is_meta:
+                shifts.append(torch.zeros((), dtype=torch.float64, device="cpu"))
+                continue
             mean = (posterior * drawn.double().log().to(posterior.device)).sum()
+            middle = 0.5 * (math.log(sampler.lo) + math.log(sampler.hi))
             # Where every clone is dead nothing is known, and the rates must not become NaN.
-            shifts.append((mean - _middle_and_half(sampler)[0]).nan_to_num(0.0))
+            shifts.append((mean - middle).nan_to_num(0.0))
     if not shifts:
         raise ValueError(
             "params: got no clones whose rates come from an interval, expected those of a head: their posterior says "

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.optim.swa_utils import update_bn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from alrao_fast.arguments import Instance, Optional
 
 if TYPE_CHECKING:
     from alrao_fast.optim.base import AlraoOptimizer
+
+_MODEL = Optional(Instance(nn.Module, "the torch.nn.Module that is evaluated"))
 
 
 @contextmanager
@@ -20,30 +23,73 @@ def averaged(
     optimizer: AlraoOptimizer, model: nn.Module | None, loader: Iterable[Any] | None
 ) -> Iterator[None]:
     """What `AlraoOptimizer.averaged` returns."""
+    model = _MODEL.check("model", model)
     if (model is None) != (loader is None):
         missing, given = ("loader", "model") if loader is None else ("model", "loader")
         raise ValueError(f"{missing}: got None with a {given}, expected both or neither")
     if optimizer._shows_averages:
-        raise RuntimeError("averaged() within averaged()")
+        raise RuntimeError("averaged() within averaged(): leave the outer block first")
     shown = _shown(optimizer)
-    params = [param for param, _ in shown]
-    norms = [m for m in model.modules() if isinstance(m, _NormBase)] if model else []
+    norms = [] if model is None else [m for m in model.modules() if isinstance(m, _BatchNorm)]
     statistics = [buffer for norm in norms for buffer in norm.buffers()]
+    written = [*(param for param, _ in shown), *statistics]
     with torch.no_grad():
-        kept = [tensor.detach().clone() for tensor in (*params, *statistics)]
+        kept = [tensor.detach().clone() for tensor in written]
     optimizer._shows_averages = True
     try:
         with torch.no_grad():
             for param, average in shown:
                 param.copy_(average)
         if model is not None and loader is not None:
-            update_bn(loader, model, device=params[0].device)
+            _estimate_statistics(model, norms, loader)
         yield
     finally:
         with torch.no_grad():
-            for tensor, value in zip((*params, *statistics), kept):
+            for tensor, value in zip(written, kept):
                 tensor.copy_(value)
         optimizer._shows_averages = False
+
+
+@torch.no_grad()
+def _estimate_statistics(model: nn.Module, norms: list[_BatchNorm], loader: Iterable[Any]) -> None:
+    """Batch normalisation's running statistics as means over the batches, but for layers that are frozen: those that
+    stay in evaluation mode when the model trains."""
+    modes = {module: module.training for module in model.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    # In evaluation mode all layers are in it: which of them are frozen their own train() says.
+    frozen = [module for module, training in modes.items() if model.training and not training]
+    try:
+        model.train()
+        for module in frozen:
+            module.training = False
+        own = [norm for norm in norms if norm.training and norm.track_running_stats]
+        for norm in own:
+            norm.reset_running_stats()
+            # A mean over all batches.
+            norm.momentum = None
+        count = 0
+        for batch in loader if own else ():
+            model(_inputs(batch, model))
+            count += 1
+        if own and not count:
+            raise ValueError(
+                "loader: got no batches, expected some: an iterator that was used up gives none"
+            )
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+
+
+def _inputs(batch: Any, model: nn.Module) -> Any:
+    inputs = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if isinstance(inputs, Mapping) or not isinstance(inputs, Tensor):
+        raise TypeError(
+            f"loader: got a batch of {type(inputs).__name__}, expected tensors, or tuples that begin with the input's: "
+            "(x for x, *_ in loader) makes such batches"
+        )
+    return inputs.to(next(model.parameters()).device)
 
 
 def _shown(optimizer: AlraoOptimizer) -> list[tuple[Tensor, Tensor]]:

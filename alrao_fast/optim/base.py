@@ -26,21 +26,20 @@ from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import annealing, averages, checkpoint
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
 from alrao_fast.optim.layouts import Layout
-from alrao_fast.optim.notices import (
-    warn_of_default_rule,
-)
+from alrao_fast.optim.notices import warn_of_default_rule, warn_of_no_averages
 from alrao_fast.optim.owners import warn_of_unobserved
 from alrao_fast.optim.param_groups import (
     SAMPLER,
     OptionChecks,
     as_groups,
+    check_keys,
     check_shared,
     expanded,
     modules_of,
 )
 from alrao_fast.optim.places import Places
 from alrao_fast.optim.rated import Rated
-from alrao_fast.optim.rates import Constant
+from alrao_fast.optim.rates import Constant, Sampler
 from alrao_fast.optim.states import complete, rates_in
 
 _SHARES = {name: Number(low=0, high=1) for name in ("progress", "width")}
@@ -86,7 +85,7 @@ class AlraoOptimizer(Rated):
         self._rates: dict[Tensor, dict[str, Tensor]] = {}
         self._places = Places()
         self._alone()
-        self._vectors, self._undrawn, self._bare = {}, {}, []
+        self._vectors, self._undrawn, self._bounds, self._bare = {}, {}, {}, []
         self._binding = Binding()
         self._constructing = True
         groups = as_groups(params)
@@ -118,6 +117,10 @@ class AlraoOptimizer(Rated):
         """The op's options as `group` has them."""
         raise NotImplementedError
 
+    def _implied(self, group: dict[str, Any], sampler: Sampler | None) -> dict[str, Any]:
+        """Options of a new group that follow from the others and from its own sampler."""
+        return {}
+
     def _lr_factor(self, group: dict[str, Any]) -> float:
         """What multiplies a group's lr."""
         return 1.0
@@ -127,7 +130,8 @@ class AlraoOptimizer(Rated):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: `params` is a module, a tensor, or an iterable of modules, tensors and (name, tensor) pairs.
 
-        The group's options are those of the constructor; it may also have its own `sampler` and `lr_range`. A bare
+        The group's options are those of the constructor; it may also have its own `sampler`, `lr_range` and, in
+        `AlraoAdam`, `rate_bound`. A bare
         tensor has the layout its module gives it, if the optimizer has met the module or it is in an `AlraoModel` or
         a head, else one rate per index of dim 0.
         Raises, and adds nothing, where an option or a parameter is not valid.
@@ -135,11 +139,16 @@ class AlraoOptimizer(Rated):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group: got a {type(param_group).__name__}, expected a dict")
         group = dict(param_group)
+        check_keys(group)
         sampler = SAMPLER.check("sampler", group.pop("sampler", None))
         options = self._option_checks.checked({**self.defaults, **group})
         group |= {name: value for name, value in options.items() if name in group}
-        if "lr_range" in group:
-            sampler = sampler or self._from_interval(*group["lr_range"])
+        bound = group.pop("rate_bound", self._rate_bound)
+        bound = _OWN["rate_bound"].check("rate_bound", bound)
+        if "lr_range" in group and sampler is None:
+            sampler = self._from_interval(*group["lr_range"])
+            sampler.is_of_group = True
+        group |= self._implied(group, sampler)
         before = len(self.param_groups), dict(self._layouts)
         try:
             for module in modules_of([group]):
@@ -150,12 +159,13 @@ class AlraoOptimizer(Rated):
                 compiler.without_import(super().add_param_group)(part)
                 added = self.param_groups[-1]
                 self._undrawn.update(dict.fromkeys(added["params"], (sampler, added["lr_range"])))
+                self._bounds.update(dict.fromkeys(added["params"], bound))
                 self._places.note(self.param_groups, sampler)
             if not self._constructing:
                 self._draw()
         except Exception:
             del self.param_groups[before[0] :]
-            self._layouts, self._undrawn, self._bare = before[1], {}, []
+            self._layouts, self._undrawn, self._bare, self._bounds = before[1], {}, [], {}
             self._places.note(self.param_groups)
             raise
         if not self._constructing:
@@ -246,6 +256,7 @@ class AlraoOptimizer(Rated):
         self._places.note(groups)
         taken = [group.pop("steps_taken", None) for group in groups]
         if self._run:
+            warn_of_no_averages(groups, stacklevel=2)
             self._run.go_on_from(taken[0], state.values())
         for group in groups:
             for param in group["params"]:
@@ -272,6 +283,7 @@ class AlraoOptimizer(Rated):
             "_rate_bound": self._rate_bound,
             "_constructing": False,
             "_undrawn": {},
+            "_bounds": {},
             "_bare": [],
         }
 
@@ -298,11 +310,13 @@ class AlraoOptimizer(Rated):
 
         Args:
             model: whose running statistics in BatchNorm are of other weights than the averages: they are estimated
-                anew, by `torch.optim.swa_utils.update_bn`, and put back at the end.
+                anew, as `torch.optim.swa_utils.update_bn` does but for frozen layers, and put back at the end.
             loader: the batches for that, tensors or tuples that begin with the inputs. Some dozens are enough:
-                `itertools.islice(loader, 40)`. Needed if and only if a model is given.
+                `itertools.islice(loader, 40)`. Needed if and only if a model is given, read if that has BatchNorm.
 
-        Raises ValueError where there are no averages or one argument comes without the other; RuntimeError at a
+        What `state_dict()` of a module returns shares the parameters' memory: save it, or copy it, within the block.
+        Resume from what was saved outside. Weights that were written by hand count in the average from the next step
+        on. Raises ValueError where there are no averages or one argument comes without the other; RuntimeError at a
         `step()` within.
         """
         return averages.averaged(self, model, loader)
@@ -311,9 +325,9 @@ class AlraoOptimizer(Rated):
         """Narrow the interval of the rates around what the clones have found, in place and without waiting.
 
         A log-rate keeps its place in the interval, whose width shrinks linearly to `width` of what it was and whose
-        middle moves towards the posterior mean of the clones' log-rates, within the interval of the draw. A few dozen
-        calls in a run are enough. The rates as they were drawn stay in the state, as "drawn_rate"; those of samplers
-        without an interval stay as they are.
+        centre moves to the posterior mean of the clones' log-rates, within the interval of the draw. A few dozen
+        calls in a run are enough. The rates as they were drawn stay in the state, as "drawn_rate", from which each call
+        starts: what was written into "rate" by hand is lost. Those of samplers without an interval stay as they are.
 
         Args:
             progress: the part of the run that is over, from 0 (the rates as they were drawn) to 1.

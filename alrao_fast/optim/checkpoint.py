@@ -109,10 +109,9 @@ def _groups(
             _expect(f"an entry of params of {what}", param_id, int | str, "a number or a name")
         ids += own
         options = {key: deepcopy(value) for key, value in saved.items() if key != "params"}
-        if not isinstance(options.get("rounding_seed", 0), int):
-            raise TypeError(
-                f"rounding_seed of {what} is {options['rounding_seed']!r}; expected an integer"
-            )
+        for name in ("rounding_seed", "steps_taken"):
+            if not isinstance(options.get(name, 0), int):
+                raise TypeError(f"{name} of {what} is {options[name]!r}; expected an integer")
         # Options that an older state does not have keep their present values, or what they meant then.
         new_groups.append({**group, **of_old, **options})
     return new_groups, ids
@@ -135,22 +134,22 @@ class _Reader:
 
     def read(self, key: str, value: Any) -> Any:
         if key in RATES:
-            return self._rate(sharding.whole(value))
+            return self._rate(key, sharding.whole(value))
         if key == "step":
             return self._step(value)
         if key in self._op.states or key in ("master", "average"):
             return self._placed(self._floats(key, value, tuple(self._param.shape)))
         return self._cast(value)
 
-    def _rate(self, value: Any) -> Tensor:
-        rates = self._floats("rate", value, self._rate_shape)
+    def _rate(self, key: str, value: Any) -> Tensor:
+        rates = self._floats(key, value, self._rate_shape)
         device = rates.device if self._param.is_meta else self._param.device
         if (id(rates), device) in self._copies:
             return self._copies[id(rates), device]
         copy = self._copies[id(rates), device] = self._copied(rates, self._rate_dtype)
         if not bool((copy.isfinite() & (copy >= 0)).all()):
             raise ValueError(
-                f"{self._what('rate')} has a negative or non-finite entry; expected finite rates >= 0"
+                f"{self._what(key)} has a negative or non-finite entry; expected finite rates >= 0"
             )
         return copy
 

@@ -8,7 +8,7 @@ are set to that. As layers draw their weights by their fan-in, the limits follow
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,18 +16,22 @@ from torch import Tensor
 from alrao_fast import sharding
 from alrao_fast.optim.layouts import Layout, Vector
 
+# The least size that a feature counts as, in relation to what torch's layers would draw.
+SMALLEST = 0.1
+
 
 @torch.no_grad()
 def rate_limits(
-    params: Iterable[Tensor], layouts: Mapping[Tensor, Layout], bound: float
+    bounds: Mapping[Tensor, float], layouts: Mapping[Tensor, Layout]
 ) -> dict[Tensor, Tensor]:
-    """`bound` times the root mean square of each feature, over all of `params` that share it: float32 on the CPU, laid
-    out as the parameters' rates.
+    """A parameter's bound times the root mean square of each feature, over all of the parameters that share it: float32
+    on the CPU, laid out as the parameters' rates.
 
     Not of clones: the switch leaves out those whose rate is too high. A feature whose entries are all 0, or not there
-    yet (on meta), counts as one of n entries drawn as torch's layers do, of the size 1 / sqrt(3 n).
+    yet (on meta), counts as one of n entries drawn as torch's layers do, of the size 1 / sqrt(3 n); one that is small
+    on purpose, as a layer's scale that starts at 1e-6, as a tenth of that at least, or it would stay what it is.
     """
-    found = [p for p in params if layouts[p].vector.kind != "clone"]
+    found = [p for p in bounds if layouts[p].vector.kind != "clone"]
     squares: dict[Vector, Tensor] = {}
     counts: dict[Vector, Tensor] = {}
     for param in found:
@@ -42,14 +46,19 @@ def rate_limits(
         total.index_add_(0, features, own)
         each = param.numel() / max(own.numel(), 1)
         count.index_add_(0, features, torch.full_like(own, each))
-    limits: dict[Vector, Tensor] = {}
+    sizes: dict[Vector, Tensor] = {}
     for vector, total in squares.items():
         count = counts[vector].clamp(min=1)
         size = (total / count).sqrt()
         usual = 1 / (3 * count).sqrt()
-        size = torch.where((size > 0) & size.isfinite(), size, usual)
-        limits[vector] = (bound * size).float()
-    return {p: layouts[p].rates(limits[layouts[p].vector]) for p in found}
+        known = (size > 0) & size.isfinite()
+        sizes[vector] = torch.where(known, torch.maximum(size, SMALLEST * usual), usual)
+    limits: dict[tuple[Vector, float], Tensor] = {}
+    for param in found:
+        vector, bound = layouts[param].vector, bounds[param]
+        if (vector, bound) not in limits:
+            limits[vector, bound] = (bound * sizes[vector]).float()
+    return {p: layouts[p].rates(limits[layouts[p].vector, bounds[p]]) for p in found}
 
 
 def _squares(param: Tensor, layout: Layout) -> Tensor:
@@ -61,10 +70,10 @@ def _squares(param: Tensor, layout: Layout) -> Tensor:
     values = param.detach()
     if layout.per_weight:
         # One entry says nothing of the size of its feature: that of the tensor.
-        norm = sharding.whole(torch.linalg.vector_norm(values, dtype=_wide(param)))
+        norm = sharding.whole(torch.linalg.vector_norm(values, dtype=torch.float64))
         return (norm.double().square() / param.numel()).expand(param.numel()).cpu()
     if others:
-        values = torch.linalg.vector_norm(values, dim=others, dtype=_wide(param))
+        values = torch.linalg.vector_norm(values, dim=others, dtype=torch.float64)
     values = sharding.whole(values).double().square().cpu()
     # The dimensions that are left are in ascending order.
     ascending = sorted(layout.dims)
@@ -73,10 +82,6 @@ def _squares(param: Tensor, layout: Layout) -> Tensor:
 
 def _zeros(n: int) -> Tensor:
     return torch.zeros(n, dtype=torch.float64, device="cpu")
-
-
-def _wide(param: Tensor) -> torch.dtype:
-    return torch.promote_types(param.dtype, torch.float32)
 
 
 def limited(

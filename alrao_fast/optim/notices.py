@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -75,3 +76,13 @@ def warn_of_default_rule(
         "describe_rates(model) shows all",
         stacklevel=stacklevel + 1,
     )
+
+
+def warn_of_no_averages(groups: Iterable[Mapping[str, Any]], stacklevel: int) -> None:
+    """Of options that a checkpoint brings into a run that was to have averages."""
+    if all(group.get("averaging") is None for group in groups):
+        warnings.warn(
+            "the checkpoint was written without averages, and its options count: averaged() will refuse. Assign "
+            "averaging=8.0 to the param groups to have averages from now on",
+            stacklevel=stacklevel + 1,
+        )

@@ -102,7 +102,29 @@ class _Sampler(Function):
         return super().check(name, value)
 
 
+class _Averaging(Optional):
+    """The power of an average; False is none, as None is."""
+
+    def check(self, name: str, value: Any) -> Any:
+        if value is True:
+            raise self.refuse(TypeError, name, value)
+        return super().check(name, None if value is False else value)
+
+
 SAMPLER = Optional(_Sampler())
+# What is said of the whole optimizer.
+_WHOLE = ("total_steps", "generator", "model")
+
+
+def check_keys(group: Mapping[str, Any]) -> None:
+    """Raises ValueError for an argument of the constructor that is none of a group's."""
+    for name in _WHOLE:
+        if name in group:
+            raise ValueError(
+                f"{name}: got it in a param group, expected it as an argument of the optimizer"
+            )
+
+
 # The options that all optimizers have.
 SHARED: dict[str, Kind] = {
     "lr": LR,
@@ -111,7 +133,7 @@ SHARED: dict[str, Kind] = {
     "rounding": Choice(None, "nearest", "stochastic"),
     "master_weights": Flag(),
     "warmup_steps": Integer(low=0, words="a number of steps, 0 for no warm-up"),
-    "averaging": Optional(COMMON["averaging"]),
+    "averaging": _Averaging(COMMON["averaging"]),
     "foreach": Optional(Flag()),
     "fused": Optional(Flag()),
     "capturable": Flag(),

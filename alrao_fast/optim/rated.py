@@ -28,7 +28,9 @@ class Rated(AcrossRanks):
     # The optimizer's own sampler, its generator, and by what share of their weights features' rates are bounded.
     _sampler: Sampler | None
     _generator: torch.Generator | None
-    _rate_bound: float | None
+    _rate_bound: float | None = None
+    # Those of groups with a bound of their own, until they are drawn.
+    _bounds: dict[Tensor, float | None]
     # Vectors drawn with the optimizer's own sampler: parameters added later share them.
     _vectors: dict[Any, Tensor]
     # Rates are drawn once all groups are there, in the model's order whatever the groups.
@@ -42,7 +44,11 @@ class Rated(AcrossRanks):
         """What the rates of a group are drawn by."""
         place = self._places.of(self.param_groups, number)
         lr_range = self.param_groups[number]["lr_range"]
-        return (place and place.sampler) or self._sampler or self._from_interval(*lr_range)
+        sampler = place and place.sampler
+        # A loaded checkpoint may bring another interval.
+        if sampler is None:
+            return self._sampler or self._from_interval(*lr_range)
+        return self._from_interval(*lr_range) if _is_of_group(sampler) else sampler
 
     def _lay_out(self, entries: list[Any]) -> None:
         """Lay out the models and heads that bare tensors belong to, as if they had been passed.
@@ -100,8 +106,12 @@ class Rated(AcrossRanks):
                 # The tensors of a group round with consecutive seeds, starting here.
                 seed = torch.randint(2**62, (), generator=self._generator, device="cpu")
                 group["rounding_seed"] = int(seed)
-        bounded = [p for p in rates if isinstance(pending[p][0] or own, LogUniform)]
-        limits = rate_limits(bounded, self._layouts, self._rate_bound) if self._rate_bound else {}
+        bounds = {
+            p: self._bounds.pop(p, self._rate_bound)
+            for p in rates
+            if isinstance(pending[p][0] or own, LogUniform)
+        }
+        limits = rate_limits({p: bound for p, bound in bounds.items() if bound}, self._layouts)
         known = self._known_rates() if sharded else ()
         self._agree([*rates.values(), *limits.values(), *known])
         for param, own_rates in limited(rates, limits).items():
@@ -170,3 +180,7 @@ class Rated(AcrossRanks):
         for number, group in enumerate(self.param_groups[first:], first):
             if warn_of_small_multiplier(group["lr"], self._sampler_of(number), stacklevel + 1):
                 return
+
+
+def _is_of_group(sampler: Any) -> bool:
+    return isinstance(sampler, LogUniform) and sampler.is_of_group

@@ -48,6 +48,8 @@ class LogUniform:
     """
 
     per_weight = False
+    # Made by an optimizer from the lr_range of a param group.
+    is_of_group = False
 
     def __init__(self, lo: float = 1e-5, hi: float = 10.0) -> None:
         self.lo, self.hi = Interval().check("lr_range", (lo, hi))

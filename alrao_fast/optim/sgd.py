@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alrao_fast.arguments import Flag
+from alrao_fast.arguments import Flag, Optional
 from alrao_fast.ops.feature import Options
 from alrao_fast.ops.feature_sgd import OP, OPTIONS
 from alrao_fast.optim.base import AlraoOptimizer
@@ -32,7 +32,7 @@ class AlraoSGD(AlraoOptimizer):
         normalized_momentum: multiply the rates by 1 - momentum, so that a rate says how far a gradient moves a
             parameter in all: torch.optim.SGD with lr = s * r(i) * (1 - momentum). Without it a momentum of 0.9 makes
             steps ten times as large as the interval says, and networks without normalisation diverge. None: on, unless
-            momentum_rule is "authors" or the sampler is `Constant`, with which this is torch.optim.SGD.
+            momentum_rule is "authors" or a group's sampler is `Constant`, with which this is torch.optim.SGD.
         sampler: `LogUniform(*lr_range)` if None; `PerWeight`, `Fraction`, `Constant` or a function `(n, generator) ->
             [n]` of rates.
         generator: a CPU torch.Generator to draw from; the same seed gives the same rates on any device. Ranks whose
@@ -73,7 +73,7 @@ class AlraoSGD(AlraoOptimizer):
     """
 
     _op = OP
-    _kinds = {**SHARED, **OPTIONS, "normalized_momentum": Flag()}
+    _kinds = {**SHARED, **OPTIONS, "normalized_momentum": Optional(Flag())}
     _rule_option = "momentum_rule"
     _of_old = MappingProxyType({"normalized_momentum": False})
 
@@ -102,8 +102,6 @@ class AlraoSGD(AlraoOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        if normalized_momentum is None:
-            normalized_momentum = momentum_rule == "torch" and not isinstance(sampler, Constant)
         super().__init__(locals())
 
     def _check_group(self, options: Mapping[str, Any]) -> None:
@@ -112,7 +110,16 @@ class AlraoSGD(AlraoOptimizer):
 
     def _lr_factor(self, group: dict[str, Any]) -> float:
         momentum = group["momentum"]
-        return 1.0 - float(momentum) if momentum and group["normalized_momentum"] else 1.0
+        # From 1 on there is no sum of the steps to go by.
+        normalized = momentum and group["normalized_momentum"] and momentum < 1
+        return 1.0 - float(momentum) if normalized else 1.0
+
+    def _implied(self, group: dict[str, Any], sampler: Sampler | None) -> dict[str, Any]:
+        options = {**self.defaults, **group}
+        if options["normalized_momentum"] is not None:
+            return {}
+        plain = isinstance(sampler or self._sampler, Constant)
+        return {"normalized_momentum": options["momentum_rule"] == "torch" and not plain}
 
     def _options(self, group: dict[str, Any]) -> Options:
         return options_of(group, authors=group["momentum_rule"] == "authors")
