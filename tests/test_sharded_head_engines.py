@@ -3,7 +3,8 @@
 - Under fully_shard on the other dimension of a mesh, and on the same; optimizers made before.
 - Behind activations that are cut along the sequence.
 - Checkpoints that are loaded by other ranks, with the head cut otherwise.
-- What gathers the clones: outputs, criteria, likelihoods, collapse.
+- Under autocast, and inside activation checkpoints.
+- What gathers the clones: outputs, criteria, likelihoods, collapse; and the bytes that a step and a prediction move.
 """
 
 import copy
@@ -25,6 +26,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import alrao_fast as alrao
 from alrao_fast.distributed import ClassesParallel, ClonesParallel
@@ -140,9 +144,69 @@ def checkpointed(rank):
     return found
 
 
+def contexts(rank):
+    """Gradients under autocast, and from inside an activation checkpoint, whose forward runs twice."""
+    mesh = init_device_mesh("cpu", (4,))
+    return {style: within(parallel(model(), mesh, style)) for style in STYLES}
+
+
+def within(net):
+    x, y = batch(0)
+    x.requires_grad_()
+    found = {}
+    for name in ("autocast", "reentrant", "hooks"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast"):
+            if name == "autocast":
+                loss = net.head(net.backbone(x).float(), y)
+            else:
+                loss = checkpoint(lambda x: net(x, targets=y), x, use_reentrant=name == "reentrant")
+        loss.backward()
+        found |= {f"{name} {key}": whole(p.grad) for key, p in net.named_parameters()}
+        net.zero_grad()
+    return found
+
+
+class Bytes(TorchDispatchMode):
+    """The bytes that each collective is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kind = func.name().split("::")[1]
+        if (
+            func.namespace in ("c10d", "_c10d_functional")
+            and "wait" not in kind
+            and "wrap" not in kind
+        ):
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            what = "gather" if "gather" in kind else kind.strip("_").replace("_", "")
+            self.found.append((what, min(t.numel() * t.element_size() for t in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+def moved(rank):
+    found = {}
+    for style in STYLES:
+        net = parallel(model(), init_device_mesh("cpu", (4,)), style)
+        opt = made("momentum", net)
+        x, y = batch(0)
+        # The first step compares the rates, and the batches.
+        train(net, opt, range(1))
+        with Bytes() as forward:
+            loss = net(x, targets=y)
+        with Bytes() as backward:
+            loss.backward()
+        with torch.no_grad(), Bytes() as prediction:
+            net.eval()(x)
+        found[style] = forward.found, backward.found, prediction.found
+    return found
+
+
 @pytest.fixture(scope="module")
 def ranks():
-    return run([two_dimensions, same_dimension, sequence, methods, checkpointed])
+    return run([two_dimensions, same_dimension, sequence, methods, checkpointed, contexts, moved])
 
 
 @pytest.mark.parametrize("kind", ["sum", "late", "columns", "classes"])
@@ -202,3 +266,27 @@ def test_methods(ranks):
     for own in ranks:
         for found in own["methods"].values():
             assert_close(found, expected)
+
+
+def test_contexts(ranks):
+    expected = within(model())
+    for own in ranks:
+        for found in own["contexts"].values():
+            assert_close(found, expected)
+
+
+def test_moved(ranks):
+    """What docs/distributed.md says, of B = 16 samples, N = 5, C = 10, D = 24 and 4 ranks."""
+    switch = ("gather", 24 * 5 + 32)
+    features = ("allreduce", 4 * 16 * 24)
+    per_clone = ("allreduce", 4 * 16 * 5)
+    for own in ranks:
+        forward, backward, prediction = own["moved"]["clones"]
+        # Two clones are the largest part, three classes below.
+        assert forward == [("gather", 8 * 16 + 24 * 2), switch]
+        assert backward == [features]
+        assert prediction == [("gather", 8 * 16), *[("allreduce", 4 * 16 * 10)] * 2]
+        forward, backward, prediction = own["moved"]["classes"]
+        assert forward == [per_clone, ("allreduce", 3 * 4 * 16 * 5), ("gather", 24 * 5), switch]
+        assert backward == [features]
+        assert prediction == [*[per_clone] * 3, ("gather", 4 * 16 * 3)]

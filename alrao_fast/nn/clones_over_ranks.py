@@ -138,6 +138,7 @@ class ClonesOverRanks(OverRanks):
             (_ScaledBack.apply(x, rows), part.weight, part.bias, self._of(part, log_posterior)),
             target,
             False,
+            True,
             checks.budget(x, head.memory_budget),
             backends.select(checks.OP, x.device, impl),
         )

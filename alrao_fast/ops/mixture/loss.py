@@ -287,9 +287,9 @@ def mixture_stats(
     likelihood, target, mean = likelihood.weighed(
         target, weight, weighting, "reference" if plain else backend
     )
-    loss, stats = prepared_stats(
-        likelihood, (x, weight, bias, log_posterior), target, mean, memory, backend, observer
-    )
+    inputs = x, weight, bias, log_posterior
+    how = mean, weighting.per_sample, memory, backend
+    loss, stats = prepared_stats(likelihood, inputs, target, *how, observer)
     return loss.view(samples) if weighting.per_sample else loss, stats
 
 
@@ -298,14 +298,14 @@ def prepared_stats(
     inputs: tuple[Tensor, Tensor, Tensor | None, Tensor],
     target: Tensor,
     mean: bool,
+    per_sample: bool,
     memory: int,
     backend: str,
     observer: Observer | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same of inputs and a target that are checked and in rows, with the options that `weighed` has made; losses
-    `[B]` where these are per_sample."""
+    """The same of inputs and a target that are checked and in rows, with the options that `weighed` has made, of which
+    `per_sample` is one: then the losses are `[B]`."""
     x, weight, bias, log_posterior = inputs
-    per_sample: bool = likelihood.options()["per_sample"]
     if backend == "reference" or derivatives.transformed():
         checks.check_inputs(x, weight, bias, log_posterior, memory)
         likelihood.check_target(target, x, weight)
