@@ -75,7 +75,7 @@ def main() -> None:
         eval_dataset=Windows(text[cut : cut + 64 * args.context], args.context),
         optimizer_cls_and_kwargs=(
             alrao.AlraoAdam,
-            {"lr_range": (1e-4, 1e-1), "generator": torch.Generator().manual_seed(0)},
+            {"generator": torch.Generator().manual_seed(0)},
         ),
     )
     AlraoCallback().add_to(trainer)
