@@ -64,7 +64,7 @@ class AlraoSGD(AlraoOptimizer):
             schedulers to move it: `GraphedStep` sees to it.
 
     State per parameter, made at construction: "rate" (float32), "step" (int64), "momentum_buffer", "master", "average"
-    (float32, float64 for float64 parameters); of frozen ones only the rate. After `anneal_rates` "drawn_rate" (float32).
+    (float32, float64 for float64 parameters), after `anneal_rates` "drawn_rate" (float32); of frozen ones only rates.
 
     Raises TypeError or ValueError, naming the argument, for options of another type or out of range (a number that is
     not finite among them), for a set of parameters, for one that is given twice or is uninitialized; RuntimeError at
