@@ -10,7 +10,18 @@
 import pytest
 import torch
 import torch.distributed as dist
-from sharded_harness import CASES, STEPS, assert_close, made, model, run, states, train, weights
+from sharded_harness import (
+    CASES,
+    STEPS,
+    WHOLE,
+    assert_close,
+    made,
+    model,
+    run,
+    states,
+    train,
+    weights,
+)
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -36,7 +47,7 @@ def result(net, opt):
         for p in params
         if isinstance(p, DTensor)
         for key, value in opt.state[p].items()
-        if key not in ("rate", "step")
+        if key not in WHOLE
     ]
     return {
         "weights": weights(net),

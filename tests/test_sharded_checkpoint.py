@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sharded_harness import assert_close, made, model, run, states, steps, train, weights
+from sharded_harness import WHOLE, assert_close, made, model, run, states, steps, train, weights
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -125,7 +125,7 @@ def load_of_one(rank, folder):
                 value.placements == p.placements
                 for p in net.parameters()
                 for key, value in opt.state[p].items()
-                if key not in ("rate", "step")
+                if key not in WHOLE
             ]
             go_on(case, net, opt, range(BEGUN, STEPS))
             found[f"{case} {way}"] = {**result(net, opt), "shards": shards}
