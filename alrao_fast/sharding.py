@@ -66,6 +66,22 @@ def check_parts(name: str, param: Any) -> None:
         )
 
 
+def draw_row_(param: Any, row: int, bound: float) -> None:
+    """Draw the entries of this place in the first dimension anew, uniformly from -bound to bound.
+
+    Of a DTensor those that are here, from a draw of all: ranks with the same random numbers have what one process has.
+    (An index into a sharded dimension would be a copy, and a draw into it lost.)
+    """
+    if not is_sharded(param):
+        param[row].uniform_(-bound, bound)
+        return
+    here = local(param)
+    drawn = here.new_empty(param.shape[1:]).uniform_(-bound, bound)
+    (start, stop), *others = spans(param)
+    if start <= row < stop:
+        here[row - start].copy_(drawn[tuple(slice(*span) for span in others)])
+
+
 def spans(param: Any, name: str = "") -> list[tuple[int, int]]:
     """For each dimension of a DTensor, the places `(start, stop)` in the whole that the entries here have.
 

@@ -116,8 +116,9 @@ def called(net):
     found["observed logw"] = head.switch.logw
     found["finite"] = head.finite_clones()
     found["lr"] = torch.tensor(net.suggested_lr())
+    torch.manual_seed(11)
     head.reset_parameters()
-    found["reset"] = head.weight.isfinite().all()
+    found |= {"reset weight": head.weight.detach(), "reset bias": head.bias.detach()}
     return {name: whole(value) for name, value in found.items()}
 
 

@@ -34,7 +34,7 @@ from alrao_fast.ops.mixture.likelihood import (
 from alrao_fast.ops.mixture.loss import Observer, mixture_stats
 from alrao_fast.ops.mixture.weighting import ClassWeight, Weighting, no_loss
 from alrao_fast.reference.switch_mixture import soft_capped
-from alrao_fast.sharding import is_sharded, whole
+from alrao_fast.sharding import draw_row_, is_sharded, whole
 from alrao_fast.tracing import refuse_script
 
 Evidence = Literal["mean", "sum"]
@@ -103,9 +103,9 @@ class LinearClones(WithRates):
         with torch.no_grad():
             # Clone by clone: the same values as N nn.Linear made one after the other.
             for n in range(self.num_clones):
-                self.weight[n].uniform_(-bound, bound)
+                draw_row_(self.weight, n, bound)
                 if self.bias is not None:
-                    self.bias[n].uniform_(-bound, bound)
+                    draw_row_(self.bias, n, bound)
         self.watch = Watch()
         self.agreement = Agreement()
         self.get_buffer("clone_lr").fill_(math.nan)
