@@ -14,8 +14,6 @@ from alrao_fast import AlraoAdam, AlraoModel, AlraoSGD, ClassifierClones
 
 WORLD = 4
 STEPS = 5
-# What a state has of a parameter that is no DTensor: the rates are whole on every rank.
-WHOLE = ("rate", "step", "drawn_rate", "rate_limit")
 CASES = {
     "momentum": (AlraoSGD, {"lr_range": (1e-5, 1.0), "momentum": 0.9, "weight_decay": 1e-3}),
     "nesterov": (AlraoSGD, {"lr_range": (1e-4, 0.3), "momentum": 0.9, "nesterov": True}),
