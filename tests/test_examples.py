@@ -34,6 +34,11 @@ SCRIPTS = {
     ),
     "lightning_digits.py": ("--epochs 4", "lightning sklearn", r"test accuracy (9\d|[78]\d)"),
     "accelerate_digits.py": ("--epochs 4", "accelerate sklearn", r"test accuracy (9\d|[78]\d)"),
+    "train_gpt_fsdp2.py": (
+        "--steps 20 --width 32 --depth 1 --context 16 --checkpoint run",
+        "tqdm",
+        r"validation: [0-6]\.\d+ bits per character on 1 processes",
+    ),
     "rank_digits.py": ("--epochs 1 --seeds 1", "sklearn tqdm", r"cnn 16"),
     "skorch_digits.py": ("--epochs 3 --folds 2", "skorch sklearn", r"in 2 folds: (9\d|[78]\d)"),
 }
