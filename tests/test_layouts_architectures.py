@@ -156,9 +156,9 @@ def test_experts_of_llama4():
 def test_step_of_experts_is_sgd_with_a_rate_per_entry(name, backend):
     net, path = experts_of(name)
     with alrao.use_backend(backend):
-        optimizer = alrao.AlraoSGD(
-            net, (1e-3, 1.0), momentum=0.9, generator=torch.Generator().manual_seed(1)
-        )
+        generator = torch.Generator().manual_seed(1)
+        options = {"momentum": 0.9, "normalized_momentum": False, "generator": generator}
+        optimizer = alrao.AlraoSGD(net, (1e-3, 1.0), **options)
         module = net.get_submodule(path)
         expected = {}
         for own in ("gate_up_proj", "down_proj"):

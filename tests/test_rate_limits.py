@@ -139,7 +139,7 @@ def test_a_bound_of_a_group():
     assert "rate_bound" not in opt.param_groups[0]
     with pytest.raises(ValueError, match="rate_bound: got -1"):
         opt.add_param_group({"params": nn.Linear(2, 2), "rate_bound": -1})
-    with pytest.raises(ValueError, match="total_steps: got it in a param group"):
+    with pytest.raises(ValueError, match="total_steps: got 5 in a param group"):
         opt.add_param_group({"params": nn.Linear(2, 2), "total_steps": 5})
 
 

@@ -58,8 +58,9 @@ def test_states_are_there_at_construction(dtype, kind, options, names):
     opt = kind(net, **options)
     low = dtype == torch.bfloat16
     names = names if low else names - {"master"}
-    assert set(opt.state[net.bias]) == {"rate"}
-    assert set(opt.state[net.weight]) == {"rate", "step", *names}
+    rates = {"rate"} if kind is AlraoSGD else {"rate", "drawn_rate", "rate_limit"}
+    assert set(opt.state[net.bias]) == rates
+    assert set(opt.state[net.weight]) == {*rates, "step", *names}
     fresh = {key: value.clone() for key, value in opt.state[net.weight].items()}
     for name in names - {"master"}:
         assert not fresh[name].any()
@@ -67,7 +68,7 @@ def test_states_are_there_at_construction(dtype, kind, options, names):
         assert torch.equal(fresh["master"], net.weight.float())
     net.bias.requires_grad_(True)
     step(opt)
-    assert set(opt.state[net.bias]) == set(opt.state[net.weight]) == {"rate", "step", *names}
+    assert set(opt.state[net.bias]) == set(opt.state[net.weight]) == {*rates, "step", *names}
     for key, value in opt.state[net.weight].items():
         assert (value.dtype, value.shape) == (fresh[key].dtype, fresh[key].shape)
 

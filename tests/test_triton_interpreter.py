@@ -33,7 +33,15 @@ HERE = Path(__file__).resolve().parent
 PARTS = {
     "triton": (["test_triton.py", "test_triton_exponential.py"], 118),
     "plan": (["test_triton_plan.py"], 13),
-    "feature": (["test_feature_sgd.py", "test_feature_rounding.py", "test_feature_adam.py"], 60),
+    "feature": (
+        [
+            "test_feature_sgd.py",
+            "test_feature_rounding.py",
+            "test_feature_adam.py",
+            "test_feature_averages.py",
+        ],
+        60,
+    ),
     "mixture": (
         [
             "test_switch_mixture.py",

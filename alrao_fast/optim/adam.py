@@ -93,6 +93,7 @@ class AlraoAdam(AlraoOptimizer):
             averaging = 8.0
         elif averaging is False:
             averaging = None
+        self._total_steps = run
         arguments = locals()
         super().__init__(
             {name: arguments[name] for name in arguments.keys() - {"total_steps", "run"}}

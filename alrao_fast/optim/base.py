@@ -32,8 +32,8 @@ from alrao_fast.optim.param_groups import (
     SAMPLER,
     OptionChecks,
     as_groups,
-    check_keys,
     check_shared,
+    check_whole,
     expanded,
     modules_of,
 )
@@ -65,6 +65,7 @@ class AlraoOptimizer(Rated):
     # Options that checkpoints did not have once, as they were then.
     _of_old: Mapping[str, Any] = MappingProxyType({})
     # Of a run whose length is known.
+    _total_steps: int | None = None
     _run: annealing.Run | None = None
     # Within averaged().
     _shows_averages = False
@@ -139,7 +140,7 @@ class AlraoOptimizer(Rated):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group: got a {type(param_group).__name__}, expected a dict")
         group = dict(param_group)
-        check_keys(group)
+        check_whole(group, generator=self._generator, total_steps=self._total_steps)
         sampler = SAMPLER.check("sampler", group.pop("sampler", None))
         options = self._option_checks.checked({**self.defaults, **group})
         group |= {name: value for name, value in options.items() if name in group}

@@ -112,16 +112,18 @@ class _Averaging(Optional):
 
 
 SAMPLER = Optional(_Sampler())
-# What is said of the whole optimizer.
-_WHOLE = ("total_steps", "generator", "model")
 
 
-def check_keys(group: Mapping[str, Any]) -> None:
-    """Raises ValueError for an argument of the constructor that is none of a group's."""
-    for name in _WHOLE:
-        if name in group:
+def check_whole(group: Mapping[str, Any], **own: Any) -> None:
+    """Raises ValueError where a group has another value of what is said of the whole optimizer.
+
+    The same value is no harm: ZeroRedundancyOptimizer gives all arguments to the groups, too.
+    """
+    for name, value in own.items():
+        given = group.get(name)
+        if given is not None and given is not value and given != value:
             raise ValueError(
-                f"{name}: got it in a param group, expected it as an argument of the optimizer"
+                f"{name}: got {shown(given)} in a param group, expected it as an argument of the optimizer"
             )
 
 
