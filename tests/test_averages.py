@@ -104,12 +104,7 @@ def data(count):
 
 
 def test_statistics_of_batch_normalisation():
-    model = clones()
-    opt = AlraoSGD(model, averaging=8.0, generator=generator(0))
-    for x, y in data(20):
-        opt.zero_grad()
-        model(x, targets=y).backward()
-        opt.step()
+    model, opt = trained(20)
     expected = copy.deepcopy(model)
     for p, q in zip(expected.parameters(), model.parameters()):
         p.data.copy_(opt.state[q]["average"])
@@ -130,12 +125,7 @@ def test_statistics_of_batch_normalisation():
 
 
 def test_an_error_within_restores():
-    model = clones()
-    opt = AlraoSGD(model, averaging=8.0, generator=generator(0))
-    for x, y in data(3):
-        opt.zero_grad()
-        model(x, targets=y).backward()
-        opt.step()
+    model, opt = trained()
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ZeroDivisionError), opt.averaged():
         assert not all(map(torch.equal, before, model.parameters()))
@@ -161,10 +151,10 @@ def frozen_norm(model):
     return norm
 
 
-def trained(averaging=8.0):
+def trained(steps=3):
     model = clones()
-    opt = AlraoSGD(model, averaging=averaging, generator=generator(0))
-    for x, y in data(3):
+    opt = AlraoSGD(model, averaging=8.0, generator=generator(0))
+    for x, y in data(steps):
         opt.zero_grad()
         model(x, targets=y).backward()
         opt.step()

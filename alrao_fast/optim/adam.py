@@ -86,20 +86,17 @@ class AlraoAdam(AlraoOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        run = Optional(Integer(low=1)).check("total_steps", total_steps)
+        total_steps = Optional(Integer(low=1)).check("total_steps", total_steps)
         if warmup_steps is None:
-            warmup_steps = math.ceil(run / 20) if run else 0
-        if averaging is None and run:
+            warmup_steps = math.ceil(total_steps / 20) if total_steps else 0
+        if averaging is None and total_steps:
             averaging = 8.0
         elif averaging is False:
             averaging = None
-        self._total_steps = run
+        self._run = Run(total_steps) if total_steps else None
         arguments = locals()
-        super().__init__(
-            {name: arguments[name] for name in arguments.keys() - {"total_steps", "run"}}
-        )
-        if run:
-            self._run = Run(run)
+        super().__init__({name: arguments[name] for name in arguments.keys() - {"total_steps"}})
+        if self._run:
             # From now on the state has all that it will have.
             self.anneal_rates(0.0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ def _estimate_statistics(model: nn.Module, norms: list[_BatchNorm], loader: Iter
 
 def _inputs(batch: Any, model: nn.Module) -> Any:
     inputs = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    if isinstance(inputs, Mapping) or not isinstance(inputs, Tensor):
+    if not isinstance(inputs, Tensor):
         raise TypeError(
             f"loader: got a batch of {type(inputs).__name__}, expected tensors, or tuples that begin with the input's: "
             "(x for x, *_ in loader) makes such batches"

@@ -32,8 +32,8 @@ from alrao_fast.optim.param_groups import (
     SAMPLER,
     OptionChecks,
     as_groups,
+    check_of_optimizer,
     check_shared,
-    check_whole,
     expanded,
     modules_of,
 )
@@ -65,7 +65,6 @@ class AlraoOptimizer(Rated):
     # Options that checkpoints did not have once, as they were then.
     _of_old: Mapping[str, Any] = MappingProxyType({})
     # Of a run whose length is known.
-    _total_steps: int | None = None
     _run: annealing.Run | None = None
     # Within averaged().
     _shows_averages = False
@@ -132,15 +131,15 @@ class AlraoOptimizer(Rated):
         """Add a group: `params` is a module, a tensor, or an iterable of modules, tensors and (name, tensor) pairs.
 
         The group's options are those of the constructor; it may also have its own `sampler`, `lr_range` and, in
-        `AlraoAdam`, `rate_bound`. A bare
-        tensor has the layout its module gives it, if the optimizer has met the module or it is in an `AlraoModel` or
-        a head, else one rate per index of dim 0.
+        `AlraoAdam`, `rate_bound`. A bare tensor has the layout its module gives it, if the optimizer has met the module
+        or it is in an `AlraoModel` or a head, else one rate per index of dim 0.
         Raises, and adds nothing, where an option or a parameter is not valid.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group: got a {type(param_group).__name__}, expected a dict")
         group = dict(param_group)
-        check_whole(group, generator=self._generator, total_steps=self._total_steps)
+        total_steps = self._run and self._run.total_steps
+        check_of_optimizer(group, generator=self._generator, total_steps=total_steps)
         sampler = SAMPLER.check("sampler", group.pop("sampler", None))
         options = self._option_checks.checked({**self.defaults, **group})
         group |= {name: value for name, value in options.items() if name in group}

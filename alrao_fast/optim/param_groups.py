@@ -114,7 +114,7 @@ class _Averaging(Optional):
 SAMPLER = Optional(_Sampler())
 
 
-def check_whole(group: Mapping[str, Any], **own: Any) -> None:
+def check_of_optimizer(group: Mapping[str, Any], **own: Any) -> None:
     """Raises ValueError where a group has another value of what is said of the whole optimizer.
 
     The same value is no harm: ZeroRedundancyOptimizer gives all arguments to the groups, too.
