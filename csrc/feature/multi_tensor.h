@@ -16,17 +16,12 @@
 #include <string>
 #include <vector>
 
-#include "common/checks.h"
+#include "feature/handles.h"
 #include "feature/record.h"
 
 namespace alrao {
 
 using torch::stable::Tensor;
-
-template <class... Parts>
-[[noreturn]] void fail(const std::string& op, const Parts&... parts) {
-  refuse(op, ": ", parts...);
-}
 
 // What messages call an op and the lists of its states.
 struct OpNames {
@@ -56,26 +51,6 @@ struct ScalarTensors {
   std::optional<Tensor> lr;
   std::optional<Tensor> grad_scale;
   std::optional<Tensor> found_inf;
-};
-
-struct Shape {
-  const int64_t* sizes;
-  const int64_t* strides;
-  int64_t dim;
-};
-
-// Owned handles of the tensors of a list argument.
-class HandleList {
- public:
-  explicit HandleList(StableIValue list);
-  ~HandleList();
-  HandleList(const HandleList&) = delete;
-  HandleList& operator=(const HandleList&) = delete;
-
-  const std::vector<AtenTensorHandle>& handles() const { return handles_; }
-
- private:
-  std::vector<AtenTensorHandle> handles_;
 };
 
 class MultiTensor {
@@ -170,14 +145,5 @@ class MultiTensor {
   int64_t* steps_ = nullptr;
   std::vector<Tensor> copies_;
 };
-
-std::vector<AtenTensorHandle> borrow(const std::vector<Tensor>& tensors);
-
-// Throws, naming it, unless `tensor` has one float32 or float64 element.
-void check_scalar(const std::string& op, const char* name, const Tensor& tensor);
-
-// The value of a one-element CPU tensor, or `otherwise` without one.
-double read_scalar(const std::string& op, const char* name, const std::optional<Tensor>& tensor,
-                   double otherwise);
 
 }  // namespace alrao
