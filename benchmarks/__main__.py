@@ -13,6 +13,7 @@ COMMANDS = {
     "speed": "what Alrao costs: every op and whole training steps beside everything else that does the same",
     "gpu_check": "everything that a GPU can verify: tests, compute-sanitizer, speed; a result file",
     "gpu_status": "whether the committed results of a GPU are those of the present sources",
+    "gpu_plots": "the figure of docs/gpu.md from its shares of the limit",
     "gpu_ceilings": "a step of gpu_check: how fast the GPU copies and multiplies",
     "gpu_exercise": "a step of gpu_check: every op against the reference",
     "compat": "a training step of alrao_fast.compat against the loop over the last layers",

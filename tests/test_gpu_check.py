@@ -4,6 +4,7 @@ Steps are apart: one that fails, hangs or cannot start is recorded, and the next
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -287,3 +288,17 @@ def test_committed_results_can_be_read(module):
     gpu_status = module("status")
     for file in gpu_status.RESULTS.glob("*.json"):
         gpu_status.describe(json.loads(file.read_text()), gpu_status.source_hashes())
+
+
+def test_shares_are_drawn_and_told(module, tmp_path):
+    """The figure of docs/gpu.md, and that its shares are those of the page's tables."""
+    plots = module("plots")
+    assert plots.main(["--out", str(tmp_path)]) == 0
+    assert (tmp_path / "shares.png").read_bytes().startswith(b"\x89PNG")
+    page = (plots.ROOT / "docs" / "gpu.md").read_text()
+    with (plots.FOLDER / "shares.csv").open(newline="") as file:
+        lines = list(plots.csv.DictReader(file))
+    assert all(line["state"] in page for line in lines)
+    for line in lines:
+        share, over_bytes = int(line["share"]), f"{100 / int(line['share']):.2f}"
+        assert re.search(rf"\b{share}\b( %|,)", page) or over_bytes in page, line
