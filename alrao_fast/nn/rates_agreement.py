@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from alrao_fast import live
 from alrao_fast.nn.switch import Switch
+from alrao_fast.nn.turns import Turns, check_join
 
 
 class _Note(NamedTuple):
@@ -35,12 +36,18 @@ class Agreement:
         # Of live.optimizers, at the last look: it counts up with every draw.
         self._seen = -1
         self._sent: Tensor | None = None
+        # Where ranks have different numbers of batches (joining.py).
+        self.turns: Turns | None = None
 
     def __reduce__(self) -> tuple[type[Agreement], tuple[()]]:
         return Agreement, ()
 
     def sum_over_processes(self, head: nn.Module, switch: Switch, stats: Tensor) -> Tensor:
         """The sum of the statistics `stats` (float64) over the switch's processes, the same bits on every one."""
+        if self.turns is not None:
+            self.turns.take(head)
+        elif not torch.compiler.is_compiling():
+            check_join()
         new = not torch.compiler.is_compiling() and self._seen != live.optimizers.entered
         if torch.compiler.is_compiling():
             # A graph says nothing, in as many numbers: another rank may have left its own.
