@@ -36,6 +36,8 @@ class Agreement:
         # Of live.optimizers, at the last look: it counts up with every draw.
         self._seen = -1
         self._sent: Tensor | None = None
+        # The statistics of every rank in the last exchange.
+        self._parts: list[Tensor] = []
         # Where ranks have different numbers of batches (joining.py).
         self.turns: Turns | None = None
 
@@ -60,10 +62,21 @@ class Agreement:
             self._seen = live.optimizers.entered
             # From now on they are not new.
             self._sent = None
-        total, *rest = [part[: stats.numel()] for part in parts]
+        own = [part[: stats.numel()].view(stats.shape) for part in parts]
+        if not torch.compiler.is_compiling():
+            self._parts = own
+        total, *rest = own
         for part in rest:
             total = total + part
-        return total.view(stats.shape)
+        return total
+
+    def ranks_have_losses(self) -> Tensor | None:
+        """Whether each rank `[R]` had a clone with a finite loss in the last exchange; None if there was none."""
+        return (
+            torch.stack([part[0] for part in self._parts]).isfinite().any(1)
+            if self._parts
+            else None
+        )
 
     def _note(self, head: nn.Module, like: Tensor, new: bool) -> Tensor:
         if new or self._sent is None or self._sent.device != like.device:

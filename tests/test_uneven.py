@@ -1,0 +1,447 @@
+"""Protects training by two processes, over gloo, whose batches differ. Compared with one process with all samples:
+
+- `join`: other numbers and sizes of batches, also none at all; weights, states, posterior and statistics, the same bits
+  on both; classifiers and regressors, both kinds of evidence, two heads in an order of their own, MixtureLoss, no_sync;
+  what ranks that have run out could not follow is an error on all, as is torch's own join.
+- A batch without samples on one rank; gradient accumulation without synchronisation.
+- A clone, or a loss, that is not finite on one rank alone: no drift, and every rank says what has happened.
+- Evaluation by parts.
+"""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from sharded_harness import run
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+import alrao_fast as alrao
+from alrao_fast.distributed import join
+
+WORLD = 2
+# Sizes of the batches of both ranks in each epoch; the first rank has none in the second.
+EPOCHS = ((3, 5), (4, 1, 7)), ((), (6, 2)), ((2, 8, 3), (5,))
+
+
+class TwoHeads(nn.Module):
+    """A classifier and a regressor, of which the one that is registered last observes first."""
+
+    def __init__(self, evidence):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
+        self.classify = alrao.ClassifierClones(8, 5, 3, evidence=evidence)
+        self.regress = alrao.RegressorClones(8, 2, 4, evidence=evidence)
+
+    def forward(self, x, targets, num_items_in_batch=None):
+        features, items = self.backbone(x), {"num_items_in_batch": num_items_in_batch}
+        regression = self.regress(features, values(x), **items)
+        return self.classify(features, targets, **items) + regression
+
+
+def values(x):
+    return x[:, :2] * x[:, 2:4]
+
+
+def classifier(evidence):
+    backbone = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh())
+    return alrao.AlraoModel(backbone, alrao.ClassifierClones(8, 5, 3, evidence=evidence))
+
+
+def regressor(evidence):
+    backbone = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
+    return alrao.AlraoModel(backbone, alrao.RegressorClones(8, 2, 3, evidence=evidence))
+
+
+def by_criterion(net):
+    criterion = alrao.MixtureLoss(net.module if hasattr(net, "module") else net)
+    return lambda x, y, items: criterion(net(x), y, num_items_in_batch=items)
+
+
+def by_values(net):
+    return lambda x, y, items: net(x, targets=values(x), num_items_in_batch=items)
+
+
+def by_targets(net):
+    return lambda x, y, items: net(x, targets=y, num_items_in_batch=items)
+
+
+CASES = {
+    "mean": (classifier, "mean", by_targets),
+    "sum": (classifier, "sum", by_targets),
+    "criterion": (classifier, "mean", by_criterion),
+    "regression": (regressor, "sum", by_values),
+    "two heads": (TwoHeads, "mean", by_targets),
+}
+
+
+def build(case):
+    make, evidence, loss_of = CASES[case]
+    torch.manual_seed(0)
+    return make(evidence), loss_of
+
+
+def optimizer(net, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return alrao.AlraoAdam(
+        net, lr_range=(1e-3, 1e-1), eps=1e-3, averaging=4, total_steps=20, generator=generator
+    )
+
+
+def samples(epoch, rank, k):
+    generator = torch.Generator().manual_seed(100 * epoch + 10 * k + rank)
+    size = EPOCHS[epoch][rank][k]
+    x = torch.randn(size, 6, generator=generator)
+    return x, torch.randint(5, (size,), generator=generator)
+
+
+def together(epoch, k):
+    """The batches of all ranks that have one."""
+    own = [samples(epoch, r, k) for r in range(WORLD) if k < len(EPOCHS[epoch][r])]
+    return tuple(torch.cat(parts) for parts in zip(*own))
+
+
+def items_of(epoch, k):
+    """What each rank's sum is divided by, so that the mean over ranks is the mean over samples."""
+    return len(together(epoch, k)[1]) / WORLD
+
+
+def state(net, opt):
+    heads = [m for m in net.modules() if hasattr(m, "running")]
+    return {
+        **{name: value.clone() for name, value in net.state_dict().items()},
+        **{f"running {k}": head.running.clone() for k, head in enumerate(heads)},
+        **{
+            f"{name}.{key}": value.clone()
+            for name, p in net.named_parameters()
+            for key, value in opt.state[p].items()
+        },
+    }
+
+
+def joined(rank):
+    found = {}
+    for case in CASES:
+        net, loss_of = build(case)
+        model = DistributedDataParallel(net)
+        opt, loss = optimizer(net, seed=rank), loss_of(model)
+        driven = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+        schedule = torch.optim.lr_scheduler.StepLR(driven, 2)
+        for epoch, sizes in enumerate(EPOCHS):
+            with join(model, opt, schedule):
+                for k in range(len(sizes[rank])):
+                    opt.zero_grad()
+                    loss(*samples(epoch, rank, k), items_of(epoch, k)).backward()
+                    opt.step()
+                    driven.step()
+                    schedule.step()
+        assert schedule.last_epoch == sum(max(map(len, sizes)) for sizes in EPOCHS)
+        found[case] = state(net, opt)
+    return found
+
+
+def alone(case):
+    net, loss_of = build(case)
+    opt, loss = optimizer(net), loss_of(net)
+    for epoch, sizes in enumerate(EPOCHS):
+        for k in range(max(map(len, sizes))):
+            opt.zero_grad()
+            x, y = together(epoch, k)
+            loss(x, y, len(y)).backward()
+            opt.step()
+    return state(net, opt)
+
+
+def told(error, call):
+    try:
+        call()
+    except error as raised:
+        return str(raised)
+    return ""
+
+
+def refused(rank):
+    """Errors on both ranks, the second of which has one batch more."""
+    net, _ = build("mean")
+    model = DistributedDataParallel(net)
+    x, y = samples(0, 1, 0)
+    opt = optimizer(net)
+
+    def torchs_own(loss):
+        with model.join():
+            for _ in range(1 + rank):
+                loss(x, y).backward()
+
+    def with_join(step, other=None, **options):
+        with join(other or model, opt, **options):
+            for _ in range(2 + rank):
+                step()
+
+    def early():
+        with_join(lambda: model(x, targets=y).backward(), throw_on_early_termination=True)
+
+    criterion = alrao.MixtureLoss(net)
+    found = {
+        "torch": told(RuntimeError, lambda: torchs_own(lambda x, y: model(x, targets=y))),
+        "torch, criterion": told(
+            RuntimeError, lambda: torchs_own(lambda x, y: criterion(model(x), y))
+        ),
+        "nothing": told(RuntimeError, lambda: with_join(lambda: model(x).sum().backward())),
+        "outside": told(RuntimeError, lambda: with_join(lambda: net(x, targets=y).backward())),
+        "early": told(RuntimeError, early),
+    }
+
+    def twice():
+        prediction = model(x)
+        (criterion(prediction, y) + net(x, targets=y)).backward()
+
+    found["twice"] = told(RuntimeError, lambda: with_join(twice))
+    net.eval()
+    found["eval"] = told(RuntimeError, lambda: with_join(lambda: model(x, targets=y)))
+    net.train()
+    other, _ = build("mean")
+    wrapped = DistributedDataParallel(other)
+    zero = ZeroRedundancyOptimizer(other.parameters(), optimizer_class=torch.optim.SGD, lr=0.1)
+    found["zero"] = told(TypeError, lambda: join(wrapped, zero).__enter__())
+    found["no DDP"] = told(TypeError, lambda: join(other).__enter__())
+    other.backbone[1] = nn.SyncBatchNorm(8)
+    found["norm"] = told(ValueError, lambda: join(wrapped).__enter__())
+    # What was refused has left no trace.
+    for _ in range(2):
+        model(x, targets=y).backward()
+    return found
+
+
+def accumulated(rank):
+    """Three batches a step, of which the last is synchronised, and on the second rank of no samples in the middle."""
+    net, _ = build("mean")
+    model = DistributedDataParallel(net)
+    opt = optimizer(net)
+    for step in range(2):
+        opt.zero_grad()
+        for k in range(3):
+            x, y = accumulation(step, k)[rank]
+            with model.no_sync() if k < 2 else warnings.catch_warnings():
+                model(x, targets=y, num_items_in_batch=18 / WORLD).backward()
+        opt.step()
+    return state(net, opt)
+
+
+def accumulation(step, k):
+    generator = torch.Generator().manual_seed(7 + 10 * step + k)
+    sizes = ((4, 2), (6, 0), (1, 5))[k]
+    x, y = torch.randn(6, 6, generator=generator), torch.randint(5, (6,), generator=generator)
+    return list(zip(x.split(sizes), y.split(sizes)))
+
+
+def dead_on_one(rank):
+    """The second rank's features are so large that the first clone overflows; its loss is finite all the same."""
+    net, _ = build("mean")
+    net.backbone[1] = nn.Identity()
+    net.backbone[2] = nn.Identity()
+    with torch.no_grad():
+        net.head.weight[0] *= 1e30
+    model = DistributedDataParallel(net)
+    opt = alrao.AlraoSGD(net, lr_range=(1e-6, 1e-3), generator=torch.Generator().manual_seed(0))
+    x, y = samples(0, 0, 1)
+    losses = []
+    for _ in range(3):
+        opt.zero_grad()
+        loss = model(x * (1e10 if rank else 1e-3), targets=y)
+        loss.backward()
+        opt.step()
+        losses.append(loss.detach())
+    return {**state(net, opt), "losses": torch.stack(losses)}
+
+
+def broken_on_one(rank):
+    """The second rank's second batch has a NaN, or only its gradients have."""
+    found = {}
+    for what in ("input", "gradient"):
+        net, _ = build("mean")
+        model = DistributedDataParallel(net)
+        opt = optimizer(net)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            for step in range(3):
+                x, y = samples(0, rank, 0)
+                if rank and step == 1 and what == "input":
+                    x[0, 0] = math.nan
+                opt.zero_grad()
+                loss = model(x, targets=y)
+                if rank and step == 1 and what == "gradient":
+                    loss = loss * math.inf
+                loss.backward()
+                opt.step()
+        messages = [str(w.message) for w in heard if w.category is RuntimeWarning]
+        found[what] = {"state": state(net, opt), "told": messages}
+    return found
+
+
+def evaluated(rank):
+    """Each rank evaluates its part of 11 samples; at last the second has none."""
+    net, _ = build("sum")
+    opt = optimizer(net)
+    x, y = together(1, 0)
+    net(x, targets=y).backward()
+    opt.step()
+    before = state(net, opt)
+    net.eval()
+    found = {}
+    for first in (4, 11):
+        x, y = torch.arange(66.0).view(11, 6).sin(), torch.arange(11) % 5
+        part = slice(0, first) if rank == 0 else slice(first, 11)
+        sums = evaluation(net, x[part], y[part])
+        dist.all_reduce(sums)
+        found[str(first)] = sums
+    after = state(net, opt)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    return {**found, "state": before}
+
+
+@torch.no_grad()
+def evaluation(net, x, y):
+    """Sums of losses, of log-likelihoods and entropies, of what is right, and their number."""
+    likelihood, entropy = net.head.log_likelihood(net.backbone(x), y)
+    correct = (net(x).argmax(-1) == y).sum()
+    loss = net(x, targets=y, reduction="sum")
+    mean = net(x, targets=y) * len(y)
+    return torch.stack(
+        [loss, mean, likelihood.sum(), entropy.sum(), correct.float(), torch.tensor(float(len(y)))]
+    )
+
+
+JOBS = (joined, refused, accumulated, dead_on_one, broken_on_one, evaluated)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return run(JOBS, world=WORLD)
+
+
+def assert_same_bits(one, two):
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def assert_close(found, expected):
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name].double(),
+            value.double(),
+            rtol=1e-5,
+            atol=1e-6,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_joined_ranks_train_as_one_process_does(results, case):
+    one, two = (r["joined"][case] for r in results)
+    assert_same_bits(one, two)
+    assert_close(one, alone(case))
+
+
+def test_what_join_cannot_follow_is_told(results):
+    expected = {
+        "torch": r"Write `with alrao_fast.distributed.join\(model, opt\):`",
+        "torch, criterion": r"Write `with alrao_fast.distributed.join\(model, opt\):`",
+        "nothing": "ClassifierClones.* observed nothing",
+        "outside": "more than once .* or outside",
+        "twice": "more than once",
+        "eval": "is in evaluation mode: .* evaluate model.module",
+        "zero": "got ZeroRedundancyOptimizer",
+        "no DDP": "got AlraoModel, expected DistributedDataParallel",
+        "norm": "throw_on_early_termination: got False for a network with SyncBatchNorm",
+    }
+    for r in results:
+        for name, message in expected.items():
+            with pytest.raises(RuntimeError, match=message):
+                raise RuntimeError(r["refused"][name])
+    assert "Throwing across all ranks" in results[1]["refused"]["early"]
+    assert "Rank 0 exhausted all inputs" in results[0]["refused"]["early"]
+
+
+def test_accumulation_without_synchronisation_and_a_rank_without_samples(results):
+    one, two = (r["accumulated"] for r in results)
+    assert_same_bits(one, two)
+    net, _ = build("mean")
+    opt = optimizer(net)
+    for step in range(2):
+        opt.zero_grad()
+        for k in range(3):
+            x, y = (torch.cat(parts) for parts in zip(*accumulation(step, k)))
+            net(x, targets=y, num_items_in_batch=18).backward()
+        opt.step()
+    assert one["head.switch.t"].item() == 7
+    assert_close(one, state(net, opt))
+
+
+def test_a_clone_that_is_dead_on_one_rank_is_for_all(results):
+    one, two = (dict(r["dead_on_one"]) for r in results)
+    assert one.pop("losses").isfinite().all() and two.pop("losses").isfinite().all()
+    assert_same_bits(one, two)
+    assert one["head.switch.log_posterior"].argmin() == 0
+    assert one["head.switch.t"].item() == 4
+    assert one["running 0"][0].isfinite().tolist() == [False, True, True]
+
+
+def test_what_is_not_finite_on_one_rank_reaches_all_alike_and_is_told(results):
+    for what in ("input", "gradient"):
+        one, two = (r["broken_on_one"][what] for r in results)
+        assert_same_bits(one["state"], two["state"])
+        assert one["state"]["backbone.0.weight"].isnan().any()
+    here, there = (r["broken_on_one"]["input"]["told"] for r in results)
+    assert (
+        "nothing is observed at observation 2: every clone was dead for a sample of ranks [1]"
+        in here[0]
+    )
+    assert "1 of 4 samples have features that are not finite" in there[0]
+    for told in (here, there):
+        assert "at observation 2: the backbone has diverged" in told[1] and len(told) == 2
+    for r in results:
+        (message,) = r["broken_on_one"]["gradient"]["told"]
+        assert "at observation 3: the backbone has diverged" in message
+
+
+def test_evaluation_by_parts(results):
+    x, y = torch.arange(66.0).view(11, 6).sin(), torch.arange(11) % 5
+    net, _ = build("sum")
+    net.load_state_dict({name: results[0]["evaluated"]["state"][name] for name in net.state_dict()})
+    expected = evaluation(net.eval(), x, y)
+    for r in results:
+        for first in ("4", "11"):
+            torch.testing.assert_close(r["evaluated"][first], expected)
+        assert_same_bits(r["evaluated"]["state"], results[0]["evaluated"]["state"])
+
+
+def test_synchronised_batch_normalisation():
+    """It is BatchNorm to layouts, rates and `averaged`; on the CPU it trains in one process only."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+    net = alrao.AlraoModel(backbone, alrao.ClassifierClones(16, 5, 3))
+    twin = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net))
+    assert isinstance(twin.backbone[1], nn.SyncBatchNorm)
+    generator = torch.Generator().manual_seed(3)
+    batches = [
+        (torch.randn(6, 3, 4, 4, generator=generator), torch.arange(6) % 5) for _ in range(4)
+    ]
+    states = []
+    for own in (net, twin):
+        opt = optimizer(own)
+        for x, y in batches:
+            opt.zero_grad()
+            own(x, targets=y).backward()
+            opt.step()
+        found = state(own, opt)
+        with opt.averaged(own, batches):
+            shown = state(own, opt)
+        assert not torch.equal(shown["backbone.1.running_var"], found["backbone.1.running_var"])
+        assert_same_bits(state(own, opt), found)
+        states.append({**found, **{f"shown {name}": value for name, value in shown.items()}})
+    assert_same_bits(*states)
