@@ -4,10 +4,12 @@
   on both; classifiers and regressors, both kinds of evidence, two heads in an order of their own, MixtureLoss, no_sync;
   what ranks that have run out could not follow is an error on all, as is torch's own join.
 - A batch without samples on one rank; gradient accumulation without synchronisation.
-- A clone, or a loss, that is not finite on one rank alone: no drift, and every rank says what has happened.
+- A clone, a loss or a gradient that is not finite on one rank alone, under DistributedDataParallel, fully_shard with a
+  GradScaler and ClonesParallel: no drift, and every rank says what has happened.
 - Evaluation by parts.
 """
 
+import contextlib
 import copy
 import math
 import warnings
@@ -15,13 +17,16 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from sharded_harness import run
+from sharded_harness import run, weights
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import alrao_fast as alrao
-from alrao_fast.distributed import join
+from alrao_fast.distributed import ClonesParallel, join
 
 WORLD = 2
 # Sizes of the batches of both ranks in each epoch; the first rank has none in the second.
@@ -218,17 +223,32 @@ def refused(rank):
 
 def accumulated(rank):
     """Three batches a step, of which the last is synchronised, and on the second rank of no samples in the middle."""
-    net, _ = build("mean")
-    model = DistributedDataParallel(net)
-    opt = optimizer(net)
-    for step in range(2):
-        opt.zero_grad()
-        for k in range(3):
-            x, y = accumulation(step, k)[rank]
-            with model.no_sync() if k < 2 else warnings.catch_warnings():
-                model(x, targets=y, num_items_in_batch=18 / WORLD).backward()
-        opt.step()
-    return state(net, opt)
+    found = {}
+    for place in ("replicas", "shards"):
+        net, _ = build("mean")
+        if place == "replicas":
+            model = DistributedDataParallel(net)
+        else:
+            model = fully_shard(net, mesh=init_device_mesh("cpu", (WORLD,)))
+        opt = optimizer(net)
+        for step in range(2):
+            opt.zero_grad()
+            for k in range(3):
+                x, y = accumulation(step, k)[rank]
+                synchronised = contextlib.nullcontext()
+                if place == "shards":
+                    model.set_requires_gradient_sync(k == 2)
+                elif k < 2:
+                    synchronised = model.no_sync()
+                with synchronised:
+                    model(x, targets=y, num_items_in_batch=18 / WORLD).backward()
+            opt.step()
+        found[place] = {
+            "weights": weights(net),
+            "logw": net.head.switch.logw,
+            "t": net.head.switch.t,
+        }
+    return found
 
 
 def accumulation(step, k):
@@ -282,6 +302,41 @@ def broken_on_one(rank):
     return found
 
 
+def broken_in_a_shard(rank):
+    """A gradient is NaN in an entry of the second rank alone: with a GradScaler under fully_shard, where the step is
+    left out, and without where the clones lie over the ranks, where one clone dies."""
+    found = {}
+    for place in ("shards", "clones"):
+        net, mesh = build("mean")[0], init_device_mesh("cpu", (WORLD,))
+        if place == "shards":
+            fully_shard(net, mesh=mesh)
+        else:
+            parallelize_module(net, mesh, {"head": ClonesParallel()})
+        opt, scaler = optimizer(net), torch.amp.GradScaler("cpu", init_scale=4.0)
+        before = weights(net)
+        for step in range(3):
+            x, y = samples(0, rank if place == "shards" else 0, 0)
+            opt.zero_grad()
+            loss = net(x, targets=y)
+            (scaler.scale(loss) if place == "shards" else loss).backward()
+            if rank and step == 0:
+                net.head.weight.grad.to_local()[0, 0] = math.nan
+            if place == "shards":
+                scaler.step(opt)
+                scaler.update()
+            else:
+                opt.step()
+            if step == 0:
+                kept = all(torch.equal(before[name], value) for name, value in weights(net).items())
+        found[place] = {
+            "weights": weights(net),
+            "posterior": net.posterior(),
+            "scale": scaler.get_scale(),
+            "kept": kept,
+        }
+    return found
+
+
 def evaluated(rank):
     """Each rank evaluates its part of 11 samples; at last the second has none."""
     net, _ = build("sum")
@@ -315,7 +370,15 @@ def evaluation(net, x, y):
     )
 
 
-JOBS = (joined, refused, accumulated, dead_on_one, broken_on_one, evaluated)
+JOBS = (
+    joined,
+    refused,
+    accumulated,
+    dead_on_one,
+    broken_on_one,
+    broken_in_a_shard,
+    evaluated,
+)
 
 
 @pytest.fixture(scope="module")
@@ -367,9 +430,11 @@ def test_what_join_cannot_follow_is_told(results):
     assert "Rank 0 exhausted all inputs" in results[0]["refused"]["early"]
 
 
-def test_accumulation_without_synchronisation_and_a_rank_without_samples(results):
-    one, two = (r["accumulated"] for r in results)
-    assert_same_bits(one, two)
+@pytest.mark.parametrize("place", ["replicas", "shards"])
+def test_accumulation_without_synchronisation_and_a_rank_without_samples(results, place):
+    one, two = (r["accumulated"][place] for r in results)
+    assert_same_bits(one["weights"], two["weights"])
+    assert torch.equal(one["logw"], two["logw"])
     net, _ = build("mean")
     opt = optimizer(net)
     for step in range(2):
@@ -378,8 +443,9 @@ def test_accumulation_without_synchronisation_and_a_rank_without_samples(results
             x, y = (torch.cat(parts) for parts in zip(*accumulation(step, k)))
             net(x, targets=y, num_items_in_batch=18).backward()
         opt.step()
-    assert one["head.switch.t"].item() == 7
-    assert_close(one, state(net, opt))
+    assert one["t"].item() == 7
+    torch.testing.assert_close(one["logw"], net.head.switch.logw, rtol=1e-5, atol=1e-6)
+    assert_close(one["weights"], weights(net))
 
 
 def test_a_clone_that_is_dead_on_one_rank_is_for_all(results):
@@ -407,6 +473,21 @@ def test_what_is_not_finite_on_one_rank_reaches_all_alike_and_is_told(results):
     for r in results:
         (message,) = r["broken_on_one"]["gradient"]["told"]
         assert "at observation 3: the backbone has diverged" in message
+
+
+def test_what_is_not_finite_in_a_shard_is_so_for_all(results):
+    one, two = (r["broken_in_a_shard"] for r in results)
+    for place in ("shards", "clones"):
+        assert_same_bits(one[place]["weights"], two[place]["weights"])
+        assert torch.equal(one[place]["posterior"], two[place]["posterior"])
+        assert one[place]["kept"] == two[place]["kept"] == (place == "shards")
+    # All ranks have halved the scale, and gone on.
+    assert one["shards"]["scale"] == two["shards"]["scale"] == 2.0
+    # The second rank has the last clone, the first of its own.
+    alive = one["clones"]["weights"]["head.weight"].isfinite().all((1, 2))
+    assert alive.tolist() == [True, True, False]
+    assert one["clones"]["posterior"].argmin() == 2
+    assert one["clones"]["weights"]["backbone.0.weight"].isfinite().all()
 
 
 def test_evaluation_by_parts(results):

@@ -57,7 +57,7 @@ class Watch:
             return
         if loss.dim() != 0:
             loss = loss.detach().sum()
-        value = self._value(head, loss)
+        value = self._value(loss, head)
         if value is None or math.isfinite(value):
             self.dead = self.dead if value is None else ""
             return
@@ -73,13 +73,13 @@ class Watch:
                 message = f"{event} {at} observation {int(head.switch.t)}: {what}"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
 
-    def _value(self, head: LinearClones, loss: Tensor) -> float | None:
+    def _value(self, loss: Tensor, head: LinearClones | None = None) -> float | None:
         """This loss, or on a GPU an earlier one that has arrived; None if there is none to be had without a wait.
 
-        NaN where another process of the switch's has no finite one.
+        NaN where another process that observes with this head has no finite one.
         """
         if loss.is_cpu:
-            return None if is_traced(loss) else _of_all_ranks(head, loss).item()
+            return None if is_traced(loss) else _of_all_ranks(loss.detach(), head).item()
         if not loss.is_cuda:
             return None
         self._observations += 1
@@ -90,7 +90,7 @@ class Watch:
         if self._arrival is not None:
             return self._arrived()
         self._host = torch.empty_like(loss, device="cpu", pin_memory=True, requires_grad=False)
-        self._host.copy_(_of_all_ranks(head, loss.detach()), non_blocking=True)
+        self._host.copy_(_of_all_ranks(loss.detach(), head), non_blocking=True)
         self._arrival = torch.cuda.Event()
         self._arrival.record(torch.cuda.current_stream(loss.device))
         return None
@@ -103,9 +103,9 @@ class Watch:
         return host.item()
 
 
-def _of_all_ranks(head: LinearClones, loss: Tensor) -> Tensor:
+def _of_all_ranks(loss: Tensor, head: LinearClones | None) -> Tensor:
     """The loss, or NaN where another process that observed with this one had none that is finite."""
-    finite = head.agreement.ranks_have_losses()
+    finite = None if head is None else head.agreement.ranks_have_losses()
     return loss if finite is None else torch.where(finite.all(), loss, math.nan)
 
 
