@@ -1,4 +1,5 @@
-"""Heads over ranks, for `parallelize_module`: each rank has some of the clones, or of the classes.
+"""Training by many processes: uneven numbers of batches under DistributedDataParallel (`join`), and heads over ranks,
+for `parallelize_module`, where each rank has some of the clones, or of the classes.
 
 from torch.distributed.tensor.parallel import parallelize_module
 from alrao_fast.distributed import ClonesParallel
@@ -19,9 +20,10 @@ from torch.distributed.tensor.placement_types import Placement
 from alrao_fast.nn.classes_over_ranks import ClassesOverRanks
 from alrao_fast.nn.clones import ClassifierClones, LinearClones
 from alrao_fast.nn.clones_over_ranks import ClonesOverRanks
+from alrao_fast.nn.joining import join
 from alrao_fast.nn.over_ranks import OverRanks
 
-__all__ = ["ClassesParallel", "ClonesParallel"]
+__all__ = ["ClassesParallel", "ClonesParallel", "join"]
 
 
 class _HeadParallel(ParallelStyle):

@@ -16,6 +16,7 @@ COMMANDS = {
     "gpu_plots": "the figure of docs/gpu.md from its shares of the limit",
     "gpu_ceilings": "a step of gpu_check: how fast the GPU copies and multiplies",
     "gpu_exercise": "a step of gpu_check: every op against the reference",
+    "scaling": "what Alrao adds to a training step on 1, 2 and 4 ranks, and how its step scales",
     "compat": "a training step of alrao_fast.compat against the loop over the last layers",
     "quality": "Alrao without tuning against tuned and tuning-free rivals, on twelve small tasks",
     "ranking": "whether alrao_fast.rank orders networks as a search over SGD's learning rates does",

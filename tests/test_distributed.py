@@ -287,7 +287,11 @@ def test_activation_checkpoints_communicate_once(results, reentrant):
 
 
 def test_what_is_not_finite_is_told_where_it_is(results):
-    assert not results[0]["broken"]["told"]
+    (message,) = results[0]["broken"]["told"]
+    assert (
+        "nothing is observed at observation 1: every clone was dead for a sample of ranks [1]"
+        in message
+    )
     (message,) = results[1]["broken"]["told"]
     assert "1 of 4 samples have features that are not finite, but the 2 parameters" in message
     # What one process cannot explain by any clone is no observation for all.

@@ -77,3 +77,23 @@ def test_help_only_helps(script, tmp_path, monkeypatch, capsys):
 
 def test_every_example_is_tried():
     assert {p.name for p in EXAMPLES.glob("*.py")} == set(SCRIPTS)
+
+
+def test_accelerates_configuration(monkeypatch):
+    """As `accelerate launch --config_file` reads it, and hands it to the processes that it starts."""
+    pytest.importorskip("accelerate")
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    config = str(EXAMPLES / "accelerate_fsdp2.yaml")
+    parsed = launch_command_parser().parse_args(["--config_file", config, "script.py"])
+    args, _, _ = _validate_launch_command(parsed)
+    assert args.use_fsdp and args.num_processes == 2
+    for name, value in prepare_multi_gpu_env(args).items():
+        monkeypatch.setenv(name, str(value))
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
+    assert plugin.auto_wrap_policy.__name__ == "size_based_auto_wrap_policy"
+    assert plugin.min_num_params == 10000

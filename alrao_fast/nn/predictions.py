@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from alrao_fast.nn.turns import check_join
+
 if TYPE_CHECKING:
     from alrao_fast.nn.clones import LinearClones
 
@@ -41,6 +43,9 @@ _origins: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
 def remember(head: LinearClones, features: Tensor, prediction: Tensor) -> Tensor:
     """`prediction`, whose origin is known from now on; not under torch.compile."""
     if not torch.compiler.is_compiling():
+        if head.training and head.agreement.turns is None and not head.switch.is_alone():
+            # A loss of it will come after the model's forward, which is where that can be seen.
+            check_join()
         key = id(prediction)
         origin = Origin(head, features if head.training else None, prediction)
         _origins[key] = weakref.ref(prediction, lambda _: _origins.pop(key, None)), origin

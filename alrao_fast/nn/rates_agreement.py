@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from alrao_fast import live
 from alrao_fast.nn.switch import Switch
+from alrao_fast.nn.turns import Turns, check_join
 
 
 class _Note(NamedTuple):
@@ -35,12 +36,20 @@ class Agreement:
         # Of live.optimizers, at the last look: it counts up with every draw.
         self._seen = -1
         self._sent: Tensor | None = None
+        # The statistics of every rank in the last exchange.
+        self._parts: list[Tensor] = []
+        # Where ranks have different numbers of batches (joining.py).
+        self.turns: Turns | None = None
 
     def __reduce__(self) -> tuple[type[Agreement], tuple[()]]:
         return Agreement, ()
 
     def sum_over_processes(self, head: nn.Module, switch: Switch, stats: Tensor) -> Tensor:
         """The sum of the statistics `stats` (float64) over the switch's processes, the same bits on every one."""
+        if self.turns is not None:
+            self.turns.take(head)
+        elif not torch.compiler.is_compiling():
+            check_join()
         new = not torch.compiler.is_compiling() and self._seen != live.optimizers.entered
         if torch.compiler.is_compiling():
             # A graph says nothing, in as many numbers: another rank may have left its own.
@@ -53,10 +62,21 @@ class Agreement:
             self._seen = live.optimizers.entered
             # From now on they are not new.
             self._sent = None
-        total, *rest = [part[: stats.numel()] for part in parts]
+        own = [part[: stats.numel()].view(stats.shape) for part in parts]
+        if not torch.compiler.is_compiling():
+            self._parts = own
+        total, *rest = own
         for part in rest:
             total = total + part
-        return total.view(stats.shape)
+        return total
+
+    def ranks_have_losses(self) -> Tensor | None:
+        """Whether each rank `[R]` had a clone with a finite loss in the last exchange; None if there was none."""
+        return (
+            torch.stack([part[0] for part in self._parts]).isfinite().any(1)
+            if self._parts
+            else None
+        )
 
     def _note(self, head: nn.Module, like: Tensor, new: bool) -> Tensor:
         if new or self._sent is None or self._sent.device != like.device:

@@ -57,7 +57,7 @@ class Watch:
             return
         if loss.dim() != 0:
             loss = loss.detach().sum()
-        value = self._value(loss)
+        value = self._value(loss, head)
         if value is None or math.isfinite(value):
             self.dead = self.dead if value is None else ""
             return
@@ -69,13 +69,17 @@ class Watch:
             if cause not in self._told:
                 self._told.add(cause)
                 at = "at" if loss.is_cpu else "by"
-                message = f"the loss is not finite {at} observation {int(head.switch.t)}: {what}"
+                event = "nothing is observed" if cause == "elsewhere" else "the loss is not finite"
+                message = f"{event} {at} observation {int(head.switch.t)}: {what}"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
 
-    def _value(self, loss: Tensor) -> float | None:
-        """This loss, or on a GPU an earlier one that has arrived; None if there is none to be had without a wait."""
+    def _value(self, loss: Tensor, head: LinearClones | None = None) -> float | None:
+        """This loss, or on a GPU an earlier one that has arrived; None if there is none to be had without a wait.
+
+        NaN where another process that observes with this head has no finite one.
+        """
         if loss.is_cpu:
-            return None if is_traced(loss) else loss.item()
+            return None if is_traced(loss) else _of_all_ranks(loss.detach(), head).item()
         if not loss.is_cuda:
             return None
         self._observations += 1
@@ -86,7 +90,7 @@ class Watch:
         if self._arrival is not None:
             return self._arrived()
         self._host = torch.empty_like(loss, device="cpu", pin_memory=True, requires_grad=False)
-        self._host.copy_(loss.detach(), non_blocking=True)
+        self._host.copy_(_of_all_ranks(loss.detach(), head), non_blocking=True)
         self._arrival = torch.cuda.Event()
         self._arrival.record(torch.cuda.current_stream(loss.device))
         return None
@@ -99,6 +103,12 @@ class Watch:
         return host.item()
 
 
+def _of_all_ranks(loss: Tensor, head: LinearClones | None) -> Tensor:
+    """The loss, or NaN where another process that observed with this one had none that is finite."""
+    finite = None if head is None else head.agreement.ranks_have_losses()
+    return loss if finite is None else torch.where(finite.all(), loss, math.nan)
+
+
 @torch.no_grad()
 def _diagnose(
     head: LinearClones,
@@ -109,6 +119,13 @@ def _diagnose(
 ) -> tuple[str, str]:
     """The cause of a loss that is not finite, and a sentence about it. Waits for the device."""
     if math.isfinite(loss.item()):
+        finite = head.agreement.ranks_have_losses()
+        if finite is not None and not finite.all():
+            ranks = (~finite).nonzero().flatten().tolist()
+            return "elsewhere", (
+                f"every clone was dead for a sample of ranks {ranks} of the switch's process group, so no rank has "
+                "observed this batch; what is not finite there goes into the gradients of all"
+            )
         return "passing", (
             "this step's loss is finite again, so backbone and clones live; look for single bad inputs or targets"
         )

@@ -92,9 +92,16 @@ class AcrossRanks(Optimizer):
         return [*{id(rate): rate for rate in rates}.values()]
 
     def _fingerprint(self) -> tuple[int, int]:
-        """A checksum of the rates and rounding seeds, below 2^52, and the number of the rates. Waits for the device."""
+        """A checksum of the rates, as drawn, and rounding seeds, below 2^52, and the number of the rates.
+
+        Waits for the device. Rates that are annealed differ from step to step, and heads look at different ones.
+        """
+        self.refresh()
+        own = (rates_in(self.state[p]) for group in self.param_groups for p in group["params"])
+        drawn = (rates.get("drawn_rate", rates.get("rate")) for rates in own)
         checksum, count = 0, 0
-        for rates in self._drawn_rates():
+        # Which parameters share one vector a checkpoint may have changed.
+        for rates in (rate for rate in drawn if rate is not None):
             words = rates.detach().cpu().view(torch.int32).long()
             places = torch.arange(count, count + words.numel())
             # Sums in int64 wrap.
