@@ -1,4 +1,5 @@
-"""Heads over ranks, for `parallelize_module`: each rank has some of the clones, or of the classes.
+"""Heads over ranks, for `parallelize_module`: each rank has some of the clones, or of the classes; and what flat
+partitions of other engines hold.
 
 from torch.distributed.tensor.parallel import parallelize_module
 from alrao_fast.distributed import ClonesParallel
@@ -16,12 +17,13 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
+from alrao_fast.flat_shards import FlatSlice, register_flat_slices
 from alrao_fast.nn.classes_over_ranks import ClassesOverRanks
 from alrao_fast.nn.clones import ClassifierClones, LinearClones
 from alrao_fast.nn.clones_over_ranks import ClonesOverRanks
 from alrao_fast.nn.over_ranks import OverRanks
 
-__all__ = ["ClassesParallel", "ClonesParallel"]
+__all__ = ["ClassesParallel", "ClonesParallel", "FlatSlice", "register_flat_slices"]
 
 
 class _HeadParallel(ParallelStyle):

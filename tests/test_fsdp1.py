@@ -17,22 +17,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from sharded_harness import (
-    STEPS,
     assert_close,
-    batch,
     made,
     model,
     run,
     train,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
     ShardingStrategy,
     StateDictType,
 )
-
-import alrao_fast as alrao
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 FULL, GRAD, NO = (
     ShardingStrategy.FULL_SHARD,

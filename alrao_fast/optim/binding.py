@@ -19,12 +19,12 @@ from torch import Tensor
 
 from alrao_fast import _extension, compiler
 from alrao_fast.arguments import FLOATS
+from alrao_fast.flat_shards import check_whole
 from alrao_fast.ops.checks import LOW_PRECISION
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
 from alrao_fast.ops.plan import ListPlan, make_plan, params_are_swapped
 from alrao_fast.optim.flat_layouts import FlatLayout
 from alrao_fast.optim.flat_parts import FlatParts, flat_lists
-from alrao_fast.optim.flat_shards import check_whole
 from alrao_fast.optim.layouts import Layout, memory_rates
 from alrao_fast.optim.states import average_dtype, like, state_dtype, steps_of
 from alrao_fast.sharding import LocalParts, check_parts, is_sharded, local, local_rates, local_seed

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alrao_fast import sharding
+from alrao_fast.flat_shards import Flat, flat_of
 from alrao_fast.ops.checks import LOW_PRECISION
-from alrao_fast.optim.flat_shards import Flat, flat_of
 from alrao_fast.optim.layouts import Layout, Vector, memory_rates
 from alrao_fast.optim.states import RATES
 
@@ -285,13 +285,14 @@ def gathered(state_dict: Any, params: Sequence[Tensor], layouts: Mapping[Tensor,
             continue
         for key in RATES:
             rate = own.get(key)
-            by_entry_of_it = (
+            if (
                 isinstance(rate, Tensor)
                 and rate.shape == param.shape
-                and rate.shape != (layout.length(param),)
-            )
-            if by_entry_of_it and not sharding.is_sharded(rate):
-                own[key] = of_whole(layout, rate)
+                and not sharding.is_sharded(rate)
+            ):
+                # Where these are the same, so are the two ways of saving them.
+                if rate.shape != (layout.length(param),):
+                    own[key] = of_whole(layout, rate)
     for (_, _, own), rates in zip(flats, _whole_rates(flats)):
         for key in RATES:
             own.pop(key, None)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from alrao_fast import fsdp1
 from alrao_fast.arguments import Choice, Data, Instance, Integer, Kind, Optional, checked, shown
-from alrao_fast.optim import fsdp1
-from alrao_fast.optim.flat_shards import check_whole
+from alrao_fast.flat_shards import check_whole
 from alrao_fast.sharding import check_parts
 
 

@@ -11,8 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from alrao_fast import compiler, sharding
-from alrao_fast.optim import flat_shards, fsdp1
+from alrao_fast import compiler, flat_shards, fsdp1, sharding
 from alrao_fast.optim.binding import Binding, gradients
 from alrao_fast.optim.flat_layouts import FlatLayout, flat_layout
 from alrao_fast.optim.homes import Homes

@@ -1,12 +1,13 @@
 """Which learning rates parameters have: their layouts, the draw, and what is put into the groups by hand."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from alrao_fast import live, sharding
-from alrao_fast.optim import fsdp1
+from alrao_fast import fsdp1, live, sharding
+from alrao_fast.flat_shards import check_exchange, flat_of, parts_of
 from alrao_fast.optim.drawing import draw_all
 from alrao_fast.optim.flat_layouts import (
     FlatLayout,
@@ -14,7 +15,6 @@ from alrao_fast.optim.flat_layouts import (
     slices_of_states,
     sums_of_squares,
 )
-from alrao_fast.optim.flat_shards import check_exchange, flat_of, parts_of
 from alrao_fast.optim.layouts import Layout, check_param, default_layout
 from alrao_fast.optim.limits import limited, rate_limits
 from alrao_fast.optim.notices import warn_of_bare_tensors, warn_of_small_multiplier
@@ -135,12 +135,12 @@ class Rated(AcrossRanks):
                 # The tensors of a group round with consecutive seeds, starting here.
                 seed = torch.randint(2**62, (), generator=self._generator, device="cpu")
                 group["rounding_seed"] = int(seed)
-        bounds = {
+        bounded = {
             p: self._bounds.pop(p, self._rate_bound)
             for p in rates
             if isinstance(pending[p][0] or own, LogUniform)
         }
-        bounds = {p: bound for p, bound in bounds.items() if bound}
+        bounds = {p: bound for p, bound in bounded.items() if bound}
         limits = rate_limits(bounds, self._layouts, self._squares(flats, bounds))
         known = self._known_rates() if sharded or flats else ()
         self._agree([*rates.values(), *limits.values(), *known])
@@ -232,9 +232,9 @@ class Rated(AcrossRanks):
             layout = self._layouts[param]
             assert isinstance(layout, FlatLayout)
             self.state[param] |= slices_of_states(layout, self.state, param)
-            for part in layout.slices:
-                if part.param not in present:
-                    self.state.pop(part.param, None)
+            for inside in layout.slices:
+                if inside.param not in present:
+                    self.state.pop(inside.param, None)
         self._places.note(groups)
         self._warn_of_bare_tensors()
 
@@ -243,6 +243,26 @@ class Rated(AcrossRanks):
         live.optimizers.enter(self)
         for head in live.heads:
             head.take_rates(self)
+
+    def rates_of_clones(
+        self, head: nn.Module, count: int, among: Collection[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """What the state has of the rates of a head's `count` clones; nothing where its parameters are not the
+        optimizer's, or not `among` these."""
+        clones = list(head.parameters())
+        for clone in clones:
+            own = rates_in(self.state.get(clone, {})) if among is None or clone in among else {}
+            if "rate" in own and own["rate"].shape == (count,):
+                return own
+        for param, layout in self._layouts.items():
+            if not isinstance(layout, FlatLayout) or (among is not None and param not in among):
+                continue
+            for part in layout.slices:
+                is_its = fsdp1.home_of(part.param) is head or any(p is part.param for p in clones)
+                if is_its and part.layout.vector.kind == "clone":
+                    whole = rates_in(self.state[param])
+                    return {key: part.rates(rate) for key, rate in whole.items()}
+        return {}
 
     def layout_of(self, param: Tensor) -> Layout:
         """The feature layout of one of the optimizer's parameters."""

@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from alrao_fast.optim.flat_shards import Flat, Part, note, parts_of
+from alrao_fast.flat_shards import Flat, Part, note, parts_of
 
 _WRAPPED = "_fsdp_wrapped_module"
 _FLAT_PARAM = "_flat_param"
 _ABSENT: Any = object()
 
 # The handle of a flat parameter, and of an original that is one's view; the twins of a flat parameter; the module of a
-# twin. Handles and modules by weak references.
+# twin, and all such modules. Handles and modules by weak references.
 _handles: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _twins: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _homes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def is_flattened(param: Tensor) -> bool:
@@ -43,6 +44,11 @@ def home_of(twin: Tensor) -> nn.Module | None:
     """The module of the original that a twin stands for."""
     reference = _homes.get(twin)
     return None if reference is None else reference()
+
+
+def is_home(module: nn.Module) -> bool:
+    """Whether a module has, or had, parameters that are known to be flattened."""
+    return module in _modules
 
 
 def describe(params: Iterable[Tensor], root: nn.Module | None = None) -> list[Any]:
@@ -122,6 +128,7 @@ def _twins_of(flat: Any) -> list[nn.Parameter]:
         meta = torch.empty_strided(shape, stride, dtype=flat.dtype, device="meta")
         twin = nn.Parameter(meta, requires_grad=original.requires_grad)
         _homes[twin] = weakref.ref(info.module)
+        _modules.add(info.module)
         twins.append(twin)
     return twins
 

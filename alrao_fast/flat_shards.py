@@ -37,7 +37,7 @@ class FlatSlice(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A slice with its numbers filled in; `twin` has the parameter's shape, and the strides by which it was flattened."""
+    """A slice with its numbers filled in; `twin` has the parameter's shape, and the strides of its flattening."""
 
     param: Tensor
     twin: Tensor
@@ -143,6 +143,13 @@ def note(tensor: Tensor, flat: Flat) -> None:
 def flat_of(tensor: Tensor) -> Flat | None:
     """What is registered of a tensor."""
     return _flats.get(tensor)
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Whether a parameter is, or may be, a part of what it was: a vector, or one that FSDP1 keeps as such."""
+    if len(_flats) and tensor in _flats:
+        return _flats[tensor].parts is not None
+    return getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_fsdp_flattened", False)
 
 
 def parts_of(tensor: Tensor) -> tuple[Part, ...] | None:
