@@ -112,7 +112,7 @@ def _describe(wrapper: Any, handle: Any) -> None:
             note(param, Flat((part._replace(at=0),), own, gathers=True))
         else:
             # Whole, in its own shape.
-            note(param, Flat(None, own))
+            note(param, Flat(None, own, gathers=True))
 
 
 def _twins_of(flat: Any) -> list[nn.Parameter]:

@@ -33,7 +33,9 @@ def test_runs(inner, period, outer):
         found, count = [], 0
         for run in runs(start, stop, inner, period):
             assert run.begin == start + len(found) < run.end
-            own = [run.low + i // run.inner % (run.high - run.low) for i in range(run.end - run.begin)]
+            own = [
+                run.low + i // run.inner % (run.high - run.low) for i in range(run.end - run.begin)
+            ]
             found += own
             count += 1
         assert found == [i // inner % period for i in range(start, stop)]
@@ -91,7 +93,9 @@ def give_flat(flat, slices, step, garbage=5.0):
     whole = [nn.Parameter(torch.empty(s.param.shape)) for s in slices]
     give(whole, step)
     for s, p in zip(slices, whole):
-        flat.grad[s.at : s.at + s.stop - s.start] = p.grad.flatten()[s.start : s.stop].to(flat.dtype)
+        flat.grad[s.at : s.at + s.stop - s.start] = p.grad.flatten()[s.start : s.stop].to(
+            flat.dtype
+        )
 
 
 OPTIONS = {
@@ -243,12 +247,24 @@ def test_stochastic_rounding():
 def test_what_slices_may_be():
     param, flat = nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(10))
     refused = [
-        ((nn.Parameter(torch.zeros(2, 5)), []), ValueError, r"flat: got a tensor of shape \[2, 5\]"),
-        ((torch.zeros(20)[::2], []), ValueError, r"flat: got a tensor .* strides \[2\], expected a cont"),
+        (
+            (nn.Parameter(torch.zeros(2, 5)), []),
+            ValueError,
+            r"flat: got a tensor of shape \[2, 5\]",
+        ),
+        (
+            (torch.zeros(20)[::2], []),
+            ValueError,
+            r"flat: got a tensor .* strides \[2\], expected a cont",
+        ),
         (("flat", []), TypeError, r"flat: got 'flat', expected a tensor"),
         ((flat, FlatSlice(param)), TypeError, r"slices: got .* expected an iterable of FlatSlice"),
         ((flat, [(param, 0, 3)]), TypeError, r"slices\[0\]: got .* expected FlatSlice"),
-        ((flat, [FlatSlice(param)]), ValueError, r"slices\[0\]: got 12 entries at 0, .* vector's 10"),
+        (
+            (flat, [FlatSlice(param)]),
+            ValueError,
+            r"slices\[0\]: got 12 entries at 0, .* vector's 10",
+        ),
         ((flat, [FlatSlice(param, 5, 13)]), ValueError, r"entries 5 to 13 .*\[3, 4\].* <= 12"),
         ((flat, [FlatSlice(param, 5, 4)]), ValueError, r"entries 5 to 4"),
         ((flat, [FlatSlice(param, 0, 2.0)]), TypeError, r"slices\[0\]\.stop: got 2\.0"),

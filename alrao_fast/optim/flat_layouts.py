@@ -237,13 +237,12 @@ def from_entries(layout: FlatLayout, entries: Tensor) -> Tensor:
     return found
 
 
-def of_whole(layout: Layout, entries: Tensor) -> Tensor:
-    """The rates of a whole parameter that were saved for each of its entries."""
-    twin = torch.empty(entries.shape, device="meta")
-    part = Slice(twin, layout, twin, 0, entries.numel(), 0, 0)
+def _of_whole(layout: Layout, param: Tensor) -> FlatLayout:
+    """The layout of a whole parameter's entries, row by row."""
+    twin = torch.empty(param.shape, device="meta")
+    part = Slice(twin, layout, twin, 0, param.numel(), 0, 0)
     vector = Vector(layout.name, layout.length(twin), layout.vector.kind)
-    flat = FlatLayout(layout.name, "", layout.rule, (0,), vector, slices=(part,))
-    return from_entries(flat, entries.flatten())
+    return FlatLayout(layout.name, "", layout.rule, (0,), vector, slices=(part,))
 
 
 def spread(
@@ -252,16 +251,20 @@ def spread(
     """Give a state_dict the rates by entry, for the vectors of which checkpoints bring whole parameters
     together."""
     ids = [number for group in saved["param_groups"] for number in group["params"]]
-    flats = [
-        (number, param, layout)
-        for number, param in zip(ids, params, strict=True)
-        if isinstance(layout := layouts[param], FlatLayout) and layout.gathers
-    ]
+    flats = []
+    for number, param in zip(ids, params, strict=True):
+        told, layout = flat_of(param), layouts[param]
+        if told and told.gathers:
+            flat = layout if isinstance(layout, FlatLayout) else _of_whole(layout, param)
+            flats.append((number, param, flat))
     # FSDP expects the same states of all parameters that it has flattened together.
     keys = [key for key in RATES if any(key in saved["state"][number] for number, *_ in flats)]
-    for number, param, layout in flats:
+    for number, param, flat in flats:
         own = saved["state"][number]
-        rates = {key: by_entry(layout, _or_default(key, own), param) for key in keys}
+        entries = torch.empty(param.numel(), device=param.device)
+        rates = {
+            key: by_entry(flat, _or_default(key, own), entries).view(param.shape) for key in keys
+        }
         saved["state"][number] = {**own, **rates}
 
 
@@ -278,11 +281,13 @@ def gathered(state_dict: Any, params: Sequence[Tensor], layouts: Mapping[Tensor,
         return state_dict
     flats: list[tuple[Tensor, FlatLayout, dict[str, Any]]] = []
     for number, param in zip(ids, params):
-        layout, own = layouts[param], found.get(number, {})
+        layout = layouts[param]
         if isinstance(layout, FlatLayout):
             if layout.gathers:
-                flats.append((param, layout, own))
+                # FSDP leaves out those of which nothing is here.
+                flats.append((param, layout, found.setdefault(number, {})))
             continue
+        own = found.get(number, {})
         for key in RATES:
             rate = own.get(key)
             if (
@@ -292,11 +297,16 @@ def gathered(state_dict: Any, params: Sequence[Tensor], layouts: Mapping[Tensor,
             ):
                 # Where these are the same, so are the two ways of saving them.
                 if rate.shape != (layout.length(param),):
-                    own[key] = of_whole(layout, rate)
-    for (_, _, own), rates in zip(flats, _whole_rates(flats)):
+                    own[key] = from_entries(_of_whole(layout, rate), rate.flatten())
+    # Vectors of one parameter each that share its rates go on to share them.
+    shared: dict[Any, dict[str, Tensor]] = {}
+    for (_, layout, own), rates in zip(flats, _whole_rates(flats)):
+        inside = tuple(
+            (part.layout.vector, id(part.layout.feature_of)) for part in layout.features()
+        )
         for key in RATES:
             own.pop(key, None)
-        own |= rates
+        own |= shared.setdefault(inside, rates)
     return {**state_dict, "state": {**state, **found}}
 
 

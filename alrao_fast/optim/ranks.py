@@ -32,10 +32,13 @@ class AcrossRanks(Optimizer):
     # How many gradients each group had in the last step: where that changes, a module may have been sharded.
     _counts: dict[int, int]
     _notice: "_Notice"
+    # The process groups, by id, whose ranks have the same rates.
+    _agreed: set[int]
 
     def _alone(self) -> None:
         """As an optimizer begins, and a copy, whose parameters are in no module that is known."""
         self._homes, self._counts, self._notice = Homes(), {}, _Notice()
+        self._agreed = set()
 
     def refresh(self) -> None:
         """Give rates and states to parameters that were put into `param_groups` by hand, or whose state was cleared."""
@@ -94,12 +97,13 @@ class AcrossRanks(Optimizer):
                 own[:] = [moved.get(param, param) for param in own]
 
     def _is_late(self, param: Tensor) -> bool:
-        """Whether FSDP1 has cut a parameter since it was laid out."""
-        return (
-            fsdp1.is_flattened(param)
-            and not isinstance(self._layouts.get(param), FlatLayout)
-            and bool(fsdp1.flats_among([param]))
-        )
+        """Whether FSDP1 has cut a parameter since it was laid out, or has whole copies of it on ranks that have drawn by
+        themselves."""
+        if not fsdp1.is_flattened(param) or isinstance(self._layouts.get(param), FlatLayout):
+            return False
+        if fsdp1.flats_among([param]):
+            return True
+        return not self._agreed.issuperset(map(id, flat_shards.groups_of([param])))
 
     # Rates that are the same on all ranks.
 
@@ -152,6 +156,8 @@ class AcrossRanks(Optimizer):
             process_groups = []
             if fresh:
                 process_groups = sharding.groups_of(params) + flat_shards.groups_of(params)
+        if fresh:
+            self._agreed.update(map(id, process_groups))
         own = [group["rounding_seed"] for group in self.param_groups]
         for group, seed in zip(self.param_groups, sharding.agree(fresh, own, process_groups)):
             group["rounding_seed"] = seed

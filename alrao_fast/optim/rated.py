@@ -193,11 +193,12 @@ class Rated(AcrossRanks):
         late = [p for group in groups for p in group["params"] if self._is_late(p)]
         flats = [p for p in strangers if parts_of(p) is not None]
         try:
-            for param in late:
+            for param in [p for p in late if parts_of(p) is not None]:
                 # FSDP1 has cut the parameter itself: its rates stay.
                 for part in parts_of(param) or ():
                     self._layouts[part.param] = self._layouts[param]
                 self._lay_out_flat(param)
+                flats.append(param)
             for new, old in self._places.heirs(groups) if strangers else ():
                 if new not in self._layouts and old in self._rates:
                     self._layouts[new] = self._layouts[old]
@@ -228,7 +229,7 @@ class Rated(AcrossRanks):
             del self._layouts[old], self._rates[old]
             self._homes.forget(old)
         present = {p for group in groups for p in group["params"]}
-        for param in (*late, *flats):
+        for param in flats:
             layout = self._layouts[param]
             assert isinstance(layout, FlatLayout)
             self.state[param] |= slices_of_states(layout, self.state, param)
