@@ -148,6 +148,7 @@ def test_partitions(kind, first):
         assert padding.any() and (flat.detach()[padding] == PADDING).all()
 
 
+@pytest.mark.filterwarnings("ignore:ClassifierClones is trained without any observation")
 def test_masters_and_narrowed_rates():
     whole, net = model(torch.bfloat16), model(torch.bfloat16)
     options = {"master_weights": True, "total_steps": 20}

@@ -284,6 +284,7 @@ def test_the_optimizer_made_first(results, number):
     check([r["first"][number] for r in results], "adam")
 
 
+@pytest.mark.filterwarnings("ignore:ClassifierClones is trained without any observation")
 def test_low_precision(results):
     net = model(torch.bfloat16)
     opt = made("adam", net, **LOW)

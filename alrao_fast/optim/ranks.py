@@ -97,7 +97,7 @@ class AcrossRanks(Optimizer):
                 own[:] = [moved.get(param, param) for param in own]
 
     def _is_late(self, param: Tensor) -> bool:
-        """Whether FSDP1 has cut a parameter since it was laid out, or has whole copies of it on ranks that have drawn by
+        """Whether FSDP1 has cut a parameter since it was laid out, or has copies of it on ranks that have drawn by
         themselves."""
         if not fsdp1.is_flattened(param) or isinstance(self._layouts.get(param), FlatLayout):
             return False
