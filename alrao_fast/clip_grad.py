@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from alrao_fast import live, sharding
+from alrao_fast import flat_shards, live, sharding
 from alrao_fast.arguments import FLOATS, Flag, Number, Optional, shown
 from alrao_fast.nn.clones import LinearClones
 from alrao_fast.ops.checks import check, check_dtype
@@ -155,6 +155,11 @@ class _Parts:
             if grad is None:
                 continue
             name = f"net: the gradient of parameter {number}"
+            check(
+                not flat_shards.is_cut(param),
+                f"{name} is that of a flat shard, whose norm other ranks have a part of, expected whole parameters or "
+                "DTensors: use clip_grad_norm_ of the FullyShardedDataParallel wrapper, or of the engine",
+            )
             check(
                 grad.layout is torch.strided,
                 f"{name} is of layout {grad.layout}, expected an ordinary (dense) one: sparse=False in the embedding, "

@@ -1,5 +1,6 @@
-"""Training by many processes: uneven numbers of batches under DistributedDataParallel (`join`), and heads over ranks,
-for `parallelize_module`, where each rank has some of the clones, or of the classes.
+"""Training by many processes: uneven numbers of batches under DistributedDataParallel (`join`); heads over ranks, for
+`parallelize_module`, where each rank has some of the clones, or of the classes; what flat partitions of other engines
+hold.
 
 from torch.distributed.tensor.parallel import parallelize_module
 from alrao_fast.distributed import ClonesParallel
@@ -17,13 +18,14 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
+from alrao_fast.flat_shards import FlatSlice, register_flat_slices
 from alrao_fast.nn.classes_over_ranks import ClassesOverRanks
 from alrao_fast.nn.clones import ClassifierClones, LinearClones
 from alrao_fast.nn.clones_over_ranks import ClonesOverRanks
 from alrao_fast.nn.joining import join
 from alrao_fast.nn.over_ranks import OverRanks
 
-__all__ = ["ClassesParallel", "ClonesParallel", "join"]
+__all__ = ["ClassesParallel", "ClonesParallel", "FlatSlice", "join", "register_flat_slices"]
 
 
 class _HeadParallel(ParallelStyle):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from alrao_fast.arguments import Instance
 from alrao_fast.monitor import History, head_of
+from alrao_fast.optim.base import AlraoOptimizer
+from alrao_fast.optim.flat_layouts import FlatLayout
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,11 +135,18 @@ def rates(net: nn.Module, opt: torch.optim.Optimizer, *, ax: Axes | None = None)
 def _feature_rates(opt: torch.optim.Optimizer, head: nn.Module) -> Tensor:
     """The rate of every feature outside of the clones, each shared vector once, float64, on the CPU."""
     clones = set(head.parameters())
-    vectors: dict[int, Tensor] = {}
+    vectors: dict[tuple[int, int], Tensor] = {}
     for group in opt.param_groups:
         for param in group["params"]:
             rate = opt.state.get(param, {}).get("rate")
-            if rate is not None and param not in clones:
-                vectors[id(rate)] = rate
+            if rate is None or param in clones:
+                continue
+            layout = opt.layout_of(param) if isinstance(opt, AlraoOptimizer) else None
+            if not isinstance(layout, FlatLayout):
+                vectors[id(rate), 0] = rate
+                continue
+            for part in layout.features():
+                if part.layout.vector.kind != "clone":
+                    vectors[id(rate), part.first] = part.rates(rate)
     flat = [rate.flatten().double().cpu() for rate in vectors.values()]
     return torch.cat(flat) if flat else torch.empty(0, dtype=torch.float64)

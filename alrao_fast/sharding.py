@@ -280,7 +280,7 @@ def agree(rates: Sequence[Tensor], seeds: list[int], groups: list[Any]) -> list[
         [*(r.detach().cpu().view(torch.int32) for r in rates), seeds_here.view(torch.int32)]
     )
     for group in groups:
-        device = _device(group)
+        device = sending_device(group)
         counts = torch.tensor([len(rates), packed.numel()], device=device)
         dist.broadcast(counts, group=group, group_src=0)
         first = counts.tolist()
@@ -298,7 +298,7 @@ def agree(rates: Sequence[Tensor], seeds: list[int], groups: list[Any]) -> list[
     return words.clone().view(torch.int64).tolist()
 
 
-def _device(group: Any) -> torch.device:
+def sending_device(group: Any) -> torch.device:
     """A device whose tensors the group sends."""
     types = {device.type for device in group._device_types}
     return torch.device("cpu" if "cpu" in types or not types else min(types))

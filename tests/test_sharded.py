@@ -6,12 +6,9 @@
 - Rates and rounding seeds are the first rank's on every rank, whatever the ranks' seeds; states are DTensors placed as
   their parameter; momentum, weight decay, maximize and Adam's moments follow the whole.
 - The posterior is bit-equal on all ranks.
-- FullyShardedDataParallel (FSDP1) is refused, with and without its original parameters, wrapped before and after the
-  optimizer is made, passed as a module and bare.
 """
 
 import gc
-import itertools
 import weakref
 
 import pytest
@@ -32,7 +29,6 @@ from sharded_harness import (
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
-    FullyShardedDataParallel,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -208,36 +204,6 @@ def replicas_of_shards(rank):
     return result(net, opt)
 
 
-FLAT = list(itertools.product(("wrapper first", "optimizer first"), (True, False), (True, False)))
-
-
-def flat(rank):
-    """FullyShardedDataParallel (FSDP1): what is said, and whether anything was written, for each of `FLAT`."""
-    found = []
-    for first, originals, bare in FLAT:
-        net = model()
-
-        def optimizer(module, bare=bare):
-            return made("momentum", module.parameters() if bare else module)
-
-        opt = optimizer(net) if first == "optimizer first" else None
-        wrapped = FullyShardedDataParallel(
-            net, use_orig_params=originals, device_id=torch.device("cpu")
-        )
-        x, y = batch(0)
-        wrapped(x, targets=y).backward()
-        before = [p.detach().clone() for p in net.parameters()]
-        message = ""
-        try:
-            opt = opt or optimizer(wrapped)
-            opt.step()
-        except ValueError as error:
-            message = str(error)
-        same = all(map(torch.equal, before, net.parameters()))
-        found.append({"message": message, "same": same})
-    return found
-
-
 def tools(rank):
     """What else there is to ask of a sharded network; the head is sharded by itself, too."""
     mesh, net = init_device_mesh("cpu", (4,)), model()
@@ -269,7 +235,6 @@ JOBS = (
     sequence_parallel,
     both,
     replicas_of_shards,
-    flat,
     tools,
 )
 
@@ -351,16 +316,6 @@ def test_fsdp_over_tensor_parallel(results, kind):
 
 def test_replicas_of_shards(results):
     check([r["replicas_of_shards"] for r in results], "adam")
-
-
-@pytest.mark.parametrize("number", range(len(FLAT)), ids=lambda k: "-".join(map(str, FLAT[k])))
-def test_flat_shards_are_refused(results, number):
-    for r in results:
-        said = r["flat"][number]
-        assert (
-            "of FullyShardedDataParallel (FSDP1), expected whole parameters or" in said["message"]
-        )
-        assert said["same"]
 
 
 def test_what_a_sharded_network_tells(results):

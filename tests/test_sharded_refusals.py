@@ -1,7 +1,7 @@
 """Protects what is refused, with the cure and before anything is written, because rates would go to wrong entries:
 
 - flat parameters and shards: those of DeepSpeed's ZeRO-3; vectors in the place of a group's parameters, as ZeRO-1 and
-  ZeRO-2 and Megatron leave them (FullyShardedDataParallel: tests/test_sharded.py);
+  ZeRO-2 and Megatron leave them, of which nobody has told what they hold (tests/test_flat_slices.py);
 - wrappers of other tensors; DTensors in ops, losses and collapse that need a whole tensor.
 """
 

@@ -41,16 +41,15 @@ class WithRates(FixedDtypeBuffers):
         return rates
 
     @torch.no_grad()
-    def take_rates(self, optimizer: torch.optim.Optimizer) -> bool:
+    def take_rates(self, optimizer: Any) -> bool:
         """From now on have the clones' rates from this Alrao optimizer; False where it has none."""
         own = self._buffers["clone_lr"]
-        for param in self.parameters():
-            rate = optimizer.state.get(param, {}).get("rate")
-            if own is not None and isinstance(rate, Tensor) and rate.shape == own.shape:
-                own.copy_(rate)
-                self._rates_from = weakref.ref(optimizer)
-                return True
-        return False
+        rate = None if own is None else optimizer.rates_of_clones(self, own.numel()).get("rate")
+        if own is None or rate is None:
+            return False
+        own.copy_(rate)
+        self._rates_from = weakref.ref(optimizer)
+        return True
 
     def follow_optimizer(self) -> None:
         """Copy the rates that the clones have now into the buffer."""

@@ -225,14 +225,25 @@ class LinearClones(WithRates):
     def finite_clones(self) -> Tensor:
         """Which clones `[N]` have finite parameters only: the others are dead for good.
 
-        Of a sharded head all ranks have to ask.
+        Of a sharded head all ranks have to ask. RuntimeError where FullyShardedDataParallel (FSDP1) has flattened it.
         """
+        if not self._is_whole():
+            raise RuntimeError(
+                "the head's parameters are flattened by FullyShardedDataParallel (FSDP1), expected whole ones: ask "
+                "within FullyShardedDataParallel.summon_full_params(net), on all ranks"
+            )
         finite = whole(self.weight.detach().isfinite().all((1, 2)))
         return finite if self.bias is None else finite & whole(self.bias.detach().isfinite().all(1))
 
     def clones_seen_finite(self) -> Tensor:
         """The same as far as it is known on this rank: of a sharded head, which clones had finite losses only."""
-        return self.running[0].isfinite() if is_sharded(self.weight) else self.finite_clones()
+        if is_sharded(self.weight) or not self._is_whole():
+            return self.running[0].isfinite()
+        return self.finite_clones()
+
+    def _is_whole(self) -> bool:
+        """Whether the parameters are there: FSDP1 leaves flat shards of them, or views of memory that is gone."""
+        return not isinstance(self.__dict__.get("weight"), Tensor) and self.weight.dim() == 3
 
     def living_posterior(self) -> Tensor:
         """Posterior `[N]` of the clones with finite parameters, 0 for the others; RuntimeError if there is none."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from alrao_fast import fsdp1
 from alrao_fast.arguments import Choice
 from alrao_fast.nn.clones import ClassifierClones, LinearClones
 from alrao_fast.nn.over_ranks import all_clones
@@ -78,8 +79,9 @@ def refuse_shards(*modules: nn.Module) -> None:
         if isinstance(m, LinearClones) and m.over_ranks is not None
         for p in m.parameters()
     }
-    own = (p for m in inside for p in m.parameters(recurse=False))
-    if any(is_sharded(p) and id(p) not in gathered for p in own):
+    own = [p for m in inside for p in m.parameters(recurse=False)]
+    flattened = any(fsdp1.is_home(m) for m in inside) or any(map(fsdp1.is_flattened, own))
+    if flattened or any(is_sharded(p) and id(p) not in gathered for p in own):
         raise RuntimeError(
             "collapse: got a model that is sharded over ranks, expected a whole one: load its full state, "
             "get_model_state_dict(net, options=StateDictOptions(full_state_dict=True)) of "

@@ -109,9 +109,12 @@ class Agreement:
 
 
 def _params_of(head: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the model that the head is in, or its own."""
+    """The parameters of the model that the head is in, or its own.
+
+    In a forward of FullyShardedDataParallel (FSDP1) it has none: its ranks have agreed when the rates were drawn.
+    """
     own = {id(p) for p in head.parameters()}
-    for net in live.models:
+    for net in live.models if own else ():
         params = list(net.parameters())
         if own <= set(map(id, params)):
             return params

@@ -91,12 +91,11 @@ def _shift(optimizer: AlraoOptimizer, intervals: list[tuple[LogUniform, list[Ten
     for sampler, params in intervals:
         own = set(params)
         for head in live.heads:
-            clones = [param for param in head.parameters() if param in own]
-            if not clones:
-                continue
             posterior = head.switch.posterior()
-            own_state = optimizer.state[clones[0]]
-            drawn = own_state.get("drawn_rate", own_state["rate"])
+            rates = optimizer.rates_of_clones(head, posterior.numel(), own)
+            if not rates:
+                continue
+            drawn = rates.get("drawn_rate", rates["rate"])
             if posterior.is_meta:
                 shifts.append(torch.zeros((), dtype=torch.float64, device="cpu"))
                 continue

@@ -25,6 +25,7 @@ from alrao_fast.arguments import Generator, Instance, Kind, Number, Optional, ch
 from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import annealing, averages, checkpoint
 from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
+from alrao_fast.optim.flat_layouts import gathered, spread
 from alrao_fast.optim.layouts import Layout
 from alrao_fast.optim.notices import warn_of_default_rule, warn_of_no_averages
 from alrao_fast.optim.owners import warn_of_unobserved
@@ -207,7 +208,8 @@ class AlraoOptimizer(Rated):
         """The states, rates among them, and the groups' options, as torch's `state_dict`.
 
         Complete at any time, before the first step and after `state.clear()` too. Parameters that were taken out of the
-        groups are left out.
+        groups are left out. Of flat shards of FullyShardedDataParallel the rates are saved for each entry, as FSDP
+        gathers them; `load_state_dict`, which all ranks have to call then, takes them for whole parameters, too.
         """
         self.refresh()
         own = {p for group in self.param_groups for p in group["params"]}
@@ -220,6 +222,7 @@ class AlraoOptimizer(Rated):
             saved = compiler.without_import(super().state_dict)()
         finally:
             self.state = whole
+        spread(saved, [p for group in self.param_groups for p in group["params"]], self._layouts)
         if self._run:
             for group in saved["param_groups"]:
                 group["steps_taken"] = self._run.taken
@@ -237,6 +240,8 @@ class AlraoOptimizer(Rated):
             state_dict = state_dict if replaced is None else replaced
         self.refresh()
         layouts = self._layouts
+        params = [p for group in self.param_groups for p in group["params"]]
+        state_dict = gathered(state_dict, params, layouts)
         groups, state = checkpoint.fitted(
             state_dict,
             self.param_groups,

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from alrao_fast import _extension, compiler
 from alrao_fast.arguments import FLOATS
+from alrao_fast.flat_shards import check_whole
 from alrao_fast.ops.checks import LOW_PRECISION
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
 from alrao_fast.ops.plan import ListPlan, make_plan, params_are_swapped
-from alrao_fast.optim.flat_shards import check_whole
+from alrao_fast.optim.flat_layouts import FlatLayout
+from alrao_fast.optim.flat_parts import FlatParts, flat_lists
 from alrao_fast.optim.layouts import Layout, memory_rates
 from alrao_fast.optim.states import average_dtype, like, state_dtype, steps_of
 from alrao_fast.sharding import LocalParts, check_parts, is_sharded, local, local_rates, local_seed
@@ -35,7 +37,7 @@ class Call:
     """One op on tensors of one device and dtype; `positions` says which of a group's gradients are theirs (None: all).
 
     derived: those of the rates that are copies, by number, with what makes them: each step looks what they are now.
-    parts: where `lists` holds what is here of DTensors, those.
+    parts: where `lists` holds what is here of DTensors, or runs of flat vectors, those.
 
     Raises RuntimeError where the tensors do not fit together.
     """
@@ -47,7 +49,7 @@ class Call:
         impl: str,
         positions: list[int] | None = None,
         derived: Mapping[int, MakeRates] = MappingProxyType({}),
-        parts: LocalParts | None = None,
+        parts: LocalParts | FlatParts | None = None,
     ) -> None:
         self.lists, self.impl, self.positions = lists, impl, positions
         self._parts = parts
@@ -73,6 +75,8 @@ class Call:
             return False
         for rates, make in self._derived:
             rates.copy_(make())
+        if isinstance(self._parts, FlatParts):
+            self._parts.count(self.lists.steps)
         updated = plan.step(grads, options, scalars)
         if updated and scalars.grad_scale is not None:
             _unscale(grads, scalars.grad_scale, scalars.found_inf)
@@ -258,7 +262,7 @@ def bind(
                     f"state {key!r} of parameter {name!r} is on meta: expected a tensor with data"
                 )
     calls = []
-    for positions in by_device_and_dtype([params[k] for k in with_grad]):
+    for positions in by_device_and_dtype([params[k] for k in with_grad], layouts):
         numbers = with_grad if positions is None else [with_grad[k] for k in positions]
         own = [params[k] for k in numbers]
         seeds = [local_seed((seed + k) % 2**63, params[k]) for k in numbers]
@@ -275,11 +279,16 @@ def gradients(params: list[Tensor]) -> list[Tensor]:
     return [g for g in [p.grad for p in params] if g is not None]
 
 
-def by_device_and_dtype(params: list[Tensor]) -> list[list[int] | None]:
-    """The positions of the parameters that one call can take, DTensors apart from others; None for all of them."""
-    parts: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
+def by_device_and_dtype(
+    params: list[Tensor], layouts: Mapping[Tensor, Layout] = MappingProxyType({})
+) -> list[list[int] | None]:
+    """The positions of the parameters that one call can take, DTensors and flat vectors apart from others; None for all
+    of them."""
+    parts: dict[tuple[torch.device, torch.dtype, bool, bool], list[int]] = {}
     for position, param in enumerate(params):
-        parts.setdefault((param.device, param.dtype, is_sharded(param)), []).append(position)
+        is_flat = isinstance(layouts.get(param), FlatLayout)
+        kind = param.device, param.dtype, is_sharded(param), is_flat
+        parts.setdefault(kind, []).append(position)
     return [*parts.values()] if len(parts) > 1 else [None] * len(parts)
 
 
@@ -307,8 +316,8 @@ def _lists(
     layouts: dict[Tensor, Layout],
     state: Any,
     needs: Needs,
-) -> tuple[Lists, dict[int, MakeRates], LocalParts | None]:
-    """The op's tensors, which of the rates are copies, and the DTensors if these are what is here of them."""
+) -> tuple[Lists, dict[int, MakeRates], LocalParts | FlatParts | None]:
+    """The op's tensors, which of the rates are copies, and what they are the parts of if they are."""
     low_precision = params[0].dtype in LOW_PRECISION
     with_masters = needs.master_weights and low_precision
     dtype = state_dtype(params[0], needs.float32_states, needs.master_weights)
@@ -318,11 +327,12 @@ def _lists(
         layout = layouts[param]
         _check_shape(param, layout, own, needs)
         own["rate"] = own["rate"].to(param.device, torch.float32)
-        in_memory, inner = _in_memory(own["rate"], param, layout)
-        rates.append(in_memory)
-        inners.append(inner)
-        if is_copy(in_memory, own["rate"]):
-            derived[number] = partial(_rates_in_memory, own["rate"], param, layout)
+        if not isinstance(layout, FlatLayout):
+            in_memory, inner = _in_memory(own["rate"], param, layout)
+            rates.append(in_memory)
+            inners.append(inner)
+            if is_copy(in_memory, own["rate"]):
+                derived[number] = partial(_rates_in_memory, own["rate"], param, layout)
         for key in needs.states:
             own[key] = like(own[key], param, dtype)
         if with_masters:
@@ -333,6 +343,13 @@ def _lists(
     kept = [[own[key] for own in owns] for key in needs.states]
     masters = [own["master"] for own in owns] if with_masters else []
     averages = [own["average"] for own in owns] if needs.averages else []
+    steps = steps_of(
+        owns, params[0].device, op.first_state if op.first_state in needs.states else ""
+    )
+    flat = [layout for layout in map(layouts.get, params) if isinstance(layout, FlatLayout)]
+    if flat:
+        lists, runs = flat_lists(params, flat, owns, seeds, steps, [*kept, masters, averages])
+        return lists if stochastic else lists._replace(seeds=[]), runs.derived, runs
     parts = None
     if is_sharded(params[0]):
         names = [layouts[param].name for param in params]
@@ -344,9 +361,7 @@ def _lists(
         rates=rates,
         inners=inners,
         seeds=seeds if stochastic else [],
-        steps=steps_of(
-            owns, params[0].device, op.first_state if op.first_state in needs.states else ""
-        ),
+        steps=steps,
         averages=[*map(local, averages)],
     )
     return lists, derived, parts
@@ -384,6 +399,8 @@ def _check_shape(param: Tensor, layout: Layout, own: dict[str, Any], needs: Need
     size = math.prod(param.size(d) for d in layout.dims if d < param.dim())
     rates = own["rate"].numel()
     fits = size == rates or (len(layout.dims) == 1 and rates and size % rates == 0)
+    if isinstance(layout, FlatLayout):
+        fits = param.dim() == 1 and rates == layout.vector.length
     if not fits or any(own[key].shape != param.shape for key in kept[1:]):
         raise RuntimeError(
             f"parameter {layout.name!r} has shape {list(param.shape)}, which its learning rates and states were not "

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from alrao_fast.arguments import Flag, shown
 from alrao_fast.optim.base import AlraoOptimizer
+from alrao_fast.optim.flat_layouts import FlatLayout
 from alrao_fast.optim.layouts import Layout, memory_span, resolve_all
 
 
@@ -67,8 +68,7 @@ def describe_rates(
         raise TypeError(f"file: got {shown(file)}, expected a writable text file or None")
     if isinstance(model_or_optimizer, AlraoOptimizer):
         optimizer = model_or_optimizer
-        rows = _optimizer_rows(optimizer)
-        layouts = [optimizer.layout_of(p) for g in optimizer.param_groups for p in g["params"]]
+        rows, layouts = _optimizer_rows(optimizer)
     elif isinstance(model_or_optimizer, nn.Module):
         table = resolve_all([model_or_optimizer])
         rows, layouts = (
@@ -84,17 +84,22 @@ def describe_rates(
     return rows
 
 
-def _optimizer_rows(optimizer: AlraoOptimizer) -> list[RateRow]:
+def _optimizer_rows(optimizer: AlraoOptimizer) -> tuple[list[RateRow], list[Layout]]:
     optimizer.refresh()
-    rows = []
+    rows, layouts = [], []
     for number, group in enumerate(optimizer.param_groups):
         for param in group["params"]:
-            rate = optimizer.state[param]["rate"]
-            row = _row(param, optimizer.layout_of(param))
-            if rate.numel():
-                row = row._replace(lr_min=float(rate.min()), lr_max=float(rate.max()))
-            rows.append(row._replace(group=number))
-    return rows
+            rate, layout = optimizer.state[param]["rate"], optimizer.layout_of(param)
+            found = [(param, layout, rate)]
+            if isinstance(layout, FlatLayout):
+                found = [(part.twin, part.layout, part.rates(rate)) for part in layout.slices]
+            for whole, own, rates in found:
+                row = _row(whole, own)._replace(group=number, trainable=param.requires_grad)
+                if rates.numel():
+                    row = row._replace(lr_min=float(rates.min()), lr_max=float(rates.max()))
+                rows.append(row)
+                layouts.append(own)
+    return rows, layouts
 
 
 def _row(param: Tensor, layout: Layout) -> RateRow:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from alrao_fast import fsdp1
 from alrao_fast.arguments import Choice, Data, Instance, Integer, Kind, Optional, checked, shown
-from alrao_fast.optim.flat_shards import check_whole
+from alrao_fast.flat_shards import check_whole
 from alrao_fast.sharding import check_parts
 
 
@@ -208,10 +209,12 @@ def resolve(model: nn.Module, table: dict[Tensor, Layout], prefix: str = "") -> 
     """Add the layout of every parameter of `model` to `table`, in the order in which rates are drawn.
 
     Modules in the order of `model.modules()`, within a module the rule's order, then what the rule leaves out. A
-    parameter that several modules share belongs to the first of them.
+    parameter that several modules share belongs to the first of them. Where FullyShardedDataParallel (FSDP1) has
+    flattened parameters, their twins are laid out.
     """
-    for module_name, module in model.named_modules(prefix=prefix):
-        _resolve_module(module, module_name, table)
+    with fsdp1.unflattened(model):
+        for module_name, module in model.named_modules(prefix=prefix):
+            _resolve_module(module, fsdp1.clean(module_name), table)
 
 
 def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Layout]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ SMALLEST = 0.1
 
 @torch.no_grad()
 def rate_limits(
-    bounds: Mapping[Tensor, float], layouts: Mapping[Tensor, Layout]
+    bounds: Mapping[Tensor, float],
+    layouts: Mapping[Tensor, Layout],
+    sums: Mapping[Tensor, Tensor] = MappingProxyType({}),
 ) -> dict[Tensor, Tensor]:
     """A parameter's bound times the root mean square of each feature, over all of the parameters that share it: float32
     on the CPU, laid out as the parameters' rates.
@@ -30,6 +33,8 @@ def rate_limits(
     Not of clones: the switch leaves out those whose rate is too high. A feature whose entries are all 0, or not there
     yet (on meta), counts as one of n entries drawn as torch's layers do, of the size 1 / sqrt(3 n); one that is small
     on purpose, as a layer's scale that starts at 1e-6, as a tenth of that at least, or it would stay what it is.
+
+    sums: the sums of squares of each rate's entries, float64 on the CPU, of parameters that are nowhere whole.
     """
     found = [p for p in bounds if layouts[p].vector.kind != "clone"]
     squares: dict[Vector, Tensor] = {}
@@ -39,7 +44,10 @@ def rate_limits(
         length = layout.vector.length
         total = squares.setdefault(layout.vector, _zeros(length))
         count = counts.setdefault(layout.vector, _zeros(length))
-        own = _squares(param, layout)
+        own = sums[param] if param in sums else _squares(param, layout)
+        if layout.per_weight and param in sums:
+            # One entry says nothing of the size of its feature: that of the tensor.
+            own = (own.sum() / max(own.numel(), 1)).expand(own.numel())
         features = torch.arange(own.numel(), device="cpu") % max(length, 1)
         if layout.feature_of is not None and not layout.per_weight:
             features = layout.feature_of.cpu()

@@ -55,7 +55,12 @@ def warn_of_default_rule(
 ) -> None:
     """Warn, once for all module classes, if no rule covers parameters of several dimensions that hold 1 % of the
     trained entries or more: nothing says that their dimension 0 runs over the features."""
-    trained = [(p.numel(), p.dim(), layouts[p]) for p in params if p.requires_grad]
+    trained = []
+    for param in (p for p in params if p.requires_grad):
+        parts = getattr(layouts[param], "slices", ())
+        trained += [(part.twin.numel(), part.twin.dim(), part.layout) for part in parts] or [
+            (param.numel(), param.dim(), layouts[param])
+        ]
     total = sum(entries for entries, _, _ in trained)
     classes: dict[str, int] = {}
     names: dict[str, dict[str, None]] = {}

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from alrao_fast import compiler, sharding
+from alrao_fast import compiler, flat_shards, fsdp1, sharding
 from alrao_fast.optim.binding import Binding, gradients
-from alrao_fast.optim.flat_shards import check_modules
+from alrao_fast.optim.flat_layouts import FlatLayout, flat_layout
 from alrao_fast.optim.homes import Homes
 from alrao_fast.optim.layouts import Layout, resolve
 from alrao_fast.optim.states import rates_in
@@ -32,10 +32,13 @@ class AcrossRanks(Optimizer):
     # How many gradients each group had in the last step: where that changes, a module may have been sharded.
     _counts: dict[int, int]
     _notice: "_Notice"
+    # The process groups, by id, whose ranks have the same rates.
+    _agreed: set[int]
 
     def _alone(self) -> None:
         """As an optimizer begins, and a copy, whose parameters are in no module that is known."""
         self._homes, self._counts, self._notice = Homes(), {}, _Notice()
+        self._agreed = set()
 
     def refresh(self) -> None:
         """Give rates and states to parameters that were put into `param_groups` by hand, or whose state was cleared."""
@@ -44,10 +47,22 @@ class AcrossRanks(Optimizer):
     def _tell_heads(self) -> None:
         raise NotImplementedError
 
+    def _adopt(self) -> None:
+        raise NotImplementedError
+
     def _resolve(self, root: nn.Module) -> None:
         """Lay out the parameters of a module, and remember where in it they are."""
         resolve(root, self._layouts)
+        for param in fsdp1.flats_among(root.parameters(), root):
+            if param not in self._layouts:
+                self._lay_out_flat(param)
         self._homes.note(root)
+
+    def _lay_out_flat(self, param: Tensor) -> None:
+        """Lay out a vector by the parameters in it, as they are laid out now."""
+        flat = flat_shards.flat_of(param)
+        assert flat is not None
+        self._layouts[param] = flat_layout(flat, self._layouts)
 
     # Modules that are sharded after the optimizer was made.
 
@@ -59,9 +74,13 @@ class AcrossRanks(Optimizer):
         """
         self._follow_sharding(without_gradient=True)
         params = self.param_groups[number]["params"]
+        if any(p not in self._rates or self._is_late(p) for p in params):
+            # On every rank, also where nothing of them is.
+            self._adopt()
         grads = gradients(params)
         if not grads and any(p.requires_grad for p in params):
-            check_modules(self._homes.roots())
+            for root in self._homes.roots():
+                fsdp1.check_not_later(root, self._layouts)
         # Looks twice: at the second step every rank has made its first.
         if not self._notice.look(self, number, grads):
             self._counts[number] = len(grads)
@@ -77,12 +96,29 @@ class AcrossRanks(Optimizer):
             if moved:
                 own[:] = [moved.get(param, param) for param in own]
 
+    def _is_late(self, param: Tensor) -> bool:
+        """Whether FSDP1 has cut a parameter since it was laid out, or has copies of it on ranks that have drawn by
+        themselves."""
+        if not fsdp1.is_flattened(param) or isinstance(self._layouts.get(param), FlatLayout):
+            return False
+        if fsdp1.flats_among([param]):
+            return True
+        return not self._agreed.issuperset(map(id, flat_shards.groups_of([param])))
+
     # Rates that are the same on all ranks.
 
     def _known_rates(self) -> list[Tensor]:
-        """The rates of the groups' parameters that have some."""
-        own = (p for group in self.param_groups for p in group["params"])
+        """The rates of the groups' parameters that have some; where these hold slices of others, of all that are known,
+        in an order that is the same whatever is where."""
+        own: Iterable[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        if any(p in self._layouts and self._is_told(p) for p in own):
+            own = [p for p in self._rates if not self._is_told(p)]
         return [rate for p in own if p in self._rates for rate in self._rates[p].values()]
+
+    def _is_told(self, param: Tensor) -> bool:
+        """Whether a parameter is a vector of which the ranks may have named other slices."""
+        layout = self._layouts[param]
+        return isinstance(layout, FlatLayout) and not layout.gathers
 
     def _drawn_rates(self) -> list[Tensor]:
         """The vectors of rates, each once, in an order that is the same on all ranks that train one network."""
@@ -123,8 +159,12 @@ class AcrossRanks(Optimizer):
         of the meshes on which parameters are."""
         fresh = [*{id(rate): rate for rate in rates}.values()]
         if process_groups is None:
-            params = (p for group in self.param_groups for p in group["params"])
-            process_groups = sharding.groups_of(params) if fresh else []
+            params = [p for group in self.param_groups for p in group["params"]]
+            process_groups = []
+            if fresh:
+                process_groups = sharding.groups_of(params) + flat_shards.groups_of(params)
+        if fresh:
+            self._agreed.update(map(id, process_groups))
         own = [group["rounding_seed"] for group in self.param_groups]
         for group, seed in zip(self.param_groups, sharding.agree(fresh, own, process_groups)):
             group["rounding_seed"] = seed

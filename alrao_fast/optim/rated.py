@@ -1,13 +1,20 @@
 """Which learning rates parameters have: their layouts, the draw, and what is put into the groups by hand."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from alrao_fast import live, sharding
+from alrao_fast import fsdp1, live, sharding
+from alrao_fast.flat_shards import check_exchange, flat_of, parts_of
 from alrao_fast.optim.drawing import draw_all
-from alrao_fast.optim.flat_shards import check_exchange
+from alrao_fast.optim.flat_layouts import (
+    FlatLayout,
+    combined,
+    slices_of_states,
+    sums_of_squares,
+)
 from alrao_fast.optim.layouts import Layout, check_param, default_layout
 from alrao_fast.optim.limits import limited, rate_limits
 from alrao_fast.optim.notices import warn_of_bare_tensors, warn_of_small_multiplier
@@ -55,11 +62,15 @@ class Rated(AcrossRanks):
 
         Tensors that no module has laid out have one rate per index of dimension 0.
         """
-        bare = [
-            p for p in map(tensor_of, entries) if isinstance(p, Tensor) and p not in self._layouts
-        ]
+        bare: list[Tensor] = []
+        for param in map(tensor_of, entries):
+            if isinstance(param, Tensor) and param not in self._layouts:
+                inside = [part.param for part in parts_of(param) or ()]
+                bare += [p for p in inside or [param] if p not in self._layouts]
         for owner in owners(bare) if bare else ():
             self._resolve(owner)
+        for root in fsdp1.roots_of(p for p in bare if p not in self._layouts):
+            self._resolve(root)
         places: dict[Tensor, int] = {}
         for number, entry in enumerate(entries):
             param = tensor_of(entry)
@@ -75,8 +86,18 @@ class Rated(AcrossRanks):
                 check_param(self._layouts[param].name, param)
                 continue
             name = entry[0] if isinstance(entry, tuple) else f"params[{number}]"
+            self._lay_out_bare(name, param)
+
+    def _lay_out_bare(self, name: str, param: Tensor) -> None:
+        parts = parts_of(param)
+        if parts is None:
             self._layouts[param] = default_layout(name, param)
             self._bare.append(name)
+            return
+        for number, part in enumerate(parts):
+            if part.param not in self._layouts:
+                self._lay_out_bare(f"{name}.slices[{number}]", part.param)
+        self._lay_out_flat(param)
 
     def _clones_apart(self, group: dict[str, Any], rule: str) -> list[dict[str, Any]]:
         """The authors' rules are for the pre-classifier: under one, clones become a group of their own."""
@@ -86,6 +107,12 @@ class Rated(AcrossRanks):
         others: list[Any] = []
         for entry in group["params"]:
             layout = self._layouts.get(tensor_of(entry))
+            kinds = {part.layout.vector.kind for part in getattr(layout, "slices", ())}
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"{self._rule_option}: got 'authors' with clones and other parameters in one flat vector "
+                    f"({layout and layout.name}), expected them in vectors of their own: wrap the head by itself"
+                )
             (clones if layout and layout.vector.kind == "clone" else others).append(entry)
         if not clones:
             return [group]
@@ -99,6 +126,8 @@ class Rated(AcrossRanks):
         `sharded`, all rates, which each rank had drawn by itself, become the first one's.
         """
         pending, self._undrawn = self._undrawn, {}
+        flats = [p for p in pending if isinstance(self._layouts[p], FlatLayout)]
+        inside = self._pending_inside(flats, pending)
         own = self._sampler or self._from_interval(*self.defaults["lr_range"])
         rates = draw_all(pending, own, self._generator, self._layouts, self._vectors)
         for group in self.param_groups:
@@ -106,18 +135,51 @@ class Rated(AcrossRanks):
                 # The tensors of a group round with consecutive seeds, starting here.
                 seed = torch.randint(2**62, (), generator=self._generator, device="cpu")
                 group["rounding_seed"] = int(seed)
-        bounds = {
+        bounded = {
             p: self._bounds.pop(p, self._rate_bound)
             for p in rates
             if isinstance(pending[p][0] or own, LogUniform)
         }
-        limits = rate_limits({p: bound for p, bound in bounds.items() if bound}, self._layouts)
-        known = self._known_rates() if sharded else ()
+        bounds = {p: bound for p, bound in bounded.items() if bound}
+        limits = rate_limits(bounds, self._layouts, self._squares(flats, bounds))
+        known = self._known_rates() if sharded or flats else ()
         self._agree([*rates.values(), *limits.values(), *known])
         for param, own_rates in limited(rates, limits).items():
             self._rates[param] = own_rates
-            self.state[param].update(own_rates)
+            if param not in inside:
+                self.state[param].update(own_rates)
+        for flat in flats:
+            # Where there is a rate per entry, the draw has laid out the parameters anew.
+            self._lay_out_flat(flat)
+            layout = self._layouts[flat]
+            assert isinstance(layout, FlatLayout)
+            whole = [self._rates[part.param] for part in layout.features()]
+            self._rates[flat] = combined(layout, whole, flat.device)
+            self.state[flat].update(self._rates[flat])
         self._tell_heads()
+
+    def _pending_inside(self, flats: list[Tensor], pending: dict[Tensor, Any]) -> set[Tensor]:
+        """Put the parameters in vectors, as far as they have no rates, in the place of these; return them."""
+        inside = set[Tensor]()
+        for flat in flats:
+            of_group, bound = pending.pop(flat), self._bounds.pop(flat, self._rate_bound)
+            for part in parts_of(flat) or ():
+                if part.param not in self._rates and part.param not in pending:
+                    pending[part.param], self._bounds[part.param] = of_group, bound
+                    inside.add(part.param)
+        return inside
+
+    def _squares(self, flats: list[Tensor], bounds: dict[Tensor, float]) -> dict[Tensor, Tensor]:
+        """The sums of squares of the parameters in vectors that are nowhere whole."""
+        found: dict[Tensor, Tensor] = {}
+        for flat in flats:
+            told, layout = flat_of(flat), self._layouts[flat]
+            if told and told.gathers and any(part.param in bounds for part in told.parts or ()):
+                self._lay_out_flat(flat)
+                layout = self._layouts[flat]
+                assert isinstance(layout, FlatLayout)
+                found |= sums_of_squares(layout, flat, next(iter(told.groups), None))
+        return found
 
     def _adopt(self) -> None:
         """Give rates to parameters that were put into `param_groups` by hand.
@@ -128,7 +190,15 @@ class Rated(AcrossRanks):
         groups, before = self.param_groups, dict(self._layouts)
         strangers = [p for group in groups for p in group["params"] if p not in self._rates]
         sharded: dict[Tensor, Tensor] = {}
+        late = [p for group in groups for p in group["params"] if self._is_late(p)]
+        flats = [p for p in strangers if parts_of(p) is not None]
         try:
+            for param in [p for p in late if parts_of(p) is not None]:
+                # FSDP1 has cut the parameter itself: its rates stay.
+                for part in parts_of(param) or ():
+                    self._layouts[part.param] = self._layouts[param]
+                self._lay_out_flat(param)
+                flats.append(param)
             for new, old in self._places.heirs(groups) if strangers else ():
                 if new not in self._layouts and old in self._rates:
                     self._layouts[new] = self._layouts[old]
@@ -145,7 +215,7 @@ class Rated(AcrossRanks):
                         self._rates[param] = rates_in(self.state[param])
                     else:
                         self._undrawn[param] = place and place.sampler, group["lr_range"]
-            self._draw(sharded=bool(sharded))
+            self._draw(sharded=bool(sharded or late))
         except Exception:
             self._layouts, self._undrawn, self._bare = before, {}, []
             for param in strangers:
@@ -158,6 +228,14 @@ class Rated(AcrossRanks):
             )
             del self._layouts[old], self._rates[old]
             self._homes.forget(old)
+        present = {p for group in groups for p in group["params"]}
+        for param in flats:
+            layout = self._layouts[param]
+            assert isinstance(layout, FlatLayout)
+            self.state[param] |= slices_of_states(layout, self.state, param)
+            for inside in layout.slices:
+                if inside.param not in present:
+                    self.state.pop(inside.param, None)
         self._places.note(groups)
         self._warn_of_bare_tensors()
 
@@ -166,6 +244,26 @@ class Rated(AcrossRanks):
         live.optimizers.enter(self)
         for head in live.heads:
             head.take_rates(self)
+
+    def rates_of_clones(
+        self, head: nn.Module, count: int, among: Collection[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """What the state has of the rates of a head's `count` clones; nothing where its parameters are not the
+        optimizer's, or not `among` these."""
+        clones = list(head.parameters())
+        for clone in clones:
+            own = rates_in(self.state.get(clone, {})) if among is None or clone in among else {}
+            if "rate" in own and own["rate"].shape == (count,):
+                return own
+        for param, layout in self._layouts.items():
+            if not isinstance(layout, FlatLayout) or (among is not None and param not in among):
+                continue
+            for part in layout.slices:
+                is_its = fsdp1.home_of(part.param) is head or any(p is part.param for p in clones)
+                if is_its and part.layout.vector.kind == "clone":
+                    whole = rates_in(self.state[param])
+                    return {key: part.rates(rate) for key, rate in whole.items()}
+        return {}
 
     def layout_of(self, param: Tensor) -> Layout:
         """The feature layout of one of the optimizer's parameters."""
