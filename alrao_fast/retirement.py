@@ -16,6 +16,11 @@ from alrao_fast.arguments import COUNT, Number, checked
 from alrao_fast.monitor import heads_of
 from alrao_fast.nn.clones import LinearClones
 
+# Of torch.distributed, by module.
+_WRAPPERS = {
+    "torch.nn.parallel.distributed": "DistributedDataParallel",
+    "torch.distributed.optim.zero_redundancy_optimizer": "ZeroRedundancyOptimizer",
+}
 _KINDS = {"below": Number(above=0, high=1), "keep": COUNT}
 
 
@@ -50,8 +55,8 @@ def retire_clones(net: nn.Module, *, below: float = 0.01, keep: int = 4) -> int:
     such as an `AveragedModel`, and DistributedDataParallel, which has to come off before (`net = ddp.module; del ddp`)
     and be put on again. Under `torch.distributed` every rank must call it; all have the same posterior.
 
-    TypeError or ValueError for arguments of another type or out of range, for a network in DistributedDataParallel, and
-    for heads that lie over ranks (`fully_shard`, `ClonesParallel`, `ClassesParallel`), share parameters with another
+    TypeError or ValueError for arguments of another type or out of range, for a network that DistributedDataParallel
+    or ZeroRedundancyOptimizer has, and for heads that lie over ranks (`fully_shard`, `ClonesParallel`, `ClassesParallel`), share parameters with another
     module, or have hooks on them; RuntimeError where no Alrao optimizer has them and within `averaged()`. Nothing has
     changed then.
     """
@@ -80,7 +85,7 @@ def retire_clones(net: nn.Module, *, below: float = 0.01, keep: int = 4) -> int:
 
 def _check_owners(net: nn.Module, heads: list[LinearClones]) -> None:
     """Who holds a parameter that is to be exchanged must be known."""
-    trained = {id(p) for o in live.optimizers for g in o.param_groups for p in g["params"]}
+    trained = {id(p) for opt in live.optimizers for p in _params_of(opt.param_groups)}
     places: dict[int, int] = {}
     for module in net.modules():
         for param in module._parameters.values():
@@ -99,23 +104,34 @@ def _check_owners(net: nn.Module, heads: list[LinearClones]) -> None:
 
 
 def _check_wrappers(heads: list[LinearClones]) -> None:
-    """DistributedDataParallel would neither see the new parameters' gradients nor say so."""
+    """What exchanges gradients or updates between ranks has listed the parameters, and would not say that it goes on
+    with the old ones."""
     if not (dist.is_available() and dist.is_initialized()):
         return
-    own = {id(head) for head in heads}
+    own = {id(param) for head in heads for param in head.parameters()}
 
-    def found() -> Iterator[Any]:
-        module = sys.modules.get("torch.nn.parallel.distributed")
-        kind = getattr(module, "DistributedDataParallel", ())
-        for wrapper in gc.get_objects():
-            if issubclass(type(wrapper), kind) and any(id(m) in own for m in wrapper.modules()):
-                yield wrapper
+    def wrapper() -> str | None:
+        """The name of one; nothing that is alive lists its parameters to those who look for them."""
+        modules = (sys.modules.get(name) for name in _WRAPPERS)
+        kinds = tuple(getattr(m, _WRAPPERS[m.__name__]) for m in modules if m is not None)
+        for holder in gc.get_objects():
+            if issubclass(type(holder), kinds):
+                groups = getattr(holder, "param_groups", None)
+                held = holder.parameters() if groups is None else _params_of(groups)
+                if any(id(param) in own for param in held):
+                    return type(holder).__name__
+        return None
 
-    if any(True for _ in found()):
-        # One that was let go is part of a cycle.
+    if wrapper():
+        # One that was let go may be in a cycle.
         gc.collect()
-        if any(True for _ in found()):
+        name = wrapper()
+        if name:
             raise ValueError(
-                "net: got one in DistributedDataParallel, expected it without: net = ddp.module; del ddp; "
-                "retire_clones(net); ddp = DistributedDataParallel(net)"
+                f"net: got parameters that a {name} has, expected none: undo it, `net = ddp.module; del ddp`, retire, "
+                "and make a new one"
             )
+
+
+def _params_of(groups: list[dict[str, Any]]) -> Iterator[nn.Parameter]:
+    return (param for group in groups for param in group["params"])
