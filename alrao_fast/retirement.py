@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from alrao_fast import live
 from alrao_fast.arguments import COUNT, Number, checked
@@ -24,56 +24,54 @@ _WRAPPERS = {
 _KINDS = {"below": Number(above=0, high=1), "keep": COUNT}
 
 
-def retire_clones(net: nn.Module, *, below: float = 0.01, keep: int = 4) -> int:
-    """Drop the clones whose posterior is below `below`, but for the `keep` of largest posterior, for good.
+def retire_clones(net: nn.Module, *, below: float = 0.01, keep: int = 3) -> int:
+    """Drop the clones that the switch has ruled out, for good; returns how many.
 
         for step, (x, y) in enumerate(loader):
             ...
             opt.step()
-            if step % 100 == 0 and step >= total_steps // 5:
+            if step == total_steps // 5:
                 alrao.retire_clones(net)
 
     N clones cost N times the work and memory of one last layer, which is most of a step where there are many classes.
-    Call it between two steps, from a fifth of the run on, as often as you like; it waits for the device once. With
-    `below=1` exactly `keep` clones are left.
+    Call it between two steps, from a fifth of the run on; it waits for the device once. A clone goes whose posterior is
+    below `below`, unless it is among the `keep` most probable ones or the one with the lowest rate: the slowest clone is
+    the least sure of itself, and its share, however small, bounds the loss of a confident mistake.
 
     Args:
         net: an `AlraoModel`, a head, or any module with heads in it.
-        below: a probability, above 0 to 1. A clone that has nothing going for it keeps about 1 / (N t) after t
-            observations; one that is d nats worse than the best at each observation about 1 / (N t d).
-        keep: how many clones, those of largest posterior, stay in any case; 1 or more.
+        below: a probability, above 0 to 1. After t observations a clone that is d nats worse than the best at each of
+            them has about 1 / (N t d), and none has less than about 1 / (N t). At 1 all go that may.
+        keep: how many of the most probable clones stay in any case.
 
-    Returns how many clones were retired. The parameters `[N, C, D]` and `[N, C]` of a head become new ones,
-    `[N', C, D]` and `[N', C]`: the gradients and the Alrao optimizers that have them follow, with rates, momentum,
-    moments, master weights, averages and limits. The bits of those that are left stay as they were. The posterior is
-    that of the clones left, renormalised; a retired clone never comes back. `head.num_clones`, `head.clone_lr`,
-    `collapse` and all else speak of those left; `head.clone_numbers` says which they are, and names in `metrics` and
-    columns of `History` keep the old numbers.
+    The parameters `[N, C, D]` and `[N, C]` of a head become new ones of the clones left, which keep their bits. Their
+    gradients follow, and the Alrao optimizers that have them: rates, momentum, moments, master weights, averages. The
+    posterior is that of the clones left, renormalised. `head.num_clones`, `clone_lr`, `collapse` and all else speak of
+    those left; `head.clone_numbers` says which they are, and names in `metrics` and columns of `History` keep the old
+    numbers.
 
-    A checkpoint of such a run loads into a fresh network and its optimizer, made with all clones: load the network
-    first. What else holds the old parameters has to be made anew: a `GraphedStep`, which raises until then, copies
-    such as an `AveragedModel`, and DistributedDataParallel, which has to come off before (`net = ddp.module; del ddp`)
-    and be put on again. Under `torch.distributed` every rank must call it; all have the same posterior.
+    A checkpoint of such a run loads into a network made with all clones, and then into its optimizer. What else holds
+    the old parameters has to be made anew: a `GraphedStep`, which raises until then; copies such as an `AveragedModel`;
+    DistributedDataParallel, which has to be undone before (`net = ddp.module; del ddp`). Under `torch.distributed` every
+    rank has to call it; all have the same posterior.
 
     TypeError or ValueError for arguments of another type or out of range, for a network that DistributedDataParallel
-    or ZeroRedundancyOptimizer has, and for heads that lie over ranks (`fully_shard`, `ClonesParallel`, `ClassesParallel`), share parameters with another
-    module, or have hooks on them; RuntimeError where no Alrao optimizer has them and within `averaged()`. Nothing has
-    changed then.
+    or ZeroRedundancyOptimizer has, and for heads that lie over ranks (`fully_shard`, `ClonesParallel`,
+    `ClassesParallel`), share parameters with another module, or have hooks on them; RuntimeError where no Alrao
+    optimizer has them and within `averaged()`. Nothing has changed then.
     """
     given = checked(_KINDS, {"below": below, "keep": keep})
     heads = list(heads_of(net).values())
     for head in heads:
         head.check_retiring()
     _check_owners(net, heads)
-    posteriors = [head.switch.posterior() for head in heads]
+    found = [torch.cat([head.switch.posterior(), head.clone_lr.double()]) for head in heads]
     # One wait for all.
-    values = torch.cat([p.to(posteriors[0].device) for p in posteriors]).cpu()
-    chosen = []
-    for head, posterior in zip(heads, values.split([head.num_clones for head in heads])):
-        # What is not known, before the first observation with a living clone, says nothing against any.
-        stays = ~(posterior < given["below"])
-        stays[posterior.nan_to_num(0.0).argsort(descending=True, stable=True)[: given["keep"]]] = True
-        chosen.append(stays.nonzero().flatten().tolist())
+    values = torch.cat([entry.to(found[0].device) for entry in found]).cpu()
+    chosen = [
+        _staying(*own.chunk(2), given["below"], given["keep"])
+        for own in values.split([2 * head.num_clones for head in heads])
+    ]
     retired = sum(head.num_clones - len(places) for head, places in zip(heads, chosen))
     if retired:
         _check_wrappers(heads)
@@ -81,6 +79,14 @@ def retire_clones(net: nn.Module, *, below: float = 0.01, keep: int = 4) -> int:
         if len(places) < head.num_clones:
             head.keep_clones(places)
     return retired
+
+
+def _staying(posterior: Tensor, rates: Tensor, below: float, keep: int) -> list[int]:
+    # NaN, where every clone was dead, says nothing against any.
+    stays = ~(posterior < below)
+    stays[posterior.nan_to_num(0.0).argsort(descending=True, stable=True)[:keep]] = True
+    stays[rates.argmin()] = True
+    return stays.nonzero().flatten().tolist()
 
 
 def _check_owners(net: nn.Module, heads: list[LinearClones]) -> None:
