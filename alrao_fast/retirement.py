@@ -35,8 +35,8 @@ def retire_clones(net: nn.Module, *, below: float = 0.01, keep: int = 3) -> int:
 
     N clones cost N times the work and memory of one last layer, which is most of a step where there are many classes.
     Call it between two steps, from a fifth of the run on; it waits for the device once. A clone goes whose posterior is
-    below `below`, unless it is among the `keep` most probable ones or the one with the lowest rate: the slowest clone is
-    the least sure of itself, and its share, however small, bounds the loss of a confident mistake.
+    below `below`, unless it is among the `keep` most probable ones or has the lowest rate: the slowest clone is the
+    least sure of itself, and its share, however small, bounds the loss of a confident mistake.
 
     Args:
         net: an `AlraoModel`, a head, or any module with heads in it.
@@ -52,8 +52,8 @@ def retire_clones(net: nn.Module, *, below: float = 0.01, keep: int = 3) -> int:
 
     A checkpoint of such a run loads into a network made with all clones, and then into its optimizer. What else holds
     the old parameters has to be made anew: a `GraphedStep`, which raises until then; copies such as an `AveragedModel`;
-    DistributedDataParallel, which has to be undone before (`net = ddp.module; del ddp`). Under `torch.distributed` every
-    rank has to call it; all have the same posterior.
+    DistributedDataParallel, which has to be undone before (`net = ddp.module; del ddp`). Under `torch.distributed` all
+    ranks have to call it; they have the same posterior.
 
     TypeError or ValueError for arguments of another type or out of range, for a network that DistributedDataParallel
     or ZeroRedundancyOptimizer has, and for heads that lie over ranks (`fully_shard`, `ClonesParallel`,

@@ -3,7 +3,8 @@
 - A training goes on as that of a network made with the clones that are left, given their values: bit for bit, for
   every kind of state, with gradients in between, one head or several.
 - Which clones are dropped, by hand; what becomes of the switch's mass.
-- A checkpoint loads into a network made with all clones, to the same bits; what does not fit raises and changes nothing.
+- A checkpoint loads into a network made with all clones, to the same bits; what does not fit raises, with nothing
+  changed.
 - What cannot follow is refused, with nothing changed; all that looks at clones knows.
 """
 
@@ -136,6 +137,7 @@ def test_a_training_goes_on_as_one_of_the_clones_left(name):
     assert_same(everything(net, opt), everything(small, smaller))
 
 
+@pytest.mark.filterwarnings("ignore:RegressorClones is trained without any observation")
 def test_regressors_and_a_gradient_that_waits_for_its_step():
     kind = alrao.RegressorClones
     net = build(kind=kind)
@@ -369,13 +371,13 @@ def test_distributed_data_parallel_comes_off_first(one_rank):
     opt = OPTIMIZERS["momentum"](net)
     wrapped = DistributedDataParallel(net)
     for given in (wrapped, net, net.head):
-        with pytest.raises(ValueError, match="a DistributedDataParallel has, .*net = ddp.module; del ddp"):
+        with pytest.raises(ValueError, match="parameters that a DistributedDataParallel has"):
             alrao.retire_clones(given, below=1, keep=2)
     assert net.head.num_clones == N
     del wrapped, given
     assert alrao.retire_clones(net, below=1, keep=2) > 1
-    wrapped = DistributedDataParallel(net)
-    train(net, opt, range(1))
+    DistributedDataParallel(net)(torch.randn(7, 6), targets=torch.zeros(7).long()).backward()
+    opt.step()
 
 
 def test_heads_over_ranks_are_refused(one_rank):
