@@ -38,6 +38,7 @@ from alrao_fast.optim import (
     register_feature_layout,
 )
 from alrao_fast.ranking import Ranked, Ranking, rank
+from alrao_fast.retirement import retire_clones
 
 # A literal list, which type checkers read: it has all names of `nn` and `optim`, which would hide those of torch.
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "posterior_line",
     "rank",
     "register_feature_layout",
+    "retire_clones",
     "use_backend",
     "wrap",
 ]

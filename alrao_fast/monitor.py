@@ -85,7 +85,8 @@ def metrics(
     - `mean_lr`, the rates' geometric mean under the posterior, as `suggested_lr()` but without its refusals;
     - `dead_clones`, the share of the clones with parameters that are not finite (of a head that is sharded over ranks,
       with losses that were not: one rank may ask by itself);
-    - `posterior/0`, `loss/0`, `accuracy/0`, ... of each clone, where there are at most 16;
+    - `posterior/0`, `loss/0`, `accuracy/0`, ... of each clone, where there are at most 16; those that `retire_clones`
+      leaves keep their numbers;
     - `lr`, the optimizer's multiplier; `lr/0`, `lr/1`, ... where its groups differ.
 
     What is not known yet (the losses before the first sample, the rates without an optimizer) is left out. A clone that
@@ -103,7 +104,8 @@ def metrics(
     for name, means, tensors in zip(heads, running, parts):
         start = prefix if len(heads) == 1 else f"{prefix}{name}/"
         rows = [list(islice(values, tensor.numel())) for tensor in tensors]
-        found |= {start + key: value for key, value in _described(list(means)[1], *rows)}
+        numbers = heads[name].clone_numbers
+        found |= {start + key: v for key, v in _described(list(means)[1], numbers, *rows)}
     rates = [next(values) if isinstance(g["lr"], Tensor) else float(g["lr"]) for g in groups]
     if len(set(rates)) == 1:
         found[f"{prefix}lr"] = rates[0]
@@ -139,6 +141,7 @@ def _tensors(head: LinearClones, means: dict[str, Tensor]) -> list[Tensor]:
 
 def _described(
     score: str,
+    numbers: tuple[int, ...],
     t: list[float],
     posterior: list[float],
     rates: list[float],
@@ -151,7 +154,7 @@ def _described(
     best = max(clones, key=lambda n: posterior[n])
     yield "observations", t[0] - 1
     yield "posterior_entropy", -sum(p * math.log(p) for p in posterior if p > 0)
-    yield "best_clone", float(best)
+    yield "best_clone", float(numbers[best])
     yield "best_posterior", posterior[best]
     if not any(map(math.isnan, rates)):
         yield "best_lr", rates[best]
@@ -165,10 +168,10 @@ def _described(
         yield f"best_{score}", scores[best]
     yield "dead_clones", 1 - sum(finite) / len(clones)
     for n in clones if len(clones) <= _EACH_UP_TO else ():
-        yield f"posterior/{n}", posterior[n]
+        yield f"posterior/{numbers[n]}", posterior[n]
         if count[0]:
-            yield f"loss/{n}", losses[n]
-            yield f"{score}/{n}", scores[n]
+            yield f"loss/{numbers[n]}", losses[n]
+            yield f"{score}/{numbers[n]}", scores[n]
 
 
 def posterior_line(net: nn.Module) -> str:
@@ -205,19 +208,25 @@ class History:
 
     def __init__(self, net: nn.Module) -> None:
         self._head = head_of(net)
-        self._records: list[Tensor] = []
+        # Of the clones that the records are of, the numbers and the rates at the first record.
+        self._numbers = self._head.clone_numbers
+        self._first_lr: Tensor | None = None
+        self._records: list[tuple[tuple[int, ...], Tensor]] = []
 
     def record(self) -> None:
         """Keep the present posterior."""
-        switch = self._head.switch
-        self._records.append(torch.cat([switch.posterior(), switch.t.reshape(1).double()]))
+        head, switch = self._head, self._head.switch
+        if self._first_lr is None:
+            self._numbers, self._first_lr = head.clone_numbers, head.clone_lr.clone()
+        values = torch.cat([switch.posterior(), switch.t.reshape(1).double()])
+        self._records.append((head.clone_numbers, values))
 
     def __len__(self) -> int:
         return len(self._records)
 
     @property
     def posterior(self) -> Tensor:
-        """Probabilities `[T, N]` of the clones in the T records, float64, on the CPU."""
+        """Probabilities `[T, N]` of the clones in the T records, float64, on the CPU; 0 of those that were retired."""
         return self._table()[:, :-1]
 
     @property
@@ -227,10 +236,26 @@ class History:
 
     @property
     def clone_lr(self) -> Tensor:
-        """The clones' learning rates `[N]`, float32, on the CPU; NaN without an optimizer."""
-        return self._head.clone_lr.cpu()
+        """The clones' learning rates `[N]`, float32, on the CPU; NaN without an optimizer.
+
+        Of clones that were retired those at the first record.
+        """
+        rates = self._head.clone_lr.cpu()
+        if self._first_lr is None:
+            return rates
+        found = self._first_lr.cpu().clone()
+        found[self._columns(self._head.clone_numbers)] = rates
+        return found
+
+    def _columns(self, numbers: tuple[int, ...]) -> list[int]:
+        return [self._numbers.index(number) for number in numbers]
 
     def _table(self) -> Tensor:
-        if not self._records:
-            return torch.empty(0, self._head.num_clones + 1, dtype=torch.float64)
-        return torch.stack([record.to(self._records[0].device) for record in self._records]).cpu()
+        table = torch.zeros(len(self._records), len(self._numbers) + 1, dtype=torch.float64)
+        if self._records:
+            device = self._records[0][1].device
+            values = torch.cat([values.to(device) for _, values in self._records]).cpu()
+            sizes = [len(numbers) + 1 for numbers, _ in self._records]
+            for row, (numbers, _), own in zip(table, self._records, values.split(sizes)):
+                row[[*self._columns(numbers), len(self._numbers)]] = own
+        return table

@@ -5,7 +5,7 @@
 - The second run of an activation checkpoint communicates nothing and observes nothing.
 - DistributedDataParallel around an AlraoModel: gradients of the whole batch, equal models after some steps, whatever
   the ranks' seeds: they take over the first one's rates. Networks of one process keep theirs; without a switch ranks
-  that drift apart are told so.
+  that drift apart are told so. Clones are retired on all ranks, between two wrappings.
 """
 
 import math
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from alrao_fast.nn import AlraoModel, ClassifierClones, Switch
 from alrao_fast.optim import AlraoSGD
+from alrao_fast.retirement import retire_clones
 
 WORLD = 2
 
@@ -144,6 +145,33 @@ def own_seeds(rank):
     return {**result, "weights": {name: p.detach().clone() for name, p in net.named_parameters()}}
 
 
+def train_and_retire(net, part, wrap):
+    """Two steps, the retirement of a clone, two steps."""
+    opt = AlraoSGD(net, (0.1, 10.0), generator=torch.Generator().manual_seed(0), momentum=0.9)
+    refused = []
+    wrapped = wrap(net)
+    for step, (x, y) in enumerate(zip(*data(ignored=False))):
+        if step == 2:
+            try:
+                retire_clones(net, below=1, keep=2)
+            except ValueError as error:
+                refused.append(str(error))
+                del wrapped
+                retire_clones(net, below=1, keep=2)
+            wrapped = wrap(net)
+        opt.zero_grad()
+        wrapped(x[part], targets=y[part]).backward()
+        opt.step()
+    return refused
+
+
+def retired(rank):
+    net = make_model()
+    net.backbone = net.backbone[0]
+    refused = train_and_retire(net, slice(4 * rank, 4 * rank + 4), DistributedDataParallel)
+    return {"state": state(net), "refused": refused}
+
+
 def parts_of_the_optimizer(rank):
     """Each rank updates some of the parameters, with rates of its own, and sends them to the other."""
     net = make_model()
@@ -221,6 +249,7 @@ JOBS = (
     checkpointed,
     broken,
     own_seeds,
+    retired,
     parts_of_the_optimizer,
     drawn_on_one,
     others,
@@ -324,6 +353,19 @@ def test_data_parallel_gradients_are_those_of_the_whole_batch(results):
     net(x, targets=y).backward()
     for name, p in net.named_parameters():
         torch.testing.assert_close(one[name], p.grad, msg=name)
+
+
+def test_clones_are_retired_on_all_ranks(results):
+    one, two = (r["retired"] for r in results)
+    assert len(one["refused"]) == len(two["refused"]) == 1
+    assert "DistributedDataParallel" in one["refused"][0]
+    assert_same_bits(one["state"], two["state"])
+    net = make_model()
+    net.backbone = net.backbone[0]
+    assert not train_and_retire(net, slice(None), lambda net: net)
+    for name, value in state(net).items():
+        torch.testing.assert_close(one["state"][name], value, rtol=1e-5, atol=1e-5, msg=name)
+    assert one["state"]["head.kept"].sum() == 2
 
 
 def test_ranks_with_seeds_of_their_own_have_the_first_ones_rates(results):

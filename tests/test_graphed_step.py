@@ -317,9 +317,14 @@ def _params_exchanged(net, opt):
     group["params"] = list(group["params"])
 
 
+def _retired(net, opt):
+    assert alrao.retire_clones(net, below=1, keep=2) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (_retired, "a parameter or a state of the optimizer was exchanged"),
         (_other_momentum, "momentum of param group 0 is 0.5, the captured step has 0.9"),
         (_loaded, "state was replaced since the capture"),
         (_moved, "other memory than at the capture"),

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from alrao_fast import live
 from alrao_fast.arguments import COUNT, Choice, Flag, FloatDtype, Integer, Optional, checked
 from alrao_fast.nn.clone_loss import CRITERION, mixture_of_losses
-from alrao_fast.nn.clone_rates import WithRates
 from alrao_fast.nn.log_likelihood import log_likelihood
 from alrao_fast.nn.over_ranks import OverRanks, all_clones, copies
 from alrao_fast.nn.predictions import remember
 from alrao_fast.nn.rates_agreement import Agreement
+from alrao_fast.nn.retiring import Retiring
 from alrao_fast.nn.switch import SWITCH_KINDS, Switch
 from alrao_fast.nn.watch import Watch
 from alrao_fast.ops.checks import check_together
@@ -50,7 +50,7 @@ _KINDS = {
 }
 
 
-class LinearClones(WithRates):
+class LinearClones(Retiring):
     """What classification and regression share: N linear layers in one tensor, their switch, rates and statistics.
 
     `weight [N, C, D]` and `bias [N, C]` hold the clones; `clone_lr [N]` (float32) their learning rates, NaN until an

@@ -104,6 +104,18 @@ class Switch(FixedDtypeBuffers):
             buffer.copy_(start)
         self.has_observed = False
 
+    @torch.no_grad()
+    def keep_clones(self, places: Tensor) -> None:
+        """Go on as a switch of the clones at these places `[N']` (int64).
+
+        The posterior becomes that of who knows that the best sequence of clones is among theirs: what the others had of
+        the mass goes to those that are left in proportion. From now on mass is redistributed over N' clones.
+        """
+        logw = self.logw.index_select(1, places.to(self.logw.device))
+        self.logw = logw - logw.flatten().logsumexp(0)
+        self.log_posterior = normalized(self.log_posterior[places.to(self.logw.device)])
+        self.num_clones = places.numel()
+
     def posterior(self) -> Tensor:
         """Probabilities `[N]` of the clones, float64, a fresh tensor: they sum to 1, or all are NaN."""
         return self.log_probabilities().exp()

@@ -27,6 +27,11 @@ class Homes:
         """The modules that are still there."""
         return [root for root in (reference() for reference in self._roots) if root is not None]
 
+    def exchange(self, old: Tensor, new: Tensor) -> None:
+        """A parameter that has come into the place of another."""
+        if old in self._places:
+            self._places[new] = self._places.pop(old)
+
     def forget(self, param: Tensor) -> None:
         """Keep nothing of a parameter that is not used any more."""
         self._places.pop(param, None)

@@ -1,6 +1,7 @@
 """Which learning rates parameters have: their layouts, the draw, and what is put into the groups by hand."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from alrao_fast import fsdp1, live, sharding
 from alrao_fast.flat_shards import check_exchange, flat_of, parts_of
+from alrao_fast.optim.binding import Binding
 from alrao_fast.optim.drawing import draw_all
 from alrao_fast.optim.flat_layouts import (
     FlatLayout,
@@ -239,6 +241,50 @@ class Rated(AcrossRanks):
         self._places.note(groups)
         self._warn_of_bare_tensors()
 
+    def _keep_clones(self, moved: Mapping[Tensor, Tensor], places: Tensor) -> None:
+        """Go on with clones of which some were retired, if they are the optimizer's.
+
+        moved: the new parameters of the old ones, whose rows at these places they have.
+        """
+        mine = [old for old in moved if old in self._layouts]
+        if not mine:
+            return
+        known: dict[int, Any] = {}
+
+        def kept(tensor: Tensor) -> Tensor:
+            # Rates that parameters share stay shared.
+            if id(tensor) not in known:
+                known[id(tensor)] = tensor, tensor.index_select(0, places.to(tensor.device))
+            return known[id(tensor)][1]
+
+        vectors: dict[Any, Any] = {}
+        for old in mine:
+            new, vector = moved[old], self._layouts[old].vector
+            if vector not in vectors:
+                vectors[vector] = replace(vector, length=places.numel())
+            rates = self._rates.pop(old, {})
+            self._rates[new] = {key: kept(value) for key, value in rates.items()}
+            if old in self.state:
+                self.state[new] = {
+                    key: kept(value) if key in RATES or _is_like(value, old) else value
+                    for key, value in self.state.pop(old).items()
+                }
+            self._homes.exchange(old, new)
+        for vector in [v for v in vectors if v in self._vectors]:
+            self._vectors[vectors[vector]] = kept(self._vectors.pop(vector))
+        # In the order in which rates are drawn.
+        self._layouts = {
+            moved.get(param, param): (
+                replace(layout, vector=vectors[layout.vector]) if param in moved else layout
+            )
+            for param, layout in self._layouts.items()
+        }
+        for group in self.param_groups:
+            group["params"][:] = [moved.get(param, param) for param in group["params"]]
+        self._places.note(self.param_groups)
+        # What was bound holds the old tensors.
+        self._binding = Binding()
+
     def _tell_heads(self) -> None:
         """Let the heads, which outlive the optimizer, copy the rates of their clones."""
         live.optimizers.enter(self)
@@ -282,3 +328,8 @@ class Rated(AcrossRanks):
 
 def _is_of_group(sampler: Any) -> bool:
     return isinstance(sampler, LogUniform) and sampler.is_of_group
+
+
+def _is_like(value: Any, param: Tensor) -> bool:
+    """Whether what a state holds has an entry for each of the parameter's."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == param.shape

@@ -1,0 +1,130 @@
+"""A head whose clones can be retired: those that are left take over its parameters, its switch and its rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from alrao_fast import live
+from alrao_fast.flat_shards import is_cut
+from alrao_fast.nn.clone_rates import WithRates
+from alrao_fast.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from alrao_fast.nn.switch import Switch
+
+
+class Retiring(WithRates):
+    """A module of clones `[N, ...]` that can go on with some of them.
+
+    `kept [M]`, bool, which of the M clones at construction are left: a buffer that is there, and in the state_dict,
+    only once some have been retired. Its copy on the CPU spares a wait for the device.
+    """
+
+    num_clones: int
+    switch: Switch
+    kept: Tensor | None
+    _numbers: tuple[int, ...] | None = None
+
+    @property
+    def clone_numbers(self) -> tuple[int, ...]:
+        """The numbers, from 0 on, that the clones which are left had at construction."""
+        return tuple(range(self.num_clones)) if self._numbers is None else self._numbers
+
+    def check_retiring(self) -> None:
+        """Raise ValueError where clones cannot be taken out of this head."""
+        for name, param in self.named_parameters():
+            over_ranks = getattr(self, "over_ranks", None) is not None
+            if over_ranks or is_sharded(param) or is_cut(param):
+                what = f"a {name} that lies over ranks"
+            elif name not in self._parameters or param.shape[:1] != (self.num_clones,):
+                what = f"a parameter {name} of shape {list(param.shape)}"
+            elif param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
+                what = f"hooks on its {name}"
+            else:
+                continue
+            raise ValueError(
+                f"net: got a {type(self).__name__} with {what}, expected ordinary parameters of its own with one "
+                f"entry for each of its {self.num_clones} clones: they are exchanged for smaller ones"
+            )
+        for optimizer in live.optimizers:
+            own = {id(param) for param in self.parameters()}
+            if getattr(optimizer, "_shows_averages", False) and any(
+                id(param) in own for group in optimizer.param_groups for param in group["params"]
+            ):
+                raise RuntimeError(
+                    "net: its clones cannot be retired within averaged(): leave the block first"
+                )
+
+    @torch.no_grad()
+    def keep_clones(self, places: Sequence[int]) -> None:
+        """Go on with the clones at these places `[N']`, in this order; their optimizers follow.
+
+        Parameters, gradients, statistics and states of the clones that are left keep their bits.
+        """
+        index = torch.tensor(places, dtype=torch.int64)
+        before = self.clone_numbers
+        moved: dict[Tensor, Tensor] = {}
+        for name, old in self._parameters.items():
+            if old is not None:
+                moved[old] = self._parameters[name] = _some_of(old, index)
+        for name, dim in (("clone_lr", 0), ("running", 1)):
+            # Past the property, which would look for the optimizer.
+            buffer = self._buffers[name]
+            if buffer is not None:
+                self._buffers[name] = buffer.index_select(dim, index.to(buffer.device))
+        self.switch.keep_clones(index)
+        self._note_kept([before[place] for place in places])
+        for optimizer in live.optimizers:
+            follow: Any = getattr(optimizer, "_keep_clones", None)
+            if follow is not None:
+                follow(moved, index)
+
+    def _note_kept(self, numbers: list[int]) -> None:
+        kept = self._buffers.get("kept")
+        if kept is None:
+            kept = torch.ones(self.num_clones, dtype=torch.bool, device=self.switch.t.device)
+        mask = torch.zeros(kept.numel(), dtype=torch.bool)
+        mask[numbers] = True
+        self.register_buffer("kept", mask.to(kept.device))
+        self.num_clones, self._numbers = len(numbers), tuple(numbers)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        kept = state_dict.get(f"{prefix}kept")
+        if isinstance(kept, Tensor):
+            self._follow(f"{prefix}kept", kept)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _follow(self, name: str, kept: Tensor) -> None:
+        """Retire what a saved head of as many clones had retired; RuntimeError where that cannot be."""
+        own = self._buffers.get("kept")
+        total = self.num_clones if own is None else own.numel()
+        numbers = kept.cpu().flatten().nonzero().flatten().tolist()
+        if kept.shape != (total,) or not numbers:
+            raise RuntimeError(
+                f"{name}: got {len(numbers)} of {kept.numel()} clones, expected some of the {total} that this head was "
+                "made with"
+            )
+        gone = sorted(set(numbers).difference(self.clone_numbers))
+        if gone:
+            raise RuntimeError(
+                f"{name}: got clones {numbers}, of which this head has retired {gone}: load into a new one"
+            )
+        if numbers != list(self.clone_numbers):
+            self.check_retiring()
+            self.keep_clones([self.clone_numbers.index(number) for number in numbers])
+
+
+def _some_of(param: nn.Parameter, index: Tensor) -> nn.Parameter:
+    """A parameter of these rows of another, with their gradients and what was noted on it."""
+    index = index.to(param.device)
+    new = nn.Parameter(param.detach().index_select(0, index), requires_grad=param.requires_grad)
+    new.__dict__.update(param.__dict__)
+    if param.grad is not None:
+        new.grad = param.grad.detach().index_select(0, index)
+    return new

@@ -1,0 +1,143 @@
+"""Retiring clones that the switch has ruled out: the head's cost goes back towards that of one last layer."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from alrao_fast import live
+from alrao_fast.arguments import COUNT, Number, checked
+from alrao_fast.monitor import heads_of
+from alrao_fast.nn.clones import LinearClones
+
+# Of torch.distributed, by module.
+_WRAPPERS = {
+    "torch.nn.parallel.distributed": "DistributedDataParallel",
+    "torch.distributed.optim.zero_redundancy_optimizer": "ZeroRedundancyOptimizer",
+}
+_KINDS = {"below": Number(above=0, high=1), "keep": COUNT}
+
+
+def retire_clones(net: nn.Module, *, below: float = 0.01, keep: int = 3) -> int:
+    """Drop the clones that the switch has ruled out, for good; returns how many.
+
+        for step, (x, y) in enumerate(loader):
+            ...
+            opt.step()
+            if step == total_steps // 5:
+                alrao.retire_clones(net)
+
+    N clones cost N times the work and memory of one last layer, which is most of a step where there are many classes.
+    Call it between two steps, from a fifth of the run on; it waits for the device once. A clone goes whose posterior is
+    below `below`, unless it is among the `keep` most probable ones or has the lowest rate: the slowest clone is the
+    least sure of itself, and its share, however small, bounds the loss of a confident mistake.
+
+    Args:
+        net: an `AlraoModel`, a head, or any module with heads in it.
+        below: a probability, above 0 to 1. After t observations a clone that is d nats worse than the best at each of
+            them has about 1 / (N t d), and none has less than about 1 / (N t). At 1 all go that may.
+        keep: how many of the most probable clones stay in any case.
+
+    The parameters `[N, C, D]` and `[N, C]` of a head become new ones of the clones left, which keep their bits. Their
+    gradients follow, and the Alrao optimizers that have them: rates, momentum, moments, master weights, averages. The
+    posterior is that of the clones left, renormalised. `head.num_clones`, `clone_lr`, `collapse` and all else speak of
+    those left; `head.clone_numbers` says which they are, and names in `metrics` and columns of `History` keep the old
+    numbers.
+
+    A checkpoint of such a run loads into a network made with all clones, and then into its optimizer. What else holds
+    the old parameters has to be made anew: a `GraphedStep`, which raises until then; copies such as an `AveragedModel`;
+    DistributedDataParallel, which has to be undone before (`net = ddp.module; del ddp`). Under `torch.distributed` all
+    ranks have to call it; they have the same posterior.
+
+    TypeError or ValueError for arguments of another type or out of range, for a network that DistributedDataParallel
+    or ZeroRedundancyOptimizer has, and for heads that lie over ranks (`fully_shard`, `ClonesParallel`,
+    `ClassesParallel`), share parameters with another module, or have hooks on them; RuntimeError where no Alrao
+    optimizer has them and within `averaged()`. Nothing has changed then.
+    """
+    given = checked(_KINDS, {"below": below, "keep": keep})
+    heads = list(heads_of(net).values())
+    for head in heads:
+        head.check_retiring()
+    _check_owners(net, heads)
+    found = [torch.cat([head.switch.posterior(), head.clone_lr.double()]) for head in heads]
+    # One wait for all.
+    values = torch.cat([entry.to(found[0].device) for entry in found]).cpu()
+    chosen = [
+        _staying(*own.chunk(2), given["below"], given["keep"])
+        for own in values.split([2 * head.num_clones for head in heads])
+    ]
+    retired = sum(head.num_clones - len(places) for head, places in zip(heads, chosen))
+    if retired:
+        _check_wrappers(heads)
+    for head, places in zip(heads, chosen):
+        if len(places) < head.num_clones:
+            head.keep_clones(places)
+    return retired
+
+
+def _staying(posterior: Tensor, rates: Tensor, below: float, keep: int) -> list[int]:
+    # NaN, where every clone was dead, says nothing against any.
+    stays = ~(posterior < below)
+    stays[posterior.nan_to_num(0.0).argsort(descending=True, stable=True)[:keep]] = True
+    stays[rates.argmin()] = True
+    return stays.nonzero().flatten().tolist()
+
+
+def _check_owners(net: nn.Module, heads: list[LinearClones]) -> None:
+    """Who holds a parameter that is to be exchanged must be known."""
+    trained = {id(p) for opt in live.optimizers for p in _params_of(opt.param_groups)}
+    places: dict[int, int] = {}
+    for module in net.modules():
+        for param in module._parameters.values():
+            places[id(param)] = places.get(id(param), 0) + 1
+    for head in heads:
+        for name, param in head.named_parameters():
+            if places[id(param)] > 1:
+                raise ValueError(
+                    f"net: got a {type(head).__name__} whose {name} is another module's, too; expected one of its own"
+                )
+            if id(param) not in trained:
+                raise RuntimeError(
+                    f"net: no AlraoSGD or AlraoAdam has the {name} of its {type(head).__name__}, expected one: another "
+                    "optimizer would go on with the parameters that are exchanged"
+                )
+
+
+def _check_wrappers(heads: list[LinearClones]) -> None:
+    """What exchanges gradients or updates between ranks has listed the parameters, and would not say that it goes on
+    with the old ones."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    own = {id(param) for head in heads for param in head.parameters()}
+
+    def wrapper() -> str | None:
+        """The name of one; nothing that is alive lists its parameters to those who look for them."""
+        modules = (sys.modules.get(name) for name in _WRAPPERS)
+        kinds = tuple(getattr(m, _WRAPPERS[m.__name__]) for m in modules if m is not None)
+        for holder in gc.get_objects():
+            if issubclass(type(holder), kinds):
+                groups = getattr(holder, "param_groups", None)
+                held = holder.parameters() if groups is None else _params_of(groups)
+                if any(id(param) in own for param in held):
+                    return type(holder).__name__
+        return None
+
+    if wrapper():
+        # One that was let go may be in a cycle.
+        gc.collect()
+        name = wrapper()
+        if name:
+            raise ValueError(
+                f"net: got parameters that a {name} has, expected none: undo it, `net = ddp.module; del ddp`, retire, "
+                "and make a new one"
+            )
+
+
+def _params_of(groups: list[dict[str, Any]]) -> Iterator[nn.Parameter]:
+    return (param for group in groups for param in group["params"])
