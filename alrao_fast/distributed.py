@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
+from alrao_fast.nn.adaptive import AdaptiveClassifierClones
 from alrao_fast.nn.classes_over_ranks import ClassesOverRanks
 from alrao_fast.nn.clones import ClassifierClones, LinearClones
 from alrao_fast.nn.clones_over_ranks import ClonesOverRanks
@@ -37,7 +38,7 @@ class _HeadParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         name = type(self).__name__
-        if not isinstance(module, self._head):
+        if not isinstance(module, self._head) or isinstance(module, AdaptiveClassifierClones):
             raise TypeError(f"{name}: got a {type(module).__name__}, expected {self._heads}")
         if device_mesh.ndim != 1:
             raise ValueError(

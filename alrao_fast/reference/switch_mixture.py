@@ -348,9 +348,14 @@ def switch_mixture_log_prob(
     dtype = _accumulator(x, weight)
     bias = None if bias is None else bias.to(dtype)
     logits, alive = _safe_outputs(x.to(dtype), weight.to(dtype), bias)
-    posterior = _posterior(log_posterior, alive)
     logp = F.log_softmax(soft_capped(logits, softcap), dim=2)
-    joint = posterior.to(dtype).unsqueeze(2) + logp
+    return log_mixture_of_the_living(logp, alive, log_posterior)
+
+
+def log_mixture_of_the_living(logp: Tensor, alive: Tensor, log_posterior: Tensor) -> Tensor:
+    """Mixture [B, C] of the log-probabilities `[B, N, C]` of the clones `alive [B, N]`; -inf where there is none."""
+    posterior = _posterior(log_posterior, alive)
+    joint = posterior.to(logp.dtype).unsqueeze(2) + logp
     possible = (joint.detach() > -math.inf).any(1)
     mixture = torch.logsumexp(torch.where(possible.unsqueeze(1), joint, 0), dim=1)
     return torch.where(possible, mixture, -math.inf)
