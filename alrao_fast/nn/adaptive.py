@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Cutoffs(Kind):
         number = Integer(words="an integer")
         found = [number.check(f"{name}[{k}]", entry) for k, entry in enumerate(value)]
         bounds = [0, *found, self.num_classes]
-        if not found or any(a >= b for a, b in zip(bounds, bounds[1:])):
+        if not found or any(a >= b for a, b in pairwise(bounds)):
             raise self.refuse(ValueError, name, found)
         return found
 
@@ -89,11 +90,11 @@ class AdaptiveClassifierClones(ClassifierClones):
         div_value: the k-th tail projects to `D // div_value ** k` features.
         head_bias: whether the heads have a bias; tails have none.
         theta, evidence, ignore_index, reduction, process_group, device, dtype: as for `ClassifierClones`.
-        memory_budget: bytes of logits that are kept for the backward, and of those that predictions have at a time;
-            None is the backend's default. What does not fit is computed again.
+        memory_budget: bytes that the logits of a chunk may take; None is the backend's default.
 
-    `weight [N, S + K, D]` and `bias [N, S + K]` hold the heads, S the size of the shortlist and K the number of clusters;
-    `tail[k].projection [N, H, D]` and `tail[k].weight [N, C_k, H]` the tails. `cutoffs` has C at its end, as in torch.
+    `weight [N, S + K, D]` and `bias [N, S + K]` hold the heads, S being the size of the shortlist, K the number of
+    clusters; `tail[k].projection [N, H, D]` and `tail[k].weight [N, C_k, H]` the tails. `cutoffs` has C at its end, as
+    in torch.
 
     With targets only the head and the tails of the clusters that occur in the batch are computed, each tail for its
     own samples. All parameters get a gradient, 0 for those of clusters that do not occur. Which samples a tail has is
@@ -152,7 +153,7 @@ class AdaptiveClassifierClones(ClassifierClones):
         clones, width = self.num_clones, self.in_features
         self._make_layers(self.cutoffs[0] + len(self.cutoffs) - 1, bias, device, dtype)
         self.tail = nn.ModuleList()
-        for k, (start, stop) in enumerate(zip(self.cutoffs, self.cutoffs[1:])):
+        for k, (start, stop) in enumerate(pairwise(self.cutoffs)):
             hidden = int(width // self.div_value ** (k + 1))
             self.tail.append(TailClones(clones, width, hidden, stop - start, device, dtype))
 
@@ -163,7 +164,8 @@ class AdaptiveClassifierClones(ClassifierClones):
             draw_row_(tail, n, 1 / math.sqrt(max(tail.size(-1), 1)))
 
     def tails(self) -> tuple[Tensor, ...]:
-        return tuple([part for tail in self.tail for part in (tail.projection, tail.weight)])
+        tails: Iterable[Any] = self.tail
+        return tuple([part for tail in tails for part in (tail.projection, tail.weight)])
 
     def forward(
         self,
@@ -207,7 +209,9 @@ class AdaptiveClassifierClones(ClassifierClones):
     ) -> Tensor:
         reduction = self.reduction if reduction is None else reduction
         weighting = Weighting.of(reduction, sample_weight, num_items_in_batch, features)
-        posterior, observing, impl = self.switch.mixing_posterior(observing=observe and self.training)
+        posterior, observing, impl = self.switch.mixing_posterior(
+            observing=observe and self.training
+        )
         loss, stats = adaptive_stats(self, features, targets, weighting, posterior, impl)
         if observing:
             self._observe(stats)
@@ -297,7 +301,7 @@ class AdaptiveClassifierClones(ClassifierClones):
 
     def clone_outputs(self, features: Tensor) -> Tensor:
         """Log-probabilities `[N, ..., C]` of every clone, with plain gradients; NaN where the clone is dead."""
-        x, weight, bias, tails = in_rows(self, features)
+        _, weight, bias, tails = in_rows(self, features)
         return self.linear_outputs(features, weight, bias, *tails)
 
     @staticmethod

@@ -1,16 +1,15 @@
 """The loss of the clones of an adaptive softmax, of which every sample takes the head and one tail.
 
-The samples are sorted by the cluster of their target, so that those of a tail are neighbours. All clones go through a
-head or tail together, in blocks of logits that stay in the cache: a product of matrices, and the exponentials in its
-place. Those are kept for the backward while all of them fit in the memory budget; otherwise the backward computes them
-again. Mathematics: reference/adaptive_mixture.py.
+The samples are sorted by the cluster of their target, so that those of a tail are neighbours. Gradients are made along
+with the likelihoods; the backward has the responsibilities, for the gradient to the features, and scales the clones'
+own. Mathematics: reference/adaptive_mixture.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,21 +17,19 @@ from torch import Tensor
 
 from alrao_fast import backends, compiler
 from alrao_fast.arguments import shown
+from alrao_fast.nn.adaptive_softmax import Softmax, clear_, finite
 from alrao_fast.nn.autocast import without_autocast
 from alrao_fast.ops import derivatives
 from alrao_fast.ops.checks import check_together
 from alrao_fast.ops.mixture import checks
-from alrao_fast.ops.mixture.likelihood import Classes
 from alrao_fast.ops.mixture.loss import NO_OTHER_DERIVATIVE
 from alrao_fast.ops.mixture.weighting import Weighting
 from alrao_fast.reference import adaptive_mixture as reference
+from alrao_fast.reference import switch_mixture
 from alrao_fast.reference.switch_mixture import combine
 
 if TYPE_CHECKING:
     from alrao_fast.nn.adaptive import AdaptiveClassifierClones
-
-# Bytes of the logits of a block, on a CPU about its cache; elsewhere a block is as large as the memory budget allows.
-_CPU_BLOCK = 1 << 20
 
 
 def pairs(tails: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -80,145 +77,63 @@ class _Samples(NamedTuple):
     def clusters(self) -> Iterator[slice]:
         """The samples of each cluster, the shortlist left out."""
         ends = list(accumulate(self.counts))
-        return (slice(start, stop) for start, stop in zip(ends, ends[1:]))
+        return (slice(start, stop) for start, stop in pairwise(ends))
 
 
-class _Softmax:
-    """A softmax of every clone, for B samples: the head, or a tail after its projection.
+class _Found(NamedTuple):
+    """Of each clone and sample `[N, B]` the target's logp, whether the clone is alive, whether the target is the first
+    guess; and gradients: of -logp to the inputs of the head and of the tails, the clones' own by their parameters."""
 
-    inputs `[B, H]`, or `[N, B, H]` where each clone has its own; weight `[N, C, H]`; place `[B]` of the targets.
+    logp: Tensor
+    alive: Tensor
+    first: Tensor
+    inputs: list[Tensor]
+    own: list[Tensor | None]
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tails: Sequence[Tensor],
+    samples: _Samples,
+    memory: int,
+    factors: Tensor | None,
+    need_x: bool,
+) -> _Found:
+    """All clones on samples in the order of their clusters; `factors [N, B]`: the clones' own gradients are needed."""
+    need_own = factors is not None
+    shortlist = weight.size(1) - len(tails) // 2
+    head = Softmax(x, weight, bias, samples.places_in_head(shortlist), memory)
+    found = head.run(factors, need_own, need_x)
+    inputs, own = [found.inputs], [found.weight, found.bias]
+    wide = head.wide
+    for rows, (projection, tail) in zip(samples.clusters(), pairs(tails), strict=True):
+        here = x[rows].to(wide).expand(len(projection), -1, -1)
+        hidden = torch.bmm(here, projection.to(wide).mT)
+        part = Softmax(hidden, tail, None, samples.within[rows], memory)
+        scale = None if factors is None else factors[:, rows]
+        found = part.run(scale, need_own, need_own or need_x)
+        inputs.append(found.inputs)
+        dprojection = None
+        if scale is not None and found.inputs is not None:
+            dprojection = torch.bmm((scale.unsqueeze(2) * found.inputs).mT, finite(here))
+        own += [dprojection, found.weight]
+        head.logp[:, rows] += part.logp
+        head.alive[:, rows] &= part.alive
+        head.first[:, rows] &= part.first
+    alive = head.alive & head.logp.isfinite()
+    logp = torch.where(alive, head.logp, -math.inf)
+    return _Found(logp, alive, head.first & alive, [g for g in inputs if g is not None], own)
+
+
+class _Losses(torch.autograd.Function):
+    """Log-likelihoods `[B, N]` of the targets, with a graph to x alone; 0 with a graph to the clones alone, whose
+    gradients are those of their own losses; the masks `[B, N]` of the living and of those whose guess the target is.
+
+    The losses have the factors `[B]`, with which the gradients to the clones are made along with the likelihoods. None:
+    they are one by one, 0 is `[B]`, and its gradient brings the factors: the backward runs all again.
     """
-
-    def __init__(
-        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor, memory: int
-    ) -> None:
-        self.clones, self.classes, self.rows = weight.size(0), weight.size(1), place.size(0)
-        self.inputs, self.weight, self.bias, self.place = inputs, weight, bias, place
-        self.wide = checks.accumulator(inputs.dtype)
-        self.memory = memory
-        self.kept: Tensor | None = None
-
-    def bytes(self) -> int:
-        """Of all logits."""
-        return self.clones * self.rows * self.classes * self.wide.itemsize
-
-    def run(self, keep: bool) -> None:
-        """Find of each clone and sample, `[N, B]`: logp of the target, alive, whether it is the first of the largest;
-        and what the backward takes: the largest logit, the sum of exponentials, and what is kept of the logits."""
-        like, shape = self.inputs, (self.clones, self.rows)
-        self.logp, self.peak, self.total = (like.new_empty(shape, dtype=self.wide) for _ in "123")
-        self.alive, self.first = (like.new_empty(shape, dtype=torch.bool) for _ in "12")
-        if keep:
-            self.kept = like.new_empty((*shape, self.classes), dtype=self.wide)
-        block = min(self.memory, _CPU_BLOCK) if like.device.type == "cpu" else self.memory
-        for where in self._blocks(block):
-            z = self._logits(where, None if self.kept is None else self.kept[where])
-            peak, largest = z.max(2)
-            least = z.amin(2)
-            place = self.place[where[1]].expand(z.shape[:2])
-            logp = z.gather(2, place.unsqueeze(2)).squeeze(2).sub_(peak)
-            total = z.sub_(peak.unsqueeze(2)).exp_().sum(2)
-            self.first[where] = largest == place
-            self.logp[where] = logp.sub_(total.log())
-            # NaN if a logit is NaN or inf, -inf if one is -inf or too far below the largest.
-            self.alive[where] = (least - peak).isfinite()
-            self.peak[where], self.total[where] = peak, total
-            if keep:
-                self._subtract_targets(z, where, total)
-        if not _holds(self.alive):
-            self.total = torch.where(self.alive, self.total, 1)
-            if self.kept is not None:
-                self.kept.masked_fill_(~self.alive.unsqueeze(2), 0)
-
-    def saved(self) -> list[Tensor | None]:
-        """What `found` takes in the backward."""
-        return [self.peak, self.total, self.alive, self.kept]
-
-    def found(self, peak: Tensor, total: Tensor, alive: Tensor, kept: Tensor | None) -> None:
-        self.peak, self.total, self.alive, self.kept = peak, total, alive, kept
-
-    def gradients(
-        self, factors: Tensor, need_own: bool, need_inputs: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """With g the gradient of -logp by the logits: the sums of `factors [N, B]` times g to weight and bias; and g
-        times the weight, `[N, B, H]`, 0 where the clone is dead. What is not needed is None, or empty."""
-        own = (factors / self.total).unsqueeze(2)
-        dweight = dbias = None
-        dinputs = self.weight.new_empty(0, dtype=self.wide)
-        if need_inputs:
-            shape = self.clones, self.rows, self.weight.size(2)
-            dinputs = self.weight.new_empty(shape, dtype=self.wide)
-        if need_own and self.kept is None:
-            dweight = self.weight.new_zeros(self.weight.shape, dtype=self.wide)
-        everything = (slice(0, self.clones), slice(0, self.rows))
-        blocks = [everything] if self.kept is not None else self._blocks(self.memory)
-        for where in blocks:
-            g = self._exponentials(where) if self.kept is None else self.kept
-            clones = where[0]
-            if need_own:
-                inputs = _finite(self._inputs(where)).to(self.wide) * own[where]
-                if dweight is None:
-                    dweight = torch.bmm(g.mT, inputs)
-                else:
-                    dweight[clones].baddbmm_(g.mT, inputs)
-                if self.bias is not None:
-                    if dbias is None:
-                        dbias = dweight.new_zeros(self.bias.shape)
-                    dbias[clones] += torch.bmm(g.mT, own[where]).squeeze(2)
-            if need_inputs:
-                torch.bmm(g, self.weight[clones].to(self.wide), out=dinputs[where])
-        if need_inputs:
-            dinputs.div_(self.total.unsqueeze(2))
-            if not _holds(self.alive):
-                dinputs.masked_fill_(~self.alive.unsqueeze(2), 0)
-        return dweight, dbias, dinputs
-
-    def _blocks(self, block: int) -> Iterator[tuple[slice, slice]]:
-        """Clones and samples whose logits have about so many bytes; of several clones all samples."""
-        rows = max(block // (self.classes * self.wide.itemsize), 1)
-        clones = max(rows // max(self.rows, 1), 1)
-        for n in range(0, self.clones, clones):
-            for b in range(0, self.rows, rows):
-                yield slice(n, min(n + clones, self.clones)), slice(b, min(b + rows, self.rows))
-
-    def _inputs(self, where: tuple[slice, slice]) -> Tensor:
-        clones, rows = where
-        if self.inputs.dim() == 3:
-            return self.inputs[where]
-        return self.inputs[rows].expand(clones.stop - clones.start, -1, -1)
-
-    def _logits(self, where: tuple[slice, slice], out: Tensor | None = None) -> Tensor:
-        clones = where[0]
-        weight = self.weight[clones].to(self.wide)
-        z = torch.bmm(self._inputs(where).to(self.wide), weight.mT, out=out)
-        return z if self.bias is None else z.add_(self.bias[clones].to(self.wide).unsqueeze(1))
-
-    def _exponentials(self, where: tuple[slice, slice]) -> Tensor:
-        z = self._logits(where).sub_(self.peak[where].unsqueeze(2)).exp_()
-        self._subtract_targets(z, where, self.total[where])
-        alive = self.alive[where]
-        return z if _holds(alive) else z.masked_fill_(~alive.unsqueeze(2), 0)
-
-    def _subtract_targets(self, z: Tensor, where: tuple[slice, slice], total: Tensor) -> None:
-        """From exponentials to `total` times the gradient of -logp."""
-        place = self.place[where[1]].expand(z.shape[:2]).unsqueeze(2)
-        z.scatter_add_(2, place, -total.unsqueeze(2))
-
-
-def _holds(mask: Tensor) -> bool:
-    """Whether all are true, as far as that is known without a wait for a device."""
-    return mask.device.type == "cpu" and bool(mask.all())
-
-
-def _finite(x: Tensor, dims: int | tuple[int, ...] = -1) -> Tensor:
-    """x with zeros in place of every slice along `dims` that is not finite."""
-    finite = x.isfinite().all(dims, keepdim=True)
-    return x if _holds(finite) else torch.where(finite, x, 0)
-
-
-class _LogLikelihoods(torch.autograd.Function):
-    """Log-likelihoods `[B, N]` of the targets, twice: the first has the gradient to x, the second those to the clones;
-    then the masks of the living clones and of those whose greedy guess the target is."""
 
     @staticmethod
     @without_autocast
@@ -228,118 +143,106 @@ class _LogLikelihoods(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         samples: _Samples,
+        factors: Tensor | None,
         memory: int,
         *tails: Tensor,
     ) -> tuple[Tensor, ...]:
-        hidden = _hidden(x, samples, tails)
-        parts = _parts(x, weight, bias, samples, memory, tails, hidden)
-        left = memory if any(ctx.needs_input_grad) else -1
-        for part in parts:
-            keep = part.bytes() <= left
-            part.run(keep)
-            left -= part.bytes() if keep else 0
-        head, *others = parts
-        logp, alive, first = head.logp, head.alive, head.first
-        for rows, tail in zip(samples.clusters(), others, strict=True):
-            logp[:, rows] += tail.logp
-            alive = alive.clone() if alive is head.alive else alive
-            alive[:, rows] &= tail.alive
-            first[:, rows] &= tail.first
-        alive = alive & logp.isfinite()
-        logp = torch.where(alive, logp, -math.inf).t()
-        state = [tensor for part in parts for tensor in part.saved()]
-        ctx.save_for_backward(x, weight, bias, *tails, *hidden, *state)
+        inputs = x, weight, bias, tails
+        need_x, *needs = ctx.needs_input_grad
         ctx.samples, ctx.memory, ctx.num_tails = samples, memory, len(tails)
-        alive, first = alive.t(), (alive & first).t()
+        ctx.one_by_one = factors is None
+        scale = None
+        if factors is not None and any(needs):
+            scale = factors.expand(weight.size(0), -1)
+        found = _run(*inputs, samples, memory, scale, need_x and factors is not None)
+        for gradient in found.own:
+            if gradient is not None:
+                lives = found.alive.all(1)
+                clear_(gradient, lives.view(-1, *[1] * (gradient.dim() - 1)))
+        ctx.save_for_backward(x, weight, bias, factors, *tails, *found.inputs, *found.own)
+        ctx.num_inputs = len(found.inputs)
+        alive, first = found.alive.t(), found.first.t()
         ctx.mark_non_differentiable(alive, first)
-        return logp, logp.clone(), alive, first
+        zero = found.logp.new_zeros(x.size(0) if factors is None else ())
+        return found.logp.t(), zero, alive, first
 
     @staticmethod
     @without_autocast
-    def backward(
-        ctx: Any, mixture: Tensor, own: Tensor, *unused: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        x, weight, bias, *others = ctx.saved_tensors
-        tails, others = others[: ctx.num_tails], others[ctx.num_tails :]
+    def backward(ctx: Any, mixture: Tensor, own: Tensor, *unused: Tensor) -> Any:
+        x, weight, bias, factors, *saved = ctx.saved_tensors
+        tails, saved = saved[: ctx.num_tails], saved[ctx.num_tails :]
+        each, gradients = saved[: ctx.num_inputs], saved[ctx.num_inputs :]
         inputs = x, weight, bias, *tails
-        if torch.is_grad_enabled() or derivatives.transformed() or derivatives.is_batch(own):
-            dx, dweight, dbias, *dtails = _plain_gradients(inputs, ctx.samples.target, mixture, own)
-            return dx, dweight, dbias, None, None, *dtails
         need_x, *needs = ctx.needs_input_grad
-        need_own = any(needs)
-        hidden, state = others[: len(tails) // 2], others[len(tails) // 2 :]
-        parts = _parts(x, weight, bias, ctx.samples, ctx.memory, tails, hidden)
-        for number, part in enumerate(parts):
-            part.found(*state[4 * number : 4 * number + 4])
-        head, *rest = parts
-        # Of -logp.
-        mixture, own = -mixture.t(), -own.t()
-        dweight, dbias, each = head.gradients(own, need_own, need_x)
-        dx = (mixture.unsqueeze(2) * each).sum(0) if need_x else None
-        found: list[Tensor | None] = []
-        clusters = ctx.samples.clusters()
-        for rows, tail, (projection, _) in zip(clusters, rest, pairs(tails), strict=True):
-            dtail, _, each = tail.gradients(own[:, rows], need_own, need_own or need_x)
-            dprojection = None
-            if need_own:
-                scaled = own[:, rows].unsqueeze(2) * each
-                here = _finite(x[rows]).to(each.dtype).expand(len(projection), -1, -1)
-                dprojection = torch.bmm(scaled.mT, here)
-            if dx is not None:
-                scaled = (mixture[:, rows].unsqueeze(2) * each).movedim(0, 1).flatten(1)
-                dx[rows] += scaled @ _finite(projection, (1, 2)).to(each.dtype).flatten(0, 1)
-            found += [dprojection, dtail]
-        gradients = [dx, dweight, dbias, *found]
+        if torch.is_grad_enabled() or derivatives.transformed() or derivatives.is_batch(own):
+            return _ordered(_plain_gradients(inputs, ctx.samples.target, factors, mixture, own))
+        if ctx.one_by_one:
+            scale = own.expand(weight.size(0), -1)
+            found = _run(x, weight, bias, tails, ctx.samples, ctx.memory, scale, need_x)
+            each, gradients = found.inputs, found.own
+            # A clone that is dead for a sample whose loss is not asked for has its gradient.
+            lives = (found.alive | (scale == 0)).all(1)
+            for gradient in gradients:
+                if gradient is not None:
+                    clear_(gradient, lives.view(-1, *[1] * (gradient.dim() - 1)))
+        elif any(needs):
+            gradients = _scaled(gradients, own)
+        dx = None
+        if need_x:
+            # Of -logp.
+            share = -mixture.t().unsqueeze(2)
+            dx = (share * each[0]).sum(0)
+            clusters = ctx.samples.clusters()
+            for rows, (projection, _), of_tail in zip(
+                clusters, pairs(tails), each[1:], strict=True
+            ):
+                joint = (share[:, rows] * of_tail).movedim(0, 1).flatten(1)
+                dx[rows] += joint @ finite(projection, (1, 2)).to(joint.dtype).flatten(0, 1)
         typed = [
             None if g is None or t is None else g.to(t.dtype)
-            for g, t in zip(gradients, inputs, strict=True)
+            for g, t in zip([dx, *gradients], inputs, strict=True)
         ]
-        return *typed[:3], None, None, *typed[3:]
+        return _ordered(typed)
 
 
-def _hidden(x: Tensor, samples: _Samples, tails: Sequence[Tensor]) -> list[Tensor]:
-    """What the tails' projection layers make of the samples of each cluster, `[N, B_k, H_k]`."""
-    wide = checks.accumulator(x.dtype)
-    return [
-        torch.bmm(x[rows].to(wide).expand(len(projection), -1, -1), projection.to(wide).mT)
-        for rows, (projection, _) in zip(samples.clusters(), pairs(tails), strict=True)
-    ]
+def _ordered(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Those to x, weight, bias and tails as autograd takes them."""
+    return *gradients[:3], None, None, None, *gradients[3:]
 
 
-def _parts(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    samples: _Samples,
-    memory: int,
-    tails: Sequence[Tensor],
-    hidden: Sequence[Tensor],
-) -> list[_Softmax]:
-    """The head and the tails, each with its samples."""
-    shortlist = weight.size(1) - len(hidden)
-    head = _Softmax(x, weight, bias, samples.places_in_head(shortlist), memory)
-    clusters = zip(samples.clusters(), pairs(tails), hidden, strict=True)
-    return [
-        head,
-        *(_Softmax(h, tail, None, samples.within[rows], memory) for rows, (_, tail), h in clusters),
-    ]
+def _scaled(gradients: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
+    """The gradients times the factor that comes from behind, in place unless another backward is to come."""
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return [None if g is None else g * factor for g in gradients]
+    if factor.device.type != "cpu" or factor.item() != 1:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient *= factor
+    return list(gradients)
 
 
 def _plain_gradients(
-    inputs: Sequence[Tensor | None], target: Tensor, mixture: Tensor, own: Tensor
+    inputs: Sequence[Tensor | None],
+    target: Tensor,
+    factors: Tensor | None,
+    mixture: Tensor,
+    own: Tensor,
 ) -> list[Tensor | None]:
     """The gradients by the reference: these have a derivative by what comes from behind, which may be a batch."""
+    grad = torch.cat([mixture.flatten(-2), own.reshape(*mixture.shape[:-2], -1)], -1)
 
     def both(inputs: list[Any]) -> Tensor:
-        x, weight, bias, *tails = derivatives.once(NO_OTHER_DERIVATIVE, *inputs)
-        x, weight, bias, tails = reference.in_one_dtype(x, weight, bias, pairs(tails))
-        fixed = [(projection.detach(), tail.detach()) for projection, tail in tails]
-        fixed_bias = None if bias is None else bias.detach()
-        of_mixture = reference.log_likelihoods(x, weight.detach(), fixed_bias, fixed, target)
-        of_clones = reference.log_likelihoods(x.detach(), weight, bias, tails, target)
-        return torch.stack([of_mixture[0], of_clones[0]])
+        x, weight, bias, *parts = derivatives.once(NO_OTHER_DERIVATIVE, *inputs)
+        x, weight, bias, tails = reference.in_one_dtype(x, weight, bias, pairs(parts))
+        of_mixture, _, _ = reference.log_likelihoods(
+            *reference.fixed(x, weight, bias, tails), target
+        )
+        logp, alive, _ = reference.log_likelihoods(x.detach(), weight, bias, tails, target)
+        each = -switch_mixture.of_the_living(logp, alive).sum(1)
+        losses = each if factors is None else (factors * each).sum()
+        return torch.cat([of_mixture.flatten(), losses.reshape(-1)])
 
-    return derivatives.plain_gradients(both, inputs, torch.stack([mixture, own]))
+    return derivatives.plain_gradients(both, inputs, grad)
 
 
 @compiler.disable("the samples of each cluster are looked for")
@@ -390,16 +293,21 @@ def _stats(
     if row_weight is not None:
         counted = counted & (row_weight != 0)
     which = _Samples.of(target, counted, head.cutoffs)
-    x = x.index_select(0, which.order)
-    mixture, own, alive, first = _LogLikelihoods.apply(x, weight, bias, which, memory, *tails)
-    if row_weight is not None:
-        options["row_weight"] = row_weight.index_select(0, which.order)
-    every = torch.ones_like(which.order, dtype=torch.bool)
-    both = mixture, own, alive, first.double(), every
-    loss, stats = combine(*both, log_posterior, reduction, **options)
-    if weighting.per_sample:
-        loss = loss.new_zeros(target.shape).index_copy(0, which.order, loss).view(samples)
-    return loss, stats
+    order, x = which.order, x.index_select(0, which.order)
+    factors = None if row_weight is None else row_weight.index_select(0, order)
+    every = torch.ones_like(order, dtype=torch.bool)
+    own_factors = None
+    if not weighting.per_sample:
+        own_factors = x.new_ones(x.size(0), dtype=checks.accumulator(x.dtype))
+        own_factors = own_factors / max(x.size(0), 1) if mean else own_factors
+        own_factors = own_factors if factors is None else factors
+    logp, own, alive, first = _Losses.apply(x, weight, bias, which, own_factors, memory, *tails)
+    both = logp, logp.detach(), alive, first.double(), every
+    loss, stats = combine(*both, log_posterior, reduction, row_weight=factors, **options)
+    if not weighting.per_sample:
+        return loss + own, stats
+    loss = loss + (own if factors is None else factors * own)
+    return loss.new_zeros(target.shape).index_copy(0, order, loss).view(samples), stats
 
 
 def in_rows(

@@ -27,11 +27,12 @@ def mixture_of_losses(
     criterion: Callable[[Tensor], Tensor],
     log_posterior: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and statistics `[3, N]` of the losses of `clones`, weights, biases and tails, mixed by the log-posterior `[N]`."""
+    """Loss and statistics `[3, N]` of the losses of `clones`, their weight, bias and tails, mixed by the log-posterior
+    `[N]`."""
     # Each branch detaches, and makes finite, what it has no gradient for: 0 * inf would be NaN in its backward.
-    x, *clones = derivatives.once(NO_OTHER_DERIVATIVE, features, *clones)
-    own_outputs = head.linear_outputs(_finite_rows(x.detach(), -1), *clones)
-    fixed = [None if p is None else _finite_clones(p.detach()) for p in clones]
+    x, *params = derivatives.once(NO_OTHER_DERIVATIVE, features, *clones)
+    own_outputs = head.linear_outputs(_finite_rows(x.detach(), -1), *params)
+    fixed: list[Any] = [None if p is None else _finite_clones(p.detach()) for p in params]
     mixture_outputs = head.linear_outputs(x, *fixed)
     own = _per_sample(criterion(head.capped(own_outputs)), head.num_clones)
     mixture = _per_sample(criterion(head.capped(mixture_outputs)), head.num_clones)

@@ -29,8 +29,10 @@ class WithParameters(WithRates):
         shape = self.num_clones, rows
         weight = torch.empty(*shape, self.in_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight)
-        own = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if bias else None
-        self.register_parameter("bias", own)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
 
     def _draw(self, n: int) -> None:
         """Draw clone n anew, as `nn.Linear` does."""
@@ -61,7 +63,7 @@ class WithParameters(WithRates):
 
 
 def largest_outputs(
-    size: float | Tensor, weight: Tensor, bias: Tensor | None, *tails: Tensor
+    size: float | Tensor, weight: Tensor, bias: Tensor | None, *tails: Any
 ) -> Tensor:
     """A bound `[N]` of each clone's outputs on features of absolute values up to `size`."""
     largest = weight.abs().sum(2) * size

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from alrao_fast import live
 from alrao_fast.arguments import COUNT, Choice, Flag, FloatDtype, Integer, Optional, checked

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from alrao_fast.nn.adaptive import AdaptiveClassifierClones
+from alrao_fast.nn.adaptive_losses import pairs
 
 
 def adaptive_layer(
@@ -30,8 +31,9 @@ def adaptive_layer(
     layer.head.weight = own(head.weight)
     if head.bias is not None:
         layer.head.bias = own(head.bias)
-    for of_clones, tail in zip(head.tail, layer.tail, strict=True):
-        tail[0].weight, tail[1].weight = own(of_clones.projection), own(of_clones.weight)
+    tails: Any = layer.tail
+    for (projection, weight), tail in zip(pairs(head.tails()), tails, strict=True):
+        tail[0].weight, tail[1].weight = own(projection), own(weight)
     return layer
 
 
@@ -51,4 +53,6 @@ def log_probs(
     shape = graph.call_function(getattr, (features, "shape"))
     samples = graph.call_function(operator.getitem, (shape, slice(None, -1)))
     rest = (len(layers), layers[0].n_classes) if several else (layers[0].n_classes,)
-    return graph.call_method("reshape", (result, graph.call_function(operator.add, (samples, rest))))
+    return graph.call_method(
+        "reshape", (result, graph.call_function(operator.add, (samples, rest)))
+    )

@@ -40,8 +40,7 @@ def _finite_rows(tensor: Tensor, dims: int | tuple[int, ...]) -> Tensor:
 def _log_softmax(
     x: Tensor, weight: Tensor, bias: Tensor | None, projection: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [B, N, C] of a head or a tail, finite where [B, N] says that the clone is alive, 0 elsewhere."""
-
+    """Log-probabilities [B, N, C] of a head or a tail; they are finite and true where the clone is alive [B, N]."""
     with torch.no_grad():
         inputs = x if projection is None else _outputs(x, projection, None)
         found = _outputs(inputs, weight, bias).log_softmax(2)
@@ -131,9 +130,7 @@ def adaptive_mixture_nll(
     # What does not count may be anything, NaN too, and gets a zero gradient.
     x = torch.where(counted.unsqueeze(1), x, 0)
     target = torch.where(counted, target, 0)
-    fixed = [(projection.detach(), tail.detach()) for projection, tail in tails]
-    fixed_bias = None if bias is None else bias.detach()
-    mixture, *_ = log_likelihoods(x, weight.detach(), fixed_bias, fixed, target)
+    mixture, *_ = log_likelihoods(*fixed(x, weight, bias, tails), target)
     own, alive, correct = log_likelihoods(x.detach(), weight, bias, tails, target)
     return switch_mixture.combine(
         mixture,
@@ -164,3 +161,11 @@ def in_one_dtype(
     dtype = torch.float64 if wide else torch.float32
     pairs = [(projection.to(dtype), tail.to(dtype)) for projection, tail in tails]
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), pairs
+
+
+def fixed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tails: Tails
+) -> tuple[Tensor, Tensor, Tensor | None, Tails]:
+    """The same with clones that get no gradient."""
+    pairs = [(projection.detach(), tail.detach()) for projection, tail in tails]
+    return x, weight.detach(), None if bias is None else bias.detach(), pairs
