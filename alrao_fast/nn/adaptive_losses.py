@@ -229,9 +229,8 @@ def _plain_gradients(
     own: Tensor,
 ) -> list[Tensor | None]:
     """The gradients by the reference: these have a derivative by what comes from behind, which may be a batch."""
-    grad = torch.cat([mixture.flatten(-2), own.reshape(*mixture.shape[:-2], -1)], -1)
 
-    def both(inputs: list[Any]) -> Tensor:
+    def both(inputs: list[Any]) -> list[Tensor]:
         x, weight, bias, *parts = derivatives.once(NO_OTHER_DERIVATIVE, *inputs)
         x, weight, bias, tails = reference.in_one_dtype(x, weight, bias, pairs(parts))
         of_mixture, _, _ = reference.log_likelihoods(
@@ -240,9 +239,9 @@ def _plain_gradients(
         logp, alive, _ = reference.log_likelihoods(x.detach(), weight, bias, tails, target)
         each = -switch_mixture.of_the_living(logp, alive).sum(1)
         losses = each if factors is None else (factors * each).sum()
-        return torch.cat([of_mixture.flatten(), losses.reshape(-1)])
+        return [of_mixture, losses]
 
-    return derivatives.plain_gradients(both, inputs, grad)
+    return derivatives.plain_gradients(both, inputs, [mixture, own])
 
 
 @compiler.disable("the samples of each cluster are looked for")

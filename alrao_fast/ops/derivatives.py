@@ -118,9 +118,9 @@ def once(message: str, *tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def plain_gradients(
-    function: Callable[[list[Tensor | None]], Tensor], inputs: Sequence[Tensor | None], grad: Tensor
+    function: Callable[[list[Tensor | None]], Any], inputs: Sequence[Tensor | None], grad: Any
 ) -> list[Tensor | None]:
-    """The gradients of `function(inputs)` to each of the inputs, by autograd, from that to its result.
+    """The gradients of `function(inputs)` to each of the inputs, by autograd, from that to its result, or results.
 
     With create_graph they have derivatives; `grad` may be a batch or a dual tensor.
     """
