@@ -23,7 +23,7 @@ from alrao_fast.ops.mixture.likelihood import Classes
 from alrao_fast.ops.mixture.weighting import Weighting, no_loss
 from alrao_fast.reference import adaptive_mixture as reference
 from alrao_fast.reference.switch_mixture import log_mixture_of_the_living
-from alrao_fast.sharding import draw_row_
+from alrao_fast.sharding import draw_row_, whole
 
 # Tensors of the size of all logits of a chunk that stand at a time in a prediction.
 _TENSORS = 4
@@ -166,6 +166,12 @@ class AdaptiveClassifierClones(ClassifierClones):
     def tails(self) -> tuple[Tensor, ...]:
         tails: Iterable[Any] = self.tail
         return tuple([part for tail in tails for part in (tail.projection, tail.weight)])
+
+    def finite_clones(self) -> Tensor:
+        finite = super().finite_clones()
+        for tail in self.tails():
+            finite = finite & whole(tail.detach().isfinite().all((1, 2)))
+        return finite
 
     def forward(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alrao_fast.nn.clone_rates import WithRates
-from alrao_fast.sharding import draw_row_, whole
+from alrao_fast.sharding import draw_row_
 
 
 class WithParameters(WithRates):
@@ -48,18 +47,6 @@ class WithParameters(WithRates):
     def parts(self) -> tuple[Tensor | None, ...]:
         """All that the clones consist of: weight, bias and tails."""
         return self.weight, self.bias, *self.tails()
-
-    def finite_clones(self) -> Tensor:
-        """Which clones `[N]` have finite parameters only: the others are dead for good.
-
-        Of a sharded head all ranks have to ask.
-        """
-        found = [
-            whole(part.detach().isfinite().all(tuple(range(1, part.dim()))))
-            for part in self.parts()
-            if part is not None
-        ]
-        return functools.reduce(torch.logical_and, found)
 
 
 def largest_outputs(

@@ -34,7 +34,7 @@ from alrao_fast.ops.mixture.likelihood import (
 from alrao_fast.ops.mixture.loss import Observer, mixture_stats
 from alrao_fast.ops.mixture.weighting import ClassWeight, Weighting, no_loss
 from alrao_fast.reference.switch_mixture import soft_capped
-from alrao_fast.sharding import is_sharded
+from alrao_fast.sharding import is_sharded, whole
 from alrao_fast.tracing import refuse_script
 
 Evidence = Literal["mean", "sum"]
@@ -209,6 +209,14 @@ class LinearClones(WithParameters):
                 self._observe(stats)
             self.watch.look(self, loss, features, targets, sample_weight)
         return loss
+
+    def finite_clones(self) -> Tensor:
+        """Which clones `[N]` have finite parameters only: the others are dead for good.
+
+        Of a sharded head all ranks have to ask.
+        """
+        finite = whole(self.weight.detach().isfinite().all((1, 2)))
+        return finite if self.bias is None else finite & whole(self.bias.detach().isfinite().all(1))
 
     def clones_seen_finite(self) -> Tensor:
         """The same as far as it is known on this rank: of a sharded head, which clones had finite losses only."""
