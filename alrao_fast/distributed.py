@@ -81,8 +81,8 @@ class ClonesParallel(_HeadParallel):
     All ranks of the dimension have to see the same batch, other batches go over another dimension of the mesh; whole
     targets everywhere. Loss, statistics, posterior and predictions are those of the whole head, the same on all of
     these ranks to the bit, the features' gradient is the mixture's, each clone's its own. N need not be divisible by
-    the number of ranks. TypeError for what is no head, ValueError for a mesh of several dimensions and for a head
-    whose parameters are DTensors.
+    the number of ranks. TypeError for what is no head, and for `AdaptiveClassifierClones`; ValueError for a mesh of
+    several dimensions and for a head whose parameters are DTensors.
     """
 
     _over_ranks = ClonesOverRanks

@@ -49,6 +49,11 @@ class _Samples(NamedTuple):
     @classmethod
     def of(cls, target: Tensor, counted: Tensor, cutoffs: list[int]) -> _Samples:
         """Waits once for a GPU; RuntimeError there for a class that does not exist, which a CPU has refused before."""
+        if target.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "targets: got them in the capture of a CUDA graph, expected none there: which samples a tail has is "
+                "looked up by the host"
+            )
         cluster = torch.zeros_like(target)
         start = torch.zeros_like(target)
         for previous, cutoff in zip([0, *cutoffs], cutoffs):
