@@ -17,6 +17,7 @@ from alrao_fast.clip_grad import GradNorms, clip_grad_norm_, grad_norms
 from alrao_fast.graphed_step import GraphedStep
 from alrao_fast.monitor import History, metrics, posterior_line
 from alrao_fast.nn import (
+    AdaptiveClassifierClones,
     AlraoModel,
     ClassifierClones,
     MixtureLoss,
@@ -42,6 +43,7 @@ from alrao_fast.retirement import retire_clones
 
 # A literal list, which type checkers read: it has all names of `nn` and `optim`, which would hide those of torch.
 __all__ = [
+    "AdaptiveClassifierClones",
     "AlraoAdam",
     "AlraoModel",
     "AlraoSGD",

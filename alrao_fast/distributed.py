@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from alrao_fast.flat_shards import FlatSlice, register_flat_slices
+from alrao_fast.nn.adaptive import AdaptiveClassifierClones
 from alrao_fast.nn.classes_over_ranks import ClassesOverRanks
 from alrao_fast.nn.clones import ClassifierClones, LinearClones
 from alrao_fast.nn.clones_over_ranks import ClonesOverRanks
@@ -41,7 +42,7 @@ class _HeadParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         name = type(self).__name__
-        if not isinstance(module, self._head):
+        if not isinstance(module, self._head) or isinstance(module, AdaptiveClassifierClones):
             raise TypeError(f"{name}: got a {type(module).__name__}, expected {self._heads}")
         if device_mesh.ndim != 1:
             raise ValueError(
@@ -84,8 +85,8 @@ class ClonesParallel(_HeadParallel):
     All ranks of the dimension have to see the same batch, other batches go over another dimension of the mesh; whole
     targets everywhere. Loss, statistics, posterior and predictions are those of the whole head, the same on all of
     these ranks to the bit, the features' gradient is the mixture's, each clone's its own. N need not be divisible by
-    the number of ranks. TypeError for what is no head, ValueError for a mesh of several dimensions and for a head
-    whose parameters are DTensors.
+    the number of ranks. TypeError for what is no head, and for `AdaptiveClassifierClones`; ValueError for a mesh of
+    several dimensions and for a head whose parameters are DTensors.
     """
 
     _over_ranks = ClonesOverRanks

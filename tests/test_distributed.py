@@ -20,7 +20,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from alrao_fast.nn import AlraoModel, ClassifierClones, Switch
+from alrao_fast.nn import AdaptiveClassifierClones, AlraoModel, ClassifierClones, Switch
 from alrao_fast.optim import AlraoSGD
 from alrao_fast.retirement import retire_clones
 
@@ -240,7 +240,33 @@ def without_switch(rank):
     return result
 
 
+def make_adaptive():
+    torch.manual_seed(0)
+    head = AdaptiveClassifierClones(8, 20, [4, 9], 3, div_value=2.0)
+    return AlraoModel(nn.Linear(6, 8), head)
+
+
+def adaptive_data():
+    """The second process has no sample of the last cluster."""
+    x, _ = data()
+    y = torch.randint(20, (4, 8), generator=torch.Generator().manual_seed(2))
+    y[:, 4:] %= 9
+    return x, y
+
+
+def adaptive(rank):
+    net = make_adaptive()
+    wrapped = DistributedDataParallel(net)
+    x, y = adaptive_data()
+    part = slice(4 * rank, 4 * rank + 4)
+    for k in range(4):
+        net.zero_grad()
+        wrapped(x[k, part], targets=y[k, part]).backward()
+    return {"state": state(net), "gradients": {name: p.grad for name, p in net.named_parameters()}}
+
+
 JOBS = (
+    adaptive,
     switch_alone,
     heads,
     alone,
@@ -366,6 +392,20 @@ def test_clones_are_retired_on_all_ranks(results):
     for name, value in state(net).items():
         torch.testing.assert_close(one["state"][name], value, rtol=1e-5, atol=1e-5, msg=name)
     assert one["state"]["head.kept"].sum() == 2
+
+
+def test_tails_that_a_process_does_not_need(results):
+    """An adaptive softmax: every parameter has a gradient on every process."""
+    one, two = (r["adaptive"] for r in results)
+    for part in ("state", "gradients"):
+        assert_same_bits(one[part], two[part])
+    net = make_adaptive()
+    for x, y in zip(*adaptive_data()):
+        net.zero_grad()
+        net(x, targets=y).backward()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(one["gradients"][name], p.grad, msg=name)
+    torch.testing.assert_close(one["state"]["head.switch.logw"], net.head.switch.logw)
 
 
 def test_ranks_with_seeds_of_their_own_have_the_first_ones_rates(results):

@@ -1,5 +1,6 @@
 """The modules: the switch, the clones of the last layer, and the model that joins them to a backbone."""
 
+from alrao_fast.nn.adaptive import AdaptiveClassifierClones
 from alrao_fast.nn.clones import ClassifierClones
 from alrao_fast.nn.mixture_loss import MixtureLoss
 from alrao_fast.nn.model import AlraoModel
@@ -8,6 +9,7 @@ from alrao_fast.nn.switch import Switch
 from alrao_fast.nn.wrap import wrap
 
 __all__ = [
+    "AdaptiveClassifierClones",
     "AlraoModel",
     "ClassifierClones",
     "MixtureLoss",

@@ -9,18 +9,18 @@ Mathematics: reference/switch_mixture.py.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from alrao_fast import compiler
+from alrao_fast.nn.autocast import without_autocast
+from alrao_fast.nn.chunks import in_chunks
 from alrao_fast.nn.over_ranks import OverRanks, Part, Ranks
 from alrao_fast.ops.checks import check_together
 from alrao_fast.ops.mixture import checks
@@ -32,22 +32,6 @@ if TYPE_CHECKING:
 
 # Tensors of the size of a chunk's logits that stand at a time.
 _TENSORS = 4
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """The function in the dtypes of its tensors, as an op has them, under autocast too."""
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
-
-    return call
 
 
 class _Targets(NamedTuple):
@@ -135,7 +119,7 @@ class _Losses(torch.autograd.Function):
     clone. Those to x are this rank's part of the sum."""
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def forward(
         ctx: Any,
         x: Tensor,
@@ -189,7 +173,7 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @without_autocast
     def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, peak, log_total, alive, responsibility = ctx.saved_tensors
         targets: _Targets = ctx.targets
@@ -337,18 +321,11 @@ class ClassesOverRanks(OverRanks):
             own = _log_prob(x.to(wide), part, log_posterior, softcap)
             return _AllClasses.apply(own, part, classes)
 
-        parts = x.split(max(size, 1))
-        again = len(parts) > 1 and torch.is_grad_enabled()
-        found = [
-            checkpoint(chunk, rows, use_reentrant=False, preserve_rng_state=False)
-            if again
-            else chunk(rows)
-            for rows in parts
-        ]
+        found = in_chunks(chunk, size, x)
         return torch.cat(found).view(*samples, classes)
 
 
-@_without_autocast
+@without_autocast
 def _log_prob(x: Tensor, part: Part, log_posterior: Tensor, softcap: float | None) -> Tensor:
     """The mixture's log-probabilities `[b, C']` of the classes here, in the dtype of x."""
     weight, ranks = part.weight.to(x.dtype), part.ranks

@@ -23,17 +23,17 @@ CRITERION = Function("a function outputs [N, ..., C] -> losses [N, ...]")
 def mixture_of_losses(
     head: LinearClones,
     features: Tensor,
-    clones: tuple[Tensor, Tensor | None],
+    clones: tuple[Tensor | None, ...],
     criterion: Callable[[Tensor], Tensor],
     log_posterior: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and statistics `[3, N]` of the losses of `clones`, weights and biases, mixed by the log-posterior `[N]`."""
+    """Loss and statistics `[3, N]` of the losses of `clones`, their weight, bias and tails, mixed by the log-posterior
+    `[N]`."""
     # Each branch detaches, and makes finite, what it has no gradient for: 0 * inf would be NaN in its backward.
-    x, weight, bias = derivatives.once(NO_OTHER_DERIVATIVE, features, *clones)
-    own_outputs = head.linear_outputs(_finite_rows(x.detach(), -1), weight, bias)
-    weight = _finite_rows(weight.detach(), (1, 2))
-    bias = None if bias is None else _finite_rows(bias.detach(), 1)
-    mixture_outputs = head.linear_outputs(x, weight, bias)
+    x, *params = derivatives.once(NO_OTHER_DERIVATIVE, features, *clones)
+    own_outputs = head.linear_outputs(_finite_rows(x.detach(), -1), *params)
+    fixed: list[Any] = [None if p is None else _finite_clones(p.detach()) for p in params]
+    mixture_outputs = head.linear_outputs(x, *fixed)
     own = _per_sample(criterion(head.capped(own_outputs)), head.num_clones)
     mixture = _per_sample(criterion(head.capped(mixture_outputs)), head.num_clones)
     samples = own.shape[1:]
@@ -64,6 +64,10 @@ def mixture_of_losses(
 def _finite_rows(tensor: Tensor, dims: int | tuple[int, ...]) -> Tensor:
     """`tensor` with zeros in place of every row along `dims` that holds a non-finite entry."""
     return torch.where(tensor.isfinite().all(dims, keepdim=True), tensor, 0)
+
+
+def _finite_clones(param: Tensor) -> Tensor:
+    return _finite_rows(param, tuple(range(1, param.dim())))
 
 
 def _per_sample(losses: Any, num_clones: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from alrao_fast import live
 from alrao_fast.arguments import COUNT, Choice, Flag, FloatDtype, Integer, Optional, checked
@@ -34,7 +34,7 @@ from alrao_fast.ops.mixture.likelihood import (
 from alrao_fast.ops.mixture.loss import Observer, mixture_stats
 from alrao_fast.ops.mixture.weighting import ClassWeight, Weighting, no_loss
 from alrao_fast.reference.switch_mixture import soft_capped
-from alrao_fast.sharding import draw_row_, is_sharded, whole
+from alrao_fast.sharding import is_sharded, whole
 from alrao_fast.tracing import refuse_script
 
 Evidence = Literal["mean", "sum"]
@@ -58,14 +58,10 @@ class LinearClones(Retiring):
     `running` on the device. A loss that is not finite warns once for each cause (`watch.py`).
     """
 
-    in_features: int
-    num_clones: int
     evidence: Evidence
     reduction: Reduction
     memory_budget: int | None
     running: Tensor
-    # The constructor's name for the width of a clone's output.
-    _width: str
     # Name of the second row of the statistics, divided by the number of samples.
     _score: str
     # How it computes where its clones, or classes, lie over ranks (alrao_fast/distributed.py).
@@ -80,13 +76,7 @@ class LinearClones(Retiring):
         device, dtype = arguments["device"], arguments["dtype"]
         num_clones, group = self.num_clones, arguments["process_group"]
         self.switch = Switch(num_clones, arguments["theta"], process_group=group, device=device)
-        shape = (num_clones, arguments[self._width])
-        weight = torch.empty(*shape, self.in_features, device=device, dtype=dtype)
-        self.weight = nn.Parameter(weight)
-        if arguments["bias"]:
-            self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
+        self._make_parameters(arguments["bias"], device, dtype)
         self.register_buffer(
             "clone_lr", torch.empty(num_clones, device=device, dtype=torch.float32)
         )
@@ -99,13 +89,10 @@ class LinearClones(Retiring):
 
     def reset_parameters(self) -> None:
         """Draw each clone anew as `nn.Linear` does; forget the switch, the clones' rates and statistics."""
-        bound = 1 / math.sqrt(self.in_features)
         with torch.no_grad():
             # Clone by clone: the same values as N nn.Linear made one after the other.
             for n in range(self.num_clones):
-                draw_row_(self.weight, n, bound)
-                if self.bias is not None:
-                    draw_row_(self.bias, n, bound)
+                self._draw(n)
         self.watch = Watch()
         self.agreement = Agreement()
         self.get_buffer("clone_lr").fill_(math.nan)
@@ -145,7 +132,8 @@ class LinearClones(Retiring):
         criterion, or losses, of another kind.
         """
         CRITERION.check("criterion", criterion)
-        clones = weight, bias = all_clones(self)
+        weight, bias = all_clones(self)
+        clones = weight, bias, *self.tails()
         check_together("bias", features=features, weight=weight, bias=bias)
         posterior, observing, _ = self.switch.mixing_posterior(observing=self.training)
         loss, stats = mixture_of_losses(self, features, clones, criterion, posterior)

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,10 @@ from torch import Tensor, fx, nn
 
 from alrao_fast import fsdp1
 from alrao_fast.arguments import Choice
+from alrao_fast.nn.adaptive import AdaptiveClassifierClones
+from alrao_fast.nn.clone_parameters import largest_outputs
 from alrao_fast.nn.clones import ClassifierClones, LinearClones
+from alrao_fast.nn.collapse_adaptive import adaptive_layer, log_probs
 from alrao_fast.nn.over_ranks import all_clones
 from alrao_fast.nn.switch import normalized
 from alrao_fast.sharding import is_sharded
@@ -95,10 +98,12 @@ def add_head(
     """Add to `graph` what the head predicts from `features`, with its layers in `root`."""
     # The clones' outputs are float32 at least, even where their parameters are not.
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    if isinstance(head, AdaptiveClassifierClones):
+        return _add_adaptive(graph, root, head, which, features, dtype)
     weight, bias, log_posterior = _living(head, dtype)
     classify = isinstance(head, ClassifierClones)
     if which == "best":
-        best = _best(weight, bias, log_posterior)
+        best = _best([weight, bias], log_posterior)
         weight, bias = weight[best], None if bias is None else bias[best]
     root["head"] = _linear(weight, bias)
     if dtype != head.weight.dtype:
@@ -114,6 +119,29 @@ def add_head(
     return result
 
 
+def _add_adaptive(
+    graph: fx.Graph,
+    root: dict[str, Any],
+    head: AdaptiveClassifierClones,
+    which: str,
+    features: fx.Node,
+    dtype: torch.dtype,
+) -> fx.Node:
+    finite = _finite(head)
+    log_posterior = normalized(head.switch.log_posterior[finite])
+    living: list[int] = finite.nonzero().flatten().tolist()
+    if dtype != head.weight.dtype:
+        features = graph.call_method("float", (features,))
+    if which == "best":
+        params = [None if p is None else p.detach()[finite].to(dtype) for p in head.parts()]
+        best = living[int(_best(params, log_posterior))]
+        return log_probs(graph, root, [adaptive_layer(head, best, dtype)], False, features)
+    layers = [adaptive_layer(head, n, dtype) for n in living]
+    outputs = log_probs(graph, root, layers, True, features)
+    root["log_posterior"] = log_posterior.to(dtype).unsqueeze(1)
+    return _mixture(graph, outputs, True, None)
+
+
 def collapsed_head(head: LinearClones, which: str) -> fx.GraphModule:
     """The head alone, from features to the prediction, in eval mode."""
     refuse_shards(head)
@@ -127,7 +155,7 @@ def best_layer(head: LinearClones) -> nn.Linear:
     """The best clone as a layer of the clones' dtype."""
     refuse_shards(head)
     weight, bias, log_posterior = _living(head, head.weight.dtype)
-    best = _best(weight, bias, log_posterior)
+    best = _best([weight, bias], log_posterior)
     return _linear(weight[best], None if bias is None else bias[best])
 
 
@@ -166,11 +194,17 @@ def _mixture(graph: fx.Graph, outputs: fx.Node, classify: bool, softcap: float |
     return call(torch.where, any_alive, result, -math.inf)
 
 
-def _living(head: LinearClones, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Weights and biases in `dtype` and log-posterior of the clones whose parameters are all finite."""
+def _finite(head: LinearClones) -> Tensor:
+    """Which clones `[N]` have finite parameters."""
     finite = head.finite_clones()
     if not finite.any():
         raise ValueError("every clone has non-finite weights: there is nothing to collapse to")
+    return finite
+
+
+def _living(head: LinearClones, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Weights and biases in `dtype` and log-posterior of the clones whose parameters are all finite."""
+    finite = _finite(head)
     weight, bias = all_clones(head)
     bias = None if bias is None else bias.detach()[finite].to(dtype)
     switch = head.switch
@@ -182,12 +216,11 @@ def _living(head: LinearClones, dtype: torch.dtype) -> tuple[Tensor, Tensor | No
     return weight.detach()[finite].to(dtype), bias, log_posterior
 
 
-def _best(weight: Tensor, bias: Tensor | None, log_posterior: Tensor) -> Tensor:
+def _best(params: Sequence[Tensor | None], log_posterior: Tensor) -> Tensor:
     """The clone of largest posterior; one that overflows on features between -1 and 1 only if all do."""
-    largest = weight.abs().sum(2)
-    if bias is not None:
-        largest = largest + bias.abs()
-    finite = largest.isfinite().all(1)
+    weight, *others = params
+    assert weight is not None
+    finite = largest_outputs(1.0, weight, *others).isfinite()
     return torch.where(finite | ~finite.any(), log_posterior, -math.inf).argmax()
 
 

@@ -7,13 +7,13 @@ would be the largest tensor of a language model's step.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from alrao_fast import backends
-from alrao_fast.ops import derivatives
+from alrao_fast.nn.chunks import in_chunks
 from alrao_fast.ops.checks import check_together
 from alrao_fast.ops.mixture import checks, switch_mixture_log_prob
 from alrao_fast.ops.mixture.likelihood import Classes
@@ -42,51 +42,46 @@ def log_likelihood(
     # By its name: on a GPU the backward runs the chunks in a thread that may have another one in use.
     impl = backends.select(checks.OP, x.device, impl)
     wide = checks.accumulator(x.dtype)
-    size = max(memory // (_TENSORS * weight.size(1) * wide.itemsize), 1)
+    size = memory // (_TENSORS * weight.size(1) * wide.itemsize)
+
+    def log_prob(x: Tensor) -> Tensor:
+        return switch_mixture_log_prob(
+            x,
+            weight,
+            bias,
+            log_posterior,
+            logit_softcap=likelihood.softcap or None,
+            memory_budget=memory,
+            impl=impl,
+        )
+
+    results = of_predictions(log_prob, x, target, likelihood, size)
+    return results[0].view(samples), results[1].view(samples)
+
+
+def of_predictions(
+    log_prob: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, likelihood: Classes, size: int
+) -> tuple[Tensor, Tensor]:
+    """The same of samples and checked targets in rows, `size` at a time, with predictions `log_prob(x) [b, C]`."""
 
     def chunk(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return _chunk(x, weight, bias, log_posterior, target, likelihood, memory, impl)
+        counted = likelihood.counted(target)
+        # What does not count may be anything, NaN too.
+        x = torch.where(counted.unsqueeze(1), x, 0)
+        return _of_log_prob(log_prob(x), target, counted)
 
-    parts = list(zip(x.split(size), target.split(size), strict=True))
-    again = len(parts) > 1 and torch.is_grad_enabled() and not derivatives.transformed()
-    results = [
-        checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False)
-        if again
-        else chunk(*part)
-        for part in parts
-    ]
-    log_prob, entropy = (torch.cat(list(of_parts)) for of_parts in zip(*results, strict=True))
-    return log_prob.view(samples), entropy.view(samples)
+    results = in_chunks(chunk, size, x, target)
+    found, entropy = (torch.cat(list(of_parts)) for of_parts in zip(*results, strict=True))
+    return found, entropy
 
 
-def _chunk(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    log_posterior: Tensor,
-    target: Tensor,
-    likelihood: Classes,
-    memory_budget: int,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    hard = target.dim() == 1
-    counted = likelihood.counted(target)
-    # What does not count may be anything, NaN too.
-    x = torch.where(counted.unsqueeze(1), x, 0)
-    logp = switch_mixture_log_prob(
-        x,
-        weight,
-        bias,
-        log_posterior,
-        logit_softcap=likelihood.softcap or None,
-        memory_budget=memory_budget,
-        impl=impl,
-    )
+def _of_log_prob(logp: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the targets and entropies, of predictions `[B, C]`."""
     # An impossible class has no part in a sum over classes, nor in its gradient.
     possible = torch.where(logp > -math.inf, logp, 0)
     terms = torch.where(logp > -math.inf, possible.exp() * possible, 0)
     entropy = torch.where(counted, -terms.sum(1), 0)
-    if hard:
+    if target.dim() == 1:
         classes = logp.size(1)
         index = target.clamp(0, classes - 1).unsqueeze(1)
         # On a GPU a class that does not exist is impossible, as in the loss.

@@ -105,7 +105,7 @@ class MixtureLoss(nn.Module):
 def _likelihood(head: LinearClones, prediction: Tensor, targets: Tensor, **given: Any) -> Tensor:
     """-log of the targets' likelihood under a prediction, weighted and reduced as the head's loss is."""
     # The targets' check asks a clone's weight for the number of outputs.
-    weight = prediction.new_empty(1, head.weight.size(1), 0)
+    weight = prediction.new_empty(1, getattr(head, head._width), 0)
     likelihood, samples = head.likelihood(), prediction.shape[:-1]
     weighting = Weighting.of(
         given["reduction"] or head.reduction,

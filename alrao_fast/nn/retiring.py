@@ -10,21 +10,20 @@ from torch import Tensor, nn
 
 from alrao_fast import live
 from alrao_fast.flat_shards import is_cut
-from alrao_fast.nn.clone_rates import WithRates
+from alrao_fast.nn.clone_parameters import WithParameters
 from alrao_fast.sharding import is_sharded
 
 if TYPE_CHECKING:
     from alrao_fast.nn.switch import Switch
 
 
-class Retiring(WithRates):
+class Retiring(WithParameters):
     """A module of clones `[N, ...]` that can go on with some of them.
 
     `kept [M]`, bool, which of the M clones at construction are left: a buffer that is there, and in the state_dict,
     only once some have been retired. Its copy on the CPU spares a wait for the device.
     """
 
-    num_clones: int
     switch: Switch
     kept: Tensor | None
     _numbers: tuple[int, ...] | None = None
@@ -36,11 +35,12 @@ class Retiring(WithRates):
 
     def check_retiring(self) -> None:
         """Raise ValueError where clones cannot be taken out of this head."""
+        own = {id(param) for owner in self.owners() for param in owner._parameters.values()}
+        over_ranks = getattr(self, "over_ranks", None) is not None
         for name, param in self.named_parameters():
-            over_ranks = getattr(self, "over_ranks", None) is not None
             if over_ranks or is_sharded(param) or is_cut(param):
                 what = f"a {name} that lies over ranks"
-            elif name not in self._parameters or param.shape[:1] != (self.num_clones,):
+            elif id(param) not in own or param.shape[:1] != (self.num_clones,):
                 what = f"a parameter {name} of shape {list(param.shape)}"
             elif param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
                 what = f"hooks on its {name}"
@@ -51,7 +51,6 @@ class Retiring(WithRates):
                 f"entry for each of its {self.num_clones} clones: they are exchanged for smaller ones"
             )
         for optimizer in live.optimizers:
-            own = {id(param) for param in self.parameters()}
             if getattr(optimizer, "_shows_averages", False) and any(
                 id(param) in own for group in optimizer.param_groups for param in group["params"]
             ):
@@ -68,9 +67,10 @@ class Retiring(WithRates):
         index = torch.tensor(places, dtype=torch.int64)
         before = self.clone_numbers
         moved: dict[Tensor, Tensor] = {}
-        for name, old in self._parameters.items():
-            if old is not None:
-                moved[old] = self._parameters[name] = _some_of(old, index)
+        for owner in self.owners():
+            for name, old in owner._parameters.items():
+                if old is not None:
+                    moved[old] = owner._parameters[name] = _some_of(old, index)
         for name, dim in (("clone_lr", 0), ("running", 1)):
             # Past the property, which would look for the optimizer.
             buffer = self._buffers[name]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from alrao_fast.nn.clone_parameters import largest_outputs
 from alrao_fast.ops.derivatives import is_traced
 from alrao_fast.sharding import is_sharded, local, spans
 
@@ -160,16 +161,14 @@ def _diagnose_clones(
     head: LinearClones, features: Tensor, targets: Tensor | None
 ) -> tuple[str, str]:
     # Of clones that lie over ranks those that are here: the ranks may not look at the same time.
-    weight, bias = (None if p is None else local(p.detach()) for p in (head.weight, head.bias))
-    assert weight is not None
-    finite = weight.isfinite().all((1, 2))
+    params = [None if p is None else local(p.detach()).double() for p in head.parts()]
+    finite = torch.stack([p.isfinite().flatten(1).all(1) for p in params if p is not None]).all(0)
     x = features.abs().max().double()
-    largest = weight.abs().sum(2, dtype=torch.float64) * x
-    if bias is not None:
-        finite = finite & bias.isfinite().all(1)
-        largest = largest + bias.abs()
+    weight, *others = params
+    assert weight is not None
+    largest = largest_outputs(x, weight, *others)
     # Outputs whose square is finite have a finite likelihood.
-    small = finite & (largest.amax(1) < math.sqrt(torch.finfo(torch.float32).max))
+    small = finite & (largest < math.sqrt(torch.finfo(torch.float32).max))
     if small.any():
         return "targets", f"features and clones are finite. {head.describe_targets(targets)}"
     first = spans(head.weight)[0][0] if is_sharded(head.weight) else 0

@@ -104,25 +104,23 @@ class _Once(_TracedOnce):
         raise RuntimeError(ctx.message)
 
 
-def once(
-    message: str, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def once(message: str, *tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors, for plain PyTorch whose first derivative is right and whose others are not.
 
     One backward passes. A second derivative or a forward-mode one raises RuntimeError(message).
     """
-    given = [x, weight] if bias is None else [x, weight, bias]
+    given = [tensor for tensor in tensors if tensor is not None]
     # Depends on them all without keeping any: each may change in place before the backward.
     source = torch.stack([tensor[:0].sum() for tensor in given]).sum()
     function = _TracedOnce if torch.compiler.is_compiling() else _Once
-    passed = function.apply(message, source, *given)
-    return passed if bias is not None else (*passed, None)
+    passed = iter(function.apply(message, source, *given))
+    return tuple([None if tensor is None else next(passed) for tensor in tensors])
 
 
 def plain_gradients(
-    function: Callable[[list[Tensor | None]], Tensor], inputs: Sequence[Tensor | None], grad: Tensor
+    function: Callable[[list[Tensor | None]], Any], inputs: Sequence[Tensor | None], grad: Any
 ) -> list[Tensor | None]:
-    """The gradients of `function(inputs)` to each of the inputs, by autograd, from that to its result.
+    """The gradients of `function(inputs)` to each of the inputs, by autograd, from that to its result, or results.
 
     With create_graph they have derivatives; `grad` may be a batch or a dual tensor.
     """

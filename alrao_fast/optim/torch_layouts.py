@@ -87,4 +87,5 @@ def _slopes(module: nn.PReLU) -> dict[str, Feature]:
 @register_builtin(LinearClones)
 def _clones(module: LinearClones) -> dict[str, Feature]:
     rate = Feature(dim=0, vector="clone", kind="clone")
-    return {"weight": rate, "bias": rate}
+    tails = [f"tail.{name}" for name, _ in getattr(module, "tail", nn.Module()).named_parameters()]
+    return dict.fromkeys(["weight", "bias", *tails], rate)

@@ -197,6 +197,12 @@ class _OfTheLiving(torch.autograd.Function):
         return torch.where((alive | (grad == 0)).all(0), grad, 0), None
 
 
+def of_the_living(logp: Tensor, alive: Tensor) -> Tensor:
+    """`logp [B, N]`, 0 where not `alive`, of which a clone that is dead for any sample gets no gradient."""
+    own: Tensor = _OfTheLiving.apply(torch.where(alive, logp, 0), alive)
+    return own
+
+
 def combine(
     mixture_logp: Tensor,
     own_logp: Tensor,
@@ -227,7 +233,7 @@ def combine(
 
     # +inf, visible, and without a gradient where every clone with posterior mass is dead.
     log_mixture = _log_mixture(log_posterior.to(mixture_logp.dtype) + mixture_logp)
-    own = _OfTheLiving.apply(torch.where(alive & counted, own_logp, 0), alive | ~counted)
+    own = of_the_living(torch.where(counted, own_logp, 0), alive | ~counted)
     each = -torch.where(counted, log_mixture, 0) + (own.detach() - own).sum(1, keepdim=True)
     if row_weight is not None:
         each = torch.where(counted, row_weight * each, 0)
@@ -348,9 +354,14 @@ def switch_mixture_log_prob(
     dtype = _accumulator(x, weight)
     bias = None if bias is None else bias.to(dtype)
     logits, alive = _safe_outputs(x.to(dtype), weight.to(dtype), bias)
-    posterior = _posterior(log_posterior, alive)
     logp = F.log_softmax(soft_capped(logits, softcap), dim=2)
-    joint = posterior.to(dtype).unsqueeze(2) + logp
+    return log_mixture_of_the_living(logp, alive, log_posterior)
+
+
+def log_mixture_of_the_living(logp: Tensor, alive: Tensor, log_posterior: Tensor) -> Tensor:
+    """Mixture [B, C] of the log-probabilities `[B, N, C]` of the clones `alive [B, N]`; -inf where there is none."""
+    posterior = _posterior(log_posterior, alive)
+    joint = posterior.to(logp.dtype).unsqueeze(2) + logp
     possible = (joint.detach() > -math.inf).any(1)
     mixture = torch.logsumexp(torch.where(possible.unsqueeze(1), joint, 0), dim=1)
     return torch.where(possible, mixture, -math.inf)
