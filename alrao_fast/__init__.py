@@ -26,6 +26,7 @@ from alrao_fast.nn import (
 )
 from alrao_fast.optim import (
     AlraoAdam,
+    AlraoMuon,
     AlraoSGD,
     Constant,
     Feature,
@@ -43,6 +44,7 @@ from alrao_fast.ranking import Ranked, Ranking, rank
 __all__ = [
     "AlraoAdam",
     "AlraoModel",
+    "AlraoMuon",
     "AlraoSGD",
     "ClassifierClones",
     "Constant",

@@ -24,7 +24,15 @@ from alrao_fast import compiler
 from alrao_fast.arguments import Generator, Instance, Kind, Number, Optional, checked
 from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import annealing, averages, checkpoint
-from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
+from alrao_fast.optim.binding import (
+    Binding,
+    Call,
+    GroupBinding,
+    Needs,
+    bind,
+    check_gradient,
+    gradients,
+)
 from alrao_fast.optim.layouts import Layout
 from alrao_fast.optim.notices import warn_of_default_rule, warn_of_no_averages
 from alrao_fast.optim.owners import warn_of_unobserved
@@ -117,6 +125,21 @@ class AlraoOptimizer(Rated):
         """The op's options as `group` has them."""
         raise NotImplementedError
 
+    def _op_of(self, group: Mapping[str, Any]) -> FeatureOp:
+        """The op that updates the parameters of `group`."""
+        return self._op
+
+    def _call_of(self, group: Mapping[str, Any]) -> Callable[..., Call]:
+        """How a call on tensors of `group` is made."""
+        return Call
+
+    def _parts(self, group: dict[str, Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """A new group, whose parameters are laid out, as the groups that hold them."""
+        return self._clones_apart(group, options[self._rule_option])
+
+    def _check_loaded(self, number: int, group: Mapping[str, Any]) -> None:
+        """Raise ValueError where group `number` is not what `group`, from a checkpoint, was."""
+
     def _implied(self, group: dict[str, Any], sampler: Sampler | None) -> dict[str, Any]:
         """Options of a new group that follow from the others and from its own sampler."""
         return {}
@@ -155,7 +178,7 @@ class AlraoOptimizer(Rated):
                 self._resolve(module)
             group["params"] = expanded(group["params"])
             self._lay_out(group["params"])
-            for part in self._clones_apart(group, options[self._rule_option]):
+            for part in self._parts(group, options):
                 compiler.without_import(super().add_param_group)(part)
                 added = self.param_groups[-1]
                 self._undrawn.update(dict.fromkeys(added["params"], (sampler, added["lr_range"])))
@@ -195,11 +218,12 @@ class AlraoOptimizer(Rated):
             if not self._option_checks.hold(group):
                 # The next step says which option is not valid.
                 continue
-            names = self._op.states[: self._op.num_states(self._options(group))]
+            op = self._op_of(group)
+            names = op.states[: op.num_states(self._options(group))]
             has_averages = group.get("averaging") is not None
             precision = self._float32_states, group["master_weights"], has_averages
             trained = [p for p in group["params"] if p.requires_grad or p.grad is not None]
-            complete(self._op, trained, self.state, names, *precision)
+            complete(op, trained, self.state, names, *precision)
 
     # Checkpoints and copies.
 
@@ -240,7 +264,7 @@ class AlraoOptimizer(Rated):
         groups, state = checkpoint.fitted(
             state_dict,
             self.param_groups,
-            self._op,
+            [*map(self._op_of, self.param_groups)],
             name_of=lambda param: layouts[param].name,
             rates_of=lambda param, _: ((layouts[param].length(param),), torch.float32),
             missing_rates=partial(
@@ -250,8 +274,9 @@ class AlraoOptimizer(Rated):
             ),
             of_old=self._of_old,
         )
-        for group in groups:
+        for number, group in enumerate(groups):
             group |= self._option_checks.checked(group)
+            self._check_loaded(number, group)
         self.param_groups, self.state, self._binding = groups, state, Binding()
         self._places.note(groups)
         taken = [group.pop("steps_taken", None) for group in groups]
@@ -386,7 +411,7 @@ class AlraoOptimizer(Rated):
         return loss
 
     def _needs(self, group: dict[str, Any], options: Options, grads: list[Tensor]) -> Needs:
-        op = self._op
+        op = self._op_of(group)
         return Needs(
             op.states[: op.num_states(options)],
             self._float32_states,
@@ -403,7 +428,8 @@ class AlraoOptimizer(Rated):
         self._complete([group])
         warn_of_unobserved(group["params"])
         seed = group["rounding_seed"]
-        return bind(self._op, group["params"], self._layouts, self.state, needs, seed, done)
+        own = group["params"], self._layouts, self.state, needs, seed, done
+        return bind(self._op_of(group), *own, make_call=self._call_of(group))
 
     _hooked_step = Optimizer.profile_hook_step(_step)
 

@@ -111,13 +111,18 @@ class Rated(AcrossRanks):
             for p in rates
             if isinstance(pending[p][0] or own, LogUniform)
         }
-        limits = rate_limits({p: bound for p, bound in bounds.items() if bound}, self._layouts)
+        shares = {p: bound for p, bound in bounds.items() if bound}
+        limits = rate_limits(self._in_rates(shares), self._layouts)
         known = self._known_rates() if sharded else ()
         self._agree([*rates.values(), *limits.values(), *known])
         for param, own_rates in limited(rates, limits).items():
             self._rates[param] = own_rates
             self.state[param].update(own_rates)
         self._tell_heads()
+
+    def _in_rates(self, shares: dict[Tensor, float]) -> dict[Tensor, float]:
+        """Parameters' `rate_bound`s as bounds of their rates."""
+        return shares
 
     def _adopt(self) -> None:
         """Give rates to parameters that were put into `param_groups` by hand.
