@@ -31,9 +31,9 @@ def fitted(
 ) -> tuple[list[dict[str, Any]], defaultdict[Any, dict[str, Any]]]:
     """The param groups and the state that `state_dict` means for the parameters of `groups`, as copies.
 
-    ops: those of the groups. name_of, rates_of: the name of a parameter, the shape and dtype of its rates. of_old: options that states did not
-    have once, as they were then. State that belongs to no parameter is
-    taken over as it is. Raises ValueError or TypeError, naming what does not fit.
+    ops: those of the groups. name_of, rates_of: the name of a parameter, the shape and dtype of its rates. of_old:
+    options that states did not have once, as they were then. State that belongs to no parameter is taken over as it is.
+    Raises ValueError or TypeError, naming what does not fit.
     """
     new_groups, saved_ids = _groups(state_dict, groups, of_old)
     saved_state = state_dict["state"]

@@ -19,16 +19,16 @@ _EMBEDDING = re.compile(r"embed", re.IGNORECASE)
 
 
 class Matrices(NamedTuple):
-    """`count` matrices [rows, columns] of a parameter: its dimensions in this order, row by row."""
+    """`blocks` matrices [rows, columns] of a parameter: its dimensions in this order, row by row."""
 
     order: tuple[int, ...]
-    count: int
+    blocks: int
     rows: int
     columns: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The entries of the parameter, or of a tensor of its shape, as [count, rows, columns]; a view where it can be."""
-        return tensor.permute(self.order).reshape(self.count, self.rows, self.columns)
+        """The entries of the parameter, or of a tensor of its shape, as [blocks, rows, columns]."""
+        return tensor.permute(self.order).reshape(self.blocks, self.rows, self.columns)
 
     def back(self, matrices: Tensor, param: Tensor) -> Tensor:
         """A view of the matrices in the parameter's shape."""
@@ -45,17 +45,17 @@ def matrices_of(param: Tensor, layout: Layout) -> Matrices | None:
     others = tuple(dim for dim in range(param.dim()) if dim not in dims)
     rows = math.prod(param.size(dim) for dim in dims)
     columns = math.prod(param.size(dim) for dim in others)
-    count = 1
+    blocks = 1
     if len(dims) == 2 and dims[0] == 0 and param.dim() == 3:
         # Experts, or heads.
-        count = param.size(0)
+        blocks = param.size(0)
     elif len(dims) == 1 and per_feature and layout.feature_of is None and layout.vector.length:
         # Gates: so many blocks of rows with the same features.
-        count = rows // layout.vector.length
-    rows //= max(count, 1)
+        blocks = rows // layout.vector.length
+    rows //= max(blocks, 1)
     if rows < 2 or columns < 2:
         return None
-    return Matrices((*dims, *others), count, rows, columns)
+    return Matrices((*dims, *others), blocks, rows, columns)
 
 
 def is_hidden_matrix(param: Tensor, layout: Layout) -> bool:

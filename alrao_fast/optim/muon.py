@@ -1,6 +1,5 @@
 """Muon, momentum that is orthogonalised, with one learning rate per feature."""
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -10,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from alrao_fast import sharding
-from alrao_fast.arguments import Choice, Flag, Integer, Number, Optional
+from alrao_fast.arguments import Choice, Flag, Number, Optional
 from alrao_fast.ops import feature_adam, feature_sgd
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
 from alrao_fast.ops.plan import Plan
-from alrao_fast.optim.annealing import Run
+from alrao_fast.optim.annealing import recipe
 from alrao_fast.optim.base import AlraoOptimizer
 from alrao_fast.optim.binding import Call, MakeRates
 from alrao_fast.optim.layouts import Layout
@@ -51,7 +50,49 @@ _PLAIN: Options = MappingProxyType(
 
 
 class AlraoMuon(AlraoOptimizer):
-    """x"""
+    """Muon, which orthogonalises the momentum of matrices, and AdamW for all other parameters, with a learning rate for
+    every feature, drawn once (arXiv 1810.01322).
+
+        p = p - lr * r(i) * (s * orthogonal(momentum) + weight_decay * p)          of matrices
+        p = p - lr * r(i) * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p)       of all else
+
+    A feature is a row of a matrix. log r is drawn per feature from a triangular law on [log lo, log hi]; clone n of N
+    has lo * (hi/lo)^(n/(N-1)). `orthogonal` is the iteration of Newton and Schulz of torch.optim.Muon, five steps with
+    its coefficients (K. Jordan and others, Muon: an optimizer for hidden layers in neural networks, 2024), for all
+    matrices of one shape together: in bfloat16 on a GPU, in float32 on a CPU, in float64 for float64 parameters.
+
+    Which parameters are matrices follows the feature layouts: weights of linear layers, of convolutions, flattened to
+    [out, in * h * w], of recurrent layers, one matrix per gate, of attention and of fused experts, one per expert. Not
+    embeddings, clones, convolutions with one input channel (a depthwise one's channels share no input), nor what no
+    layout knows, bare tensors among them. A param group's `orthogonalize` says otherwise. Each param group becomes two,
+    one with the matrices, one with the rest; `describe_rates(opt, details=True)` shows which is which. A plain last
+    layer, without clones, is a matrix like others: Muon's authors give it to AdamW (`orthogonalize=False`).
+
+    Args:
+        momentum, nesterov: of matrices, as in torch.optim.Muon.
+        adjust_lr_fn: the scale s by which an orthogonal matrix [A, B] is multiplied, as in torch.optim.Muon:
+            "match_rms_adamw", 0.2 sqrt(max(A, B)), makes its entries as large as Adam's updates usually are, so that
+            one interval serves all parameters; "original", sqrt(max(1, A / B)).
+        betas, eps: of all other parameters, as in torch.optim.AdamW.
+        weight_decay: of all parameters, decoupled.
+        orthogonalize: None: the matrices as above. True: all parameters of the group, which need two features of two
+            entries or more. False: none. Its value stays what it is once a group is there.
+        rate_bound: the share of a feature that a step changes at most, about: as in `AlraoAdam`, and of matrices, whose
+            updates have a known size, whatever s is.
+
+    lr_range, lr, generator, rounding, model, foreach, fused, capturable and differentiable are those of `AlraoSGD`, but
+    for the default of lr_range; maximize, master_weights, total_steps, warmup_steps, averaging and sampler those of
+    `AlraoAdam`.
+
+    DTensors: a matrix has to be whole to be orthogonalised, so every rank gathers its momentum and orthogonalises it;
+    states and updates stay sharded.
+
+    State per parameter, made at construction: "rate" (float32), "step" (int64), "exp_avg" (of matrices the momentum),
+    "exp_avg_sq" (of others), "master", "average", and where rates are bounded "drawn_rate" and "rate_limit" (float32);
+    of frozen ones only these and the rate. "exp_avg" and "exp_avg_sq" of bfloat16 and float16 parameters are float32.
+
+    Raises ValueError, naming `orthogonalize`, for True with a parameter that is no matrix.
+    """
 
     _op = feature_adam.OP
     _kinds = {
@@ -79,7 +120,7 @@ class AlraoMuon(AlraoOptimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         orthogonalize: bool | None = None,
-        rate_bound: float | None = 0.1,
+        rate_bound: float | None = 0.05,
         sampler: Sampler | None = None,
         generator: torch.Generator | None = None,
         rounding: str | None = None,
@@ -93,16 +134,9 @@ class AlraoMuon(AlraoOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        total_steps = Optional(Integer(low=1)).check("total_steps", total_steps)
-        if warmup_steps is None:
-            warmup_steps = math.ceil(total_steps / 20) if total_steps else 0
-        if averaging is None and total_steps:
-            averaging = 8.0
-        elif averaging is False:
-            averaging = None
-        self._run = Run(total_steps) if total_steps else None
         arguments = locals()
-        super().__init__({name: arguments[name] for name in arguments.keys() - {"total_steps"}})
+        self._run, implied = recipe(arguments.pop("total_steps"), warmup_steps, averaging)
+        super().__init__(arguments | implied)
         if self._run:
             # From now on the state has all that it will have.
             self.anneal_rates(0.0)
@@ -112,7 +146,8 @@ class AlraoMuon(AlraoOptimizer):
     def _parts(self, group: dict[str, Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The matrices of a group and its other parameters as groups of their own."""
         chosen = options["orthogonalize"]
-        matrices, others = [], []
+        matrices: list[Any] = []
+        others: list[Any] = []
         for entry in group["params"]:
             param = tensor_of(entry)
             layout = self._layouts.get(param) if isinstance(param, Tensor) else None
@@ -198,9 +233,7 @@ class _MatrixCall(Call):
         layouts: Mapping[Tensor, Layout],
     ) -> None:
         [self._momenta] = lists.states
-        super().__init__(
-            feature_sgd.OP, lists._replace(states=[]), impl, positions, derived, parts
-        )
+        super().__init__(feature_sgd.OP, lists._replace(states=[]), impl, positions, derived, parts)
         self._matrices = [_check_matrix(param, layouts[param]) for param in self.params]
 
     @torch.no_grad()
@@ -208,7 +241,7 @@ class _MatrixCall(Call):
         momentum, momenta = options["momentum"], self._momenta
         values = self._values(grads, scalars)
         ahead = momentum**2 if options["nesterov"] else momentum
-        directions = torch._foreach_lerp(values, momenta, ahead)
+        directions = list(torch._foreach_lerp(values, momenta, ahead))
         updates = self._orthogonalized(directions, str(options["adjust_lr_fn"]))
         plain = {**_PLAIN, "weight_decay": options["weight_decay"]}
         if not plan.step(updates, plain, scalars._replace(grad_scale=None)):

@@ -34,14 +34,14 @@ def size_of_update(rows: int, columns: int, adjust_lr_fn: str) -> float:
 
 
 class Scaled(NamedTuple):
-    """Matrices [count, rows, columns], and what their orthogonal ones are to be multiplied by."""
+    """Matrices [blocks, rows, columns], and what their orthogonal ones are to be multiplied by."""
 
     matrices: Tensor
     scale: float
 
 
 def orthogonalized(given: Sequence[Scaled]) -> list[Tensor]:
-    """For each entry the orthogonal matrices nearest to it, about, times its scale: [count, rows, columns].
+    """For each entry the orthogonal matrices nearest to it, about, times its scale: [blocks, rows, columns].
 
     On a GPU in bfloat16, on a CPU, where that is slower, in float32, of float64 in float64.
     """
