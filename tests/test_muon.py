@@ -23,12 +23,13 @@ ADJUSTMENTS = ("original", "match_rms_adamw")
 
 
 class Net(nn.Module):
-    """Matrices of one shape twice, of its transpose, convolved, tall; and what is none."""
+    """Matrices of one shape twice, of its transpose, convolved, much taller than wide; and what is none."""
 
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(7, 6)
-        self.layers = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 9))
+        sizes = (6, 9), (9, 6), (6, 9), (9, 20)
+        self.layers = nn.Sequential(*(nn.Linear(*size) for size in sizes))
         self.conv = nn.Conv1d(3, 4, 2)
         self.norm = nn.LayerNorm(6)
 
@@ -38,7 +39,7 @@ def net(device="cpu", dtype=torch.float64):
     return Net().to(device, dtype)
 
 
-MATRICES = {"layers.0.weight", "layers.1.weight", "layers.2.weight", "conv.weight"}
+MATRICES = {"conv.weight", *(f"layers.{k}.weight" for k in range(4))}
 
 
 def gradient(name, param, step):

@@ -1,4 +1,4 @@
-"""What AlraoSGD and AlraoAdam share: param groups, the drawn rates, state, checkpoints and the frame of `step()`.
+"""What AlraoSGD, AlraoAdam and AlraoMuon share: param groups, the drawn rates, state, checkpoints and the frame of `step()`.
 
 The class gathers tensors and stores them; the arithmetic is the ops'. What an update needs of a param group is bound
 once (binding.py) and kept until something changes: `step()` then only collects the gradients.
@@ -154,7 +154,7 @@ class AlraoOptimizer(Rated):
         """Add a group: `params` is a module, a tensor, or an iterable of modules, tensors and (name, tensor) pairs.
 
         The group's options are those of the constructor; it may also have its own `sampler`, `lr_range` and, in
-        `AlraoAdam`, `rate_bound`. A bare tensor has the layout its module gives it, if the optimizer has met the module
+        `AlraoAdam` and `AlraoMuon`, `rate_bound`. A bare tensor has the layout its module gives it, if the optimizer has met the module
         or it is in an `AlraoModel` or a head, else one rate per index of dim 0.
         Raises, and adds nothing, where an option or a parameter is not valid.
         """

@@ -1,4 +1,4 @@
-"""Param groups: what `params` may be, and the options that AlraoSGD and AlraoAdam share."""
+"""Param groups: what `params` may be, and the options that all optimizers share."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
