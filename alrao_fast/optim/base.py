@@ -1,4 +1,4 @@
-"""What AlraoSGD, AlraoAdam and AlraoMuon share: param groups, the drawn rates, state, checkpoints and the frame of `step()`.
+"""What the optimizers share: param groups, the drawn rates, state, checkpoints and the frame of `step()`.
 
 The class gathers tensors and stores them; the arithmetic is the ops'. What an update needs of a param group is bound
 once (binding.py) and kept until something changes: `step()` then only collects the gradients.
@@ -125,17 +125,9 @@ class AlraoOptimizer(Rated):
         """The op's options as `group` has them."""
         raise NotImplementedError
 
-    def _op_of(self, group: Mapping[str, Any]) -> FeatureOp:
-        """The op that updates the parameters of `group`."""
-        return self._op
-
-    def _call_of(self, group: Mapping[str, Any]) -> Callable[..., Call]:
-        """How a call on tensors of `group` is made."""
-        return Call
-
-    def _parts(self, group: dict[str, Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """A new group, whose parameters are laid out, as the groups that hold them."""
-        return self._clones_apart(group, options[self._rule_option])
+    def _update_of(self, group: Mapping[str, Any]) -> tuple[FeatureOp, Callable[..., Call]]:
+        """The op of a group, and how a call of it is made."""
+        return self._op, Call
 
     def _check_loaded(self, number: int, group: Mapping[str, Any]) -> None:
         """Raise ValueError where group `number` is not what `group`, from a checkpoint, was."""
@@ -153,8 +145,8 @@ class AlraoOptimizer(Rated):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: `params` is a module, a tensor, or an iterable of modules, tensors and (name, tensor) pairs.
 
-        The group's options are those of the constructor; it may also have its own `sampler`, `lr_range` and, in
-        `AlraoAdam` and `AlraoMuon`, `rate_bound`. A bare tensor has the layout its module gives it, if the optimizer has met the module
+        The group's options are those of the constructor; it may also have its own `sampler`, `lr_range` and, but for
+        `AlraoSGD`, `rate_bound`. A bare tensor has the layout its module gives it, if the optimizer has met the module
         or it is in an `AlraoModel` or a head, else one rate per index of dim 0.
         Raises, and adds nothing, where an option or a parameter is not valid.
         """
@@ -218,7 +210,7 @@ class AlraoOptimizer(Rated):
             if not self._option_checks.hold(group):
                 # The next step says which option is not valid.
                 continue
-            op = self._op_of(group)
+            op, _ = self._update_of(group)
             names = op.states[: op.num_states(self._options(group))]
             has_averages = group.get("averaging") is not None
             precision = self._float32_states, group["master_weights"], has_averages
@@ -264,7 +256,7 @@ class AlraoOptimizer(Rated):
         groups, state = checkpoint.fitted(
             state_dict,
             self.param_groups,
-            [*map(self._op_of, self.param_groups)],
+            [self._update_of(group)[0] for group in self.param_groups],
             name_of=lambda param: layouts[param].name,
             rates_of=lambda param, _: ((layouts[param].length(param),), torch.float32),
             missing_rates=partial(
@@ -411,7 +403,7 @@ class AlraoOptimizer(Rated):
         return loss
 
     def _needs(self, group: dict[str, Any], options: Options, grads: list[Tensor]) -> Needs:
-        op = self._op_of(group)
+        op, _ = self._update_of(group)
         return Needs(
             op.states[: op.num_states(options)],
             self._float32_states,
@@ -427,9 +419,9 @@ class AlraoOptimizer(Rated):
         self._adopt()
         self._complete([group])
         warn_of_unobserved(group["params"])
-        seed = group["rounding_seed"]
-        own = group["params"], self._layouts, self.state, needs, seed, done
-        return bind(self._op_of(group), *own, make_call=self._call_of(group))
+        op, make_call = self._update_of(group)
+        own = group["params"], self._layouts, self.state, needs, group["rounding_seed"], done
+        return bind(op, *own, make_call)
 
     _hooked_step = Optimizer.profile_hook_step(_step)
 

@@ -179,11 +179,10 @@ class AlraoMuon(AlraoOptimizer):
 
     # The update.
 
-    def _op_of(self, group: Mapping[str, Any]) -> FeatureOp:
-        return OF_MATRICES if group["orthogonalize"] else self._op
-
-    def _call_of(self, group: Mapping[str, Any]) -> Callable[..., Call]:
-        return partial(_MatrixCall, layouts=self._layouts) if group["orthogonalize"] else Call
+    def _update_of(self, group: Mapping[str, Any]) -> tuple[FeatureOp, Callable[..., Call]]:
+        if not group["orthogonalize"]:
+            return super()._update_of(group)
+        return OF_MATRICES, partial(_MatrixCall, layouts=self._layouts)
 
     def _options(self, group: dict[str, Any]) -> Options:
         if group["orthogonalize"]:

@@ -78,6 +78,10 @@ class Rated(AcrossRanks):
             self._layouts[param] = default_layout(name, param)
             self._bare.append(name)
 
+    def _parts(self, group: dict[str, Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """A new group, whose parameters are laid out, as the groups that hold them."""
+        return self._clones_apart(group, options[self._rule_option])
+
     def _clones_apart(self, group: dict[str, Any], rule: str) -> list[dict[str, Any]]:
         """The authors' rules are for the pre-classifier: under one, clones become a group of their own."""
         if rule != "authors":
