@@ -1,5 +1,6 @@
 """Which learning rates parameters have: their layouts, the draw, and what is put into the groups by hand."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
