@@ -163,13 +163,6 @@ _OURS = (
         **_AVERAGED,
     ),
     alrao_method(
-        "alrao-muon-averaged",
-        "Alrao-Muon, warm-up, averaged",
-        alrao.AlraoMuon,
-        of_run=_warm_averaged,
-        **_AVERAGED,
-    ),
-    alrao_method(
         "uniform-run",
         "Alrao-Adam, uniform, total_steps",
         _ADAM,
