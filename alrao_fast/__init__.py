@@ -27,6 +27,7 @@ from alrao_fast.nn import (
 )
 from alrao_fast.optim import (
     AlraoAdam,
+    AlraoMuon,
     AlraoSGD,
     Constant,
     Feature,
@@ -46,6 +47,7 @@ __all__ = [
     "AdaptiveClassifierClones",
     "AlraoAdam",
     "AlraoModel",
+    "AlraoMuon",
     "AlraoSGD",
     "ClassifierClones",
     "Constant",

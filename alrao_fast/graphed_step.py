@@ -18,7 +18,7 @@ _FREE_OPTIONS = ("params", "lr", "initial_lr", "param_names")
 
 _KINDS = {
     "net": Instance(nn.Module, "a torch.nn.Module"),
-    "opt": Instance(AlraoOptimizer, "an AlraoSGD or AlraoAdam"),
+    "opt": Instance(AlraoOptimizer, "an AlraoSGD, AlraoAdam or AlraoMuon"),
     "example_targets": Instance(Tensor, "a tensor"),
     "scaler": Optional(Instance(torch.amp.GradScaler, "a torch.amp.GradScaler")),
     "warmup": Integer(low=1, words="at least 1 step before the capture"),
@@ -40,7 +40,7 @@ class GraphedStep:
     Args:
         net: an `AlraoModel` (or any module whose forward takes `targets=` and returns a loss, or (loss, *extras)), in
             training mode, on one CUDA device.
-        opt: its `AlraoSGD` or `AlraoAdam`.
+        opt: its `AlraoSGD`, `AlraoAdam` or `AlraoMuon`.
         example_inputs: a batch of the shape and dtype that all will have: a tensor, or a tuple of the forward's
             positional arguments, which may hold tuples of tensors.
         example_targets: the targets that go with it.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _HISTORY = Instance(History, "an alrao_fast.History")
-_OPTIMIZER = Instance(torch.optim.Optimizer, "an AlraoSGD or AlraoAdam")
+_OPTIMIZER = Instance(torch.optim.Optimizer, "an AlraoSGD, AlraoAdam or AlraoMuon")
 # Of Okabe and Ito's colours, which colour-blind people tell apart.
 _FEATURES, _CLONES = "#56B4E9", "#D55E00"
 _BINS = 24

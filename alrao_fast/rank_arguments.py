@@ -39,7 +39,7 @@ class _MakeOptimizer(Function):
     """A function that makes an optimizer; not the class of another package's, whose second argument is a rate."""
 
     def __init__(self) -> None:
-        super().__init__("a function (model, generator) -> AlraoSGD or AlraoAdam")
+        super().__init__("a function (model, generator) -> AlraoSGD, AlraoAdam or AlraoMuon")
 
     def check(self, name: str, value: Any) -> Any:
         other = isinstance(value, type) and not issubclass(value, AlraoOptimizer)
@@ -102,7 +102,7 @@ def check_batches(**loaders: Any) -> None:
 
 
 def check_optimizer(name: str, net: AlraoModel, made: Any) -> None:
-    expected = "expected an AlraoSGD or AlraoAdam over the model's parameters"
+    expected = "expected an AlraoSGD, AlraoAdam or AlraoMuon over the model's parameters"
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(f"optimizer: returned {shown(made)} for models[{name!r}], {expected}")
     own = {id(param) for param in net.parameters()}

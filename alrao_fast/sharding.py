@@ -173,7 +173,7 @@ def like(stored: Any, param: Any, dtype: torch.dtype, *, copy: bool = False) -> 
     elif _is_like(stored, param):
         state.copy_(local(stored))
     else:
-        state.copy_(whole(stored)[tuple(slice(*span) for span in spans(param))])
+        state.copy_(part_of(whole(stored), param))
     return type(param).from_local(
         state,
         param.device_mesh,
@@ -182,6 +182,28 @@ def like(stored: Any, param: Any, dtype: torch.dtype, *, copy: bool = False) -> 
         shape=param.shape,
         stride=param.stride(),
     )
+
+
+@torch.no_grad()
+def gathered(part: Tensor, param: Any) -> Tensor:
+    """What the parts that all ranks have of a tensor placed as this DTensor make together; all of them have to ask."""
+    return (
+        type(param)
+        .from_local(
+            part,
+            param.device_mesh,
+            param.placements,
+            run_check=False,
+            shape=param.shape,
+            stride=param.stride(),
+        )
+        .full_tensor()
+    )
+
+
+def part_of(tensor: Tensor, param: Any) -> Tensor:
+    """The entries of a whole tensor that a DTensor of its shape has here."""
+    return tensor[tuple(slice(*span) for span in spans(param))]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from alrao_fast import AlraoAdam, AlraoModel, AlraoSGD, ClassifierClones
+from alrao_fast import AlraoAdam, AlraoModel, AlraoMuon, AlraoSGD, ClassifierClones
 
 WORLD = 4
 STEPS = 5
@@ -20,6 +20,7 @@ CASES = {
     "maximize": (AlraoSGD, {"lr_range": (1e-5, 1e-2), "maximize": True}),
     # Its first steps are nearly as long for tiny gradients as for large ones.
     "adam": (AlraoAdam, {"lr_range": (1e-4, 1e-2), "eps": 1e-3}),
+    "muon": (AlraoMuon, {"lr_range": (1e-4, 1e-2), "eps": 1e-3}),
     "amsgrad": (
         AlraoAdam,
         {

@@ -212,7 +212,7 @@ def test_training_under_autocast(backend, device, dtype, fused, limit):
 
 
 @pytest.mark.parametrize("fused", [None, False, True])
-@pytest.mark.parametrize("kind", [alrao.AlraoSGD, alrao.AlraoAdam])
+@pytest.mark.parametrize("kind", [alrao.AlraoSGD, alrao.AlraoAdam, alrao.AlraoMuon])
 def test_only_fused_steps_take_the_scale(kind, fused):
     """As in torch.optim; what Lightning asks before it clips gradients."""
     opt = kind(nn.Linear(2, 2), fused=fused)

@@ -153,7 +153,7 @@ def test_compat(spec, name, value, error):
     refused(lambda: spec([p], [0.1], **{name: value}), name, error)
 
 
-@pytest.mark.parametrize("make", [alrao.AlraoSGD, alrao.AlraoAdam])
+@pytest.mark.parametrize("make", [alrao.AlraoSGD, alrao.AlraoAdam, alrao.AlraoMuon])
 def test_parameters_in_no_order_or_given_twice(make):
     model = net()
     first, *others = model.parameters()

@@ -15,7 +15,7 @@ from checkpoint_harness import assert_same_state, build, generator, train
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from alrao_fast import AlraoAdam, AlraoModel, AlraoSGD, ClassifierClones, Constant
+from alrao_fast import AlraoAdam, AlraoModel, AlraoMuon, AlraoSGD, ClassifierClones, Constant
 
 OP = "feature_adam"
 pytestmark = pytest.mark.usefixtures("used_backend")
@@ -210,7 +210,7 @@ def test_before_the_first_step_and_compiled():
 
 
 def test_false_is_no_average():
-    for optimizer_type in (AlraoSGD, AlraoAdam):
+    for optimizer_type in (AlraoSGD, AlraoAdam, AlraoMuon):
         opt = optimizer_type(clones(), averaging=False)
         assert opt.param_groups[0]["averaging"] is None
         opt.add_param_group({"params": nn.Linear(2, 2), "averaging": False})

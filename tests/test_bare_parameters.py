@@ -20,7 +20,7 @@ from torch import nn
 
 from alrao_fast import live
 from alrao_fast.nn import AlraoModel, ClassifierClones, RegressorClones
-from alrao_fast.optim import AlraoAdam, AlraoSGD, Constant, LogUniform, PerWeight
+from alrao_fast.optim import AlraoAdam, AlraoMuon, AlraoSGD, Constant, LogUniform, PerWeight
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -86,7 +86,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("optimizer_type", [AlraoSGD, AlraoAdam])
+@pytest.mark.parametrize("optimizer_type", [AlraoSGD, AlraoAdam, AlraoMuon])
 @pytest.mark.parametrize("way", WAYS)
 def test_as_if_the_model_had_been_passed(way, optimizer_type):
     net = build()

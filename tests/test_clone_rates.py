@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from alrao_fast.nn import AlraoModel, ClassifierClones
-from alrao_fast.optim import AlraoAdam, AlraoSGD, LogUniform
+from alrao_fast.optim import AlraoAdam, AlraoMuon, AlraoSGD, LogUniform
 
 WIDE, NARROW = (1e-5, 10.0), (1e-3, 1e-2)
 
@@ -39,7 +39,7 @@ def through_pickle(pair):
     return pickle.loads(pickle.dumps(pair))
 
 
-@pytest.mark.parametrize("optimizer_type", [AlraoSGD, AlraoAdam])
+@pytest.mark.parametrize("optimizer_type", [AlraoSGD, AlraoAdam, AlraoMuon])
 def test_loading_another_networks_state(optimizer_type):
     other = build()
     optimizer_of_other = AlraoSGD(other, NARROW)

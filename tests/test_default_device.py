@@ -16,7 +16,15 @@ import alrao_fast
 import alrao_fast.compat as authors
 from alrao_fast.compat.gen_hyper import fdet_lr_log, frand_lr_log
 from alrao_fast.nn import AlraoModel, ClassifierClones, RegressorClones, Switch
-from alrao_fast.optim import AlraoAdam, AlraoSGD, Constant, Fraction, LogUniform, PerWeight
+from alrao_fast.optim import (
+    AlraoAdam,
+    AlraoMuon,
+    AlraoSGD,
+    Constant,
+    Fraction,
+    LogUniform,
+    PerWeight,
+)
 
 DEFAULTS = ["meta device", "set meta device", torch.float64, torch.float16, torch.bfloat16]
 
@@ -101,7 +109,7 @@ SAMPLERS = [
 ]
 
 
-@pytest.mark.parametrize("optimizer_type", [AlraoSGD, AlraoAdam])
+@pytest.mark.parametrize("optimizer_type", [AlraoSGD, AlraoAdam, AlraoMuon])
 @pytest.mark.parametrize(
     "sampler", SAMPLERS, ids=lambda s: getattr(s, "__name__", type(s).__name__)
 )
@@ -134,11 +142,11 @@ def test_without_a_generator(default):
         assert torch.equal(expected.state[param]["rate"], optimizer.state[param]["rate"])
 
 
-@pytest.mark.parametrize("optimizer_type", [AlraoSGD, AlraoAdam])
+@pytest.mark.parametrize("optimizer_type", [AlraoSGD, AlraoAdam, AlraoMuon])
 @pytest.mark.parametrize("head", [ClassifierClones, RegressorClones])
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_training(default, optimizer_type, head, impl):
-    options = {"momentum": 0.9} if optimizer_type is AlraoSGD else {"amsgrad": True}
+    options = {AlraoSGD: {"momentum": 0.9}, AlraoAdam: {"amsgrad": True}}.get(optimizer_type, {})
     nets = build(head), build(head)
     x, y = batch(head)
     with alrao_fast.use_backend(impl):
@@ -229,7 +237,7 @@ def test_heads_without_device_or_dtype_follow_the_default():
     }
 
 
-@pytest.mark.parametrize("optimizer_type", [AlraoSGD, AlraoAdam])
+@pytest.mark.parametrize("optimizer_type", [AlraoSGD, AlraoAdam, AlraoMuon])
 def test_made_on_the_meta_device(optimizer_type):
     """A large model's way: everything on meta, then memory, values and training."""
     with torch.device("meta"):

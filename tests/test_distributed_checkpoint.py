@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from alrao_fast import AlraoAdam, AlraoModel, AlraoSGD, ClassifierClones
+from alrao_fast import AlraoAdam, AlraoModel, AlraoMuon, AlraoSGD, ClassifierClones
 
 # That there is no process group, and what torch deprecates in its own code.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -27,6 +27,7 @@ CASES = {
     "masters": (AlraoSGD, {"momentum": 0.9, "master_weights": True}, torch.bfloat16),
     "adam": (AlraoAdam, {"lr_range": (1e-5, 1e-1)}, torch.float32),
     "amsgrad": (AlraoAdam, {"lr_range": (1e-5, 1e-1), "amsgrad": True}, torch.float32),
+    "muon": (AlraoMuon, {"lr_range": (1e-4, 1e-1), "nesterov": False}, torch.float32),
     "torch sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, torch.float32),
     "torch adam": (torch.optim.Adam, {"lr": 0.1}, torch.float32),
 }
@@ -37,7 +38,9 @@ def made(kind, options, dtype, seed):
     backbone = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh())
     net = AlraoModel(backbone, ClassifierClones(8, 3, num_clones=4)).to(dtype)
     net.backbone[1].bias.requires_grad_(False)
-    return net, kind(net if kind in (AlraoSGD, AlraoAdam) else net.parameters(), **options)
+    return net, kind(
+        net if kind in (AlraoSGD, AlraoAdam, AlraoMuon) else net.parameters(), **options
+    )
 
 
 def train(net, opt, steps):

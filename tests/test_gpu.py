@@ -98,7 +98,7 @@ def test_a_step_never_waits_for_the_device(device, optimizer, options):
     assert all(p.isfinite().all() for p in net.parameters())
 
 
-@pytest.mark.parametrize("optimizer", [alrao.AlraoSGD, alrao.AlraoAdam])
+@pytest.mark.parametrize("optimizer", [alrao.AlraoSGD, alrao.AlraoAdam, alrao.AlraoMuon])
 def test_a_step_stays_on_its_stream(device, optimizer):
     expected = train(device, 4, optimizer)
     side = torch.cuda.Stream() if device.type == "cuda" else None

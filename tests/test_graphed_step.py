@@ -103,11 +103,12 @@ def repeated(monkeypatch):
     [
         (alrao.AlraoSGD, torch.float32, {}),
         (alrao.AlraoAdam, torch.float32, {"amsgrad": True}),
+        (alrao.AlraoMuon, torch.bfloat16, {}),
         (alrao.AlraoSGD, torch.bfloat16, {"master_weights": True}),
         (alrao.AlraoSGD, torch.bfloat16, {}),
         (alrao.AlraoSGD, torch.float32, {"fused": False}),
     ],
-    ids=["sgd", "adam", "masters", "stochastic rounding", "reference"],
+    ids=["sgd", "adam", "muon", "masters", "stochastic rounding", "reference"],
 )
 def test_construction_leaves_no_trace(repeated, fresh, optimizer, dtype, options):
     def start():
@@ -408,10 +409,11 @@ def gpu_backend(request):
     [
         (alrao.AlraoSGD, torch.float32, {}),
         (alrao.AlraoAdam, torch.float32, {}),
+        (alrao.AlraoMuon, torch.float32, {}),
         (alrao.AlraoSGD, torch.bfloat16, {"master_weights": True}),
         (alrao.AlraoSGD, torch.bfloat16, {}),
     ],
-    ids=["sgd", "adam", "masters", "stochastic rounding"],
+    ids=["sgd", "adam", "muon", "masters", "stochastic rounding"],
 )
 def test_replays_equal_the_loop(gpu_backend, optimizer, dtype, options):
     data = list(batches(6, CUDA, dtype))

@@ -33,7 +33,7 @@ from torch import nn
 import alrao_fast as alrao
 
 x, y = torch.randn(5, 8), torch.randint(4, (5,))
-for Optimizer in (alrao.AlraoSGD, alrao.AlraoAdam):
+for Optimizer in (alrao.AlraoSGD, alrao.AlraoAdam, alrao.AlraoMuon):
     net = alrao.AlraoModel(nn.Sequential(nn.Linear(8, 6), nn.ReLU()), alrao.ClassifierClones(6, 4, 3))
     opt = Optimizer(net)
     opt.add_param_group({"params": nn.Linear(2, 2)})

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from alrao_fast.nn import AlraoModel, ClassifierClones, RegressorClones
-from alrao_fast.optim import AlraoAdam, AlraoSGD
+from alrao_fast.optim import AlraoAdam, AlraoMuon, AlraoSGD
 
 OP = "switch_mixture"
 pytestmark = pytest.mark.usefixtures("used_backend", "used_device")
@@ -76,7 +76,9 @@ def test_posterior_and_metrics_are_the_heads():
 
 def test_suggested_lr():
     net = mlp(num_clones=3)
-    with pytest.raises(RuntimeError, match="no learning rates yet: make an AlraoSGD or AlraoAdam"):
+    with pytest.raises(
+        RuntimeError, match="no learning rates yet: make an AlraoSGD, AlraoAdam or AlraoMuon"
+    ):
         net.suggested_lr()
     AlraoSGD(net, lr_range=(1e-4, 1.0))
     with pytest.raises(RuntimeError, match="suggested_lr: the switch has made no observation"):
@@ -119,7 +121,7 @@ def checkpoint(net, opt, scheduler):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("optimizer", [AlraoSGD, AlraoAdam])
+@pytest.mark.parametrize("optimizer", [AlraoSGD, AlraoAdam, AlraoMuon])
 def test_resumes_bit_exactly(backend, optimizer):
     options = {"momentum": 0.9} if optimizer is AlraoSGD else {"lr_range": (1e-5, 1e-2)}
 

@@ -18,7 +18,7 @@ import torch
 from checkpoint_harness import assert_same_state, build, generator, train
 from torch import nn
 
-from alrao_fast.optim import AlraoAdam, AlraoSGD, LogUniform, PerWeight
+from alrao_fast.optim import AlraoAdam, AlraoMuon, AlraoSGD, LogUniform, PerWeight
 
 
 def through_a_file(value):
@@ -39,6 +39,8 @@ CASES = {
     "fp16 stochastic": (AlraoSGD, {}, torch.float16),
     "adam": (AlraoAdam, {"lr_range": (1e-5, 1e-1)}, torch.float32),
     "amsgrad": (AlraoAdam, {"amsgrad": True, "lr_range": (1e-5, 1e-1)}, torch.float32),
+    "muon": (AlraoMuon, {"lr_range": (1e-4, 1e-1), "weight_decay": 0.1}, torch.float32),
+    "bf16 muon masters": (AlraoMuon, {"master_weights": True}, torch.bfloat16),
     "bf16 adamw": (
         AlraoAdam,
         {"lr_range": (1e-5, 1e-1), "decoupled_weight_decay": True, "weight_decay": 0.1},
@@ -161,7 +163,7 @@ def test_hooks():
     assert calls == ["pre save", "pre", "post"] and "seen" not in saved
 
 
-@pytest.mark.parametrize("optimizer_type", [AlraoSGD, AlraoAdam])
+@pytest.mark.parametrize("optimizer_type", [AlraoSGD, AlraoAdam, AlraoMuon])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))])
 def test_copies_train_alike(optimizer_type, copied):
     model = build(torch.bfloat16)

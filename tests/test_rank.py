@@ -205,7 +205,7 @@ X, Y = VALID[0]
         (
             {"optimizer": lambda net, generator: None},
             TypeError,
-            r"optimizer: returned None for models\['a'\], expected an AlraoSGD or AlraoAdam",
+            r"optimizer: returned None for models\['a'\], expected an AlraoSGD, AlraoAdam or AlraoMuon",
         ),
         (
             {"optimizer": lambda net, generator: alrao.AlraoSGD(OTHER)},

@@ -294,5 +294,7 @@ def test_describe_rates(capsys):
     assert rows[0].kind == "weight" and rows[0].features == 24
     assert rows[3].lr_min == pytest.approx(1e-3) and rows[3].lr_max == 1.0
     assert rows[0].group == 0
-    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, AlraoSGD or AlraoAdam"):
+    with pytest.raises(
+        TypeError, match=r"expected a torch\.nn\.Module, AlraoSGD, AlraoAdam or AlraoMuon"
+    ):
         describe_rates(3)

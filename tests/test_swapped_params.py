@@ -7,7 +7,7 @@ import torch
 from checkpoint_harness import build, generator, train
 from torch import nn
 
-from alrao_fast.optim import AlraoAdam, AlraoSGD
+from alrao_fast.optim import AlraoAdam, AlraoMuon, AlraoSGD
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def swapping():
     torch.__future__.set_swap_module_params_on_conversion(False)
 
 
-@pytest.mark.parametrize("kind", [AlraoSGD, AlraoAdam])
+@pytest.mark.parametrize("kind", [AlraoSGD, AlraoAdam, AlraoMuon])
 def test_parameters_that_are_swapped(kind, swapping):
     """`net.double()` after a step, with the module's parameters swapped: the numbers of training without it."""
     model, plain = build(), build()

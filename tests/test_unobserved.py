@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from alrao_fast.nn import AlraoModel, ClassifierClones, MixtureLoss, RegressorClones
-from alrao_fast.optim import AlraoAdam, AlraoSGD
+from alrao_fast.optim import AlraoAdam, AlraoMuon, AlraoSGD
 
 WARNING = r"ClassifierClones is trained without any observation.*MixtureLoss\(net\)"
 
@@ -68,7 +68,7 @@ def no_warning():
         yield
 
 
-@pytest.mark.parametrize("optimizer_type", [AlraoSGD, AlraoAdam])
+@pytest.mark.parametrize("optimizer_type", [AlraoSGD, AlraoAdam, AlraoMuon])
 @pytest.mark.parametrize("loss", [ordinary, in_eval_mode])
 def test_one_warning(optimizer_type, loss):
     net = build()

@@ -204,7 +204,7 @@ class SpecOptimizer(Optimizer):
         groups, state = checkpoint.fitted(
             state_dict,
             self.param_groups,
-            self._op,
+            [self._op] * len(self.param_groups),
             name_of=names.__getitem__,
             rates_of=self._saved_rates,
             missing_rates=lambda param, saved, read: {"rate": self.state[param]["rate"]},

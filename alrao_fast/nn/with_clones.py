@@ -37,7 +37,7 @@ class WithClones(nn.Module):
         rates = head.clone_lr.double()
         if rates.isnan().any():
             raise RuntimeError(
-                "the clones have no learning rates yet: make an AlraoSGD or AlraoAdam of this model first"
+                "the clones have no learning rates yet: make an AlraoSGD, AlraoAdam or AlraoMuon of this model first"
             )
         self._check_observed("suggested_lr")
         if not all(bool(whole(p.isfinite().all())) for p in self._backbone_parameters()):

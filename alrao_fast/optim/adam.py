@@ -1,15 +1,13 @@
 """Adam and AdamW with one learning rate per feature."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alrao_fast.arguments import Integer, Optional
 from alrao_fast.ops.feature import Options
 from alrao_fast.ops.feature_adam import OP, OPTIONS
-from alrao_fast.optim.annealing import Run
+from alrao_fast.optim.annealing import recipe
 from alrao_fast.optim.base import AlraoOptimizer
 from alrao_fast.optim.param_groups import SHARED
 from alrao_fast.optim.rates import LogTriangular, Sampler
@@ -86,16 +84,9 @@ class AlraoAdam(AlraoOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        total_steps = Optional(Integer(low=1)).check("total_steps", total_steps)
-        if warmup_steps is None:
-            warmup_steps = math.ceil(total_steps / 20) if total_steps else 0
-        if averaging is None and total_steps:
-            averaging = 8.0
-        elif averaging is False:
-            averaging = None
-        self._run = Run(total_steps) if total_steps else None
         arguments = locals()
-        super().__init__({name: arguments[name] for name in arguments.keys() - {"total_steps"}})
+        self._run, implied = recipe(arguments.pop("total_steps"), warmup_steps, averaging)
+        super().__init__(arguments | implied)
         if self._run:
             # From now on the state has all that it will have.
             self.anneal_rates(0.0)

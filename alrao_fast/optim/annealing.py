@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from alrao_fast import compiler, live
+from alrao_fast.arguments import Integer, Optional
 from alrao_fast.optim.rates import LogUniform
 from alrao_fast.optim.states import rates_in
 
@@ -47,6 +48,21 @@ class Run:
         self.taken += 1
         if before < total and self.taken * TIMES // total != before * TIMES // total:
             anneal(optimizer, self.taken / total, WIDTH)
+
+
+def recipe(
+    total_steps: Any, warmup_steps: Any, averaging: Any
+) -> tuple[Run | None, dict[str, Any]]:
+    """What a constructor's `total_steps`, checked here, implies: the run, and the two options where they are None."""
+    total = Optional(Integer(low=1)).check("total_steps", total_steps)
+    if warmup_steps is None:
+        warmup_steps = math.ceil(total / 20) if total else 0
+    if averaging is None and total:
+        averaging = 8.0
+    elif averaging is False:
+        averaging = None
+    run = Run(total) if total else None
+    return run, {"warmup_steps": warmup_steps, "averaging": averaging}
 
 
 @torch.no_grad()

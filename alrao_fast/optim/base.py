@@ -1,4 +1,4 @@
-"""What AlraoSGD and AlraoAdam share: param groups, the drawn rates, state, checkpoints and the frame of `step()`.
+"""What the optimizers share: param groups, the drawn rates, state, checkpoints and the frame of `step()`.
 
 The class gathers tensors and stores them; the arithmetic is the ops'. What an update needs of a param group is bound
 once (binding.py) and kept until something changes: `step()` then only collects the gradients.
@@ -24,7 +24,15 @@ from alrao_fast import compiler
 from alrao_fast.arguments import Generator, Instance, Kind, Number, Optional, checked
 from alrao_fast.ops.feature import FeatureOp, Options, Scalars
 from alrao_fast.optim import annealing, averages, checkpoint
-from alrao_fast.optim.binding import Binding, GroupBinding, Needs, bind, check_gradient, gradients
+from alrao_fast.optim.binding import (
+    Binding,
+    Call,
+    GroupBinding,
+    Needs,
+    bind,
+    check_gradient,
+    gradients,
+)
 from alrao_fast.optim.flat_layouts import gathered, spread
 from alrao_fast.optim.layouts import Layout
 from alrao_fast.optim.notices import warn_of_default_rule, warn_of_no_averages
@@ -118,6 +126,13 @@ class AlraoOptimizer(Rated):
         """The op's options as `group` has them."""
         raise NotImplementedError
 
+    def _update_of(self, group: Mapping[str, Any]) -> tuple[FeatureOp, Callable[..., Call]]:
+        """The op of a group, and how a call of it is made."""
+        return self._op, Call
+
+    def _check_loaded(self, number: int, group: Mapping[str, Any]) -> None:
+        """Raise ValueError where group `number` is not what `group`, from a checkpoint, was."""
+
     def _implied(self, group: dict[str, Any], sampler: Sampler | None) -> dict[str, Any]:
         """Options of a new group that follow from the others and from its own sampler."""
         return {}
@@ -131,8 +146,8 @@ class AlraoOptimizer(Rated):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: `params` is a module, a tensor, or an iterable of modules, tensors and (name, tensor) pairs.
 
-        The group's options are those of the constructor; it may also have its own `sampler`, `lr_range` and, in
-        `AlraoAdam`, `rate_bound`. A bare tensor has the layout its module gives it, if the optimizer has met the module
+        The group's options are those of the constructor; it may also have its own `sampler`, `lr_range` and, but for
+        `AlraoSGD`, `rate_bound`. A bare tensor has the layout its module gives it, if the optimizer has met the module
         or it is in an `AlraoModel` or a head, else one rate per index of dim 0.
         Raises, and adds nothing, where an option or a parameter is not valid.
         """
@@ -156,7 +171,7 @@ class AlraoOptimizer(Rated):
                 self._resolve(module)
             group["params"] = expanded(group["params"])
             self._lay_out(group["params"])
-            for part in self._clones_apart(group, options[self._rule_option]):
+            for part in self._parts(group, options):
                 compiler.without_import(super().add_param_group)(part)
                 added = self.param_groups[-1]
                 self._undrawn.update(dict.fromkeys(added["params"], (sampler, added["lr_range"])))
@@ -196,11 +211,12 @@ class AlraoOptimizer(Rated):
             if not self._option_checks.hold(group):
                 # The next step says which option is not valid.
                 continue
-            names = self._op.states[: self._op.num_states(self._options(group))]
+            op, _ = self._update_of(group)
+            names = op.states[: op.num_states(self._options(group))]
             has_averages = group.get("averaging") is not None
             precision = self._float32_states, group["master_weights"], has_averages
             trained = [p for p in group["params"] if p.requires_grad or p.grad is not None]
-            complete(self._op, trained, self.state, names, *precision)
+            complete(op, trained, self.state, names, *precision)
 
     # Checkpoints and copies.
 
@@ -245,7 +261,7 @@ class AlraoOptimizer(Rated):
         groups, state = checkpoint.fitted(
             state_dict,
             self.param_groups,
-            self._op,
+            [self._update_of(group)[0] for group in self.param_groups],
             name_of=lambda param: layouts[param].name,
             rates_of=lambda param, _: ((layouts[param].length(param),), torch.float32),
             missing_rates=partial(
@@ -255,8 +271,9 @@ class AlraoOptimizer(Rated):
             ),
             of_old=self._of_old,
         )
-        for group in groups:
+        for number, group in enumerate(groups):
             group |= self._option_checks.checked(group)
+            self._check_loaded(number, group)
         self.param_groups, self.state, self._binding = groups, state, Binding()
         self._places.note(groups)
         taken = [group.pop("steps_taken", None) for group in groups]
@@ -391,7 +408,7 @@ class AlraoOptimizer(Rated):
         return loss
 
     def _needs(self, group: dict[str, Any], options: Options, grads: list[Tensor]) -> Needs:
-        op = self._op
+        op, _ = self._update_of(group)
         return Needs(
             op.states[: op.num_states(options)],
             self._float32_states,
@@ -407,8 +424,9 @@ class AlraoOptimizer(Rated):
         self._adopt()
         self._complete([group])
         warn_of_unobserved(group["params"])
-        seed = group["rounding_seed"]
-        return bind(self._op, group["params"], self._layouts, self.state, needs, seed, done)
+        op, make_call = self._update_of(group)
+        own = group["params"], self._layouts, self.state, needs, group["rounding_seed"], done
+        return bind(op, *own, make_call)
 
     _hooked_step = Optimizer.profile_hook_step(_step)
 

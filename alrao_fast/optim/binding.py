@@ -22,7 +22,7 @@ from alrao_fast.arguments import FLOATS
 from alrao_fast.flat_shards import check_whole
 from alrao_fast.ops.checks import LOW_PRECISION
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
-from alrao_fast.ops.plan import ListPlan, make_plan, params_are_swapped
+from alrao_fast.ops.plan import ListPlan, Plan, make_plan, params_are_swapped
 from alrao_fast.optim.flat_layouts import FlatLayout
 from alrao_fast.optim.flat_parts import FlatParts, flat_lists
 from alrao_fast.optim.layouts import Layout, memory_rates
@@ -77,10 +77,14 @@ class Call:
             rates.copy_(make())
         if isinstance(self._parts, FlatParts):
             self._parts.count(self.lists.steps)
-        updated = plan.step(grads, options, scalars)
+        updated = self._run(plan, grads, options, scalars)
         if updated and scalars.grad_scale is not None:
             _unscale(grads, scalars.grad_scale, scalars.found_inf)
         return updated
+
+    def _run(self, plan: Plan, grads: list[Tensor], options: Options, scalars: Scalars) -> bool:
+        """The update of the entries that are here, as `step`."""
+        return plan.step(grads, options, scalars)
 
     def _there(self, scalars: Scalars) -> Scalars:
         """Scalars in tensors must be where the parameters are. A learning rate on the CPU needs no waiting: its value
@@ -246,6 +250,7 @@ def bind(
     needs: Needs,
     seed: int,
     done: Collection[int],
+    make_call: Callable[..., Call] = Call,
 ) -> GroupBinding:
     """The calls for those of `params` that have a gradient and whose id is not in `done`; moves their states where
     needed."""
@@ -267,7 +272,7 @@ def bind(
         own = [params[k] for k in numbers]
         seeds = [local_seed((seed + k) % 2**63, params[k]) for k in numbers]
         lists, derived, parts = _lists(op, own, seeds, layouts, state, needs)
-        calls.append(Call(op, lists, needs.impl, positions, derived, parts))
+        calls.append(make_call(op, lists, needs.impl, positions, derived, parts))
     return GroupBinding(calls, params, mask, needs, state)
 
 

@@ -1,7 +1,7 @@
 """Checks a loaded optimizer state against the parameters and copies it, before anything is changed."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +23,7 @@ MissingRates = Callable[
 def fitted(
     state_dict: Any,
     groups: list[dict[str, Any]],
-    op: FeatureOp,
+    ops: Sequence[FeatureOp],
     name_of: Callable[[Tensor], str],
     rates_of: Callable[[Tensor, Mapping[str, Any]], tuple[tuple[int, ...], torch.dtype]],
     missing_rates: MissingRates,
@@ -31,18 +31,18 @@ def fitted(
 ) -> tuple[list[dict[str, Any]], defaultdict[Any, dict[str, Any]]]:
     """The param groups and the state that `state_dict` means for the parameters of `groups`, as copies.
 
-    name_of, rates_of: the name of a parameter, the shape and dtype of its rates. of_old: options that states did not
-    have once, as they were then. State that belongs to no parameter is
-    taken over as it is. Raises ValueError or TypeError, naming what does not fit.
+    ops: those of the groups. name_of, rates_of: the name of a parameter, the shape and dtype of its rates. of_old:
+    options that states did not have once, as they were then. State that belongs to no parameter is taken over as it is.
+    Raises ValueError or TypeError, naming what does not fit.
     """
     new_groups, saved_ids = _groups(state_dict, groups, of_old)
     saved_state = state_dict["state"]
     _expect("state of state_dict", saved_state, Mapping, "a dict")
-    params = [param for group in groups for param in group["params"]]
+    params = [(param, op) for group, op in zip(groups, ops) for param in group["params"]]
     without_rates = []
     copies: dict[tuple[int, torch.device], Tensor] = {}
     state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
-    for param_id, param in zip(saved_ids, params):
+    for param_id, (param, op) in zip(saved_ids, params):
         saved, name = saved_state.get(param_id, {}), name_of(param)
         _expect(f"state of parameter {name!r} in state_dict", saved, Mapping, "a dict")
         reader = _Reader(op, param, name, *rates_of(param, saved), copies)

@@ -18,6 +18,7 @@ class RateRow(NamedTuple):
     rule: "built-in", "registered" (by `register_feature_layout`), "shape" (no rule, and a parameter that is broadcast
         along dim 0: one rate per index of its last), or "default": no rule, one rate per index of dim 0.
     kind: "feature", "clone" or "weight" (one rate per entry). group, lr_min, lr_max: None where a model was given.
+    orthogonalized: whether `AlraoMuon` orthogonalises its momentum; None of other optimizers.
     """
 
     parameter: str
@@ -30,6 +31,7 @@ class RateRow(NamedTuple):
     inner: int
     trainable: bool
     group: int | None = None
+    orthogonalized: bool | None = None
     lr_min: float | None = None
     lr_max: float | None = None
 
@@ -53,10 +55,10 @@ def describe_rates(
     """Print which entries share a rate, and return one row per parameter.
 
     Args:
-        model_or_optimizer: a module, or an `AlraoSGD` or `AlraoAdam`.
+        model_or_optimizer: a module, or an `AlraoSGD`, `AlraoAdam` or `AlraoMuon`.
         details: False prints one line per rule and module class, the largest first: its parameters, entries, their
             share of all and the number of rates, a shared vector counted once. True prints every row; of an optimizer
-            the drawn rates' range and the param group, too.
+            the drawn rates' range and the param group, too; of `AlraoMuon` which parameters are orthogonalised.
         file: where to, standard output by default; None prints nothing.
 
     TypeError for anything else.
@@ -77,7 +79,8 @@ def describe_rates(
         )
     else:
         raise TypeError(
-            f"model_or_optimizer: got {shown(model_or_optimizer)}, expected a torch.nn.Module, AlraoSGD or AlraoAdam"
+            f"model_or_optimizer: got {shown(model_or_optimizer)}, expected a torch.nn.Module, AlraoSGD, AlraoAdam or "
+            "AlraoMuon"
         )
     if file is not None:
         print(_table(rows) if details else _summary(rows, layouts), file=file)
@@ -94,7 +97,11 @@ def _optimizer_rows(optimizer: AlraoOptimizer) -> tuple[list[RateRow], list[Layo
             if isinstance(layout, FlatLayout):
                 found = [(part.twin, part.layout, part.rates(rate)) for part in layout.slices]
             for whole, own, rates in found:
-                row = _row(whole, own)._replace(group=number, trainable=param.requires_grad)
+                row = _row(whole, own)._replace(
+                    group=number,
+                    trainable=param.requires_grad,
+                    orthogonalized=group.get("orthogonalize"),
+                )
                 if rates.numel():
                     row = row._replace(lr_min=float(rates.min()), lr_max=float(rates.max()))
                 rows.append(row)

@@ -59,14 +59,15 @@ def _library(module: nn.Module) -> dict[str, Feature] | None:
     return features
 
 
-# Parameters of several dimensions whose last one holds what an embedding's does: one rate per column. Likewise
-# projections [in, out].
-_COLUMNS = re.compile(
+# Parameters of several dimensions whose last one holds what an embedding's does: one rate per column.
+TABLES = re.compile(
     r".*(token|embed|embedding|encoding|latent|query|querie|prompt|probe|pos|pos_[hwt]|pos_emb|position_enc|height_rel"
     r"|width_rel|bias_table|position_bias|mask_emb|emb_rel_[kv]|extensor|compress_ape)s?"
     r"(_(win|window|temporal|spatial|table|vlm|[\dxy]d?))?\d*"
-    r"|relative_attention_bias|static_weight|.*_projection(_weight)?"
+    r"|relative_attention_bias|static_weight"
 )
+# The same of projections [in, out].
+_COLUMNS = re.compile(rf"{TABLES.pattern}|.*_projection(_weight)?")
 # One rate per row: a head, an output.
 _ROWS = re.compile(r"attention_biases|relative_bias_table|fn|hc_fn|.*compress_gate|lora_.*|vera_.*")
 # Scales and shifts of every entry of [heads, size]: one rate per entry.

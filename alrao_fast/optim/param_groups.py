@@ -1,4 +1,4 @@
-"""Param groups: what `params` may be, and the options that AlraoSGD and AlraoAdam share."""
+"""Param groups: what `params` may be, and the options that all optimizers share."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -21,6 +21,13 @@ from alrao_fast.ops.feature import COMMON, LR
 from alrao_fast.optim.binding import Objects
 
 _NOTHING: dict[str, Any] = {}
+# What no assignment changes once a group is there, and why.
+_FIXED = {
+    "lr_range": (
+        "between which the rates were drawn: lr multiplies them, another interval needs a new optimizer"
+    ),
+    "orthogonalize": "by which the states were made: another choice needs a new optimizer",
+}
 _NAME = Instance(str, "a string, in a pair (name, tensor)")
 
 
@@ -216,12 +223,10 @@ class OptionChecks:
         known = self._seen if len(self._seen) == len(groups) else [_NOTHING] * len(groups)
         changed = [self.checked(group, seen) for group, seen in zip(groups, known)]
         for options, seen in zip(changed, known):
-            drawn = seen.get("lr_range")
-            if drawn and self._groups is groups and options.get("lr_range", drawn) != drawn:
-                raise ValueError(
-                    f"lr_range: got {options['lr_range']}, expected {drawn}, between which the rates were drawn: lr "
-                    "multiplies them, another interval needs a new optimizer"
-                )
+            for name, why in _FIXED.items() if self._groups is groups else ():
+                before = seen.get(name)
+                if before is not None and options.get(name, before) != before:
+                    raise ValueError(f"{name}: got {options[name]}, expected {before}, {why}")
         for group, options in zip(groups, changed):
             group.update(options)
         if self._live or any(_is_live(value) for each in changed for value in each.values()):

@@ -101,6 +101,10 @@ class Rated(AcrossRanks):
                 self._lay_out_bare(f"{name}.slices[{number}]", part.param)
         self._lay_out_flat(param)
 
+    def _parts(self, group: dict[str, Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """A new group, whose parameters are laid out, as the groups that hold them."""
+        return self._clones_apart(group, options[self._rule_option])
+
     def _clones_apart(self, group: dict[str, Any], rule: str) -> list[dict[str, Any]]:
         """The authors' rules are for the pre-classifier: under one, clones become a group of their own."""
         if rule != "authors":
@@ -142,8 +146,8 @@ class Rated(AcrossRanks):
             for p in rates
             if isinstance(pending[p][0] or own, LogUniform)
         }
-        bounds = {p: bound for p, bound in bounded.items() if bound}
-        limits = rate_limits(bounds, self._layouts, self._squares(flats, bounds))
+        shares = {p: bound for p, bound in bounded.items() if bound}
+        limits = rate_limits(self._in_rates(shares), self._layouts, self._squares(flats, shares))
         known = self._known_rates() if sharded or flats else ()
         self._agree([*rates.values(), *limits.values(), *known])
         for param, own_rates in limited(rates, limits).items():
@@ -182,6 +186,10 @@ class Rated(AcrossRanks):
                 assert isinstance(layout, FlatLayout)
                 found |= sums_of_squares(layout, flat, next(iter(told.groups), None))
         return found
+
+    def _in_rates(self, shares: dict[Tensor, float]) -> dict[Tensor, float]:
+        """Parameters' `rate_bound`s as bounds of their rates."""
+        return shares
 
     def _adopt(self) -> None:
         """Give rates to parameters that were put into `param_groups` by hand.

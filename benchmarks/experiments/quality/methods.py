@@ -155,6 +155,14 @@ _OURS = (
         **_AVERAGED,
     ),
     alrao_method(
+        "alrao-muon-run",
+        "Alrao-Muon, total_steps",
+        alrao.AlraoMuon,
+        of_run=_known_length,
+        lr_range=USUAL,
+        **_AVERAGED,
+    ),
+    alrao_method(
         "uniform-run",
         "Alrao-Adam, uniform, total_steps",
         _ADAM,
