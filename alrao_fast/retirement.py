@@ -69,7 +69,7 @@ def retire_clones(net: nn.Module, *, below: float = 0.01, keep: int = 3) -> int:
     # One wait for all.
     values = torch.cat([entry.to(found[0].device) for entry in found]).cpu()
     chosen = [
-        _staying(*own.chunk(2), given["below"], given["keep"])
+        _staying(own, given["below"], given["keep"])
         for own in values.split([2 * head.num_clones for head in heads])
     ]
     retired = sum(head.num_clones - len(places) for head, places in zip(heads, chosen))
@@ -81,7 +81,9 @@ def retire_clones(net: nn.Module, *, below: float = 0.01, keep: int = 3) -> int:
     return retired
 
 
-def _staying(posterior: Tensor, rates: Tensor, below: float, keep: int) -> list[int]:
+def _staying(values: Tensor, below: float, keep: int) -> list[int]:
+    """The places of the clones that stay; `values [2 N]` are their posterior and their rates."""
+    posterior, rates = values.chunk(2)
     # NaN, where every clone was dead, says nothing against any.
     stays = ~(posterior < below)
     stays[posterior.nan_to_num(0.0).argsort(descending=True, stable=True)[:keep]] = True
