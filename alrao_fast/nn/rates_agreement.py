@@ -36,8 +36,9 @@ class Agreement:
         # Of live.optimizers, at the last look: it counts up with every draw.
         self._seen = -1
         self._sent: Tensor | None = None
-        # The statistics of every rank in the last exchange.
+        # The statistics of every rank in the last exchange, and their sum.
         self._parts: list[Tensor] = []
+        self._total: Tensor | None = None
         # Where ranks have different numbers of batches (joining.py).
         self.turns: Turns | None = None
 
@@ -63,12 +64,19 @@ class Agreement:
             # From now on they are not new.
             self._sent = None
         own = [part[: stats.numel()].view(stats.shape) for part in parts]
-        if not torch.compiler.is_compiling():
-            self._parts = own
         total, *rest = own
         for part in rest:
             total = total + part
+        if not torch.compiler.is_compiling():
+            self._parts, self._total = own, total
         return total
+
+    def is_clear(self) -> bool:
+        """Whether a clone had a finite loss on all ranks in the last exchange, if there was any.
+
+        Waits for the device.
+        """
+        return self._total is None or any(map(math.isfinite, self._total[0].tolist()))
 
     def ranks_have_losses(self) -> Tensor | None:
         """Whether each rank `[R]` had a clone with a finite loss in the last exchange; None if there was none."""

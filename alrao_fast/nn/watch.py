@@ -80,7 +80,10 @@ class Watch:
         NaN where another process that observes with this head has no finite one.
         """
         if loss.is_cpu:
-            return None if is_traced(loss) else _of_all_ranks(loss.detach(), head).item()
+            if is_traced(loss):
+                return None
+            clear = head is None or head.agreement.is_clear()
+            return (loss if clear else _of_all_ranks(loss.detach(), head)).item()
         if not loss.is_cuda:
             return None
         self._observations += 1
