@@ -221,8 +221,8 @@ def _check_flat(layout: FlatLayout, chosen: bool | None) -> None:
     for part in layout.slices:
         if chosen or is_hidden_matrix(part.twin, part.layout):
             raise ValueError(
-                f"orthogonalize: got {chosen} with a flat vector that has a part of {part.layout.name!r}, expected False "
-                "there, or whole parameters and DTensors (fully_shard): matrices are orthogonalised as a whole"
+                f"orthogonalize: got {chosen} with a flat vector that has a part of {part.layout.name!r}, expected "
+                "False there, or whole parameters and DTensors (fully_shard): matrices are orthogonalised as a whole"
             )
 
 
