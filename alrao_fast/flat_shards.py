@@ -60,6 +60,8 @@ class Flat(NamedTuple):
 
 
 _flats: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# The attribute of a registered tensor that says whether it is cut, which torch.compile can follow.
+_CUT = "_alrao_is_cut"
 
 
 def register_flat_slices(
@@ -99,7 +101,7 @@ def register_flat_slices(
         parts.append(_part(f"slices[{number}]", entry, end, flat))
         end = parts[-1].at + parts[-1].stop - parts[-1].start
     _check_overlaps(parts)
-    _flats[flat] = Flat(tuple(parts), () if process_group is None else (process_group,))
+    note(flat, Flat(tuple(parts), () if process_group is None else (process_group,)))
 
 
 def _part(name: str, entry: Any, end: int, flat: Tensor) -> Part:
@@ -138,6 +140,7 @@ def _check_overlaps(parts: Sequence[Part]) -> None:
 def note(tensor: Tensor, flat: Flat) -> None:
     """Register what a vector holds that its library has told."""
     _flats[tensor] = flat
+    setattr(tensor, _CUT, flat.parts is not None)
 
 
 def flat_of(tensor: Tensor) -> Flat | None:
@@ -147,8 +150,9 @@ def flat_of(tensor: Tensor) -> Flat | None:
 
 def is_cut(tensor: Tensor) -> bool:
     """Whether a parameter is, or may be, a part of what it was: a vector, or one that FSDP1 keeps as such."""
-    if len(_flats) and tensor in _flats:
-        return _flats[tensor].parts is not None
+    cut = getattr(tensor, _CUT, None)
+    if cut is not None:
+        return cut
     return getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_fsdp_flattened", False)
 
 

@@ -8,7 +8,7 @@ original there is a twin on the meta device, of its shape: that has the layout a
 import gc
 import sys
 import weakref
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,21 @@ def home_of(twin: Tensor) -> nn.Module | None:
     """The module of the original that a twin stands for."""
     reference = _homes.get(twin)
     return None if reference is None else reference()
+
+
+def is_there(weight: Tensor, attributes: Mapping[str, Any]) -> bool:
+    """Whether a head's weight `[N, C, D]` is whole: FSDP1 leaves a flat shard of it, or among the module's attributes a
+    view of memory that is gone."""
+    return not isinstance(attributes.get("weight"), Tensor) and weight.dim() == 3
+
+
+def check_there(weight: Tensor, attributes: Mapping[str, Any]) -> None:
+    """Raise RuntimeError where it is not."""
+    if not is_there(weight, attributes):
+        raise RuntimeError(
+            "the head's parameters are flattened by FullyShardedDataParallel (FSDP1), expected whole ones: ask "
+            "within FullyShardedDataParallel.summon_full_params(net), on all ranks"
+        )
 
 
 def is_home(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from alrao_fast import live
+from alrao_fast import fsdp1, live
 from alrao_fast.arguments import COUNT, Choice, Flag, FloatDtype, Integer, Optional, checked
 from alrao_fast.nn.clone_loss import CRITERION, mixture_of_losses
 from alrao_fast.nn.log_likelihood import log_likelihood
@@ -215,23 +215,14 @@ class LinearClones(Retiring):
 
         Of a sharded head all ranks have to ask. RuntimeError where FullyShardedDataParallel (FSDP1) has flattened it.
         """
-        if not self._is_whole():
-            raise RuntimeError(
-                "the head's parameters are flattened by FullyShardedDataParallel (FSDP1), expected whole ones: ask "
-                "within FullyShardedDataParallel.summon_full_params(net), on all ranks"
-            )
+        fsdp1.check_there(self.weight, self.__dict__)
         finite = whole(self.weight.detach().isfinite().all((1, 2)))
         return finite if self.bias is None else finite & whole(self.bias.detach().isfinite().all(1))
 
     def clones_seen_finite(self) -> Tensor:
         """The same as far as it is known on this rank: of a sharded head, which clones had finite losses only."""
-        if is_sharded(self.weight) or not self._is_whole():
-            return self.running[0].isfinite()
-        return self.finite_clones()
-
-    def _is_whole(self) -> bool:
-        """Whether the parameters are there: FSDP1 leaves flat shards of them, or views of memory that is gone."""
-        return not isinstance(self.__dict__.get("weight"), Tensor) and self.weight.dim() == 3
+        there = not is_sharded(self.weight) and fsdp1.is_there(self.weight, self.__dict__)
+        return self.finite_clones() if there else self.running[0].isfinite()
 
     def living_posterior(self) -> Tensor:
         """Posterior `[N]` of the clones with finite parameters, 0 for the others; RuntimeError if there is none."""
