@@ -266,6 +266,28 @@ def test_a_diverged_run_ends_early():
     assert run["diverged"] and run["test_loss"] is None and run["steps"] < 10
 
 
+@pytest.mark.parametrize("name", ["adam", "adam-averaged", "alrao-adam-run", "schedulefree"])
+def test_what_early_stopping_gives(name, monkeypatch):
+    from benchmarks.experiments.quality import train as training
+
+    if METHODS[name].missing():
+        pytest.skip(METHODS[name].missing())
+    task = SmallTask(KINDS["cnn"], 0, CPU, 20)
+    measured = train(name, task)
+    stopped, curve = measured["stopped"], measured["valid_curve"]
+    assert len(curve) == 10 and stopped["steps"] == 2 * (curve.index(min(curve)) + 1)
+    assert stopped["valid_loss"] == pytest.approx(min(curve), rel=1e-3)
+    # The run is the same one, to the bit, where nothing is measured on its way.
+    monkeypatch.setattr(training.EarlyStopping, "measure", lambda *_: None)
+    alone = train(name, task)
+    assert all(alone[key] == measured[key] for key in ("curve", "valid_loss", "test_loss"))
+    assert alone["valid_curve"] == [] and alone["stopped"] is None
+    # And that of so many steps, whatever comes after them, where nothing depends on the length of the run.
+    if name == "adam":
+        first = train(name, SmallTask(KINDS["cnn"], 0, CPU, stopped["steps"]))
+        assert first["test_loss"] == stopped["test_loss"]
+
+
 def test_the_recipe_learns():
     run = train("alrao-adam-run", SmallTask(KINDS["digits"], 0, CPU, 200))
     assert run["test_accuracy"] > 93
