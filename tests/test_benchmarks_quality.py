@@ -4,6 +4,7 @@
   alone, two processes give the figures of one, a rival that is not installed is named and runs once it is;
 - every task: parts that share nothing, batches that depend on the seed alone, a network that trains by every kind of
   method; CIFAR from files;
+- early stopping: measured on the way of a run that it does not change;
 - every method: a step that changes the parameters, the same start, the point of evaluation (Schedule-Free, averages,
   BatchNorm measured anew), schedules, hooks, intervals; a run by hand; diverged runs end early.
 """
