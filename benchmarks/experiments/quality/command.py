@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     quick = f"{', '.join(QUICK_TASKS)}, one seed, {QUICK_STEPS} steps: under a minute"
     add("--quick", action="store_true", help=quick)
-    medium = f"one seed of all tasks but {LARGE}: a quarter of an hour on a core"
+    medium = f"one seed of all tasks but {LARGE}: about 20 minutes on a core"
     add("--medium", action="store_true", help=medium)
     tasks = f"default: all, and {' and '.join(CIFAR)} with --cifar"
     add("--tasks", nargs="+", choices=(*KINDS, *CIFAR), metavar="NAME", help=tasks)
