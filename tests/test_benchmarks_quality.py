@@ -4,6 +4,7 @@
   alone, two processes give the figures of one, a rival that is not installed is named and runs once it is;
 - every task: parts that share nothing, batches that depend on the seed alone, a network that trains by every kind of
   method; CIFAR from files;
+- early stopping: measured on the way of a run that it does not change;
 - every method: a step that changes the parameters, the same start, the point of evaluation (Schedule-Free, averages,
   BatchNorm measured anew), schedules, hooks, intervals; a run by hand; diverged runs end early.
 """
@@ -264,6 +265,33 @@ def test_a_regression_by_hand():
 def test_a_diverged_run_ends_early():
     run = train("sgd", SmallTask(KINDS["digits"], 0, CPU, 50), 1e30)
     assert run["diverged"] and run["test_loss"] is None and run["steps"] < 10
+
+
+@pytest.mark.parametrize("name", ["adam", "adam-averaged", "alrao-adam-run", "schedulefree"])
+def test_what_early_stopping_gives(name, monkeypatch):
+    from benchmarks.experiments.quality import train as training
+
+    if METHODS[name].missing():
+        pytest.skip(METHODS[name].missing())
+
+    def small(steps):
+        task = SmallTask(KINDS["cnn"], 0, CPU, steps)
+        task.parts = {part: (x[:100], y[:100]) for part, (x, y) in task.parts.items()}
+        return task
+
+    measured = train(name, task := small(20))
+    stopped, curve = measured["stopped"], measured["valid_curve"]
+    assert len(curve) == 10 and stopped["steps"] == 2 * (curve.index(min(curve)) + 1)
+    assert stopped["valid_loss"] == pytest.approx(min(curve), rel=1e-3)
+    # The run is the same one, to the bit, where nothing is measured on its way.
+    monkeypatch.setattr(training.EarlyStopping, "measure", lambda *_: None)
+    alone = train(name, task)
+    assert all(alone[key] == measured[key] for key in ("curve", "valid_loss", "test_loss"))
+    assert alone["valid_curve"] == [] and alone["stopped"] is None
+    # And that of so many steps, whatever comes after them, where nothing depends on the length of the run.
+    if name == "adam":
+        first = train(name, small(stopped["steps"]))
+        assert first["test_loss"] == stopped["test_loss"]
 
 
 def test_the_recipe_learns():

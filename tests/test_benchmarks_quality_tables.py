@@ -1,6 +1,7 @@
 """The figures of `python benchmarks quality`, on records made up here, computed by hand. Protects:
 
 - rates chosen on validation data, by the mean over the seeds; grids that were interrupted; the best of the tuned;
+- the same for runs that are stopped early, of which older records say nothing;
 - gaps paired by seed, their worst and mean; performance profiles; what the interval does; multiples of Adam's costs;
 - diverged runs, missing rivals, tasks of one seed; the tables and plots that say all that.
 """
@@ -130,7 +131,7 @@ def test_costs(summary):
 
 def test_tables(summary):
     missing = [record for record in some_records() if "missing" in record]
-    shown = [*tables.main_tables(summary), *tables.detail_tables(summary, missing)]
+    shown = [*tables.main_tables(summary, {}), *tables.detail_tables(summary, {}, missing)]
     standings, gaps, profile, interval, losses, grid, absent = shown
     recipe = "Alrao-Adam, total_steps"
     first = "+0.000 digits -0.250 -0.250 2 1 1.00 1.00"
@@ -151,6 +152,46 @@ def test_tables(summary):
     assert absent.rows == [["DoG, averaged", "no dog"]]
 
 
+def test_early_stopping():
+    def run(method, lr, valid, test, least):
+        early = least and {"steps": 5, "valid_loss": least[0], "test_loss": least[1]}
+        return {**fake("graph", method, lr, 0, valid, test), "guess": 1.0, "stopped": early}
+
+    records = [
+        # Stopped early the higher rate is the better one.
+        run("sgd", 0.1, 0.5, 0.75, (0.5, 0.75)),
+        run("sgd", 1.0, 2.0, 2.5, (0.25, 0.375)),
+        # A run that diverged late, one that did so at once, and one that is no better than guessing anywhere.
+        run("alrao", None, None, None, (0.25, 0.5)),
+        run("alrao-momentum", None, None, None, None),
+        run("adam", None, 9.0, 9.0, (3.0, 2.5)),
+        # Of an older run nothing is known.
+        fake("graph", "prodigy", None, 0, 0.5, 0.5),
+        {"case": {"method": "dog"}, "missing": "no dog"},
+    ]
+    summary = figures.summarise(records)
+    stopped = figures.summarise(figures.stopped_early(records))
+    assert summary["graph"][Row("sgd")].lr == 0.1 and stopped["graph"][Row("sgd")].lr == 1.0
+    assert summary["graph"][Row("alrao")].diverged and Row("prodigy") not in stopped["graph"]
+    _, _, table = tables.main_tables(summary, stopped)
+    assert table.rows == [
+        ["SGD, best of grid", "+0.000", "graph", "+0.000", "1", "+0.000"],
+        ["Alrao", "+0.125", "graph", "+0.125", "1", "+0.125"],
+        *(
+            [name, "diverged", "graph", "diverged", "1", "diverged"]
+            for name in ("Alrao, momentum 0.9", "Adam 0.001")
+        ),
+    ]
+    losses = {t.title: t for t in tables.detail_tables(summary, stopped)}
+    by_label = {row[0]: row[1] for row in losses["the same with early stopping"].rows}
+    assert by_label == {
+        "SGD, best of grid": "0.375 (1, the edge)",
+        "Alrao": "0.500",
+        "Alrao, momentum 0.9": "diverged (1 of 1)",
+        "Adam 0.001": "diverged (1 of 1)",
+    }
+
+
 def test_plots(summary, tmp_path):
     from benchmarks.experiments.quality.plots import plot
 
@@ -161,6 +202,6 @@ def test_plots(summary, tmp_path):
 
 def test_nothing_to_compare_with():
     summary = figures.summarise([fake("digits", "alrao", None, 0, 1.0, 0.5)])
-    assert list(tables.main_tables(summary)) == []
-    (losses,) = tables.detail_tables(summary)
+    assert list(tables.main_tables(summary, {})) == []
+    (losses,) = tables.detail_tables(summary, {})
     assert losses.rows == [["Alrao", "0.500"]]

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments.quality import plots
-from benchmarks.experiments.quality.summary import summarise
+from benchmarks.experiments.quality.summary import stopped_early, summarise
 from benchmarks.experiments.quality.tables import detail_tables, main_tables
 from benchmarks.experiments.ranking import Comparison
 from benchmarks.report.page import Section, picture
@@ -31,7 +31,9 @@ def quality(folder: Path) -> tuple[Section, list[dict[str, Any]]]:
     ]
     used = [run for cells in summary.values() for own in cells.values() for run in own.all]
     missing = [record for record in records if "missing" in record]
-    shown, details = list(main_tables(summary)), list(detail_tables(summary, missing))
+    stopped = summarise(stopped_early(records))
+    shown = list(main_tables(summary, stopped))
+    details = list(detail_tables(summary, stopped, missing))
     return Section("Quality", QUALITY_INTRO, shown, pictures, details), used
 
 

@@ -13,7 +13,13 @@ from benchmarks import machine
 from benchmarks.experiments.data import DataMissing, load_images
 from benchmarks.experiments.quality import plots
 from benchmarks.experiments.quality.methods import INTERVALS, METHODS
-from benchmarks.experiments.quality.summary import Interval, Summary, measured_on, summarise
+from benchmarks.experiments.quality.summary import (
+    Interval,
+    Summary,
+    measured_on,
+    stopped_early,
+    summarise,
+)
 from benchmarks.experiments.quality.tables import detail_tables, main_tables
 from benchmarks.experiments.quality.tasks import KINDS, LARGE, Kind, SmallTask, cifar_kinds
 from benchmarks.experiments.quality.train import train
@@ -38,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     quick = f"{', '.join(QUICK_TASKS)}, one seed, {QUICK_STEPS} steps: under a minute"
     add("--quick", action="store_true", help=quick)
-    medium = f"one seed of all tasks but {LARGE}: a quarter of an hour on a core"
+    medium = f"one seed of all tasks but {LARGE}: about 20 minutes on a core"
     add("--medium", action="store_true", help=medium)
     tasks = f"default: all, and {' and '.join(CIFAR)} with --cifar"
     add("--tasks", nargs="+", choices=(*KINDS, *CIFAR), metavar="NAME", help=tasks)
@@ -83,7 +89,7 @@ def main(arguments: list[str]) -> None:
         cli.exit(2, f"{cli.prog}: {problem}\n")
     records = run_all(runs, results, desc="quality", labels=True, jobs=options.jobs)
     missing = [record for record in records if "missing" in record]
-    report(summarise(records), missing, options, Console())
+    report(summarise(records), summarise(stopped_early(records)), missing, options, Console())
 
 
 def kinds_of(options: argparse.Namespace) -> dict[str, Kind]:
@@ -160,14 +166,18 @@ def trained(
 
 
 def report(
-    summary: Summary, missing: list[Record], options: argparse.Namespace, console: Console
+    summary: Summary,
+    stopped: Summary,
+    missing: list[Record],
+    options: argparse.Namespace,
+    console: Console,
 ) -> None:
     """Print what the comparison says; write that, the details and the plots."""
-    tables = list(main_tables(summary))
+    tables = list(main_tables(summary, stopped))
     # A column for each task needs room.
     for table in tables if console.width >= WIDE else tables[:1]:
         console.print(table.rich(whole=console.width >= WIDE))
-    tables += detail_tables(summary, missing)
+    tables += detail_tables(summary, stopped, missing)
     written = [table.markdown() + "\n" for table in tables]
     runs = (run for cells in summary.values() for own in cells.values() for run in own.all)
     sources = measured_on(runs)

@@ -68,9 +68,14 @@ def _schedule_free(net: nn.Module, setting: Setting) -> torch.optim.Optimizer:
 
 @contextlib.contextmanager
 def _schedule_free_average(opt: Any) -> Iterator[None]:
+    params = [param for group in opt.param_groups for param in group["params"]]
+    kept = [param.detach().clone() for param in params]
     opt.eval()
     yield
     opt.train()
+    # What it computes back is off by roundings.
+    with torch.no_grad():
+        torch._foreach_copy_(params, kept)
 
 
 def _dog(net: nn.Module, setting: Setting) -> torch.optim.Optimizer:

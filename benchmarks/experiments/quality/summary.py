@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.experiments.quality.methods import METHODS, TUNED
+from benchmarks.experiments.quality.train import DIVERGED
 from benchmarks.experiments.runs import mean
 from benchmarks.results import Record, grouped
 
@@ -77,6 +78,19 @@ def summarise(records: Iterable[Record]) -> Summary:
         by_method = sorted(rows, key=lambda row: order.index(row.method))
         summary[task] = {row: cell(rows[row]) for row in by_method}
     return summary
+
+
+def stopped_early(records: Iterable[Record]) -> list[Record]:
+    """The records as if each run had ended where its validation loss was least, of those that say where that is."""
+    result = []
+    for record in records:
+        if "stopped" in record:
+            least = record["stopped"] or {"valid_loss": None, "test_loss": None}
+            loss = least["test_loss"]
+            diverged = loss is None or loss > DIVERGED * record["guess"]
+            losses = {name: least[name] for name in ("valid_loss", "test_loss")}
+            result.append({**record, **losses, "diverged": diverged})
+    return result
 
 
 def longest(records: list[Record]) -> list[Record]:

@@ -14,20 +14,27 @@ from benchmarks.show import Table
 DIVERGED = "diverged"
 
 
-def main_tables(summary: Summary) -> Iterator[Table]:
-    """What the comparison says, as far as there are figures for it."""
+def main_tables(summary: Summary, stopped: Summary) -> Iterator[Table]:
+    """What the comparison says, as far as there are figures for it; `stopped` is that of runs stopped early."""
     found = figures.gaps(summary)
     if found:
         yield standings_table(summary, found)
         yield gaps_table(summary, found)
+    if found := figures.gaps(stopped):
+        yield stopped_table(stopped, found)
     if len(summary) > 1:
         yield profile_table(summary)
     yield from sensitivity_tables(summary)
 
 
-def detail_tables(summary: Summary, missing: Iterable[Record] = ()) -> Iterator[Table]:
+def detail_tables(
+    summary: Summary, stopped: Summary, missing: Iterable[Record] = ()
+) -> Iterator[Table]:
     """What it stands on."""
-    yield losses_table(summary)
+    title = "test loss (nats; regressions: half the mean squared error), and the rate chosen"
+    yield losses_table(summary, title)
+    if stopped:
+        yield losses_table(stopped, "the same with early stopping")
     if any(own.lr is not None for cells in summary.values() for own in cells.values()):
         yield grid_table(summary)
     ran = {row.method for cells in summary.values() for row in cells}
@@ -99,6 +106,21 @@ def gaps_table(summary: Summary, found: figures.Gaps) -> Table:
     return Table(title, ["method", *summary], rows)
 
 
+def stopped_table(stopped: Summary, found: figures.Gaps) -> Table:
+    """The methods where every run ends at its least validation loss."""
+    rows = []
+    for row, own in figures.standings(found).items():
+        line = [row.label, nats(own.worst), own.worst_task, nats(own.mean), str(own.tasks)]
+        by_task = found[row]
+        line += [nats(statistics.fmean(by_task[t])) if t in by_task else "" for t in stopped]
+        rows.append(line)
+    title = (
+        "the same with early stopping: each run, those of the grids too, ends where its validation loss, measured ten "
+        "times, is least"
+    )
+    return Table(title, ["method", "worst gap", "where", "mean gap", "tasks", *stopped], rows)
+
+
 def profile_table(summary: Summary) -> Table:
     """How often a method is nearly as good as the best."""
     by_nats, by_percent = (figures.behind(summary, relative=flag) for flag in (False, True))
@@ -134,13 +156,12 @@ def sensitivity_tables(summary: Summary) -> Iterator[Table]:
         yield Table(title, ["interval", "worst", *summary], rows)
 
 
-def losses_table(summary: Summary) -> Table:
+def losses_table(summary: Summary, title: str) -> Table:
     """The losses themselves, and the rate where one was chosen."""
     rows = []
     for row in {row: None for cells in summary.values() for row in cells}:
         shown = [shown_loss(cells[row]) if row in cells else "" for cells in summary.values()]
         rows.append([row.label, *shown])
-    title = "test loss (nats; regressions: half the mean squared error), and the rate chosen"
     return Table(title, ["method", *summary], rows)
 
 

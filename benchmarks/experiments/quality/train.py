@@ -1,4 +1,4 @@
-"""One run: a fixed number of steps, then the loss on validation and test set, without early stopping."""
+"""One run: a fixed number of steps, then the loss on validation and test set; and what stopping it early would give."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ from benchmarks.results import Record, finite
 
 # A run counts as diverged where it ends with a loss that is not finite, or this many times that of guessing.
 DIVERGED = 2.0
-# Points of the curve of training losses.
+# Points of the curves of training and validation losses.
 POINTS = 10
 
 
@@ -34,7 +34,9 @@ def train(
     """Train one network; returns what its record holds.
 
     "curve" is the mean training loss of each tenth of the steps; losses are in nats, accuracies in percent, None where
-    a loss is not finite. A run ends early with a loss that is not finite. "seconds" are those of training alone and
+    a loss is not finite. A run ends early with a loss that is not finite. "valid_curve" is the validation loss after
+    each tenth, "stopped" the steps, validation and test loss where that is least, None if it is nowhere finite: what
+    early stopping gives. A schedule is that of the whole run all the same. "seconds" are those of training alone and
     "step_ms" is the median step: the processor time of this process on a CPU, which other programs do not lengthen,
     elapsed time on a GPU. "bytes" are those of the parameters and of all that the method keeps for them.
     """
@@ -50,6 +52,7 @@ def train(
 
     losses: list[float] = []
     times = []
+    checks = EarlyStopping(trainer, seed)
     net.train()
     for x, y in task.batches(seed):
         start = now()
@@ -58,6 +61,8 @@ def train(
         losses.append(float(loss))
         if not math.isfinite(losses[-1]):
             break
+        if len(losses) * POINTS // task.steps() > (len(losses) - 1) * POINTS // task.steps():
+            checks.measure(len(losses))
     record: Record = {
         "curve": [finite(statistics.fmean(part), 4) for part in pieces(losses, POINTS)],
         "steps": len(losses),
@@ -65,6 +70,8 @@ def train(
         "step_ms": round(1e3 * statistics.median(times), 4),
         "bytes": memory(net, opt, trainer),
         "guess": round(task.guess, 6),
+        "valid_curve": checks.curve,
+        "stopped": checks.least,
     }
     with trainer.evaluation(seed, 0) as evaluated:
         for part in ("valid", "test"):
@@ -78,6 +85,26 @@ def train(
         record["posterior"] = [finite(weight, 3) for weight in net.posterior().tolist()]
         record["clone_rates"] = [finite(rate, 3) for rate in net.head.clone_lr.tolist()]
     return record
+
+
+class EarlyStopping:
+    """The validation losses of a run so far, and the test loss where they are least."""
+
+    def __init__(self, trainer: Trainer, seed: int) -> None:
+        self.trainer, self.seed = trainer, seed
+        self.curve: list[float | None] = []
+        self.least: dict[str, Any] | None = None
+
+    def measure(self, steps: int) -> None:
+        """After so many steps; the run goes on as if nothing had been measured."""
+        with self.trainer.evaluation(self.seed, 0) as net:
+            valid, _ = self.trainer.evaluate(net, "valid")
+            if math.isfinite(valid) and (self.least is None or valid < self.least["valid_loss"]):
+                test, _ = self.trainer.evaluate(net, "test")
+                losses = {"valid_loss": finite(valid, 6), "test_loss": finite(test, 6)}
+                self.least = {"steps": steps, **losses}
+        self.trainer.net.train()
+        self.curve.append(finite(valid, 4))
 
 
 def pieces(values: list[float], count: int) -> Iterable[list[float]]:
