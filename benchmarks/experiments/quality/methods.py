@@ -53,6 +53,17 @@ def _muon(net: nn.Module, setting: Setting) -> Together:
     return Together(*optimizers)
 
 
+def _nadamw(net: nn.Module, setting: Setting) -> torch.optim.Optimizer:
+    # The one setting that AlgoPerf's baseline without tuning has for all workloads (mlcommons/algorithmic-efficiency).
+    return torch.optim.NAdam(
+        net.parameters(),
+        lr=1.75e-3,
+        betas=(0.9327, 0.9955),
+        weight_decay=0.0812,
+        decoupled_weight_decay=True,
+    )
+
+
 def _prodigy(net: nn.Module, setting: Setting) -> torch.optim.Optimizer:
     # "We recommend using lr=1. (default) for all networks", with no schedule or with cosine annealing.
     return package_class("prodigyopt", "Prodigy")(net.parameters(), lr=1.0)
@@ -97,6 +108,13 @@ _RIVALS = (
         of_torch(torch.optim.AdamW),
         ADAMW_GRID,
         warmup=WARMUP,
+        schedule=True,
+    ),
+    Method(
+        "nadamw",
+        "NAdamW 0.00175, cosine",
+        _nadamw,
+        warmup=0.02,
         schedule=True,
     ),
     Method("adam", "Adam 0.001", _adam(1e-3)),
