@@ -177,6 +177,30 @@ def test_frozen_statistics_stay(mode):
     assert not norm.training and model.training
 
 
+def test_what_else_training_passes_change_comes_back():
+    """The vectors of spectral normalisation, both kinds, and the state of the random numbers."""
+    model, opt = trained()
+    first = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+    second = nn.utils.spectral_norm(nn.Linear(6, 6))
+    whole = nn.Sequential(first, second, nn.Dropout(), model)
+    before = {name: value.clone() for name, value in whole.state_dict().items()}
+    torch.manual_seed(4)
+    expected = torch.rand(5)
+    torch.manual_seed(4)
+    loader = torch.utils.data.DataLoader(torch.randn(20, 6), batch_size=5, shuffle=True)
+    torch.manual_seed(4)
+    with opt.averaged(whole, loader):
+        changed = [
+            n for n, value in whole.state_dict().items() if not torch.equal(value, before[n])
+        ]
+        assert any(name.endswith("_u") for name in changed)
+        assert any(name.endswith("weight_u") for name in changed)
+        model.head.running.fill_(7)
+    assert torch.equal(torch.rand(5), expected)
+    assert all(torch.equal(value, before[name]) for name, value in whole.state_dict().items())
+    assert model.head.running.unique().tolist() == [7]
+
+
 @pytest.mark.parametrize(
     "loader, error, message",
     [

@@ -67,22 +67,43 @@ def test_dead_clone_equals_a_mixture_without_it(poison):
 @pytest.mark.parametrize(
     ("counter", "key", "expected"),
     [
-        ((0,) * 4, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0,) * 4, (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
         (
             (0xFFFFFFFF,) * 4,
             (0xFFFFFFFF,) * 2,
-            (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+            (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662),
         ),
         (
             (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
             (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+            (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
         ),
     ],
 )
 def test_philox_known_answers(counter, key, expected):
     words = rounding.philox4x32(tuple(torch.tensor([c]) for c in counter), key)
     assert tuple(int(word) for word in words) == expected
+
+
+def test_random_bits_of_neighbours_steps_and_seeds_are_independent():
+    numel = 2**16
+    cpu = torch.device("cpu")
+    bits = rounding.random_bits16(numel, 5, 7, cpu)
+    others = [bits.roll(lag) for lag in (*range(1, 17), numel // 2)]
+    others += [rounding.random_bits16(numel, 5, step, cpu) for step in (6, 8, 7 + 2**32)]
+    others += [rounding.random_bits16(numel, seed, 7, cpu) for seed in (4, 6, 5 + 2**32, -5)]
+    others += [bits.flip(0)]
+
+    def digits(words):
+        return (words[:, None] >> torch.arange(16) & 1).double() * 2 - 1
+
+    own = digits(bits)
+    # Each bit as often 0 as 1, and each pair of bits as often equal as not: within six standard deviations.
+    limit = 6 * numel**0.5
+    assert own.sum(0).abs().max() < limit
+    assert (own.T @ own - numel * torch.eye(16)).abs().max() < limit
+    for words in others:
+        assert (own.T @ digits(words)).abs().max() < limit * 2**0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

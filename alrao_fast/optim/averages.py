@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,30 +30,35 @@ def averaged(
     if optimizer._shows_averages:
         raise RuntimeError("averaged() within averaged(): leave the outer block first")
     shown = _shown(optimizer)
-    norms = [] if model is None else [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    statistics = [buffer for norm in norms for buffer in norm.buffers()]
-    written = [*(param for param, _ in shown), *statistics]
+    buffers = [] if model is None else list(model.buffers())
     with torch.no_grad():
-        kept = [tensor.detach().clone() for tensor in written]
+        kept = [(param, param.detach().clone()) for param, _ in shown]
+        before = [(buffer, buffer._version, buffer.clone()) for buffer in buffers]
     optimizer._shows_averages = True
     try:
         with torch.no_grad():
             for param, average in shown:
                 param.copy_(average)
         if model is not None and loader is not None:
-            _estimate_statistics(model, norms, loader)
+            try:
+                _estimate_statistics(model, loader)
+            finally:
+                # What training passes write: the vectors of spectral normalisation, too. What the block itself
+                # writes into other buffers, such as metrics, stays.
+                kept += [(buffer, old) for buffer, n, old in before if buffer._version != n]
         yield
     finally:
         with torch.no_grad():
-            for tensor, value in zip(written, kept):
+            for tensor, value in kept:
                 tensor.copy_(value)
         optimizer._shows_averages = False
 
 
 @torch.no_grad()
-def _estimate_statistics(model: nn.Module, norms: list[_BatchNorm], loader: Iterable[Any]) -> None:
+def _estimate_statistics(model: nn.Module, loader: Iterable[Any]) -> None:
     """Batch normalisation's running statistics as means over the batches, but for layers that are frozen: those that
-    stay in evaluation mode when the model trains."""
+    stay in evaluation mode when the model trains. The random numbers that follow are those of a run without."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     # In evaluation mode all layers are in it: which of them are frozen their own train() says.
@@ -68,9 +73,10 @@ def _estimate_statistics(model: nn.Module, norms: list[_BatchNorm], loader: Iter
             # A mean over all batches.
             norm.momentum = None
         count = 0
-        for batch in loader if own else ():
-            model(_inputs(batch, model))
-            count += 1
+        with _same_random_numbers(model):
+            for batch in loader if own else ():
+                model(_inputs(batch, model))
+                count += 1
         if own and not count:
             raise ValueError(
                 "loader: got no batches, expected some: an iterator that was used up gives none"
@@ -80,6 +86,14 @@ def _estimate_statistics(model: nn.Module, norms: list[_BatchNorm], loader: Iter
             module.training = training
         for norm, momentum in momenta.items():
             norm.momentum = momentum
+
+
+def _same_random_numbers(model: nn.Module) -> AbstractContextManager[None]:
+    """What is drawn within, by dropout or the loader's order, changes nothing of what is drawn afterwards."""
+    devices = {param.device for param in model.parameters()} - {torch.device("cpu")}
+    kind = min((device.type for device in devices), default="cuda")
+    places = sorted(device.index or 0 for device in devices if device.type == kind)
+    return torch.random.fork_rng(places, device_type=kind)
 
 
 def _inputs(batch: Any, model: nn.Module) -> Any:
@@ -100,9 +114,16 @@ def _shown(optimizer: AlraoOptimizer) -> list[tuple[Tensor, Tensor]]:
         raise ValueError(
             "averaging: got None in every param group, expected a number, such as 8, in at least one"
         )
-    found = []
-    for param in (param for group in groups for param in group["params"]):
-        own = optimizer.state[param]
-        if "average" in own and int(own["step"]) > 0:
-            found.append((param, own["average"]))
-    return found
+    params = [param for group in groups for param in group["params"]]
+    params = [param for param in params if "average" in optimizer.state[param]]
+    # One wait for each device in place of one for each parameter.
+    counts: dict[torch.device, list[Tensor]] = {}
+    for param in params:
+        step = optimizer.state[param]["step"]
+        counts.setdefault(step.device, []).append(step)
+    begun = {device: iter(torch.stack(steps).tolist()) for device, steps in counts.items()}
+    return [
+        (param, own["average"])
+        for param in params
+        if next(begun[(own := optimizer.state[param])["step"].device]) > 0
+    ]

@@ -332,7 +332,9 @@ class AlraoOptimizer(Rated):
 
         Args:
             model: whose running statistics in BatchNorm are of other weights than the averages: they are estimated
-                anew, as `torch.optim.swa_utils.update_bn` does but for frozen layers, and put back at the end.
+                anew, as `torch.optim.swa_utils.update_bn` does but for frozen layers, and put back at the end, with
+                whatever else the passes wrote into buffers (spectral normalisation does). Random numbers drawn for
+                them change none that are drawn afterwards.
             loader: the batches for that, tensors or tuples that begin with the inputs. Some dozens are enough:
                 `itertools.islice(loader, 40)`. Needed if and only if a model is given, read if that has BatchNorm.
 

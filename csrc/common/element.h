@@ -51,6 +51,16 @@ ALRAO_HOST_DEVICE static inline void round_to(float value, Float16& out) {
   out.bits = float_to_fp16(value);
 }
 
+// Up in magnitude with the probability of the remainder, by 16 random bits.
+ALRAO_HOST_DEVICE static inline void round_stochastic(float value, uint32_t random16,
+                                                      BFloat16& out) {
+  out.bits = float_to_bf16_stochastic(value, random16);
+}
+ALRAO_HOST_DEVICE static inline void round_stochastic(float value, uint32_t random16,
+                                                      Float16& out) {
+  out.bits = float_to_fp16_stochastic(value, random16);
+}
+
 // For explicit instantiations.
 #define ALRAO_FOR_EVERY_TYPE(INSTANTIATE) \
   INSTANTIATE(float);                     \

@@ -97,6 +97,7 @@ def random_bits16(seed, step, start, BLOCK: tl.constexpr):
         ((group >> 32) & 0xFFFFFFFF).to(tl.uint32),
         zero + (step & 0xFFFFFFFF).to(tl.uint32),
         zero + ((step >> 32) & 0xFFFFFFFF).to(tl.uint32),
+        n_rounds=7,
     )
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32)
@@ -118,8 +119,7 @@ def stochastic_round(value, bits, DTYPE: tl.constexpr):
         magnitude = (below + tl.where(up, 1.0, 0.0)) * spacing
         sign = pattern & -2147483648
         rounded = (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    finite = (pattern & 0x7F800000) != 0x7F800000
-    return tl.where(finite, rounded, value)
+    return tl.where(value == value, rounded, value)
 
 
 @triton.jit

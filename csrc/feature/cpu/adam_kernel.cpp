@@ -7,37 +7,37 @@ namespace {
 template <typename acc, bool AMSGRAD, Decay DECAY>
 struct AdamUpdate {
   static constexpr int kStates = AMSGRAD ? 3 : 2;
-  using Entries = Arrays<acc, kStates>;
+  static constexpr bool kUsual = !AMSGRAD;
 
   AdamScalars<acc> scalars;
 
+  template <class Entries>
   void uniform(const Entries& arrays, acc rate, int64_t n) const {
     const acc scaled = scalars.lr * rate;
     each(arrays, n, [scaled](int64_t) { return scaled; });
   }
 
+  template <class Entries>
   void varying(const Entries& arrays, const acc* rates, int64_t n) const {
     const acc lr = scalars.lr;
     each(arrays, n, [lr, rates](int64_t i) { return lr * rates[i]; });
   }
 
  private:
-  template <class Rate>
-  void each(const Entries& arrays, int64_t n, Rate rate) const {
-    acc* const p = arrays.p;
-    const acc* const g = arrays.g;
-    acc *const ms = arrays.states[0], *const vs = arrays.states[1];
-    acc* const v_maxs = arrays.states[kStates - 1];  // not used without AMSGRAD
+  template <class Entries, class Rate>
+  void each(const Entries entries, int64_t n, Rate rate) const {
+    auto *const ms = entries.states[0], *const vs = entries.states[1];
+    auto* const v_maxs = entries.states[kStates - 1];  // not used without AMSGRAD
     const AdamScalars<acc> s = scalars;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      acc x = p[i], m = ms[i], v = vs[i], v_max = 0;
-      if constexpr (AMSGRAD) v_max = v_maxs[i];
-      adam_element<AMSGRAD, DECAY>(x, g[i], m, v, v_max, rate(i), s);
-      p[i] = x;
-      ms[i] = m;
-      vs[i] = v;
-      if constexpr (AMSGRAD) v_maxs[i] = v_max;
+      acc x = entries.value(i), m = widen(ms[i]), v = widen(vs[i]), v_max = 0;
+      if constexpr (AMSGRAD) v_max = widen(v_maxs[i]);
+      adam_element<AMSGRAD, DECAY>(x, widen(entries.g[i]), m, v, v_max, rate(i), s);
+      entries.store(i, x);
+      round_to(m, ms[i]);
+      round_to(v, vs[i]);
+      if constexpr (AMSGRAD) round_to(v_max, v_maxs[i]);
     }
   }
 };

@@ -7,34 +7,35 @@ namespace {
 template <typename acc, Momentum MOMENTUM, bool NESTEROV, bool DECAY>
 struct SgdUpdate {
   static constexpr int kStates = MOMENTUM == Momentum::kNone ? 0 : 1;
-  using Entries = Arrays<acc, kStates>;
+  static constexpr bool kUsual = MOMENTUM == Momentum::kNone || MOMENTUM == Momentum::kTorch;
 
   SgdScalars<acc> scalars;
 
+  template <class Entries>
   void uniform(const Entries& arrays, acc rate, int64_t n) const {
     const acc scaled = scalars.lr * rate;
     each(arrays, n, [scaled](int64_t) { return scaled; });
   }
 
+  template <class Entries>
   void varying(const Entries& arrays, const acc* rates, int64_t n) const {
     const acc lr = scalars.lr;
     each(arrays, n, [lr, rates](int64_t i) { return lr * rates[i]; });
   }
 
  private:
-  template <class Rate>
-  void each(const Entries& arrays, int64_t n, Rate rate) const {
-    acc* const p = arrays.p;
-    const acc* const g = arrays.g;
-    acc* const bufs = arrays.states[0];
+  template <class Entries, class Rate>
+  void each(const Entries entries, int64_t n, Rate rate) const {
+    auto* const bufs = entries.states[0];
     const SgdScalars<acc> s = scalars;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      acc x = p[i], buf = 0;
-      if constexpr (MOMENTUM == Momentum::kTorch || MOMENTUM == Momentum::kAuthors) buf = bufs[i];
-      sgd_element<MOMENTUM, NESTEROV, DECAY>(x, g[i], buf, rate(i), s);
-      p[i] = x;
-      if constexpr (MOMENTUM != Momentum::kNone) bufs[i] = buf;
+      acc x = entries.value(i), buf = 0;
+      if constexpr (MOMENTUM == Momentum::kTorch || MOMENTUM == Momentum::kAuthors)
+        buf = widen(bufs[i]);
+      sgd_element<MOMENTUM, NESTEROV, DECAY>(x, widen(entries.g[i]), buf, rate(i), s);
+      entries.store(i, x);
+      if constexpr (MOMENTUM != Momentum::kNone) round_to(buf, bufs[i]);
     }
   }
 };

@@ -2,36 +2,65 @@
 // share a rate, and storage of other dtypes than the arithmetic's. Included by *_kernel.cpp only.
 //
 // `Update` is the optimizer: update.uniform(arrays, rate, n) and update.varying(arrays, rates, n)
-// take n neighbouring entries, with one rate or one each, in the arithmetic's type.
+// take the first n entries of `Arrays`, with one rate or one each, in the arithmetic's type.
+// Update::kUsual says whether most trainings make it at each step.
 #pragma once
 
 #include <cstdint>
 
 #include "common/rounding.h"
+#include "feature/cpu/random_bits.h"
 #include "feature/master.h"
 #include "feature/optimizer.h"
 #include "feature/record.h"
 
 namespace alrao::cpu::ALRAO_ISA {
 
-// Entries that go through buffers at a time: they stay in the L1 cache. A multiple of 8, the
-// entries served by one Philox call.
-constexpr int64_t kBlock = 512;
+// Entries that go through buffers at a time: they stay in the L1 cache.
+constexpr int64_t kBlock = kMostBits;
 // Entries that are updated before their averages are: they stay in the L1 cache, too.
 constexpr int64_t kAveragedBlock = 2048;
 // Runs of equal rates shorter than this are expanded into a buffer, one rate per entry.
 constexpr int64_t kShortRun = 16;
 
-template <typename acc, int STATES>
+// How a new value goes to memory.
+enum class Store {
+  kNearest,
+  kStochastic,  // by random bits
+  kMaster,      // to the master as it is, and to the parameter rounded to nearest
+};
+
+// Neighbouring entries of one parameter. The arithmetic's type stores itself.
+template <class Param, class State, int STATES, Store STORE = Store::kNearest>
 struct Arrays {
-  acc* p;
-  const acc* g;
-  acc* states[STATES > 0 ? STATES : 1];
+  using Acc = compute_t<Param>;
+
+  Param* p;
+  const Param* g;
+  State* states[STATES > 0 ? STATES : 1];
+  float* master;         // of kMaster
+  const uint16_t* bits;  // of kStochastic
+
+  Acc value(int64_t i) const {
+    if constexpr (STORE == Store::kMaster) return master_value(master[i], p[i]);
+    return widen(p[i]);
+  }
+
+  void store(int64_t i, Acc value) const {
+    if constexpr (STORE == Store::kStochastic) {
+      round_stochastic(value, bits[i], p[i]);
+    } else {
+      round_to(value, p[i]);
+    }
+    if constexpr (STORE == Store::kMaster) master[i] = value;
+  }
 
   void advance(int64_t n) {
     p += n;
     g += n;
     for (int k = 0; k < STATES; ++k) states[k] += n;
+    if constexpr (STORE == Store::kMaster) master += n;
+    if constexpr (STORE == Store::kStochastic) bits += n;
   }
 };
 
@@ -78,45 +107,10 @@ static void follow(float* masters, const Param* params, int64_t n) {
   for (int64_t i = 0; i < n; ++i) masters[i] = master_value(masters[i], params[i]);
 }
 
-// The random bits of entries [begin, begin + n): `begin` a multiple of 8, n at most kBlock. Round
-// after round for all counters at once, which vectorises.
-static void random_bits(const FeatureRecord& record, int64_t begin, int64_t n, uint32_t* bits) {
-  constexpr int64_t kCalls = kBlock / 8;
-  const uint64_t first = static_cast<uint64_t>(begin) / 8;
-  const uint64_t step = static_cast<uint64_t>(record.step);
-  uint32_t c0[kCalls], c1[kCalls], c2[kCalls], c3[kCalls], words[4 * kCalls];
-  const int64_t calls = (n + 7) / 8;
-  for (int64_t k = 0; k < calls; ++k) {
-    const uint64_t block = first + static_cast<uint64_t>(k);
-    c0[k] = static_cast<uint32_t>(block);
-    c1[k] = static_cast<uint32_t>(block >> 32);
-    c2[k] = static_cast<uint32_t>(step);
-    c3[k] = static_cast<uint32_t>(step >> 32);
-  }
-  uint32_t key0 = static_cast<uint32_t>(record.seed);
-  uint32_t key1 = static_cast<uint32_t>(record.seed >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-#pragma omp simd
-    for (int64_t k = 0; k < calls; ++k) philox_round(c0[k], c1[k], c2[k], c3[k], key0, key1);
-    key0 += kPhiloxKeyStep0;
-    key1 += kPhiloxKeyStep1;
-  }
-  for (int64_t k = 0; k < calls; ++k) {
-    words[4 * k] = c0[k];
-    words[4 * k + 1] = c1[k];
-    words[4 * k + 2] = c2[k];
-    words[4 * k + 3] = c3[k];
-  }
-  for (int64_t k = 0; k < 4 * calls; ++k) {
-    bits[2 * k] = words[k] & 0xffffu;
-    bits[2 * k + 1] = words[k] >> 16;
-  }
-}
-
 static void store_stochastic(const FeatureRecord& record, int64_t begin, const float* from,
                              int64_t n) {
-  uint32_t bits[kBlock];
-  random_bits(record, begin, n, bits);
+  uint16_t bits[kBlock];
+  random_bits(record.seed, record.step, begin, n, bits);
   uint16_t* x = static_cast<uint16_t*>(record.param) + begin;
   if (record.param_dtype == Dtype::kBFloat16) {
     for (int64_t i = 0; i < n; ++i) x[i] = float_to_bf16_stochastic(from[i], bits[i]);
@@ -133,47 +127,59 @@ static inline acc rate_of(const FeatureRecord& record, int64_t feature) {
              : static_cast<acc>(static_cast<const float*>(record.rates)[feature]);
 }
 
-// Entries [begin, begin + n) of the parameter, whose arrays start at `begin`.
-template <typename acc, class Update>
-static void update_entries(const FeatureRecord& record, int64_t begin, int64_t n,
-                           Arrays<acc, Update::kStates> arrays, const Update& update) {
+// Where the next entry is among those that share a rate, and which rate that is.
+struct Place {
+  int64_t within;
+  int64_t feature;
+
+  Place(const FeatureRecord& record, int64_t entry)
+      : within(entry % record.inner), feature(entry / record.inner % record.period) {}
+
+  // Over entries that share the rate.
+  void advance(const FeatureRecord& record, int64_t n) {
+    within += n;
+    if (within < record.inner) return;
+    within = 0;
+    if (++feature == record.period) feature = 0;
+  }
+};
+
+// n entries from `place` on, which is advanced, and which the arrays start at.
+template <class Entries, class Update>
+static void update_entries(const FeatureRecord& record, Place& place, int64_t n, Entries arrays,
+                           const Update& update) {
+  using acc = typename Entries::Acc;
   if (record.period == 1) {
     update.uniform(arrays, rate_of<acc>(record, 0), n);
     return;
   }
   const int64_t inner = record.inner, period = record.period;
-  int64_t within = begin % inner;
-  int64_t feature = begin / inner % period;
   if (inner >= kShortRun) {
     while (n > 0) {
-      const int64_t run = smaller(inner - within, n);
-      update.uniform(arrays, rate_of<acc>(record, feature), run);
+      const int64_t run = smaller(inner - place.within, n);
+      update.uniform(arrays, rate_of<acc>(record, place.feature), run);
       arrays.advance(run);
+      place.advance(record, run);
       n -= run;
-      within = 0;
-      if (++feature == period) feature = 0;
     }
   } else if (inner == 1 && period >= kShortRun && record.rate_dtype == kDtypeOf<acc>) {
     while (n > 0) {
-      const int64_t run = smaller(period - feature, n);
-      update.varying(arrays, static_cast<const acc*>(record.rates) + feature, run);
+      const int64_t run = smaller(period - place.feature, n);
+      update.varying(arrays, static_cast<const acc*>(record.rates) + place.feature, run);
       arrays.advance(run);
       n -= run;
-      feature = 0;
+      place.feature += run;
+      if (place.feature == period) place.feature = 0;
     }
   } else {
     acc rates[kBlock];
     while (n > 0) {
       const int64_t block = smaller(n, kBlock);
       for (int64_t i = 0; i < block;) {
-        const acc rate = rate_of<acc>(record, feature);
-        const int64_t end = smaller(i + inner - within, block);
-        within += end - i;
-        for (; i < end; ++i) rates[i] = rate;
-        if (within == inner) {
-          within = 0;
-          if (++feature == period) feature = 0;
-        }
+        const acc rate = rate_of<acc>(record, place.feature);
+        const int64_t run = smaller(inner - place.within, block - i);
+        for (const int64_t end = i + run; i < end; ++i) rates[i] = rate;
+        place.advance(record, run);
       }
       update.varying(arrays, rates, block);
       arrays.advance(block);
@@ -193,34 +199,47 @@ static void average_entries(const FeatureRecord& record, int64_t begin, const ac
   for (int64_t i = 0; i < n; ++i) averages[i] = averaged(averages[i], values[i], weight);
 }
 
-// Entries [begin, end) of the parameter, `begin` a multiple of 8. Arrays of the arithmetic's type
-// are updated in place, others a block at a time through buffers.
+// Entries [begin, end) of a parameter whose arrays are all read and written by the update's own
+// loop, `block` of them at a time.
+template <class Param, class State, Store STORE, class Update>
+static void update_in_place(const FeatureRecord& record, int64_t begin, int64_t end, int64_t block,
+                            const Update& update) {
+  constexpr int kStates = Update::kStates;
+  Place place(record, begin);
+  uint16_t bits[STORE == Store::kStochastic ? kBlock : 1];
+  for (int64_t i = begin; i < end; i += block) {
+    const int64_t n = smaller(block, end - i);
+    Arrays<Param, State, kStates, STORE> arrays{};
+    arrays.p = static_cast<Param*>(record.param) + i;
+    arrays.g = static_cast<const Param*>(record.grad) + i;
+    for (int k = 0; k < kStates; ++k) arrays.states[k] = static_cast<State*>(record.states[k]) + i;
+    if constexpr (STORE == Store::kMaster) arrays.master = record.master + i;
+    if constexpr (STORE == Store::kStochastic) {
+      random_bits(record.seed, record.step, i, n, bits);
+      arrays.bits = bits;
+    }
+    update_entries(record, place, n, arrays, update);
+    if constexpr (sizeof(Param) > 2)
+      average_entries(record, i, static_cast<const Param*>(arrays.p), n);
+  }
+}
+
+// Entries [begin, end) of a parameter of any storage, a block at a time through buffers.
 template <typename acc, class Update>
-static void update_piece(const FeatureRecord& record, int64_t begin, int64_t end,
-                         const Update& update) {
+static void update_in_buffers(const FeatureRecord& record, int64_t begin, int64_t end,
+                              const Update& update) {
   constexpr Dtype kAcc = kDtypeOf<acc>;
   constexpr int kStates = Update::kStates;
   acc* const direct_p = record.param_dtype == kAcc ? static_cast<acc*>(record.param)
                         : record.master            ? reinterpret_cast<acc*>(record.master)
                                                    : nullptr;
-  bool buffered = record.param_dtype != kAcc;
-  for (int k = 0; k < kStates; ++k) buffered |= record.state_dtypes[k] != kAcc;
-  if (!buffered) {
-    const int64_t block = record.average ? kAveragedBlock : end - begin;
-    for (int64_t i = begin; i < end; i += block) {
-      const int64_t n = smaller(block, end - i);
-      Arrays<acc, kStates> arrays{direct_p + i, static_cast<const acc*>(record.grad) + i, {}};
-      for (int k = 0; k < kStates; ++k) arrays.states[k] = static_cast<acc*>(record.states[k]) + i;
-      update_entries<acc>(record, i, n, arrays, update);
-      average_entries(record, i, direct_p + i, n);
-    }
-    return;
-  }
-
+  Place place(record, begin);
   acc p_buffer[kBlock], g_buffer[kBlock], state_buffers[kStates > 0 ? kStates : 1][kBlock];
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = smaller(kBlock, end - i);
-    Arrays<acc, kStates> arrays{p_buffer, g_buffer, {}};
+    Arrays<acc, acc, kStates> arrays{};
+    arrays.p = p_buffer;
+    arrays.g = g_buffer;
     if (direct_p) {
       arrays.p = direct_p + i;
       if constexpr (sizeof(acc) == 4) {
@@ -247,8 +266,8 @@ static void update_piece(const FeatureRecord& record, int64_t begin, int64_t end
       }
     }
 
-    update_entries<acc>(record, i, n, arrays, update);
-    average_entries(record, i, arrays.p, n);
+    update_entries(record, place, n, arrays, update);
+    average_entries(record, i, static_cast<const acc*>(arrays.p), n);
 
     if constexpr (sizeof(acc) == 4) {
       if (record.stochastic) {
@@ -261,6 +280,48 @@ static void update_piece(const FeatureRecord& record, int64_t begin, int64_t end
       if (record.state_dtypes[k] != kAcc)
         store(record.states[k], record.state_dtypes[k], i, state_buffers[k], n);
   }
+}
+
+// Whether all states that the update has are stored as `dtype`.
+template <class Update>
+static bool states_are(const FeatureRecord& record, Dtype dtype) {
+  for (int k = 0; k < Update::kStates; ++k)
+    if (record.state_dtypes[k] != dtype) return false;
+  return true;
+}
+
+// Entries [begin, end) of the parameter, `begin` a multiple of 8. What is stored as usual is
+// updated in place: one loop keeps the memory busy, where one for each array and the buffers would
+// not.
+template <typename acc, class Update>
+static void update_piece(const FeatureRecord& record, int64_t begin, int64_t end,
+                         const Update& update) {
+  constexpr Dtype kAcc = kDtypeOf<acc>, kHalf = Dtype::kBFloat16;
+  const int64_t all = end - begin;
+  if (record.param_dtype == kAcc && states_are<Update>(record, kAcc)) {
+    const int64_t block = record.average ? kAveragedBlock : all;
+    update_in_place<acc, acc, Store::kNearest>(record, begin, end, block, update);
+    return;
+  }
+  // Each is a loop of its own in the library, so that there are only the usual ones.
+  if constexpr (sizeof(acc) == 4 && Update::kUsual) {
+    if (record.param_dtype == kHalf && !record.average) {
+      if (record.master && states_are<Update>(record, kAcc)) {
+        update_in_place<BFloat16, acc, Store::kMaster>(record, begin, end, all, update);
+        return;
+      }
+      if (!record.master && states_are<Update>(record, kHalf)) {
+        if (record.stochastic) {
+          update_in_place<BFloat16, BFloat16, Store::kStochastic>(record, begin, end, kBlock,
+                                                                  update);
+        } else {
+          update_in_place<BFloat16, BFloat16, Store::kNearest>(record, begin, end, all, update);
+        }
+        return;
+      }
+    }
+  }
+  update_in_buffers<acc>(record, begin, end, update);
 }
 
 }  // namespace alrao::cpu::ALRAO_ISA

@@ -37,13 +37,6 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
   T entries[N];
 };
 
-__device__ inline void round_stochastic(float value, uint32_t random16, BFloat16& out) {
-  out.bits = float_to_bf16_stochastic(value, random16);
-}
-__device__ inline void round_stochastic(float value, uint32_t random16, Float16& out) {
-  out.bits = float_to_fp16_stochastic(value, random16);
-}
-
 // Pointers that come from memory could point anywhere for the compiler, which then emits no 16-byte
 // store.
 template <typename T>
