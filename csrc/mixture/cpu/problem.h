@@ -164,6 +164,9 @@ class Chunks {
     const int64_t samples = p.size.samples, classes = p.size.classes;
     const int64_t count = ceil_div(samples, std::max(samples_per_chunk, kLaneTile));
     ld_ = round_up(ceil_div(samples, count), kLaneTile);
+    // Rows that are pages apart would share a few sets of the caches.
+    if (ld_ * static_cast<int64_t>(sizeof(T)) % 2048 == 0)
+      ld_ += count == 1 ? kLaneTile : -kLaneTile;
     targets_.assign(ceil_div(samples, ld_) * ld_, -1);
     const T* values = p.expected ? p.expected : p.soft;
     for (int64_t b = 0; b < samples; ++b) {
