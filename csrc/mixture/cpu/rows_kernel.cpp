@@ -118,32 +118,57 @@ ALRAO_INLINE void cap(T* z, int64_t rows, int64_t ld, int64_t lanes, const T* bi
   }
 }
 
+// K vectors of lanes from `lane` on: so many neighbours of a row are in the cache when it is read.
 // kSoft: there are probabilities; kKeep: z becomes logit - max, not its exponential.
-template <class T, bool kSoft, bool kKeep>
-ALRAO_INLINE void option_sums(const OptionSoftmaxRows<T>& a, const T* bias) {
+template <class T, bool kSoft, bool kKeep, int64_t K>
+ALRAO_INLINE void option_sums_of(const OptionSoftmaxRows<T>& a, const T* bias, int64_t lane) {
   constexpr int64_t width = Simd<T>::kWidth;
   const SoftmaxRows<T>& r = a.plain;
-  for (int64_t lane = 0; lane < r.lanes; lane += width) {
-    const Vector<T> m = load(r.max + lane);
-    Vector<T> s = load(r.sum + lane), total[kOptionSums] = {};
-    for (int64_t i = 0; i < r.rows; ++i) {
-      T* p = r.z + i * r.ld + lane;
-      const Vector<T> below = load(p) + splat(bias ? bias[i] : T(0)) - m;
-      const Vector<T> w = splat(a.class_weight ? a.class_weight[i] : T(1));
+  // The processor does not fetch ahead by itself where rows are pages apart.
+  constexpr int64_t kAhead = 16;
+  Vector<T> m[K], s[K], total[kOptionSums][K] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    m[k] = load(r.max + lane + k * width);
+    s[k] = load(r.sum + lane + k * width);
+  }
+  for (int64_t i = 0; i < r.rows; ++i) {
+    const Vector<T> offset = splat(bias ? bias[i] : T(0));
+    const Vector<T> w = splat(a.class_weight ? a.class_weight[i] : T(1));
+    for (int64_t k = 0; k < K; ++k) {
+      T* p = r.z + i * r.ld + lane + k * width;
+      const Vector<T> below = load(p) + offset - m[k];
       const Vector<T> e = exp_below(below);
-      s += e;
-      total[0] += w * below;
+      s[k] += e;
+      total[0][k] += w * below;
       if constexpr (kSoft) {
-        const Vector<T> q = load(a.q + i * r.ld + lane);
-        total[1] += q * below;
-        total[2] += w * q * below;
-        total[3] += q;
-        total[4] += w * q;
+        const T* const from = a.q + i * r.ld + lane + k * width;
+        if (i + kAhead < r.rows) __builtin_prefetch(from + kAhead * r.ld);
+        const Vector<T> q = load(from);
+        total[1][k] += q * below;
+        total[2][k] += w * q * below;
+        total[3][k] += q;
+        total[4][k] += w * q;
       }
       store(p, kKeep ? below : e);
     }
-    store(r.sum + lane, s);
-    for (int64_t k = 0; k < kOptionSums; ++k) store(a.sums + k * r.ld + lane, total[k]);
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    store(r.sum + lane + k * width, s[k]);
+    for (int64_t j = 0; j < kOptionSums; ++j) {
+      store(a.sums + j * r.ld + lane + k * width, total[j][k]);
+    }
+  }
+}
+
+template <class T, bool kSoft, bool kKeep>
+ALRAO_INLINE void option_sums(const OptionSoftmaxRows<T>& a, const T* bias) {
+  constexpr int64_t width = Simd<T>::kWidth, kPair = 2;
+  int64_t lane = 0;
+  for (; lane + kPair * width <= a.plain.lanes; lane += kPair * width) {
+    option_sums_of<T, kSoft, kKeep, kPair>(a, bias, lane);
+  }
+  for (; lane < a.plain.lanes; lane += width) {
+    option_sums_of<T, kSoft, kKeep, 1>(a, bias, lane);
   }
 }
 
