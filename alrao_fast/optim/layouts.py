@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -152,6 +152,8 @@ class Layout:
 
     rule: "built-in" or "registered"; where no rule covers the parameter "shape" if it is broadcast along dimension 0,
         else "default".
+    sharing: the classes of the other modules that have the parameter.
+    by_feature: where there is a rate per entry, the layout that would be without.
     """
 
     name: str
@@ -161,6 +163,8 @@ class Layout:
     vector: Vector
     feature_of: Tensor | None = None
     per_weight: bool = False
+    sharing: set[str] = field(default_factory=set)
+    by_feature: Layout | None = None
 
     def length(self, param: Tensor) -> int:
         """The number of rates that this parameter's state holds."""
@@ -178,7 +182,9 @@ class Layout:
         """The layout with one rate per entry of the parameter, in row-major order."""
         vector = Vector(self.name, param.numel(), self.vector.kind)
         dims = tuple(range(param.dim()))
-        return replace(self, dims=dims, vector=vector, feature_of=None, per_weight=True)
+        return replace(
+            self, dims=dims, vector=vector, feature_of=None, per_weight=True, by_feature=self
+        )
 
 
 def default_layout(name: str, param: Tensor, module: str = "") -> Layout:
@@ -222,6 +228,8 @@ def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Lay
     type_name = _class_name(module)
     for name, param in own.items():
         check_param(_join(module_name, name), param, type_name)
+        if param in table:
+            table[param].sharing.add(type_name)
     registered = next((_RULES[c] for c in type(module).__mro__ if c in _RULES), None)
     # Which entry has which rate is worked out on the CPU, whatever torch's default device is.
     with torch.device("cpu"):
