@@ -12,7 +12,7 @@ rates, for any dense strides. `memory_rates` computes it from the parameter's st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -139,11 +139,13 @@ def register_library(
 
 @dataclass(eq=False)
 class Vector:
-    """One vector of rates, drawn once; the parameters of a module that name it share it."""
+    """One vector of rates, drawn once; the parameters of a module that name it share it. `among`: of a head that has
+    retired clones, how many it was made with, and the numbers of those left."""
 
     name: str
     length: int
     kind: str
+    among: tuple[int, Sequence[int]] | None = None
 
 
 @dataclass(eq=False)
@@ -354,7 +356,7 @@ def _fitted(
     feature: Feature,
     param: Tensor,
     name: str,
-    module: nn.Module,
+    module: Any,
     rule: str,
     vectors: dict[str, Vector],
     module_name: str,
@@ -382,7 +384,9 @@ def _fitted(
         return f"{length} features do not divide the size {size} along dim {feature.dim}"
     vector = vectors.get(feature.vector)
     if vector is None:
-        vector = Vector(_join(module_name, feature.vector), length, feature.kind)
+        kept = getattr(module, "kept", None) if feature.kind == "clone" else None
+        among = None if kept is None else (kept.numel(), module.clone_numbers)
+        vector = Vector(_join(module_name, feature.vector), length, feature.kind, among)
         vectors[feature.vector] = vector
     if (vector.length, vector.kind) != (length, feature.kind):
         return f"vector {feature.vector!r} has {vector.length} {vector.kind} rates, this needs {length} {feature.kind}"
