@@ -50,7 +50,8 @@ def retire_clones(net: nn.Module, *, below: float = 0.01, keep: int = 3) -> int:
     those left; `head.clone_numbers` says which they are, and names in `metrics` and columns of `History` keep the old
     numbers.
 
-    A checkpoint of such a run loads into a network made with all clones, and then into its optimizer. What else holds
+    A checkpoint of such a run loads into a network made with all clones, and then into its optimizer. A new optimizer
+    gives those left the rates that they have among all. What else holds
     the old parameters has to be made anew: a `GraphedStep`, which raises until then; copies such as an `AveragedModel`;
     DistributedDataParallel, which has to be undone before (`net = ddp.module; del ddp`). Under `torch.distributed` all
     ranks have to call it; they have the same posterior.

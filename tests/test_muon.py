@@ -6,6 +6,7 @@
 - the bound of the rates by the size of an update; low precision, compiled, skipped and moved steps.
 """
 
+import copy
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from checkpoint_harness import generator
 from torch import nn
 
 import alrao_fast as alrao
-from alrao_fast import AlraoAdam, AlraoMuon, Constant, Feature, describe_rates
+from alrao_fast import AlraoAdam, AlraoMuon, Constant, Feature, PerWeight, describe_rates
 
 OP = "feature_sgd"
 pytestmark = pytest.mark.usefixtures("used_backend")
@@ -180,6 +181,8 @@ def test_which_parameters_are_matrices():
                 "gray": nn.Conv2d(1, 4, 3),
                 "depthwise": nn.Conv2d(4, 4, 3, groups=4),
                 "up": nn.ConvTranspose2d(4, 6, 2),
+                "up_gray": nn.ConvTranspose2d(1, 6, 2),
+                "up_depthwise": nn.ConvTranspose2d(4, 8, 2, groups=4),
                 "lstm": nn.LSTM(3, 4),
                 "attention": nn.MultiheadAttention(4, 2),
                 "embedding": nn.Embedding(5, 4),
@@ -198,6 +201,16 @@ def test_which_parameters_are_matrices():
     assert [group["orthogonalize"] for group in opt.param_groups] == [True, False]
     rows = describe_rates(AlraoAdam(module), file=None)
     assert {row.orthogonalized for row in rows} == {None}
+
+
+@pytest.mark.parametrize("names", [("table", "output"), ("output", "table")])
+def test_an_embedding_shared_with_an_output_layer_is_none(names):
+    """Whichever of the two comes first in the model."""
+    layers = {"table": nn.Embedding(7, 4), "output": nn.Linear(4, 7, bias=False)}
+    layers["output"].weight = layers["table"].weight
+    module = nn.ModuleDict({name: layers[name] for name in names})
+    found, _ = orthogonalized(module)
+    assert found == set()
 
 
 def test_what_a_group_says():
@@ -248,9 +261,36 @@ def test_gates_convolutions_and_transposed_weights():
     follow(lstm, lstm.weight_ih_l0, lambda t: [*t.view(4, 4, 3)])
     up = nn.ConvTranspose2d(4, 6, 2).double()
     follow(up, up.weight, lambda t: [t.transpose(0, 1).flatten(1)])
+    # [I, O / groups, ...]: a row has the two inputs of its group.
+    parts = [slice(0, 2), slice(2, 4)]
+
+    def rows(t):
+        return [torch.cat([t[own].transpose(0, 1).flatten(1) for own in parts])]
+
+    for grouped in nn.ConvTranspose2d(4, 6, 2, groups=2), nn.ConvTranspose1d(4, 6, 5, groups=2):
+        follow(grouped.double(), grouped.weight, rows)
     conv = nn.Conv2d(3, 4, 2).double().to(memory_format=torch.channels_last)
     assert conv.weight.stride() != conv.weight.contiguous().stride()
     follow(conv, conv.weight, lambda t: [t.flatten(1)])
+
+
+def test_a_rate_per_entry_leaves_the_matrices_as_they_are():
+    torch.manual_seed(0)
+    module = nn.ModuleDict(
+        {"lstm": nn.LSTM(3, 4), "up": nn.ConvTranspose2d(4, 6, 2), "gray": nn.Conv2d(1, 4, 3)}
+    ).double()
+    twin = copy.deepcopy(module)
+    pairs = list(zip(module.parameters(), twin.parameters()))
+    opts = [AlraoMuon(module, rate_bound=None, sampler=PerWeight(0.1, 0.1))]
+    opts.append(AlraoMuon(twin, rate_bound=None, lr_range=(0.1, 0.1)))
+    assert opts[0].state[module["up"].weight]["rate"].numel() == module["up"].weight.numel()
+    for own, other in pairs:
+        own.grad = torch.randn_like(own)
+        other.grad = own.grad.clone()
+    for opt in opts:
+        opt.step()
+    for own, other in pairs:
+        torch.testing.assert_close(own, other)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -13,7 +13,7 @@ import torch
 from checkpoint_harness import assert_same_state, build, generator, train
 from torch import nn
 
-from alrao_fast import AlraoAdam, Constant, Feature, PerWeight, register_feature_layout
+from alrao_fast import AlraoAdam, AlraoMuon, Constant, Feature, PerWeight, register_feature_layout
 
 BOUND = 0.125
 
@@ -108,6 +108,21 @@ def test_other_dtypes(dtype):
     assert found.dtype == torch.float32
     weight = torch.cat([layer.weight.detach(), layer.bias.detach()[:, None]], 1)
     close(found, mean_square(weight.T))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("sampler", [None, PerWeight(1e-4, 1e-1)])
+def test_frozen_parameters_of_other_dtypes(dtype, sampler):
+    """Such as quantized weights: they have rates, as AlraoSGD gives them, and the others are trained."""
+    layer = nn.Linear(5, 3)
+    before = layer.weight.detach().clone()
+    layer.codes = nn.Parameter(torch.zeros(3, 4, dtype=dtype), requires_grad=False)
+    for kind in (AlraoAdam, AlraoMuon):
+        opt = kind(layer, sampler=sampler)
+        layer(torch.ones(2, 5)).sum().backward()
+        opt.step()
+        assert not torch.equal(layer.weight, before)
+        assert set(opt.state[layer.codes]) == {"rate", "drawn_rate", "rate_limit"}
 
 
 def test_a_rate_per_weight_is_bounded_by_the_size_of_the_tensor():

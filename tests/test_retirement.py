@@ -233,6 +233,25 @@ def test_a_checkpoint_resumes_to_the_same_bits(order, tmp_path):
     assert torch.equal(again.head.weight, net.head.weight)
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_new_optimizer_has_the_rates_among_all(loaded):
+    net = build()
+    opt = OPTIMIZERS["sgd"](net)
+    train(net, opt, range(8))
+    prefer(net.head, 1, 3)
+    twin = copy.deepcopy(net)
+    rates = alrao.AlraoAdam(twin, lr_range=(1e-4, 1.0)).state[twin.head.weight]["rate"]
+    alrao.retire_clones(net, below=1, keep=2)
+    if loaded:
+        saved = net.state_dict()
+        net = build()
+        net.load_state_dict(saved)
+    new = alrao.AlraoAdam(net, lr_range=(1e-4, 1.0))
+    assert torch.equal(new.state[net.head.weight]["rate"], rates[LEFT])
+    assert torch.equal(net.head.clone_lr, rates[LEFT])
+    train(net, new, range(8, 10))
+
+
 def test_a_checkpoint_that_does_not_fit_changes_nothing():
     net, opt = retired()
     saved = copy.deepcopy([net.state_dict(), opt.state_dict()])

@@ -36,7 +36,8 @@ def draw_all(
         if key not in cache:
             length = layout.vector.length
             if layout.vector.kind == "clone":
-                cache[key] = draw_clones(sampler, lr_range, length)
+                total, numbers = layout.vector.among or (length, range(length))
+                cache[key] = draw_clones(sampler, lr_range, total)[list(numbers)]
             else:
                 cache[key] = draw(sampler, length, generator)
         rates[param] = layout.rates(cache[key])

@@ -12,8 +12,8 @@ rates, for any dense strides. `memory_rates` computes it from the parameter's st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -139,11 +139,13 @@ def register_library(
 
 @dataclass(eq=False)
 class Vector:
-    """One vector of rates, drawn once; the parameters of a module that name it share it."""
+    """One vector of rates, drawn once; the parameters of a module that name it share it. `among`: of a head that has
+    retired clones, how many it was made with, and the numbers of those left."""
 
     name: str
     length: int
     kind: str
+    among: tuple[int, Sequence[int]] | None = None
 
 
 @dataclass(eq=False)
@@ -152,6 +154,8 @@ class Layout:
 
     rule: "built-in" or "registered"; where no rule covers the parameter "shape" if it is broadcast along dimension 0,
         else "default".
+    sharing: the classes of the other modules that have the parameter.
+    by_feature: where there is a rate per entry, the layout that would be without.
     """
 
     name: str
@@ -161,6 +165,8 @@ class Layout:
     vector: Vector
     feature_of: Tensor | None = None
     per_weight: bool = False
+    sharing: set[str] = field(default_factory=set)
+    by_feature: Layout | None = None
 
     def length(self, param: Tensor) -> int:
         """The number of rates that this parameter's state holds."""
@@ -178,7 +184,9 @@ class Layout:
         """The layout with one rate per entry of the parameter, in row-major order."""
         vector = Vector(self.name, param.numel(), self.vector.kind)
         dims = tuple(range(param.dim()))
-        return replace(self, dims=dims, vector=vector, feature_of=None, per_weight=True)
+        return replace(
+            self, dims=dims, vector=vector, feature_of=None, per_weight=True, by_feature=self
+        )
 
 
 def default_layout(name: str, param: Tensor, module: str = "") -> Layout:
@@ -222,6 +230,8 @@ def _resolve_module(module: nn.Module, module_name: str, table: dict[Tensor, Lay
     type_name = _class_name(module)
     for name, param in own.items():
         check_param(_join(module_name, name), param, type_name)
+        if param in table:
+            table[param].sharing.add(type_name)
     registered = next((_RULES[c] for c in type(module).__mro__ if c in _RULES), None)
     # Which entry has which rate is worked out on the CPU, whatever torch's default device is.
     with torch.device("cpu"):
@@ -346,7 +356,7 @@ def _fitted(
     feature: Feature,
     param: Tensor,
     name: str,
-    module: nn.Module,
+    module: Any,
     rule: str,
     vectors: dict[str, Vector],
     module_name: str,
@@ -374,7 +384,9 @@ def _fitted(
         return f"{length} features do not divide the size {size} along dim {feature.dim}"
     vector = vectors.get(feature.vector)
     if vector is None:
-        vector = Vector(_join(module_name, feature.vector), length, feature.kind)
+        kept = getattr(module, "kept", None) if feature.kind == "clone" else None
+        among = None if kept is None else (kept.numel(), module.clone_numbers)
+        vector = Vector(_join(module_name, feature.vector), length, feature.kind, among)
         vectors[feature.vector] = vector
     if (vector.length, vector.kind) != (length, feature.kind):
         return f"vector {feature.vector!r} has {vector.length} {vector.kind} rates, this needs {length} {feature.kind}"

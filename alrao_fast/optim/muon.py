@@ -64,10 +64,11 @@ class AlraoMuon(AlraoOptimizer):
 
     Which parameters are matrices follows the feature layouts: weights of linear layers, of convolutions, flattened to
     [out, in * h * w], of recurrent layers, one matrix per gate, of attention and of fused experts, one per expert. Not
-    embeddings, clones, convolutions with one input channel (a depthwise one's channels share no input), nor what no
-    layout knows, bare tensors among them. A param group's `orthogonalize` says otherwise. Each param group becomes two,
-    one with the matrices, one with the rest; `describe_rates(opt, details=True)` shows which is which. A plain last
-    layer, without clones, is a matrix like others: Muon's authors give it to AdamW (`orthogonalize=False`).
+    embeddings, even where an output layer shares their weight, clones, convolutions with one input channel (a depthwise
+    one's channels share no input), nor what no layout knows, bare tensors among them. A param group's `orthogonalize`
+    says otherwise. Each param group becomes two, one with the matrices, one with the rest; `describe_rates(opt,
+    details=True)` shows which is which. A plain last layer, without clones, is a matrix like others: Muon's authors
+    give it to AdamW (`orthogonalize=False`).
 
     Args:
         momentum, nesterov: of matrices, as in torch.optim.Muon.
