@@ -43,7 +43,7 @@ def heads_of(net: nn.Module) -> dict[str, LinearClones]:
     if not heads:
         raise ValueError(
             f"net: got a {type(net).__name__} without clones, expected an AlraoModel, or a module with "
-            "ClassifierClones or RegressorClones in it"
+            "ClassifierClones, AdaptiveClassifierClones or RegressorClones in it"
         )
     return heads
 

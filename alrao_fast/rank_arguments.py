@@ -27,7 +27,9 @@ class _Head(Function):
     """A function that makes a head; not one that was made, though it can be called."""
 
     def __init__(self) -> None:
-        super().__init__("a function D -> ClassifierClones or RegressorClones")
+        super().__init__(
+            "a function D -> ClassifierClones, AdaptiveClassifierClones or RegressorClones"
+        )
 
     def check(self, name: str, value: Any) -> Any:
         if isinstance(value, nn.Module):

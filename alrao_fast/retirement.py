@@ -57,7 +57,7 @@ def retire_clones(net: nn.Module, *, below: float = 0.01, keep: int = 3) -> int:
     ranks have to call it; they have the same posterior.
 
     TypeError or ValueError for arguments of another type or out of range, for a network that DistributedDataParallel
-    or ZeroRedundancyOptimizer has, and for heads that lie over ranks (`fully_shard`, `ClonesParallel`,
+    or ZeroRedundancyOptimizer has, and for heads that lie over ranks (`fully_shard`, FSDP1, `ClonesParallel`,
     `ClassesParallel`), share parameters with another module, or have hooks on them; RuntimeError where no Alrao
     optimizer has them and within `averaged()`. Nothing has changed then.
     """
@@ -107,7 +107,7 @@ def _check_owners(net: nn.Module, heads: list[LinearClones]) -> None:
                 )
             if id(param) not in trained:
                 raise RuntimeError(
-                    f"net: no AlraoSGD or AlraoAdam has the {name} of its {type(head).__name__}, expected one: another "
+                    f"net: no Alrao optimizer has the {name} of its {type(head).__name__}, expected one: another "
                     "optimizer would go on with the parameters that are exchanged"
                 )
 

@@ -209,7 +209,7 @@ def test_regression():
         (
             lambda: AlraoModel(nn.Identity(), nn.Linear(2, 2)),
             TypeError,
-            "head: got Linear, expected ClassifierClones or RegressorClones",
+            "head: got Linear, expected ClassifierClones, AdaptiveClassifierClones or RegressorClones",
         ),
         (
             lambda: mlp()(torch.randn(6, 3), targets=torch.zeros(5, dtype=torch.long)),

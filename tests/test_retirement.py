@@ -372,7 +372,7 @@ def test_refusals(make, error, message):
 def test_refused_without_an_optimizer_of_ours_and_within_averages():
     net = build()
     torch.optim.SGD(net.parameters())
-    with pytest.raises(RuntimeError, match="no AlraoSGD or AlraoAdam has the weight"):
+    with pytest.raises(RuntimeError, match="no Alrao optimizer has the weight"):
         alrao.retire_clones(net, below=1)
     opt = OPTIMIZERS["run"](net)
     train(net, opt, range(2))
@@ -427,3 +427,23 @@ def test_heads_over_ranks_are_refused(one_rank):
         OPTIMIZERS["sgd"](net)
         with pytest.raises(ValueError, match="a weight that lies over ranks"):
             alrao.retire_clones(net, below=1, keep=2)
+
+
+@pytest.mark.parametrize("originals", [True, False])
+def test_flattened_heads_are_refused_by_the_ranks_that_have_them_whole(one_rank, originals):
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.fsdp import ShardingStrategy
+
+    net = build()
+    wrapped = FSDP(
+        net,
+        sharding_strategy=ShardingStrategy.NO_SHARD,
+        use_orig_params=originals,
+        device_id=torch.device("cpu"),
+    )
+    opt = OPTIMIZERS["momentum"](wrapped)
+    train(wrapped, opt, range(2))
+    with pytest.raises(ValueError, match="a weight that lies over ranks"):
+        alrao.retire_clones(net, below=1, keep=2)
+    assert net.head.num_clones == len(net.posterior()) == len(net.head.clone_lr) == N
+    train(wrapped, opt, range(2, 4))

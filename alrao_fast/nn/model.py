@@ -53,7 +53,8 @@ class AlraoModel(WithClones):
         _BACKBONE.check("backbone", backbone)
         if not isinstance(head, LinearClones):
             raise TypeError(
-                f"head: got {type(head).__name__}, expected ClassifierClones or RegressorClones"
+                f"head: got {type(head).__name__}, expected ClassifierClones, "
+                "AdaptiveClassifierClones or RegressorClones"
             )
         self.features = check_features(features)
         self.backbone = backbone

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from alrao_fast import live
 from alrao_fast.flat_shards import is_cut
+from alrao_fast.fsdp1 import is_flattened
 from alrao_fast.nn.clone_parameters import WithParameters
 from alrao_fast.sharding import is_sharded
 
@@ -37,8 +38,11 @@ class Retiring(WithParameters):
         """Raise ValueError where clones cannot be taken out of this head."""
         own = {id(param) for owner in self.owners() for param in owner._parameters.values()}
         over_ranks = getattr(self, "over_ranks", None) is not None
-        for name, param in self.named_parameters():
-            if over_ranks or is_sharded(param) or is_cut(param):
+        # FSDP1 flattens parameters of which a rank may have the whole, and without the originals takes them from the
+        # module: what is refused on one rank has to be refused on all.
+        taken = isinstance(self.__dict__.get("weight"), Tensor)
+        for name, param in [("weight", self.weight)] if taken else self.named_parameters():
+            if taken or over_ranks or is_sharded(param) or is_cut(param) or is_flattened(param):
                 what = f"a {name} that lies over ranks"
             elif id(param) not in own or param.shape[:1] != (self.num_clones,):
                 what = f"a parameter {name} of shape {list(param.shape)}"
