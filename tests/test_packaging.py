@@ -32,8 +32,8 @@ OLD_TOOLKIT = toolchain.Toolkit(Path("cuda"), "12.8", ("80", "90", "100", "120")
 BROKEN_TOOLKIT = toolchain.Toolkit(Path("cuda"), "13.0", error="unsupported GNU version")
 
 
-def run(*arguments, cwd=ROOT, **environment):
-    """Run Python in a folder; a variable set to None is taken out of the environment."""
+def run(*arguments, cwd=ROOT, seconds=600, **environment):
+    """Run Python in a folder, so long at most; a variable set to None is taken out of the environment."""
     env = {**os.environ, **environment}
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -41,7 +41,7 @@ def run(*arguments, cwd=ROOT, **environment):
         env={name: value for name, value in env.items() if value is not None},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=seconds,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -386,6 +386,8 @@ def test_no_wide_instructions_leak_out_of_a_kernel():
 def test_cuda_kernels_compile_link_and_load(tmp_path):
     run(
         *("setup.py", "-q", "build_ext", "--build-lib", tmp_path),
+        # A thousand seconds of one slow core, for four architectures.
+        seconds=2400,
         ALRAO_CUDA="force",
         TORCH_CUDA_ARCH_LIST=None,
     )
