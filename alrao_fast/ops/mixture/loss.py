@@ -196,7 +196,7 @@ def _scaled_in_place(gradients: Sequence[Tensor], grad: Tensor) -> bool:
 
 
 def _define(likelihood: type[Likelihood]) -> None:
-    """Define the likelihood's op, its Triton twin, and for compiled kernels the op that observes, too."""
+    """Define the likelihood's op, its Triton twin, and for compiled GPU kernels the op that observes, too."""
     for observed in (False, True):
         schema = likelihood.schema(observed=observed)
         names, defaults = dispatch.arguments_of(schema)
@@ -328,9 +328,9 @@ def prepared_stats(
         need_dw = weight.requires_grad or (bias is not None and bias.requires_grad)
     data = x, weight, bias, log_posterior, target
     needs = mean, need_dx, need_dw, memory
-    one_call = backend != "triton" and not per_sample
-    if observer is not None and one_call and not torch.compiler.is_compiling():
-        # On a GPU the update is the tail of the op's last kernel.
+    one_launch = backend == "cuda" and not per_sample
+    if observer is not None and one_launch and not torch.compiler.is_compiling():
+        # The update is the tail of the op's last kernel.
         logw, _, t, running, mean, theta = observer
         observation = logw, t, running, mean, theta
         op = dispatch.overload(f"{likelihood.OP}_observe_")

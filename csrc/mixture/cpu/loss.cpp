@@ -5,8 +5,6 @@
 #include "common/checks.h"
 #include "mixture/boxed.h"
 #include "mixture/cpu/problem.h"
-#include "switch/checks.h"
-#include "switch/cpu/update.h"
 
 namespace alrao::cpu {
 namespace {
@@ -114,30 +112,15 @@ MixtureOutputs run(const LossArguments& a, const MixtureSizes& size) {
 
 MixtureOutputs loss(const LossArguments& arguments) {
   const MixtureSizes size = check_loss(arguments);
-  const auto& observer = arguments.observer;
-  const Tensor& log_posterior = arguments.inputs.log_posterior;
-  if (observer) {
-    // Before anything is computed; the statistics will be as `running` has to be.
-    check_switch_observe(observer->logw, log_posterior, observer->t, observer->running,
-                         observer->running, observer->theta);
-  }
   const bool is_double = arguments.inputs.x.scalar_type() == ScalarType::Double;
-  const MixtureOutputs outputs =
-      is_double ? run<double>(arguments, size) : run<float>(arguments, size);
-  if (observer) {
-    observe(observer->logw, log_posterior, observer->t, observer->running, std::get<1>(outputs),
-            observer->mean, observer->theta);
-  }
-  return outputs;
+  return is_double ? run<double>(arguments, size) : run<float>(arguments, size);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CPU, m) {
   m.impl("switch_mixture_nll", &boxed_loss<ClassesOptions, false, &loss>);
-  m.impl("switch_mixture_nll_observe_", &boxed_loss<ClassesOptions, true, &loss>);
   m.impl("switch_mixture_gaussian_nll", &boxed_loss<ValuesOptions, false, &loss>);
-  m.impl("switch_mixture_gaussian_nll_observe_", &boxed_loss<ValuesOptions, true, &loss>);
 }
 
 }  // namespace alrao::cpu

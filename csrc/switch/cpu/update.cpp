@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "switch/checks.h"
-#include "switch/cpu/update.h"
 #include "switch/math.h"
 
 namespace alrao {
@@ -74,15 +73,6 @@ void switch_update(const Tensor& logw, const Tensor& log_posterior, const Tensor
 void switch_observe(const Tensor& logw, const Tensor& log_posterior, const Tensor& t,
                     const Tensor& running, const Tensor& stats, bool mean, double theta) {
   check_switch_observe(logw, log_posterior, t, running, stats, theta);
-  cpu::observe(logw, log_posterior, t, running, stats, mean, theta);
-}
-
-}  // namespace
-
-namespace cpu {
-
-void observe(const Tensor& logw, const Tensor& log_posterior, const Tensor& t,
-             const Tensor& running, const Tensor& stats, bool mean, double theta) {
   const int64_t n = logw.size(1);
   const double* observed = static_cast<const double*>(stats.const_data_ptr());
   double* sums = data<double>(running);
@@ -94,7 +84,7 @@ void observe(const Tensor& logw, const Tensor& log_posterior, const Tensor& t,
   update(data<double>(logw), data<double>(log_posterior), data<int64_t>(t), evidence, theta);
 }
 
-}  // namespace cpu
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CPU, m) {
   m.impl("switch_update_", TORCH_BOX(&switch_update));
