@@ -296,7 +296,13 @@ def _collapsed(damage: Callable[[Any], None]) -> None:
 
 @case("C20 collapse('mixture') where a clone overflows")
 def overflowing() -> None:
-    _collapsed(lambda head: head.weight[0].fill_(3e38))
+    def damage(head: Any) -> None:
+        # Two terms, which overflow for some samples in whatever order they are added.
+        head.weight[0].zero_()
+        head.weight[0, :, 0] = 3e38
+        head.bias[0].fill_(3e38)
+
+    _collapsed(damage)
 
 
 @case("C20 collapse('mixture') where a clone is NaN or its bias infinite")

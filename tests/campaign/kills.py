@@ -167,7 +167,9 @@ def main() -> int:
     for kill in range(arguments.kills):
         limit = arguments.steps * (kill + 1) // (arguments.kills + 1)
         killed_life(arguments.case, path, limit, rng)
-    # Were there none, nothing would have been resumed.
+    while not path.exists():
+        # All came before the first checkpoint, as on a slow machine: nothing would be resumed.
+        killed_life(arguments.case, path, limit, rng)
     at_last = torch.load(path, weights_only=True)["step"]
     resumed = live(arguments.case, path, arguments.steps)
     alone = live(arguments.case, arguments.folder / "alone.pt", arguments.steps)
