@@ -74,13 +74,15 @@ struct AdamScalars {
   acc weight_decay;
 };
 
-// `rate` is the entry's rate times s.lr. `v_max` is left alone without AMSGRAD.
-template <bool AMSGRAD, Decay DECAY, typename acc>
+// `rate` is the entry's rate times s.lr. `v_max` is left alone without AMSGRAD. A loop whose
+// `decay` is a constant has no branch.
+template <bool AMSGRAD, typename acc>
 ALRAO_HOST_DEVICE static inline void adam_element(acc& p, acc g, acc& m, acc& v, acc& v_max,
-                                                  acc rate, const AdamScalars<acc>& s) {
+                                                  acc rate, const AdamScalars<acc>& s,
+                                                  Decay decay) {
   g *= s.grad_factor;
-  if constexpr (DECAY == Decay::kGradient) g += s.weight_decay * p;
-  if constexpr (DECAY == Decay::kWeights) p *= 1 - rate * s.weight_decay;
+  if (decay == Decay::kGradient) g += s.weight_decay * p;
+  if (decay == Decay::kWeights) p *= 1 - rate * s.weight_decay;
   m = s.beta1 * m + s.one_minus_beta1 * g;
   v = s.beta2 * v + s.one_minus_beta2 * g * g;
   acc second = v;

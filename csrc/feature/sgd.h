@@ -36,6 +36,12 @@ enum class Momentum {
   kAuthors,  // the paper's code: fast features forget faster
 };
 
+struct SgdRule {
+  Momentum momentum;
+  bool nesterov;
+  bool decay;  // weight_decay is not 0
+};
+
 template <typename acc>
 struct SgdScalars {
   acc lr;           // the multiplier of every rate
@@ -47,25 +53,25 @@ struct SgdScalars {
 };
 
 // `rate` is the entry's rate times s.lr. `buf` is read by kTorch and kAuthors and left alone by
-// kNone.
-template <Momentum MOMENTUM, bool NESTEROV, bool DECAY, typename acc>
+// kNone. A loop whose `rule` is a constant has no branch.
+template <typename acc>
 ALRAO_HOST_DEVICE static inline void sgd_element(acc& p, acc g, acc& buf, acc rate,
-                                                 const SgdScalars<acc>& s) {
+                                                 const SgdScalars<acc>& s, SgdRule rule) {
   g *= s.grad_factor;
-  if constexpr (DECAY) g += s.weight_decay * p;
+  if (rule.decay) g += s.weight_decay * p;
   acc direction = g;
-  if constexpr (MOMENTUM != Momentum::kNone) {
-    if constexpr (MOMENTUM == Momentum::kFirst) {
+  if (rule.momentum != Momentum::kNone) {
+    if (rule.momentum == Momentum::kFirst) {
       buf = g;
     } else {
       acc keep = s.momentum;
-      if constexpr (MOMENTUM == Momentum::kAuthors) {
+      if (rule.momentum == Momentum::kAuthors) {
         const acc root = square_root(rate);
         keep = 1 - s.momentum * (root < s.max_root ? root : s.max_root);
       }
       buf = keep * buf + s.grad_weight * g;
     }
-    direction = NESTEROV ? g + s.momentum * buf : buf;
+    direction = rule.nesterov ? g + s.momentum * buf : buf;
   }
   p -= rate * direction;
 }

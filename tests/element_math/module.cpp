@@ -43,7 +43,7 @@ std::array<Array<T>, kCount> copies(const std::array<Array<T>, kCount>& arrays) 
 template <Momentum MOMENTUM, bool NESTEROV, bool DECAY, class T>
 void sgd_loop(py::ssize_t count, T* p, const T* g, T* buf, const T* rate, const SgdScalars<T>& s) {
   for (py::ssize_t i = 0; i < count; ++i) {
-    sgd_element<MOMENTUM, NESTEROV, DECAY>(p[i], g[i], buf[i], rate[i], s);
+    sgd_element(p[i], g[i], buf[i], rate[i], s, SgdRule{MOMENTUM, NESTEROV, DECAY});
   }
 }
 
@@ -79,7 +79,7 @@ template <bool AMSGRAD, Decay DECAY, class T>
 void adam_loop(py::ssize_t count, T* p, const T* g, T* m, T* v, T* v_max, const T* rate,
                const AdamScalars<T>& s) {
   for (py::ssize_t i = 0; i < count; ++i) {
-    adam_element<AMSGRAD, DECAY>(p[i], g[i], m[i], v[i], v_max[i], rate[i], s);
+    adam_element<AMSGRAD>(p[i], g[i], m[i], v[i], v_max[i], rate[i], s, DECAY);
   }
 }
 

@@ -33,7 +33,7 @@ struct AdamUpdate {
     for (int64_t i = 0; i < n; ++i) {
       acc x = entries.value(i), m = widen(ms[i]), v = widen(vs[i]), v_max = 0;
       if constexpr (AMSGRAD) v_max = widen(v_maxs[i]);
-      adam_element<AMSGRAD, DECAY>(x, widen(entries.g[i]), m, v, v_max, rate(i), s);
+      adam_element<AMSGRAD>(x, widen(entries.g[i]), m, v, v_max, rate(i), s, DECAY);
       entries.store(i, x);
       round_to(m, ms[i]);
       round_to(v, vs[i]);

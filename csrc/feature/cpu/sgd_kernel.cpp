@@ -33,7 +33,7 @@ struct SgdUpdate {
       acc x = entries.value(i), buf = 0;
       if constexpr (MOMENTUM == Momentum::kTorch || MOMENTUM == Momentum::kAuthors)
         buf = widen(bufs[i]);
-      sgd_element<MOMENTUM, NESTEROV, DECAY>(x, widen(entries.g[i]), buf, rate(i), s);
+      sgd_element(x, widen(entries.g[i]), buf, rate(i), s, SgdRule{MOMENTUM, NESTEROV, DECAY});
       entries.store(i, x);
       if constexpr (MOMENTUM != Momentum::kNone) round_to(buf, bufs[i]);
     }

@@ -16,7 +16,8 @@
 //                      (both with the average's vectors, where Layout::kAverage)
 //   Options            numbers of the launch
 //   Op(options, lr, grad_factor, step)   run by every thread of a block, once
-//   update(p, g, states, rates)          arrays of neighbouring entries; `rates` without lr
+//   update<WIDE>(p, g, states, rates)    arrays of neighbouring entries; `rates` without lr; without
+//                                        WIDE for what is rare, which shall be little code
 #pragma once
 
 #include <cstdint>
@@ -31,7 +32,6 @@
 namespace alrao::cuda {
 
 constexpr int kThreads = 256;
-constexpr int kFewRows = 480;  // with the rest within 4 KiB, which any launch takes
 
 // The next of 0, 1, 2, ...; what this thread, and by a barrier its block, has read before is read.
 __device__ inline unsigned take_ticket(unsigned* next) {
@@ -83,7 +83,7 @@ struct Packet {
       alrao::cuda::read<WIDE>(value, param, n);
     }
     alrao::cuda::read<WIDE>(grad, grads + at, n);
-    if constexpr (L::kAverage) alrao::cuda::read<WIDE>(average, global<Acc>(row.average) + at, n);
+    if (L::has_average(row)) alrao::cuda::read<WIDE>(average, global<Acc>(row.average) + at, n);
 #pragma unroll
     for (int k = 0; k < STATES; ++k) {
       if constexpr (L::kMixed) {
@@ -112,11 +112,11 @@ struct Packet {
 #pragma unroll
       for (int k = 0; k < STATES; ++k) s[k][j] = widen(states[k].entries[j]);
     }
-    op.update(p, g, s, r);
+    op.template update<WIDE>(p, g, s, r);
 #pragma unroll
     for (int k = 0; k < STATES; ++k) write_state<WIDE>(row, k, at, s[k], n);
     write_value<WIDE>(row, step, at, p, n);
-    if constexpr (L::kAverage) {
+    if (L::has_average(row)) {
 #pragma unroll
       for (int j = 0; j < N; ++j)
         average.entries[j] = averaged(average.entries[j], p[j], average_weight);
@@ -163,7 +163,7 @@ struct Packet {
   }
 };
 
-template <class L, class Op, int CAPACITY>
+template <class L, class Op>
 struct KernelArguments {
   const TensorRow* rows;
   const Chunk* chunks;
@@ -175,12 +175,12 @@ struct KernelArguments {
   double warmup_steps;
   double averaging;
   typename Op::Options options;
-  const void* grads[CAPACITY];
+  const void* grads[kMaxRows];
 };
 
 // Updates the block's chunk; returns its ticket to thread 0.
-template <class L, class Op, int CAPACITY>
-__device__ unsigned update_chunk(const KernelArguments<L, Op, CAPACITY>& a) {
+template <class L, class Op>
+__device__ unsigned update_chunk(const KernelArguments<L, Op>& a) {
   using Acc = typename L::Acc;
   constexpr int N = L::kEntries;
   constexpr int kUnroll = Op::template kUnroll<L>;
@@ -209,7 +209,7 @@ __device__ unsigned update_chunk(const KernelArguments<L, Op, CAPACITY>& a) {
   const int64_t step = *global<int64_t>(row.step);
   const Acc lr = a.options.scalars.lr * read_scalar<Acc>(a.scalars.lr, 1) *
                  warmup_factor(static_cast<Acc>(a.warmup_steps), step);
-  const Acc weight = L::kAverage ? average_weight(static_cast<Acc>(a.averaging), step) : 0;
+  const Acc weight = L::has_average(row) ? average_weight(static_cast<Acc>(a.averaging), step) : 0;
   const Op op(a.options, lr,
               a.options.scalars.grad_factor / read_scalar<Acc>(a.scalars.grad_scale, 1), step);
   __syncthreads();
@@ -235,13 +235,13 @@ __device__ unsigned update_chunk(const KernelArguments<L, Op, CAPACITY>& a) {
   return ticket;
 }
 
-template <class L, class Op, int CAPACITY, int BLOCKS>
+template <class L, class Op, int BLOCKS>
 __global__ void __launch_bounds__(kThreads, BLOCKS)
-    multi_tensor_kernel(const __grid_constant__ KernelArguments<L, Op, CAPACITY> a) {
+    multi_tensor_kernel(const __grid_constant__ KernelArguments<L, Op> a) {
   if (read_scalar(a.scalars.found_inf, 0.0) != 0) return;
   // The only block of tensors without entries has the last ticket too.
   unsigned ticket = 0;
-  if (a.num_chunks > 0) ticket = update_chunk<L, Op, CAPACITY>(a);
+  if (a.num_chunks > 0) ticket = update_chunk<L, Op>(a);
 
   __shared__ bool is_last;
   if (threadIdx.x == 0) is_last = ticket == gridDim.x - 1;
@@ -252,11 +252,11 @@ __global__ void __launch_bounds__(kThreads, BLOCKS)
   if (threadIdx.x == 0) *a.ticket = 0;
 }
 
-template <class L, class Op, int CAPACITY>
-cudaError_t launch_sized(const LaunchGroup& group, const MultiTensorCall& call,
+template <class L, class Op>
+cudaError_t launch_group(const LaunchGroup& group, const MultiTensorCall& call,
                          const typename Op::Options& options) {
   const auto place = [&](std::size_t offset) { return static_cast<char*>(call.table) + offset; };
-  KernelArguments<L, Op, CAPACITY> a;
+  KernelArguments<L, Op> a;
   a.rows = reinterpret_cast<const TensorRow*>(place(group.rows_offset));
   a.chunks = reinterpret_cast<const Chunk*>(place(group.chunks_offset));
   a.ticket = reinterpret_cast<unsigned*>(place(group.ticket_offset));
@@ -269,18 +269,8 @@ cudaError_t launch_sized(const LaunchGroup& group, const MultiTensorCall& call,
   a.options = options;
   for (int32_t i = 0; i < group.num_rows; ++i) a.grads[i] = call.records[group.order[i]].grad;
   const dim3 grid(group.num_chunks > 0 ? group.num_chunks : 1);
-  return launch(multi_tensor_kernel<L, Op, CAPACITY, Op::template kBlocks<L>>, grid, kThreads, 0,
-                call.stream, a);
-}
-
-// A launch copies its whole argument, however many pointers are in it.
-template <class L, class Op>
-cudaError_t launch_group(const LaunchGroup& group, const MultiTensorCall& call,
-                         const typename Op::Options& options) {
-  // What is seldom used is built once.
-  if constexpr (!L::kMixed)
-    if (group.num_rows <= kFewRows) return launch_sized<L, Op, kFewRows>(group, call, options);
-  return launch_sized<L, Op, kMaxRows>(group, call, options);
+  return launch(multi_tensor_kernel<L, Op, Op::template kBlocks<L>>, grid, kThreads, 0, call.stream,
+                a);
 }
 
 // One launch for each group of the table: launch_as(Param(), group), Param the parameters' type.

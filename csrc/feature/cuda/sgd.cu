@@ -1,4 +1,4 @@
-// feature_sgd_: one launch for the tensors of a dtype, steps counted in it.
+// feature_sgd_: one launch for up to 480 tensors of a dtype, steps counted in it.
 //
 // Bound by memory: an entry moves 12 bytes in float32 and 6 in bf16 or fp16 without momentum, 20
 // and 10 with it, 14 with float32 momentum of a 16-bit parameter, 14 and 22 with masters. Rates,
@@ -24,73 +24,52 @@ class SgdOp {
   static constexpr int kUnroll = L::kMixed          ? 1
                                  : L::kLowPrecision ? (L::kAverage ? 1 : 2 - kStates)
                                                     : 4 / (1 + kStates + L::kAverage);
-  // Two vectors of a master and its parameter need more than the 80 registers of three blocks.
+  // Two vectors of a master and its parameter, and what is mixed, need more than the 80 registers
+  // of three blocks.
   template <class L>
-  static constexpr int kBlocks = L::kStorage == Storage::kMaster && kStates == 0 ? 2
-                                 : L::kLowPrecision && L::kAverage               ? 2
-                                 : L::kEntries == 4 && !L::kMixed                ? 4
-                                                                                 : 3;
+  static constexpr int kBlocks = L::kStorage == Storage::kMaster && kStates == 0  ? 2
+                                 : L::kLowPrecision && (L::kAverage || L::kMixed) ? 2
+                                 : L::kEntries == 4 && !L::kMixed                 ? 4
+                                                                                  : 3;
 
   __device__ SgdOp(const Options& options, Acc lr, Acc grad_factor, int64_t step)
-      : s_(options.scalars), nesterov_(options.nesterov) {
+      : s_(options.scalars) {
     s_.lr = lr;
     s_.grad_factor = grad_factor;
-    rule_ = step == 0 ? Momentum::kFirst : options.authors ? Momentum::kAuthors : Momentum::kTorch;
+    const Momentum momentum = !MOMENTUM         ? Momentum::kNone
+                              : step == 0       ? Momentum::kFirst
+                              : options.authors ? Momentum::kAuthors
+                                                : Momentum::kTorch;
+    rule_ = {momentum, MOMENTUM && options.nesterov, s_.weight_decay != 0};
   }
 
-  template <int N, int STATES>
+  template <bool WIDE, int N, int STATES>
   __device__ void update(Acc (&p)[N], const Acc (&g)[N], Acc (&states)[STATES][N],
                          const Acc (&rates)[N]) const {
+    const auto each = [&](SgdRule rule) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) sgd_element(p[j], g[j], states[0][j], s_.lr * rates[j], s_, rule);
+    };
     // The same for the whole block, so the branches cost next to nothing.
-    if constexpr (!MOMENTUM) {
-      with_decay<Momentum::kNone, false>(p, g, states[0], rates);
-    } else if (rule_ == Momentum::kTorch) {
-      with_nesterov<Momentum::kTorch>(p, g, states[0], rates);
-    } else if (rule_ == Momentum::kFirst) {
-      with_nesterov<Momentum::kFirst>(p, g, states[0], rates);
+    constexpr Momentum kUsual = MOMENTUM ? Momentum::kTorch : Momentum::kNone;
+    if (!WIDE || rule_.momentum != kUsual) {
+      each(rule_);
+    } else if (rule_.nesterov) {
+      rule_.decay ? each({kUsual, true, true}) : each({kUsual, true, false});
     } else {
-      with_nesterov<Momentum::kAuthors>(p, g, states[0], rates);
+      rule_.decay ? each({kUsual, false, true}) : each({kUsual, false, false});
     }
   }
 
  private:
-  template <Momentum RULE, int N>
-  __device__ void with_nesterov(Acc (&p)[N], const Acc (&g)[N], Acc (&bufs)[N],
-                                const Acc (&rates)[N]) const {
-    if (nesterov_) {
-      with_decay<RULE, true>(p, g, bufs, rates);
-    } else {
-      with_decay<RULE, false>(p, g, bufs, rates);
-    }
-  }
-
-  template <Momentum RULE, bool NESTEROV, int N>
-  __device__ void with_decay(Acc (&p)[N], const Acc (&g)[N], Acc (&bufs)[N],
-                             const Acc (&rates)[N]) const {
-    if (s_.weight_decay != 0) {
-      each<RULE, NESTEROV, true>(p, g, bufs, rates);
-    } else {
-      each<RULE, NESTEROV, false>(p, g, bufs, rates);
-    }
-  }
-
-  template <Momentum RULE, bool NESTEROV, bool DECAY, int N>
-  __device__ void each(Acc (&p)[N], const Acc (&g)[N], Acc (&bufs)[N],
-                       const Acc (&rates)[N]) const {
-#pragma unroll
-    for (int j = 0; j < N; ++j)
-      sgd_element<RULE, NESTEROV, DECAY>(p[j], g[j], bufs[j], s_.lr * rates[j], s_);
-  }
-
   SgdScalars<Acc> s_;
-  Momentum rule_;
-  bool nesterov_;
+  SgdRule rule_;
 };
 
 template <typename Param, Storage STORAGE, bool MOMENTUM, bool AVERAGE = false>
 cudaError_t with_layout(const LaunchGroup& group, const MultiTensorCall& call,
                         const SgdOptions& o) {
-  if constexpr (!AVERAGE)
+  if constexpr (!AVERAGE && STORAGE != Storage::kMixed)
     if (group.averages) return with_layout<Param, STORAGE, MOMENTUM, true>(group, call, o);
   using L = Layout<Param, STORAGE, AVERAGE>;
   using Acc = typename L::Acc;

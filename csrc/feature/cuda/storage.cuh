@@ -30,6 +30,9 @@ struct Layout {
   __device__ static bool has_master(const TensorRow& row) {
     return kMasters && (STORAGE == Storage::kMaster || row.master);
   }
+  __device__ static bool has_average(const TensorRow& row) {
+    return kAverage || (kMixed && row.average);
+  }
 };
 
 template <typename T, int N>

@@ -85,8 +85,9 @@ struct MultiTensorTable {
   std::size_t bytes = 0;  // of the whole table
 };
 
-// Gradients' pointers travel as a kernel argument, which may have 32,764 bytes.
-constexpr int kMaxRows = 3968;
+// Gradients' pointers travel as a kernel argument, with the rest of it within 4 KiB, which any launch
+// takes and which costs the host little to copy.
+constexpr int kMaxRows = 480;
 
 // Powers of two, and multiples of what a block reads at a time; at most kLargestChunk.
 constexpr int32_t kSmallChunk = 4096, kLargestChunk = 16384;
