@@ -1,5 +1,6 @@
 """What the tests of sharded training share: a model, its data, optimizers, and a start of processes over gloo."""
 
+import multiprocessing
 import tempfile
 import warnings
 from pathlib import Path
@@ -14,6 +15,17 @@ from alrao_fast import AlraoAdam, AlraoModel, AlraoMuon, AlraoSGD, ClassifierClo
 
 WORLD = 4
 STEPS = 5
+# What takes seconds to import, once for all starts: the ranks are forked from a process that has it.
+multiprocessing.set_forkserver_preload(
+    [
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "torch._dynamo",
+        "alrao_fast.distributed",
+        "pytest",
+    ]
+)
 CASES = {
     "momentum": (AlraoSGD, {"lr_range": (1e-5, 1.0), "momentum": 0.9, "weight_decay": 1e-3}),
     "nesterov": (AlraoSGD, {"lr_range": (1e-4, 0.3), "momentum": 0.9, "nesterov": True}),
@@ -130,10 +142,15 @@ def _work(rank, world, folder, jobs, shared):
     dist.destroy_process_group()
 
 
+def start(work, arguments, world=WORLD):
+    """Call `work(rank, *arguments)` in so many processes, and wait for them."""
+    mp.start_processes(work, arguments, world, start_method="forkserver")
+
+
 def run(jobs, *shared, world=WORLD):
     """What `job(rank, *shared)` returned on each rank, by the job's name: one start of the processes for all."""
     if not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_work, (world, folder, jobs, shared), nprocs=world)
+        start(_work, (world, folder, jobs, shared), world)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]

@@ -14,7 +14,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from sharded_harness import start
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from alrao_fast.nn import AdaptiveClassifierClones, AlraoModel, ClassifierClones, Switch
 from alrao_fast.optim import AlraoSGD
 from alrao_fast.retirement import retire_clones
+
+# One start of the processes for all tests.
+pytestmark = pytest.mark.xdist_group("distributed")
 
 WORLD = 2
 
@@ -299,7 +302,7 @@ def results(tmp_path_factory):
     if not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(work, (str(folder),), nprocs=WORLD)
+    start(work, (str(folder),), WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

@@ -29,6 +29,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 import alrao_fast as alrao
 from alrao_fast.flat_shards import parts_of
 
+# One start of the processes for all tests.
+pytestmark = pytest.mark.xdist_group("fsdp1")
+
 FULL, GRAD, NO = (
     ShardingStrategy.FULL_SHARD,
     ShardingStrategy.SHARD_GRAD_OP,

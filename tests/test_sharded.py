@@ -44,6 +44,9 @@ from torch.distributed.tensor.parallel import (
 import alrao_fast as alrao
 from alrao_fast.optim.states import RATES
 
+# One start of the processes for all tests.
+pytestmark = pytest.mark.xdist_group("sharded")
+
 
 def shard(net, mesh, **options):
     fully_shard(net.backbone, mesh=mesh, **options)

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 
 from alrao_fast.optim.states import RATES
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.xdist_group("sharded_checkpoint"), pytest.mark.filterwarnings("ignore")]
 
 BEGUN, STEPS = 3, 5
 CASES = {

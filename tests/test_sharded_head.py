@@ -24,6 +24,9 @@ import alrao_fast as alrao
 from alrao_fast.distributed import ClassesParallel, ClonesParallel
 from alrao_fast.nn.merging import merged_losses, shares_of_mass
 
+# One start of the processes for all tests.
+pytestmark = pytest.mark.xdist_group("sharded_head")
+
 SIZES = [(2, "clones"), (3, "clones"), (4, "clones"), (3, "classes"), (4, "classes")]
 
 

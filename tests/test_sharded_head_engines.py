@@ -33,6 +33,9 @@ from torch.utils.checkpoint import checkpoint
 import alrao_fast as alrao
 from alrao_fast.distributed import ClassesParallel, ClonesParallel
 
+# One start of the processes for all tests.
+pytestmark = pytest.mark.xdist_group("sharded_head_engines")
+
 
 def two_dimensions(rank):
     """Batches over one dimension, clones over the other; the backbone sharded over the first, or over both."""

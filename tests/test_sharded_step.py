@@ -21,7 +21,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import alrao_fast as alrao
 
 # Of gradients without an observation.
-pytestmark = pytest.mark.filterwarnings("ignore:.*without any observation")
+pytestmark = [
+    pytest.mark.xdist_group("sharded_step"),
+    pytest.mark.filterwarnings("ignore:.*without any observation"),
+]
 ROWS, REPLICAS = (Shard(0),), (Replicate(),)
 PLACEMENTS = {
     "rows": ((4,), lambda name, p: ROWS),

@@ -42,6 +42,9 @@ from uneven_harness import (
 import alrao_fast as alrao
 from alrao_fast.distributed import ClonesParallel, join
 
+# One start of the processes for all tests.
+pytestmark = pytest.mark.xdist_group("uneven")
+
 
 def joined(rank):
     found = {}
