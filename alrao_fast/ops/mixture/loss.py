@@ -231,7 +231,9 @@ def _define(likelihood: type[Likelihood]) -> None:
         find = dispatch.finder(schema, "x", "weight", "bias", "need_dx", "need_dw")
         place = names.index("per_sample")
 
-        def fake(*inputs: Any, defaults: Any = defaults, find: Any = find, place: int = place) -> Any:
+        def fake(
+            *inputs: Any, defaults: Any = defaults, find: Any = find, place: int = place
+        ) -> Any:
             # Where the dispatcher calls Python, it leaves out defaults at the end.
             inputs = (*inputs, *defaults[len(inputs) :])
             x, weight, bias, need_dx, need_dw = find(inputs)
