@@ -160,9 +160,10 @@ def select(op: str, device: torch.device, impl: str = "auto") -> str:
         _check_name("impl", impl)
     name = _in_use.get() if impl == "auto" else impl
     key = (op, device.type, name)
-    if key not in _chosen:
-        _chosen[key] = _choose(op, device.type, name, impl)
-    return _chosen[key]
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = _choose(op, device.type, name, impl)
+    return found
 
 
 def in_use(op: str, device: torch.device) -> str:

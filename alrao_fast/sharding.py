@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+# Of what is no subclass of a tensor.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor. Nothing is imported: while the module is not there, no tensor is one."""
-    if type(tensor) in _PLAIN:
+    if type(tensor) in PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, getattr(module, "DTensor", ()))

@@ -1,12 +1,12 @@
 """Protects what the losses of samples are weighed by, `switch_mixture_weights`, and what their sum is divided by.
 
 - The op against the same in operations of PyTorch; when it copies probabilities.
-- A number of items, wherever it is, needs no weights.
+- A number of items, wherever it is, needs no weights; weights below 0 turn the gradients round.
 """
 
 import pytest
 import torch
-from mixture_harness import NAMES, NAN, SHAPES, device_of, gradients
+from mixture_harness import NAMES, NAN, SHAPES, TILED_SHAPES, device_of, gradients
 
 from alrao_fast import testing
 from alrao_fast.ops import dispatch
@@ -125,3 +125,18 @@ def test_a_divisor_on_the_device(compiled, shape, kind, dtype):
         by_number = op(*inputs, -100, *needs, *rest, 8.0, None)
         found = op(*inputs, -100, *needs, *rest, divisor, items)
         torch.testing.assert_close(found, by_number)
+
+
+@pytest.mark.interpreted(shape=["ragged lanes, joint"])
+@pytest.mark.sanitized
+@pytest.mark.parametrize("shape", ["ragged lanes, joint", *TILED_SHAPES])
+def test_weights_below_0_turn_everything_round(backend, device, shape):
+    """Also where logits are so far apart that what most classes have of a factor underflows."""
+    *sizes, _ = SHAPES[shape]
+    inputs = testing.mixture_inputs(*sizes, device=device, scale=60.0)
+    v = torch.rand(sizes[0], device=device)
+    loss, stats, *found = gradients(inputs, backend, sample_weight=v, reduction="sum")
+    other, seen, *turned = gradients(inputs, backend, sample_weight=-v, reduction="sum")
+    assert torch.equal(seen, stats)
+    for name, got, expected in zip(("loss", *NAMES[2:]), (other, *turned), (loss, *found)):
+        torch.testing.assert_close(got, -expected, rtol=1e-5, atol=1e-6, msg=name)

@@ -143,14 +143,16 @@ class LinearClones(Retiring):
         return loss
 
     def _observer(self) -> Observer:
-        switch = self.switch
         # This runs in every training step: past nn.Module's __getattr__, which costs as much as a small kernel.
+        modules: dict[str, Any] = self._modules
+        switch = modules["switch"]
+        own: dict[str, Any] = self._buffers
         state: dict[str, Any] = switch._buffers
         return Observer(
             state["logw"],
             state["log_posterior"],
             state["t"],
-            self.running,
+            own["running"],
             self.evidence == "mean",
             switch.theta,
         )
@@ -179,7 +181,9 @@ class LinearClones(Retiring):
         reduction: Reduction | None = None,
     ) -> Tensor:
         """What `forward` returns with targets; `observe`: in training mode, update the switch."""
-        switch = self.switch
+        # Past nn.Module's __getattr__, as below.
+        modules: dict[str, Any] = self._modules
+        switch: Switch = modules["switch"]
         if self.over_ranks is not None:
             features = self.over_ranks.entered(self, features)
         reduction = self.reduction if reduction is None else reduction

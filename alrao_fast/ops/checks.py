@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from alrao_fast.arguments import shown
-from alrao_fast.sharding import is_sharded
+from alrao_fast.sharding import PLAIN, is_sharded
 from alrao_fast.tracing import hint
 
 _NAMES = {
@@ -44,7 +44,9 @@ def check_together(optional: str = "", /, **tensors: Any) -> None:
     """
     device = None
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+        # This runs in every training step: an ordinary tensor is asked for its layout and device alone.
+        is_plain = type(tensor) in PLAIN
+        if not is_plain and not isinstance(tensor, Tensor):
             if tensor is None and name == optional:
                 continue
             raise TypeError(f"{name}: got {shown(tensor)}, expected a tensor{hint(tensor)}")
@@ -52,7 +54,7 @@ def check_together(optional: str = "", /, **tensors: Any) -> None:
             raise RuntimeError(
                 f"{name}: got layout {tensor.layout}, expected an ordinary (strided) tensor: use {name}.to_dense()"
             )
-        if is_sharded(tensor):
+        if not is_plain and is_sharded(tensor):
             raise RuntimeError(
                 f"{name}: got a DTensor, of which a part is here, expected the whole: under fully_shard call the "
                 "module itself that was sharded (the head, not a layer that holds it), or a method that "

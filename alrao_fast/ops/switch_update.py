@@ -1,6 +1,7 @@
 """switch_update_: one Bayesian update of the switch posterior (reference/switch_update.py)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,8 +82,21 @@ for _schema, _checked in (
         _check_observe,
     ),
 ):
-    dispatch.define(_schema, dispatch.no_result)
-    dispatch.define_triton(_schema, dispatch.no_result, OP, _checked)
+    for _name in (
+        dispatch.define(_schema, dispatch.no_result),
+        dispatch.define_triton(_schema, dispatch.no_result, OP, _checked),
+    ):
+        # No part of any graph: autograd has nothing to look for.
+        dispatch.LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
+
+def observe_op(backend: str) -> Any:
+    """The op of `switch_observe_` on a backend that has one."""
+    return _twin if backend == "triton" else _observe
+
+
+_observe = dispatch.overload("switch_observe_")
+_twin = dispatch.overload("switch_observe_", "triton")
 
 
 def switch_update_(
@@ -146,8 +160,7 @@ def switch_observe_(
     mean = _MEAN.check("mean", mean)
     backend = backends.select(OP, logw.device, impl)
     if backend != "reference":
-        op = dispatch.overload("switch_observe_", backend)
-        op(logw, log_posterior, t, running, stats.detach(), mean, theta)
+        observe_op(backend)(logw, log_posterior, t, running, stats.detach(), mean, theta)
         return
     _check_observe(logw, log_posterior, t, running, stats, mean, theta)
     running.add_(stats)

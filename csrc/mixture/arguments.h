@@ -48,11 +48,13 @@ struct LossExtras {
 
   bool divides() const { return divisor != 1 || num_items; }
 
-  // Whether the kernels with options are taken.
-  bool any() const {
-    return row_weight || class_weight || label_smoothing != 0 || z_loss != 0 || softcap != 0 ||
-           per_sample;
+  // Whether the losses of the samples are others than without.
+  bool change_losses() const {
+    return class_weight || label_smoothing != 0 || z_loss != 0 || softcap != 0;
   }
+
+  // Whether the kernels with options are taken on a GPU.
+  bool any() const { return change_losses() || row_weight || per_sample; }
 };
 
 // Whether a target has the probabilities of all classes, not one class.

@@ -25,7 +25,8 @@ def flat(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
         raise ValueError("x: got a scalar, expected [..., D]")
     check_weight(weight)
     dtype = x.dtype
-    check_dtype("x", x, FLOATS)
+    if dtype not in FLOATS:
+        check_dtype("x", x, FLOATS)
     if weight.dtype != dtype:
         check_dtype("weight", weight, FLOATS)
         dtype = torch.promote_types(dtype, weight.dtype)
@@ -105,11 +106,12 @@ def gradient_dtypes(
 
 def check_weight(weight: Tensor) -> None:
     # A tracer warns of sizes that are looked at.
-    if not torch.jit.is_tracing() and (
-        weight.dim() != 3 or weight.size(0) < 1 or weight.size(1) < 1
-    ):
+    if torch.jit.is_tracing():
+        return
+    shape = weight.shape
+    if len(shape) != 3 or shape[0] < 1 or shape[1] < 1:
         raise RuntimeError(
-            f"weight: got shape {list(weight.shape)}, expected [N, C, D] with N >= 1 and C >= 1"
+            f"weight: got shape {list(shape)}, expected [N, C, D] with N >= 1 and C >= 1"
         )
 
 

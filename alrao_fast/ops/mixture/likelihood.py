@@ -189,6 +189,13 @@ class Classes(Likelihood):
         logit_softcap: Any = None,
     ) -> Classes:
         """TypeError for an index that is no integer, and other options that are no numbers."""
+        if (
+            type(ignore_index) is int
+            and type(label_smoothing) is type(z_loss) is float
+            and logit_softcap is None
+        ):
+            # The head's own, checked by type alone: this runs in every training step.
+            return cls(ignore_index, None, class_weight, label_smoothing, z_loss)
         return cls(
             IGNORE_INDEX.check("ignore_index", ignore_index),
             None,

@@ -7,6 +7,8 @@ function: x gets the mixture's, each clone its own, so there is no second deriva
 forward-mode one. Both raise.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from alrao_fast.ops.dispatch import LIB, define, no_result
 from alrao_fast.ops.mixture import checks, per_sample
 from alrao_fast.ops.mixture.likelihood import Classes, Likelihood, Values
 from alrao_fast.ops.mixture.weighting import Weighting
-from alrao_fast.ops.switch_update import switch_observe_
+from alrao_fast.ops.switch_update import observe_op, switch_observe_
 from alrao_fast.reference import switch_mixture as reference
 
 NO_OTHER_DERIVATIVE = (
@@ -39,6 +41,7 @@ CANNOT_OBSERVE = (
 class _Op(NamedTuple):
     """An op of the loss, or its twin."""
 
+    overload: Any
     likelihood: type[Likelihood]
     names: tuple[str, ...]
     defaults: tuple[Any, ...]
@@ -48,19 +51,24 @@ class _Op(NamedTuple):
     per_sample: int
     observed: bool
 
-    def run(self, op: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    def run(self, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """The op's results, within a torch.autograd.Function."""
         output: tuple[Tensor, ...]
         if self.observed:
-            output = op(*inputs)
+            output = self.overload(*inputs)
         else:
             # What the registered autograd does without gradients, less a sixth of a small head's forward.
             with torch._C._AutoDispatchBelowAutograd():
-                output = op(*inputs)
+                output = self.overload(*inputs)
         return output
 
 
-_ops: dict[Any, _Op] = {}
+# By the likelihood's op, whether it is the Triton twin, and whether it observes.
+_ops: dict[tuple[str, bool, bool], _Op] = {}
+
+
+# An op, its inputs after x, weight and bias, and whether the gradients to x and to the other two are wanted.
+_Call = tuple[_Op, tuple[Any, ...], bool, bool]
 
 
 class Observer(NamedTuple):
@@ -77,6 +85,10 @@ class Observer(NamedTuple):
     mean: bool
     theta: float
 
+    def state(self) -> dict[str, Tensor]:
+        """The tensors beside the log-posterior, by name."""
+        return {"logw": self.logw, "t": self.t, "running": self.running}
+
     def observe(self, stats: Tensor, impl: str = "auto") -> None:
         """Take the statistics `[3, N]` of a batch."""
         tensors = *self[:4], stats
@@ -87,64 +99,75 @@ class Observer(NamedTuple):
             switch_observe_(*tensors, mean=self.mean, theta=self.theta, impl=impl)
 
 
-def _save(ctx: Any, op: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, found: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep the gradients for the backward; `found`: x, weight, bias, need_dx and need_dw."""
     _loss, _stats, *gradients = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients)
-    found = _ops[op].find(inputs)
     ctx.dtypes = checks.gradient_dtypes(*found)
     # For their place in the graph alone: save_for_backward would forbid to change their values.
     ctx.sources = found[:3]
-    ctx.num_inputs = len(inputs)
 
 
-def _save_op(op: Any, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_op(op: _Op, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    ctx.per_sample = inputs[_ops[op].per_sample]
+    ctx.per_sample = inputs[op.per_sample]
+    ctx.num_others = len(inputs) - 3
     if ctx.per_sample:
-        per_sample.save(ctx, op, _ops[op].likelihood, _ops[op].names, inputs)
+        per_sample.save(ctx, op, inputs)
     else:
-        _save(ctx, op, inputs, output)
+        _save(ctx, op.find(inputs), output)
 
 
 def _differentiate_op(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
     if ctx.per_sample:
-        return per_sample.gradients(ctx, grad, NO_OTHER_DERIVATIVE)
-    return _scale_gradients(ctx, grad)
+        gradients = per_sample.gradients(ctx, grad, ctx.needs_input_grad, NO_OTHER_DERIVATIVE)
+    else:
+        gradients = _scaled_gradients(ctx, grad)
+    return *gradients, *[None] * ctx.num_others
 
 
-def _scale_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients to the op's inputs, of which x, weight and bias come first; grad None: nothing arrived."""
+def _scaled_gradients(ctx: Any, grad: Tensor | None) -> Sequence[Tensor | None]:
+    """The gradients to x, weight and bias by that to the loss; None: nothing arrived."""
     if grad is None:
-        return (None,) * ctx.num_inputs
+        return None, None, None
     dtypes = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     return _gradients(ctx, [None if dtype is None else saved * grad for saved, dtype in dtypes])
 
 
-def _gradients(ctx: Any, scaled: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The first three of the gradients, in the dtypes that autograd expects, and None for the other inputs."""
-    gradients: list[Tensor | None] = [None] * ctx.num_inputs
-    for i, (value, dtype) in enumerate(zip(scaled, ctx.dtypes, strict=True)):
-        if value is not None and dtype is not None:
-            gradients[i] = value.to(dtype)
+def _gradients(ctx: Any, scaled: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The same, scaled already, in the dtypes that autograd expects."""
+    # No call that does nothing: this runs in every training step.
+    gradients = [
+        g if dtype is not None and g is not None and g.dtype is dtype else _to(g, dtype)
+        for g, dtype in zip(scaled, ctx.dtypes, strict=True)
+    ]
     if torch.is_grad_enabled():
-        gradients[:3] = derivatives.final(gradients[:3], ctx.sources, NO_OTHER_DERIVATIVE)
-    return tuple(gradients)
+        return derivatives.final(gradients, ctx.sources, NO_OTHER_DERIVATIVE)
+    return gradients
+
+
+def _to(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    return None if gradient is None or dtype is None else gradient.to(dtype)
 
 
 class _EagerGradients(torch.autograd.Function):
     """The op with the same gradients as registered below, at half of the dispatcher's overhead.
 
     That overhead, about 50 us, is a sixth of the training step of a small network. torch.compile
-    goes through the registration.
+    goes through the registration. Every argument costs: `call` holds the op, and those of its inputs
+    that have no gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, op: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _ops[op].run(op, inputs)
+    def forward(
+        ctx: Any, call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        op, others, need_dx, need_dw = call
+        output = op.run((x, weight, bias, *others))
         loss, stats, *_ = output
         ctx.mark_non_differentiable(stats)
-        _save(ctx, op, inputs, output)
+        _save(ctx, (x, weight, bias, need_dx, need_dw), output)
         return loss, stats
 
     @staticmethod
@@ -161,7 +184,7 @@ class _EagerGradients(torch.autograd.Function):
         if grad is not None and not kept and _scaled_in_place(saved, grad):
             gradients = _gradients(ctx, saved)
         else:
-            gradients = _scale_gradients(ctx, grad)
+            gradients = _scaled_gradients(ctx, grad)
         if not kept:
             ctx.sources = ()
         return None, *gradients
@@ -171,16 +194,21 @@ class _EagerLosses(torch.autograd.Function):
     """The same of losses that are not summed."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        losses, stats, *_ = _ops[op].run(op, inputs)
+    def forward(
+        ctx: Any, call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        op, others, *_ = call
+        inputs = x, weight, bias, *others
+        losses, stats, *_ = op.run(inputs)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        per_sample.save(ctx, op, _ops[op].likelihood, _ops[op].names, inputs)
+        per_sample.save(ctx, op, inputs)
         return losses, stats
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-        return None, *per_sample.gradients(ctx, grad, NO_OTHER_DERIVATIVE)
+        needed = ctx.needs_input_grad[1:]
+        return None, *per_sample.gradients(ctx, grad, needed, NO_OTHER_DERIVATIVE)
 
 
 def _scaled_in_place(gradients: Sequence[Tensor], grad: Tensor) -> bool:
@@ -201,13 +229,15 @@ def _define(likelihood: type[Likelihood]) -> None:
         schema = likelihood.schema(observed=observed)
         names, defaults = dispatch.arguments_of(schema)
         find = dispatch.finder(schema, "x", "weight", "bias", "need_dx", "need_dw")
-        op = _Op(likelihood, names, defaults, find, names.index("per_sample"), observed)
+        place = names.index("per_sample")
 
-        def fake(*inputs: Any, op: _Op = op) -> tuple[Tensor, ...]:
+        def fake(
+            *inputs: Any, defaults: Any = defaults, find: Any = find, place: int = place
+        ) -> Any:
             # Where the dispatcher calls Python, it leaves out defaults at the end.
-            inputs = (*inputs, *op.defaults[len(inputs) :])
-            x, weight, bias, need_dx, need_dw = op.find(inputs)
-            losses = x.shape[:1] if inputs[op.per_sample] else ()
+            inputs = (*inputs, *defaults[len(inputs) :])
+            x, weight, bias, need_dx, need_dw = find(inputs)
+            losses = x.shape[:1] if inputs[place] else ()
             return (
                 x.new_empty(losses, dtype=checks.accumulator(x.dtype)),
                 x.new_empty((3, weight.size(0)), dtype=torch.float64),
@@ -217,12 +247,13 @@ def _define(likelihood: type[Likelihood]) -> None:
         qualified = [define(schema, fake)]
         if not observed:
             qualified.append(dispatch.define_triton(schema, fake, "mixture.loss", likelihood.check))
-        for name in qualified:
+        for name, is_twin in zip(qualified, (False, True)):
             overload = dispatch.overload(name.removeprefix("alrao_fast::"))
-            _ops[overload] = op
+            op = _Op(overload, likelihood, names, defaults, find, place, observed)
+            _ops[likelihood.OP, is_twin, observed] = op
             if not observed:
                 torch.library.register_autograd(
-                    name, _differentiate_op, setup_context=partial(_save_op, overload), lib=LIB
+                    name, _differentiate_op, setup_context=partial(_save_op, op), lib=LIB
                 )
 
 
@@ -275,8 +306,9 @@ def mixture_stats(
 ) -> tuple[Tensor, Tensor]:
     """Loss and statistics, which the observer takes."""
     x, weight, bias, log_posterior = inputs
+    state = {} if observer is None else observer.state()
     check_together(
-        "bias", x=x, weight=weight, bias=bias, log_posterior=log_posterior, target=target
+        "bias", x=x, weight=weight, bias=bias, log_posterior=log_posterior, target=target, **state
     )
     memory = checks.budget(x, memory_budget)
     backend = backends.select(checks.OP, x.device, impl)
@@ -290,7 +322,9 @@ def mixture_stats(
     inputs = x, weight, bias, log_posterior
     how = mean, weighting.per_sample, memory, backend
     loss, stats = prepared_stats(likelihood, inputs, target, *how, observer)
-    return loss.view(samples) if weighting.per_sample else loss, stats
+    if weighting.per_sample and len(samples) != 1:
+        loss = loss.view(samples)
+    return loss, stats
 
 
 def prepared_stats(
@@ -333,15 +367,20 @@ def prepared_stats(
         # The update is the tail of the op's last kernel.
         logw, _, t, running, mean, theta = observer
         observation = logw, t, running, mean, theta
-        op = dispatch.overload(f"{likelihood.OP}_observe_")
-        return _EagerGradients.apply(op, *likelihood.arguments(data, needs, observation))
-    op = dispatch.overload(likelihood.OP, backend)
+        op = _ops[likelihood.OP, False, True]
+        arguments = likelihood.arguments(data, needs, observation)
+        call = op, arguments[3:], need_dx, need_dw
+        return _EagerGradients.apply(call, x, weight, bias)
     arguments = likelihood.arguments(data, needs)
     if torch.compiler.is_compiling():
-        loss, stats, *_ = op(*arguments)
+        loss, stats, *_ = dispatch.overload(likelihood.OP, backend)(*arguments)
     else:
+        op = _ops[likelihood.OP, backend == "triton", False]
+        call = op, arguments[3:], need_dx, need_dw
         function = _EagerLosses if per_sample else _EagerGradients
-        loss, stats = function.apply(op, *arguments)
+        loss, stats = function.apply(call, x, weight, bias)
     if observer is not None:
-        observer.observe(stats, backend)
+        # Its tensors are checked.
+        logw, own, t, running, mean, theta = observer
+        observe_op(backend)(logw, own, t, running, stats, mean, theta)
     return loss, stats

@@ -3,6 +3,8 @@
 The first run makes no gradients, the second no use of its loss. What the switch observes is the first one's.
 """
 
+from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -14,44 +16,35 @@ from alrao_fast.ops.mixture.likelihood import Likelihood
 from alrao_fast.reference import switch_mixture as reference
 
 
-def save(
-    ctx: Any,
-    op: Any,
-    likelihood: type[Likelihood],
-    names: tuple[str, ...],
-    inputs: tuple[Any, ...],
-) -> None:
-    """Keep the op's inputs, of these names, for `gradients`."""
-    ctx.call = op, likelihood
-    tensors = [isinstance(value, Tensor) for value in inputs]
-    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-    others = [None if isinstance(value, Tensor) else value for value in inputs]
-    ctx.arguments = list(zip(names, tensors, others, strict=True))
+def save(ctx: Any, op: Any, inputs: tuple[Any, ...]) -> None:
+    """Keep the inputs of the op of the loss (`loss._Op`) for `gradients`."""
+    is_tensor = [isinstance(value, Tensor) for value in inputs]
+    ctx.save_for_backward(*compress(inputs, is_tensor))
+    # Tensors are kept where autograd's hooks find them, and nowhere else.
+    others = [None if there else value for value, there in zip(inputs, is_tensor)]
+    ctx.call = op, is_tensor, others
 
 
-def gradients(ctx: Any, grad: Tensor | None, no_other_derivative: str) -> tuple[Tensor | None, ...]:
-    """The gradients to the op's inputs, x, weight and bias first, from that to the losses `[B]`."""
-    found = [None] * 3 if grad is None else _gradients(ctx, grad, no_other_derivative)
-    return *found, *[None] * (len(ctx.arguments) - 3)
-
-
-def _gradients(ctx: Any, grad: Tensor, no_other_derivative: str) -> list[Tensor | None]:
-    op, likelihood = ctx.call
+def gradients(
+    ctx: Any, grad: Tensor | None, needed: Sequence[bool], no_other_derivative: str
+) -> Sequence[Tensor | None]:
+    """The gradients to x, weight and bias, those that are needed, from that to the losses `[B]`."""
+    if grad is None:
+        return None, None, None
+    op, is_tensor, others = ctx.call
     saved = iter(ctx.saved_tensors)
-    arguments: dict[str, Any] = {
-        name: next(saved) if is_tensor else value for name, is_tensor, value in ctx.arguments
-    }
+    values = [next(saved) if there else value for there, value in zip(is_tensor, others)]
+    arguments: dict[str, Any] = dict(zip(op.names, values, strict=True))
     if torch.is_grad_enabled() or derivatives.transformed() or derivatives.is_batch(grad):
-        return _plain_gradients(grad, likelihood, arguments, no_other_derivative)
-    x, weight, bias = (arguments[name] for name in ("x", "weight", "bias"))
-    # A torch.autograd.Function has inputs of its own in front.
-    need_dx, *need_own = ctx.needs_input_grad[-len(arguments) :][:3]
+        return _plain_gradients(grad, op.likelihood, arguments, no_other_derivative)
+    x, weight, bias, *_ = values
+    need_dx, *need_own = needed[:3]
     needs = need_dx, any(need_own)
     arguments["need_dx"], arguments["need_dw"] = needs
     row_weight = arguments["row_weight"]
     arguments["row_weight"] = grad.contiguous() if row_weight is None else row_weight * grad
     arguments["per_sample"] = False
-    _loss, _stats, *found = op(*arguments.values())
+    _loss, _stats, *found = op.run(tuple(arguments.values()))
     dtypes = checks.gradient_dtypes(x, weight, bias, *needs)
     return [None if dtype is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)]
 

@@ -9,7 +9,7 @@ namespace alrao::cpu {
 namespace {
 
 // A task smaller than this costs more to hand out than it saves.
-constexpr double kTaskFlops = 1e6;
+constexpr double kTaskFlops = 4e6;
 // The product that gives dx reads all weights for each task.
 constexpr int64_t kTaskLanes = 64;
 
@@ -109,6 +109,7 @@ class Joint {
     if (!p_.options.need_dx && !p_.options.need_dw) return;
     gradient_rows(GradientRows<T>{z, classes, ld_, ld_, factor,
                                   p_.expected ? nullptr : chunk.target, 0, static_cast<T>(p_.norm),
+                                  chunk.weights,
                                   p_.options.need_dw ? out_.dbias + n * classes : nullptr, !first});
   }
 

@@ -59,7 +59,7 @@ MixtureOutputs run(const LossArguments& a, const MixtureSizes& size) {
   p.z_loss = extras.z_loss;
   p.softcap = extras.softcap;
   // Of one class nothing is left of the gradients; the kernels with options say so to the bit.
-  p.has_options = !gaussian && (soft || extras.any() || classes == 1);
+  p.has_options = !gaussian && (soft || extras.change_losses() || classes == 1);
   const int64_t counted = count_samples(p);
 
   Tensor loss = extras.per_sample ? empty_tensor<T>({samples}) : empty_tensor<T>({});

@@ -158,6 +158,7 @@ class Chunks {
     int64_t begin, size;
     const int64_t* target;  // [ld], -1: not counted
     const T* values;        // [C][ld]: expected values, or probabilities
+    const T* weights;  // [ld]: factors of the losses of classes, or null where all are the same
   };
 
   Chunks(const MixtureProblem<T>& p, int64_t samples_per_chunk) {
@@ -168,9 +169,12 @@ class Chunks {
     if (ld_ * static_cast<int64_t>(sizeof(T)) % 2048 == 0)
       ld_ += count == 1 ? kLaneTile : -kLaneTile;
     targets_.assign(ceil_div(samples, ld_) * ld_, -1);
+    const bool weighted = p.row_weight && p.target;
+    if (weighted) weights_.assign(targets_.size(), T(0));
     const T* values = p.expected ? p.expected : p.soft;
     for (int64_t b = 0; b < samples; ++b) {
       if (!p.counts(b)) continue;
+      if (weighted) weights_[b] = p.row_weight[b];
       targets_[b] = p.target ? p.target[b] : 0;
       if (p.soft) {
         targets_[b] =
@@ -198,7 +202,8 @@ class Chunks {
     }
     for (int64_t begin = 0; begin < samples; begin += ld_) {
       chunks_.push_back({begin, std::min(ld_, samples - begin), targets_.data() + begin,
-                         values ? values_->data() + begin * classes : nullptr});
+                         values ? values_->data() + begin * classes : nullptr,
+                         weighted ? weights_.data() + begin : nullptr});
     }
   }
   Chunks(const Chunks&) = delete;
@@ -211,6 +216,7 @@ class Chunks {
  private:
   int64_t ld_;
   std::vector<int64_t> targets_;
+  std::vector<T> weights_;
   std::optional<Buffer<T>> values_;
   std::vector<Chunk> chunks_;
 };
@@ -275,8 +281,9 @@ void finish_clone(const MixtureProblem<T>& p, const typename Chunks<T>::Chunk& c
       continue;
     }
     log_likelihood[lane] = value;
-    factor[lane] = static_cast<T>(gaussian ? p.weight_of(chunk.begin + lane) / values.sigma2
-                                           : classes.gradient_factor(p.norm, logits));
+    const double weight = p.weight_of(chunk.begin + lane);
+    factor[lane] =
+        static_cast<T>(gaussian ? weight / values.sigma2 : classes.gradient_factor(weight, logits));
     own -= value;
     score += gaussian ? sum : sums.is_argmax[lane];
   }

@@ -54,8 +54,9 @@ struct ResidualRows {
   T* sum;
 };
 
-// z becomes z * factor, 0 in lanes of factor 0 whatever z is; then `hit` is subtracted in the
-// target's row. bias_grad is set (or added to) with the sums over lanes.
+// z becomes z * factor, 0 in lanes of factor 0 whatever z is; then `hit`, or the lane's own of
+// `hits`, is subtracted in the target's row. bias_grad is set (or added to) with the sums over
+// lanes.
 template <class T>
 struct GradientRows {
   T* z;
@@ -64,7 +65,8 @@ struct GradientRows {
   const int64_t* target;  // [lanes] or null; no hit where factor is 0
   int64_t first_class;
   T hit;
-  T* bias_grad;  // [rows] or null
+  const T* hits;  // [lanes], or null where all are `hit`
+  T* bias_grad;   // [rows] or null
   bool accumulate;
 };
 

@@ -221,6 +221,17 @@ ALRAO_INLINE void put(T* bias_grad, int64_t row, bool accumulate, T value) {
   bias_grad[row] = accumulate ? bias_grad[row] + value : value;
 }
 
+// After hits that differ from sample to sample: what cancels in each cancels in the sum.
+template <class T, template <class> class Rows>
+ALRAO_INLINE void sum_rows(const Rows<T>& a) {
+  for (int64_t i = 0; a.bias_grad && i < a.rows; ++i) {
+    const T* z = a.z + i * a.ld;
+    Vector<T> total = splat(T(0));
+    for (int64_t lane = 0; lane < a.lanes; lane += Simd<T>::kWidth) total += load(z + lane);
+    put(a.bias_grad, i, a.accumulate, sum_lanes<T>(total));
+  }
+}
+
 template <class T>
 ALRAO_INLINE void gradient(const GradientRows<T>& a) {
   constexpr int64_t width = Simd<T>::kWidth;
@@ -234,15 +245,15 @@ ALRAO_INLINE void gradient(const GradientRows<T>& a) {
       total += v;
       store(p, v);
     }
-    if (a.bias_grad) put(a.bias_grad, i, a.accumulate, sum_lanes<T>(total));
+    if (a.bias_grad && !a.hits) put(a.bias_grad, i, a.accumulate, sum_lanes<T>(total));
   }
-  if (!a.target) return;
-  for (int64_t lane = 0; lane < a.lanes; ++lane) {
+  for (int64_t lane = 0; a.target && lane < a.lanes; ++lane) {
     const int64_t row = a.target[lane] - a.first_class;
     if (a.target[lane] < 0 || row < 0 || row >= a.rows || a.factor[lane] == 0) continue;
-    a.z[row * a.ld + lane] -= a.hit;
-    if (a.bias_grad) a.bias_grad[row] -= a.hit;
+    a.z[row * a.ld + lane] -= a.hits ? a.hits[lane] : a.hit;
+    if (a.bias_grad && !a.hits) a.bias_grad[row] -= a.hit;
   }
+  if (a.hits) sum_rows(a);
 }
 
 // d logit / d z, of the capped logit.
@@ -281,12 +292,7 @@ ALRAO_INLINE void option_gradients(const OptionGradientRows<T>& a) {
     }
     a.z[row * a.ld + lane] -= hit;
   }
-  // After the hits, which differ from sample to sample: what cancels in each cancels in the sum.
-  for (int64_t i = 0; a.bias_grad && i < a.rows; ++i) {
-    Vector<T> total = zero;
-    for (int64_t lane = 0; lane < a.lanes; lane += width) total += load(a.z + i * a.ld + lane);
-    put(a.bias_grad, i, a.accumulate, sum_lanes<T>(total));
-  }
+  sum_rows(a);
 }
 
 template <class T>

@@ -190,9 +190,9 @@ class Streamed {
       for (int64_t lane = 0; lane < ld_; ++lane) {
         // A factor 0 means "no gradient", so one that underflows must not become it: the target may
         // be in this block.
-        scale[lane] = common[lane] == 0
-                          ? T(0)
-                          : std::max(scale[lane] * common[lane], std::numeric_limits<T>::min());
+        const T share = scale[lane] * std::abs(common[lane]);
+        const T kept = std::max(share, std::numeric_limits<T>::min());
+        scale[lane] = common[lane] == 0 ? T(0) : std::copysign(kept, common[lane]);
       }
     }
     return any;
@@ -247,7 +247,7 @@ class Streamed {
       } else {
         gradient_rows(GradientRows<T>{z, rows(block), ld_, ld_, factor(block),
                                       p_.expected ? nullptr : chunk.target, row,
-                                      static_cast<T>(p_.norm), bias_grad, !first});
+                                      static_cast<T>(p_.norm), chunk.weights, bias_grad, !first});
       }
       const auto g = row_major<const T>(z, rows(block), chunk.size, ld_);
       if (p_.options.need_dw) {
