@@ -89,7 +89,7 @@ def test_probabilities_are_copied_for_a_reason_alone():
 
 
 @pytest.mark.interpreted(shape=["ragged lanes, joint"], kind=["int", "float32"])
-@pytest.mark.sanitized(dtype=[torch.float32])
+@pytest.mark.sanitized(dtype=[torch.float32], kind=["int", "float32"])
 @pytest.mark.parametrize("shape", ["ragged lanes, joint", "streamed, ragged last block"])
 @pytest.mark.parametrize("kind", ["float", "int", "float32", "float64"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -16,8 +16,8 @@
 //                      (both with the average's vectors, where Layout::kAverage)
 //   Options            numbers of the launch
 //   Op(options, lr, grad_factor, step)   run by every thread of a block, once
-//   update<WIDE>(p, g, states, rates)    arrays of neighbouring entries; `rates` without lr; without
-//                                        WIDE for what is rare, which shall be little code
+//   update<WIDE>(p, g, states, rates)    arrays of neighbouring entries; `rates` without lr
+// Without WIDE an update is rare, and shall be little code.
 #pragma once
 
 #include <cstdint>

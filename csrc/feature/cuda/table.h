@@ -85,8 +85,8 @@ struct MultiTensorTable {
   std::size_t bytes = 0;  // of the whole table
 };
 
-// Gradients' pointers travel as a kernel argument, with the rest of it within 4 KiB, which any launch
-// takes and which costs the host little to copy.
+// Gradients' pointers travel as a kernel argument: with the rest of it within 4 KiB, which any
+// launch takes and the host soon has copied.
 constexpr int kMaxRows = 480;
 
 // Powers of two, and multiples of what a block reads at a time; at most kLargestChunk.
