@@ -148,6 +148,15 @@ def _twins_of(flat: Any) -> list[nn.Parameter]:
     return twins
 
 
+def forget_gathered(params: Iterable[Tensor]) -> None:
+    """Free what wrappers keep of the whole parameters that are flattened."""
+    for handle in describe(params):
+        # Before the first forward there is no place for them.
+        has_place = hasattr(handle.flat_param, "_full_param_padded")
+        if has_place and handle.uses_sharded_strategy and not handle.needs_unshard():
+            handle.reshard(True)
+
+
 def flats_among(params: Iterable[Tensor], root: nn.Module | None = None) -> list[Tensor]:
     """The vectors among `params` that FSDP1 has made: not where it keeps the originals whole."""
     own = [param for param in params if is_flattened(param)]

@@ -27,6 +27,14 @@ def is_sharded(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, getattr(module, "DTensor", ()))
 
 
+def forget_gathered(modules: Iterable[torch.nn.Module]) -> None:
+    """Free what those of the modules that `fully_shard` has sharded keep of whole parameters."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", ())
+    for module in {module for module in modules if isinstance(module, kind)}:
+        module.reshard()
+
+
 def local(tensor: Any) -> Tensor:
     """The entries of a DTensor that are on this rank, as the tensor that holds them; any other tensor itself.
 

@@ -117,6 +117,11 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace) -> None:
+    if args.clones_over < 1 or dist.get_world_size() % args.clones_over:
+        raise SystemExit(
+            f"--clones-over: got {args.clones_over}, expected a divisor of the number of processes, "
+            f"{dist.get_world_size()}"
+        )
     sizes = dist.get_world_size() // args.clones_over, args.clones_over
     mesh = init_device_mesh(args.device, sizes, mesh_dim_names=("data", "clones"))
     raw = "\n".join(topics.values())

@@ -80,6 +80,33 @@ def train(net, opt, steps=range(STEPS), part=(0, 1), after_backward=lambda: None
         opt.step()
 
 
+@torch.no_grad()
+def evaluated(net):
+    net.eval()
+    out = net(batch(-1)[0])
+    net.train()
+    return out
+
+
+def evaluate_between(net, opt, part=(0, 1)):
+    """The network's outputs with and without averages, also between steps: no evaluation has a backward, after which
+    FSDP would let go of whole weights."""
+    found = {}
+    for step in range(2):
+        train(net, opt, range(step, step + 1), part)
+        if step:
+            found["own before"] = evaluated(net)
+        with opt.averaged():
+            found[f"averaged {step}"] = evaluated(net)
+        if step:
+            found["own"] = evaluated(net)
+    with opt.averaged():
+        found["averaged again"] = evaluated(net)
+    train(net, opt, range(2, 3), part)
+    found["after a step"] = evaluated(net)
+    return found
+
+
 def gradient(name, p, step):
     generator = torch.Generator().manual_seed(sum(name.encode()) + 1000 * step)
     return torch.randn(p.shape, generator=generator).to(p.dtype)

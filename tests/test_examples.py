@@ -75,6 +75,14 @@ def test_help_only_helps(script, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("over", [0, 2])
+def test_clones_over_ranks_that_are_not_there(over, tmp_path, monkeypatch):
+    pytest.importorskip("tqdm")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"--clones-over: got {over}, expected a divisor"):
+        run("train_gpt_fsdp2.py", ["--clones-over", str(over)], monkeypatch)
+
+
 def test_every_example_is_tried():
     assert {p.name for p in EXAMPLES.glob("*.py")} == set(SCRIPTS)
 

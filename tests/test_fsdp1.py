@@ -5,7 +5,7 @@
   rows, and are empty on some ranks.
 - Rates and rounding seeds are the first rank's on every rank; limits of rates are those of the whole weights;
   clones have their rates and the switch its posterior.
-- bfloat16 with master weights; averages; narrowed rates.
+- bfloat16 with master weights; averages, also evaluated after forwards without a backward; narrowed rates.
 - An optimizer that was made first, also in the middle of a training.
 - Checkpoints by FSDP's optim_state_dict: into the same wrappers, others, and one process, and back.
 """
@@ -17,7 +17,16 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from sharded_harness import STEPS, assert_close, gradient, made, model, run, train
+from sharded_harness import (
+    STEPS,
+    assert_close,
+    evaluate_between,
+    gradient,
+    made,
+    model,
+    run,
+    train,
+)
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
     OptimStateKeyType,
@@ -146,6 +155,19 @@ def low_precision(rank):
     return found
 
 
+def averages(rank):
+    """The wrapper at the top keeps whole weights after a forward, under SHARD_GRAD_OP those within do so, too."""
+    found = []
+    for originals, strategy in AVERAGED:
+        net = wrapped(model(), originals=originals, strategy=strategy)
+        opt = made("adam", net, averaging=3.0)
+        # Before the first forward nothing has been gathered.
+        with opt.averaged():
+            pass
+        found.append(evaluate_between(net, opt, part=(rank, dist.get_world_size())))
+    return found
+
+
 def steps_alike(net, opt):
     """Steps on the same gradients, of which every shard has its entries."""
     shapes = {name: p.shape for name, p in model().named_parameters()}
@@ -234,7 +256,8 @@ def tools(rank):
 FIRST = [(0, FULL, True), (2, FULL, False), (0, NO, False)]
 LOW = {"master_weights": True, "averaging": 8.0, "total_steps": 2 * STEPS, "warmup_steps": 0}
 MOVED = [(True, "adam"), (False, "momentum")]
-JOBS = (after, first, low_precision, moved, sharded_checkpoint, tools)
+AVERAGED = [*itertools.product((True, False), (FULL, GRAD, NO))]
+JOBS = (after, averages, first, low_precision, moved, sharded_checkpoint, tools)
 
 
 def flat_state(state):
@@ -299,6 +322,14 @@ def test_low_precision(results):
         for name, p in net.named_parameters():
             assert torch.equal(found["weights"][name], p)
             assert torch.equal(found["averages"][name], opt.state[p]["average"].bfloat16())
+
+
+@pytest.mark.parametrize("number", range(len(AVERAGED)), ids=lambda k: name_of(AVERAGED[k]))
+def test_averages(results, number):
+    net = model()
+    expected = evaluate_between(net, made("adam", net, averaging=3.0))
+    for r in results:
+        assert_close(r["averages"][number], expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("number", range(len(MOVED)), ids=lambda k: name_of(MOVED[k]))

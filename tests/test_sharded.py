@@ -5,6 +5,8 @@
   under FSDP on a 2D mesh.
 - Rates and rounding seeds are the first rank's on every rank, whatever the ranks' seeds; states are DTensors placed as
   their parameter; momentum, weight decay, maximize and Adam's moments follow the whole.
+- Averages are what is evaluated within `averaged()`, and nothing of them stays afterwards, also where modules keep the
+  whole weights that a forward has gathered.
 - The posterior is bit-equal on all ranks.
 """
 
@@ -19,6 +21,7 @@ from sharded_harness import (
     STEPS,
     assert_close,
     batch,
+    evaluate_between,
     made,
     model,
     run,
@@ -229,7 +232,20 @@ def tools(rank):
     return found
 
 
+def averages(rank):
+    """The root keeps whole weights after a forward; other modules by default do not."""
+    mesh, found = init_device_mesh("cpu", (4,)), []
+    for given in ("model", "backbone", "parameters"):
+        net = model()
+        shard(net, mesh, **({} if given == "model" else {"reshard_after_forward": False}))
+        params = {"model": net, "backbone": net.backbone, "parameters": list(net.parameters())}
+        opt = made("adam", params[given], averaging=3.0)
+        found.append(evaluate_between(net, opt, part=(rank, 4)))
+    return found
+
+
 JOBS = (
+    averages,
     before,
     after,
     columns,
@@ -273,6 +289,15 @@ def check(found, kind, hidden=33):
 @pytest.mark.parametrize("kind", CASES)
 def test_fully_shard(results, kind):
     check([r["before"][kind] for r in results], kind)
+
+
+def test_averages(results):
+    for number, given in enumerate((lambda net: net, lambda net: net.backbone, lambda net: net)):
+        net = model()
+        expected = evaluate_between(net, made("adam", given(net), averaging=3.0))
+        assert (expected["averaged 1"] - expected["own"]).abs().max() > 1e-3
+        for r in results:
+            assert_close(r["averages"][number], expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["module", "groups", "trained"])

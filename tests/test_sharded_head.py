@@ -162,7 +162,9 @@ def refused(rank):
     for other in ("values", "number"):
         head, x, y, _ = classifier(x=(6 + (rank == 1 and other == "number"), 8))
         head = parallelize_module(head, mesh, ClonesParallel())
-        with pytest.raises(ValueError, match="expected the same batch") as error:
+        with pytest.raises(
+            ValueError, match="expected the same batch and the same backbone"
+        ) as error:
             head(x * (1 + rank) if other == "values" else x, y)
         messages.append(str(error.value))
     two = init_device_mesh("cpu", (2, 2))

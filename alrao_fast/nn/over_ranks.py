@@ -202,7 +202,8 @@ class OverRanks:
             raise ValueError(
                 f"features: got {[int(n) for n, _ in found]} numbers of absolute sums "
                 f"{[float(f'{total:.6g}') for _, total in found]} on the ranks over which the {self.what} lie, "
-                "expected the same batch on all of them: batches of data go over another dimension of the mesh"
+                "expected the same batch and the same backbone on all of them: batches of data go over another "
+                "dimension of the mesh, and plain weights are drawn after torch.manual_seed with one seed for all"
             )
         self._batch_is_known = True
 

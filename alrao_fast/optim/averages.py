@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from alrao_fast import fsdp1, live, sharding
 from alrao_fast.arguments import Instance, Optional
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def averaged(
         with torch.no_grad():
             for param, average in shown:
                 param.copy_(average)
+        _forget_gathered(optimizer, model)
         if model is not None and loader is not None:
             try:
                 _estimate_statistics(model, loader)
@@ -51,7 +53,18 @@ def averaged(
         with torch.no_grad():
             for tensor, value in kept:
                 tensor.copy_(value)
+        _forget_gathered(optimizer, model)
         optimizer._shows_averages = False
+
+
+def _forget_gathered(optimizer: AlraoOptimizer, model: nn.Module | None) -> None:
+    """Have sharded modules gather what their shards are now: after a forward without a backward FSDP keeps the whole
+    weights of its root, of others as it was told, for the next forward."""
+    own = set(optimizer._homes.roots())
+    around = (whole for whole in live.models if not own.isdisjoint(whole.modules()))
+    roots = {*own, *around, *(() if model is None else (model,))}
+    sharding.forget_gathered(module for root in roots for module in root.modules())
+    fsdp1.forget_gathered(p for group in optimizer.param_groups for p in group["params"])
 
 
 @torch.no_grad()
