@@ -219,6 +219,20 @@ def sharded_checkpoint(rank):
     return states(net, opt), states(net, again)
 
 
+def frozen(rank):
+    """A frozen parameter beside trained ones: its rates go on as they are where a checkpoint is loaded."""
+    net = model()
+    net.backbone[0].weight.requires_grad_(False)
+    net = wrapped(net)
+    opt = made("momentum", net, seed=1)
+    train(net, opt, range(2), part=(rank, dist.get_world_size()))
+    full = full_state(net, opt)
+    again = made("momentum", net, seed=1)
+    again.load_state_dict(FSDP.optim_state_dict_to_load(net, again, copy.deepcopy(full)))
+    train(net, again, range(2, STEPS), part=(rank, dist.get_world_size()))
+    return {"saved": sorted(full["state"]), "weights": weights(net)}
+
+
 def tools(rank):
     """What else there is to ask."""
     found = {}
@@ -257,7 +271,7 @@ FIRST = [(0, FULL, True), (2, FULL, False), (0, NO, False)]
 LOW = {"master_weights": True, "averaging": 8.0, "total_steps": 2 * STEPS, "warmup_steps": 0}
 MOVED = [(True, "adam"), (False, "momentum")]
 AVERAGED = [*itertools.product((True, False), (FULL, GRAD, NO))]
-JOBS = (after, averages, first, low_precision, moved, sharded_checkpoint, tools)
+JOBS = (after, averages, first, low_precision, moved, sharded_checkpoint, frozen, tools)
 
 
 def flat_state(state):
@@ -343,6 +357,17 @@ def test_checkpoints(results, number):
             own = found[f"wrapped {again}"]
             assert_close(own["weights"], one["weights"])
             assert_close({key: own["states"][key] for key in one["states"]}, one["states"])
+
+
+def test_frozen_parameters(results):
+    net = model()
+    net.backbone[0].weight.requires_grad_(False)
+    train(net, made("momentum", net))
+    expected = {name: p.detach() for name, p in net.named_parameters()}
+    for r in results:
+        found = r["frozen"]
+        assert found["saved"] == sorted(set(expected) - {"backbone.0.weight"})
+        assert_close(found["weights"], expected)
 
 
 def test_sharded_checkpoint(results):

@@ -249,12 +249,16 @@ def spread(
     saved: dict[str, Any], params: Sequence[Tensor], layouts: Mapping[Tensor, Layout]
 ) -> None:
     """Give a state_dict the rates by entry, for the vectors of which checkpoints bring whole parameters
-    together."""
+    together; of those among them that are frozen it has no state then."""
     ids = [number for group in saved["param_groups"] for number in group["params"]]
     flats = []
     for number, param in zip(ids, params, strict=True):
         told, layout = flat_of(param), layouts[param]
         if told and told.gathers:
+            # FSDP expects all states that its other parameters have, or none.
+            if "step" not in saved["state"][number]:
+                del saved["state"][number]
+                continue
             flat = layout if isinstance(layout, FlatLayout) else _of_whole(layout, param)
             flats.append((number, param, flat))
     # FSDP expects the same states of all parameters that it has flattened together.
@@ -306,7 +310,8 @@ def gathered(state_dict: Any, params: Sequence[Tensor], layouts: Mapping[Tensor,
         )
         for key in RATES:
             own.pop(key, None)
-        own |= shared.setdefault(inside, rates)
+        # Of a frozen one there are none.
+        own |= shared.setdefault(inside, rates) if rates else {}
     return {**state_dict, "state": {**state, **found}}
 
 
