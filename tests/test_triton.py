@@ -149,7 +149,8 @@ def test_every_regime_of_regression(budget, dtype):
 
 
 # Samples and classes within one block, in several; parts of the classes, and of all clones' classes.
-@pytest.mark.interpreted
+@pytest.mark.interpreted(sizes=[(1, 1, 3, 1), (65, 17, 70, 2)])
+@pytest.mark.interpreted(programs=[8])
 @pytest.mark.parametrize("programs", [1, 8, 512])
 @pytest.mark.parametrize("sizes", [(1, 1, 3, 1), (65, 17, 70, 2), (70, 128, 200, 3)], ids=str)
 def test_fused_in_parts(monkeypatch, sizes, programs):

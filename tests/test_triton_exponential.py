@@ -61,7 +61,9 @@ EXPONENTIAL_CHANGES = [
 ]
 
 
-@pytest.mark.interpreted
+# Every change on one size, and some on all of them: many classes, and several chunks.
+@pytest.mark.interpreted(sizes=[(40, 40, 200, 4)])
+@pytest.mark.interpreted(change=[None, nothing_counted, far_above_the_target])
 @pytest.mark.parametrize(
     "change", EXPONENTIAL_CHANGES, ids=lambda change: change.__name__ if change else ""
 )

@@ -31,7 +31,7 @@ if find_spec("triton"):
 HERE = Path(__file__).resolve().parent
 # The files of one process, and how many of their marked tests must pass.
 PARTS = {
-    "triton": (["test_triton.py", "test_triton_exponential.py"], 118),
+    "triton": (["test_triton.py", "test_triton_exponential.py"], 104),
     "plan": (["test_triton_plan.py"], 13),
     "feature": (
         [
