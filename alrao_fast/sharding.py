@@ -301,8 +301,8 @@ def groups_of(params: Iterable[Any]) -> list[Any]:
 def agree(rates: Sequence[Tensor], seeds: list[int], groups: list[Any]) -> list[int]:
     """Give all ranks of the groups the first one's rates (float32, in place), and return its seeds.
 
-    Two broadcasts a group, along the dimensions of a mesh one after the other: all end with what the mesh's first rank
-    has. ValueError where the ranks' optimizers do not have as many rates.
+    Their numbers are gathered and the rates broadcast, along the dimensions of a mesh one after the other: all end with
+    what the mesh's first rank has. ValueError, on all ranks, where their optimizers do not have as many rates.
     """
     if not groups:
         return seeds
@@ -312,13 +312,15 @@ def agree(rates: Sequence[Tensor], seeds: list[int], groups: list[Any]) -> list[
     )
     for group in groups:
         device = sending_device(group)
-        counts = torch.tensor([len(rates), packed.numel()], device=device)
-        dist.broadcast(counts, group=group, group_src=0)
-        first = counts.tolist()
-        if first != [len(rates), packed.numel()]:
+        # The sum tells vectors of other lengths apart where all of them together are as long.
+        lengths = sum(place * rate.numel() for place, rate in enumerate(rates, 1))
+        own = torch.tensor([len(rates), packed.numel(), lengths], device=device)
+        counts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(counts, own, group=group)
+        if len({tuple(count.tolist()) for count in counts}) > 1:
             raise ValueError(
-                f"params: got {len(rates)} vectors of learning rates, {packed.numel()} words in all, where the first "
-                f"rank of the process group has {first[0]} of {first[1]}: expected the same parameters on every rank"
+                f"params: got {[int(n) for n, _, _ in counts]} vectors of learning rates on the ranks of the process "
+                f"group, {[int(n) for _, n, _ in counts]} words in all, expected the same parameters on every rank"
             )
         sent = packed.to(device)
         dist.broadcast(sent, group=group, group_src=0)

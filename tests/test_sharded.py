@@ -7,7 +7,7 @@
   their parameter; momentum, weight decay, maximize and Adam's moments follow the whole.
 - Averages are what is evaluated within `averaged()`, and nothing of them stays afterwards, also where modules keep the
   whole weights that a forward has gathered.
-- The posterior is bit-equal on all ranks.
+- The posterior is bit-equal on all ranks. Optimizers of other parameters on other ranks are an error on every one.
 """
 
 import gc
@@ -29,6 +29,7 @@ from sharded_harness import (
     train,
     weights,
 )
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -45,6 +46,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import alrao_fast as alrao
+from alrao_fast.distributed import FlatSlice, register_flat_slices
 from alrao_fast.optim.states import RATES
 
 # One start of the processes for all tests.
@@ -244,6 +246,21 @@ def averages(rank):
     return found
 
 
+def other_parameters(rank):
+    """Ranks that give the optimizer vectors of other parameters; in the second case of as many features in all."""
+    said = []
+    for sizes in ([4 + k for k in range(1 + rank)], [5 + rank, 11 - rank]):
+        params = [nn.Parameter(torch.randn(size, 2)) for size in sizes]
+        flat = nn.Parameter(torch.cat([p.detach().flatten() for p in params]))
+        slices = [FlatSlice(p) for p in params]
+        register_flat_slices(flat, slices, process_group=dist.group.WORLD)
+        try:
+            alrao.AlraoSGD([flat])
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
 JOBS = (
     averages,
     before,
@@ -255,6 +272,7 @@ JOBS = (
     both,
     replicas_of_shards,
     tools,
+    other_parameters,
 )
 
 
@@ -344,6 +362,13 @@ def test_fsdp_over_tensor_parallel(results, kind):
 
 def test_replicas_of_shards(results):
     check([r["replicas_of_shards"] for r in results], "adam")
+
+
+def test_ranks_with_other_parameters(results):
+    for r in results:
+        several, as_many = r["other_parameters"]
+        assert "got [1, 2, 3, 4] vectors of learning rates on the ranks" in several
+        assert "expected the same parameters on every rank" in as_many
 
 
 def test_what_a_sharded_network_tells(results):
