@@ -123,6 +123,10 @@ def test_state_dict():
     ("make", "message"),
     [
         (lambda: ClassifierClones(0, 2), "in_features: got 0, expected an integer, at least 1"),
+        (
+            lambda: ClassifierClones(2, 2, ignore_index=2**63),
+            "ignore_index: got 9223372036854775808, expected an integer of 64 bits",
+        ),
         (lambda: ClassifierClones(2, 0), "num_classes: got 0"),
         (lambda: ClassifierClones(2, 2, 0), "num_clones: got 0"),
         (lambda: RegressorClones(2, -1), "out_features: got -1"),

@@ -20,7 +20,7 @@ from alrao_fast.ops.checks import check, check_tensor, dtype_name
 from alrao_fast.ops.mixture import checks
 from alrao_fast.ops.mixture.weighting import Factors, Weighting
 
-IGNORE_INDEX = Integer()
+IGNORE_INDEX = Integer(-(2**63), 2**63 - 1, "an integer of 64 bits")
 SIGMA2 = Number(above=0, words="a finite variance > 0")
 LABEL_SMOOTHING = Number(low=0, high=1)
 Z_LOSS = Number(low=0)
@@ -191,10 +191,11 @@ class Classes(Likelihood):
         """TypeError for an index that is no integer, and other options that are no numbers."""
         if (
             type(ignore_index) is int
+            and -(2**63) <= ignore_index < 2**63
             and type(label_smoothing) is type(z_loss) is float
             and logit_softcap is None
         ):
-            # The head's own, checked by type alone: this runs in every training step.
+            # The head's own, as in every training step; ranges of the others are the op's to check.
             return cls(ignore_index, None, class_weight, label_smoothing, z_loss)
         return cls(
             IGNORE_INDEX.check("ignore_index", ignore_index),
