@@ -14,7 +14,7 @@ import cuda_machine_code as code
 import pytest
 from cuda_on_cpu.build import toolchain
 
-# Beside test_packaging, which compiles the same objects.
+# What test_packaging compiles, too, is compiled once: by whoever comes first.
 pytestmark = [pytest.mark.xdist_group("nvcc"), pytest.mark.long(100)]
 ARCHS = {code.USUAL_ARCHS: {"sm_80", "sm_90"}, "": {"sm_80", "sm_90", "sm_100", "sm_120"}}
 SPILLS = """

@@ -379,7 +379,6 @@ def test_no_wide_instructions_leak_out_of_a_kernel():
         assert not weak, path.name
 
 
-@pytest.mark.xdist_group("nvcc")
 @pytest.mark.long(110)
 @pytest.mark.skipif(
     toolchain.find_toolkit() is None, reason="no CUDA toolkit (nvcc) on this machine"

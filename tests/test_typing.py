@@ -19,6 +19,10 @@ PROGRAMS = Path(__file__).with_name("typing")
 CODE = re.compile(r"(?:^|  )\[([a-z-]+)\]$")
 
 
+# mypy runs once.
+pytestmark = pytest.mark.xdist_group("mypy")
+
+
 @pytest.fixture(scope="module")
 def errors(request):
     """What mypy finds in the programs, as (file, line, code)."""
@@ -41,13 +45,11 @@ def errors(request):
 
 
 @pytest.mark.long(12)
-@pytest.mark.xdist_group("mypy")
 def test_a_users_program(errors):
     """Where alrao_fast is not found, the editable install is of another time: pip install -e . mends it."""
     assert [line for file, _, line in errors if file == "user.py"] == []
 
 
-@pytest.mark.xdist_group("mypy")
 def test_mistakes_are_found(errors):
     expected = {}
     for number, line in enumerate((PROGRAMS / "wrong.py").read_text().splitlines(), 1):
