@@ -315,12 +315,13 @@ def agree(rates: Sequence[Tensor], seeds: list[int], groups: list[Any]) -> list[
         # The sum tells vectors of other lengths apart where all of them together are as long.
         lengths = sum(place * rate.numel() for place, rate in enumerate(rates, 1))
         own = torch.tensor([len(rates), packed.numel(), lengths], device=device)
-        counts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(counts, own, group=group)
-        if len({tuple(count.tolist()) for count in counts}) > 1:
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, own, group=group)
+        counts = torch.stack(gathered).tolist()
+        if any(count != counts[0] for count in counts):
             raise ValueError(
-                f"params: got {[int(n) for n, _, _ in counts]} vectors of learning rates on the ranks of the process "
-                f"group, {[int(n) for _, n, _ in counts]} words in all, expected the same parameters on every rank"
+                f"params: got {[n for n, _, _ in counts]} vectors of learning rates on the ranks of the process group, "
+                f"{[words for _, words, _ in counts]} words in all, expected the same parameters on every rank"
             )
         sent = packed.to(device)
         dist.broadcast(sent, group=group, group_src=0)

@@ -22,8 +22,8 @@ ORDERS = ("forward", "reverse")
 # orders between them, but not every dtype.
 RUNS = {
     ("plain", "forward"): ("emulated and not many_launches", 440),
-    ("address", "reverse"): ("sanitized", 160),
-    ("thread", "forward"): ("sanitized", 160),
+    ("address", "reverse"): ("sanitized", 310),
+    ("thread", "forward"): ("sanitized", 310),
 }
 SLOW_RUNS = {
     ("plain", "reverse"): ("emulated", 460),

@@ -220,17 +220,21 @@ def sharded_checkpoint(rank):
 
 
 def frozen(rank):
-    """A frozen parameter beside trained ones: its rates go on as they are where a checkpoint is loaded."""
+    """A frozen parameter beside trained ones: where a checkpoint is loaded it has the rates of its layer."""
     net = model()
     net.backbone[0].weight.requires_grad_(False)
     net = wrapped(net)
     opt = made("momentum", net, seed=1)
     train(net, opt, range(2), part=(rank, dist.get_world_size()))
     full = full_state(net, opt)
-    again = made("momentum", net, seed=1)
+    again = made("momentum", net, seed=5)
     again.load_state_dict(FSDP.optim_state_dict_to_load(net, again, copy.deepcopy(full)))
     train(net, again, range(2, STEPS), part=(rank, dist.get_world_size()))
-    return {"saved": sorted(full["state"]), "weights": weights(net)}
+    rates = [
+        {clean(n): o.state[p]["rate"].clone() for n, p in net.named_parameters()}
+        for o in (opt, again)
+    ]
+    return {"saved": sorted(full["state"]), "weights": weights(net), "rates": rates}
 
 
 def tools(rank):
@@ -367,6 +371,8 @@ def test_frozen_parameters(results):
     for r in results:
         found = r["frozen"]
         assert found["saved"] == sorted(set(expected) - {"backbone.0.weight"})
+        before, after = found["rates"]
+        assert all(torch.equal(after[name], rate) for name, rate in before.items())
         assert_close(found["weights"], expected)
 
 

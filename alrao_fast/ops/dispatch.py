@@ -56,6 +56,12 @@ def define_triton(
     return define_twin(schema, fake, run)
 
 
+def outside_graphs(*names: str) -> None:
+    """Have ops that are no part of any graph pass autograd by, which would look for tensors that require it."""
+    for name in names:
+        LIB.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
 def finder(schema: str, *names: str) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """A function that finds the arguments of these names among all of an op's, in the order of its schema."""
     order, _ = arguments_of(schema)

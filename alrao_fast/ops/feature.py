@@ -125,12 +125,10 @@ class FeatureOp:
             "Tensor? lr_tensor, bool maximize, float warmup_steps, float averaging, "
             f"{options}Tensor? grad_scale, Tensor? found_inf) -> ()"
         )
-        for name in (
+        dispatch.outside_graphs(
             dispatch.define(schema, dispatch.no_result),
             dispatch.define_twin(schema, dispatch.no_result, self._run_triton),
-        ):
-            # No part of any graph: skip autograd instead of searching the lists for tensors that require it.
-            dispatch.LIB.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        )
 
     def _compare_with_extension(self) -> None:
         """A binary of other sources would take one option for another; one that lacks the op is no harm."""

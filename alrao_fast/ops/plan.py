@@ -24,12 +24,10 @@ dispatch.define(
 )
 dispatch.define("_feature_plan_options(int plan, float[] options) -> ()")
 dispatch.define("_feature_plan_free(int plan) -> ()")
-dispatch.LIB.impl(
+dispatch.outside_graphs(
     dispatch.define(
         "_feature_plan_step_(int plan, Tensor[] grads, Tensor? lr, Tensor? grad_scale, Tensor? found_inf) -> bool"
-    ),
-    torch.library.fallthrough_kernel,
-    "Autograd",
+    )
 )
 _make = torch.ops.alrao_fast._feature_plan.default
 _set_options = torch.ops.alrao_fast._feature_plan_options.default

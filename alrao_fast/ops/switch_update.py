@@ -82,12 +82,10 @@ for _schema, _checked in (
         _check_observe,
     ),
 ):
-    for _name in (
+    dispatch.outside_graphs(
         dispatch.define(_schema, dispatch.no_result),
         dispatch.define_triton(_schema, dispatch.no_result, OP, _checked),
-    ):
-        # No part of any graph: autograd has nothing to look for.
-        dispatch.LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    )
 
 
 def observe_op(backend: str) -> Any:

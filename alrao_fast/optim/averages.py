@@ -53,8 +53,8 @@ def averaged(
         with torch.no_grad():
             for tensor, value in kept:
                 tensor.copy_(value)
-        _forget_gathered(optimizer, model)
         optimizer._shows_averages = False
+        _forget_gathered(optimizer, model)
 
 
 def _forget_gathered(optimizer: AlraoOptimizer, model: nn.Module | None) -> None:

@@ -304,14 +304,19 @@ def gathered(state_dict: Any, params: Sequence[Tensor], layouts: Mapping[Tensor,
                     own[key] = from_entries(_of_whole(layout, rate), rate.flatten())
     # Vectors of one parameter each that share its rates go on to share them.
     shared: dict[Any, dict[str, Tensor]] = {}
+    owners: list[tuple[Any, dict[str, Any]]] = []
     for (_, layout, own), rates in zip(flats, _whole_rates(flats)):
         inside = tuple(
             (part.layout.vector, id(part.layout.feature_of)) for part in layout.features()
         )
         for key in RATES:
             own.pop(key, None)
-        # Of a frozen one there are none.
-        own |= shared.setdefault(inside, rates) if rates else {}
+        if rates:
+            shared.setdefault(inside, rates)
+        owners.append((inside, own))
+    for inside, own in owners:
+        # Frozen ones bring none.
+        own |= shared.get(inside, {})
     return {**state_dict, "state": {**state, **found}}
 
 

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -40,13 +41,6 @@ std::array<Array<T>, kCount> copies(const std::array<Array<T>, kCount>& arrays) 
   return made;
 }
 
-template <Momentum MOMENTUM, bool NESTEROV, bool DECAY, class T>
-void sgd_loop(py::ssize_t count, T* p, const T* g, T* buf, const T* rate, const SgdScalars<T>& s) {
-  for (py::ssize_t i = 0; i < count; ++i) {
-    sgd_element(p[i], g[i], buf[i], rate[i], s, SgdRule{MOMENTUM, NESTEROV, DECAY});
-  }
-}
-
 // `rule` is none, first, torch or authors.
 template <class T>
 py::tuple sgd(const Array<T>& p, const Array<T>& g, const Array<T>& buf, const Array<T>& rate,
@@ -55,31 +49,23 @@ py::tuple sgd(const Array<T>& p, const Array<T>& g, const Array<T>& buf, const A
   auto [new_p, new_buf] = copies<T, 2>({p, buf});
   const SgdScalars<T> s{
       T(1), T(grad_factor), T(momentum), T(1 / momentum), T(1 - dampening), T(weight_decay)};
-  const auto run = [&](auto loop) {
-    loop(new_p.size(), new_p.mutable_data(), g.data(), new_buf.mutable_data(), rate.data(), s);
-  };
-  const bool decay = weight_decay != 0;
-#define RULE(name, kind)                                                             \
-  if (rule == name) {                                                                \
-    if (nesterov) {                                                                  \
-      run(decay ? sgd_loop<kind, true, true, T> : sgd_loop<kind, true, false, T>);   \
-    } else {                                                                         \
-      run(decay ? sgd_loop<kind, false, true, T> : sgd_loop<kind, false, false, T>); \
-    }                                                                                \
+  const std::map<std::string, Momentum> rules{{"none", Momentum::kNone},
+                                              {"first", Momentum::kFirst},
+                                              {"torch", Momentum::kTorch},
+                                              {"authors", Momentum::kAuthors}};
+  const SgdRule how{rules.at(rule), nesterov, weight_decay != 0};
+  T *const ps = new_p.mutable_data(), *const bufs = new_buf.mutable_data();
+  for (py::ssize_t i = 0; i < new_p.size(); ++i) {
+    sgd_element(ps[i], g.data()[i], bufs[i], rate.data()[i], s, how);
   }
-  RULE("none", Momentum::kNone)
-  RULE("first", Momentum::kFirst)
-  RULE("torch", Momentum::kTorch)
-  RULE("authors", Momentum::kAuthors)
-#undef RULE
   return py::make_tuple(new_p, new_buf);
 }
 
-template <bool AMSGRAD, Decay DECAY, class T>
+template <bool AMSGRAD, class T>
 void adam_loop(py::ssize_t count, T* p, const T* g, T* m, T* v, T* v_max, const T* rate,
-               const AdamScalars<T>& s) {
+               const AdamScalars<T>& s, Decay decay) {
   for (py::ssize_t i = 0; i < count; ++i) {
-    adam_element<AMSGRAD>(p[i], g[i], m[i], v[i], v_max[i], rate[i], s, DECAY);
+    adam_element<AMSGRAD>(p[i], g[i], m[i], v[i], v_max[i], rate[i], s, decay);
   }
 }
 
@@ -93,16 +79,12 @@ py::tuple adam(const Array<T>& p, const Array<T>& g, const Array<T>& m, const Ar
   const AdamScalars<T> s{T(1),     T(grad_factor), T(beta1),       T(1 - beta1),
                          T(beta2), T(1 - beta2),   T(step_factor), T(root_factor),
                          T(eps),   T(weight_decay)};
-  const auto run = [&](auto loop) {
-    loop(new_p.size(), new_p.mutable_data(), g.data(), new_m.mutable_data(), new_v.mutable_data(),
-         new_max.mutable_data(), rate.data(), s);
-  };
-#define DECAY(name, kind) \
-  if (decay == name) run(amsgrad ? adam_loop<true, kind, T> : adam_loop<false, kind, T>);
-  DECAY("none", Decay::kNone)
-  DECAY("gradient", Decay::kGradient)
-  DECAY("weights", Decay::kWeights)
-#undef DECAY
+  const std::map<std::string, Decay> decays{
+      {"none", Decay::kNone}, {"gradient", Decay::kGradient}, {"weights", Decay::kWeights}};
+  (amsgrad ? adam_loop<true, T> : adam_loop<false, T>)(new_p.size(), new_p.mutable_data(), g.data(),
+                                                       new_m.mutable_data(), new_v.mutable_data(),
+                                                       new_max.mutable_data(), rate.data(), s,
+                                                       decays.at(decay));
   return py::make_tuple(new_p, new_m, new_v, new_max);
 }
 

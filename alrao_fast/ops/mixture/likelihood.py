@@ -189,16 +189,12 @@ class Classes(Likelihood):
         logit_softcap: Any = None,
     ) -> Classes:
         """TypeError for an index that is no integer, and other options that are no numbers."""
-        if (
-            type(ignore_index) is int
-            and -(2**63) <= ignore_index < 2**63
-            and type(label_smoothing) is type(z_loss) is float
-            and logit_softcap is None
-        ):
-            # The head's own, as in every training step; ranges of the others are the op's to check.
+        ignore_index = IGNORE_INDEX.check("ignore_index", ignore_index)
+        if type(label_smoothing) is type(z_loss) is float and logit_softcap is None:
+            # As in every training step of a head: their ranges are the op's to check.
             return cls(ignore_index, None, class_weight, label_smoothing, z_loss)
         return cls(
-            IGNORE_INDEX.check("ignore_index", ignore_index),
+            ignore_index,
             None,
             class_weight,
             float(LABEL_SMOOTHING.plain("label_smoothing", label_smoothing)),

@@ -44,7 +44,6 @@ class _Op(NamedTuple):
     overload: Any
     likelihood: type[Likelihood]
     names: tuple[str, ...]
-    defaults: tuple[Any, ...]
     # Finds x, weight, bias, need_dx and need_dw among the inputs.
     find: Callable[[Sequence[Any]], tuple[Any, ...]]
     # The place of per_sample.
@@ -137,18 +136,17 @@ def _scaled_gradients(ctx: Any, grad: Tensor | None) -> Sequence[Tensor | None]:
 
 def _gradients(ctx: Any, scaled: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The same, scaled already, in the dtypes that autograd expects."""
-    # No call that does nothing: this runs in every training step.
-    gradients = [
-        g if dtype is not None and g is not None and g.dtype is dtype else _to(g, dtype)
-        for g, dtype in zip(scaled, ctx.dtypes, strict=True)
-    ]
+    gradients = [_to(g, dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)]
     if torch.is_grad_enabled():
         return derivatives.final(gradients, ctx.sources, NO_OTHER_DERIVATIVE)
     return gradients
 
 
 def _to(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    return None if gradient is None or dtype is None else gradient.to(dtype)
+    if gradient is None or dtype is None:
+        return None
+    # No call that does nothing: this runs in every training step.
+    return gradient if gradient.dtype is dtype else gradient.to(dtype)
 
 
 class _EagerGradients(torch.autograd.Function):
@@ -249,7 +247,7 @@ def _define(likelihood: type[Likelihood]) -> None:
             qualified.append(dispatch.define_triton(schema, fake, "mixture.loss", likelihood.check))
         for name, is_twin in zip(qualified, (False, True)):
             overload = dispatch.overload(name.removeprefix("alrao_fast::"))
-            op = _Op(overload, likelihood, names, defaults, find, place, observed)
+            op = _Op(overload, likelihood, names, find, place, observed)
             _ops[likelihood.OP, is_twin, observed] = op
             if not observed:
                 torch.library.register_autograd(

@@ -320,11 +320,8 @@ SCHEMA = (
 )
 # The same in one pass or two: a dozen small operations cost a small network a third of its step. copy: False returns
 # no target where the one that is given will do. In a graph it is True, for what that depends on is in the values.
-for _name in (
-    define(SCHEMA, _fake),
-    dispatch.define_triton(SCHEMA, _fake, "mixture.weights", _check),
-):
-    # No part of any graph: autograd has nothing to look for.
-    dispatch.LIB.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+dispatch.outside_graphs(
+    define(SCHEMA, _fake), dispatch.define_triton(SCHEMA, _fake, "mixture.weights", _check)
+)
 _op = dispatch.overload("switch_mixture_weights")
 _twin = dispatch.overload("switch_mixture_weights", "triton")

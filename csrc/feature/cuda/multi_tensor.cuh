@@ -13,7 +13,7 @@
 //   kStates            arrays besides the parameter and the gradient
 //   kUnroll<Layout>    vectors that a thread reads before it computes
 //   kBlocks<Layout>    blocks that shall fit on a multiprocessor
-//                      (both with the average's vectors, where Layout::kAverage)
+//                      (both with the average's vectors, where Layout::has_average)
 //   Options            numbers of the launch
 //   Op(options, lr, grad_factor, step)   run by every thread of a block, once
 //   update<WIDE>(p, g, states, rates)    arrays of neighbouring entries; `rates` without lr
