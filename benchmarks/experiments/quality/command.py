@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         choices=METHODS,
         metavar="NAME",
         default=list(INTERVALS_OF),
-        help=f"methods to try on several intervals, first seed (default {' '.join(INTERVALS_OF)})",
+        help=f"methods to try on several intervals (default {' '.join(INTERVALS_OF)})",
     )
     seeds = f"default {FULL_SEEDS}, of {LARGE} 1; with --quick and --medium 1"
     add("--seeds", type=int, help=seeds)
@@ -120,7 +120,7 @@ def plan(options: argparse.Namespace) -> Iterator[Run]:
         for method in map(METHODS.__getitem__, dict.fromkeys(options.methods)):
             for lr in method.grid:
                 yield planned(name, kinds[name], method.name, seed, lr, None, steps, device)
-            if seed == 0 and method.name in options.intervals_of:
+            if method.name in options.intervals_of:
                 for interval in INTERVALS:
                     if interval != method.lr_range:
                         yield planned(
