@@ -125,6 +125,20 @@ def test_against_float64(backend, device, adjust_lr_fn, nesterov):
         assert int(opt.state[param]["step"]) == 6
 
 
+@pytest.mark.parametrize("exponent", [70, -20])
+def test_the_size_of_a_gradient_changes_nothing(backend, device, exponent):
+    """Its square may be beyond float32."""
+    modules = [net(device, torch.float32) for _ in range(2)]
+    for module, scale in zip(modules, (1.0, 2.0**exponent)):
+        opt = AlraoMuon(module.layers, generator=generator(0))
+        give(module, 0)
+        for param in module.parameters():
+            param.grad.mul_(scale)
+        opt.step()
+    for once, scaled in zip(*(module.layers for module in modules)):
+        torch.testing.assert_close(scaled.weight, once.weight, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("adjust_lr_fn", ADJUSTMENTS)
 def test_torchs_muon_and_adamw(backend, device, adjust_lr_fn):
     """torch iterates in bfloat16, which is off by up to 0.02 in an entry of an orthogonal matrix."""

@@ -63,8 +63,9 @@ def orthogonalized(given: Sequence[Scaled]) -> list[Tensor]:
 
 def _iterated(batch: Tensor, scale: float) -> Tensor:
     """Of matrices with at least as many columns as rows."""
-    norms = torch.linalg.vector_norm(batch, dim=(-2, -1), keepdim=True)
-    x = batch / norms.clamp(min=EPS)
+    # The square of an entry of 2e19 is none of float32's.
+    norms = torch.linalg.vector_norm(batch, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    x = batch / norms.to(batch.dtype).clamp(min=EPS)
     if x.dtype != torch.float64:
         x = x.to(torch.float32 if x.is_cpu else torch.bfloat16)
     if x.dtype != torch.bfloat16 and x.size(-1) >= WIDE * x.size(-2):
