@@ -5,6 +5,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.runtime import driver
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # The interpreter truncates where the hardware rounds float32 to bfloat16, and loses bfloat16's subnormals.
@@ -31,12 +33,49 @@ def launch(
     num_stages: int = 1,
     fuse: bool = True,
     **named: Any,
-) -> None:
-    """Start `kernel`; `fuse` lets the compiler contract a * b + c, `named` are its constexpr arguments and any others.
+) -> Any:
+    """Start `kernel`, and return what was compiled for it.
+
+    fuse: whether the compiler may contract a * b + c. named: its constexpr arguments, and any others.
 
     Nothing is tuned at run time: an in-place kernel must not be tried out on the tensors it updates.
     """
-    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fuse, **named)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fuse}
+    return kernel[grid](*args, **options, **named)
+
+
+class Prepared:
+    """A kernel that is started again and again with the same constexpr arguments: `constants`, all that it has.
+
+    Triton looks at every argument of every launch, constants included, to find the machine code that fits; for dozens
+    of them that takes longer than all else that a small step does. Here what was found is kept, by all that it depends
+    on: the device, and the dtypes and alignments of the tensors. Numbers have to be of one type in every launch, and
+    annotated or not specialised in the kernel.
+    """
+
+    def __init__(self, kernel: Any, *, num_warps: int, fuse: bool = True, **constants: Any) -> None:
+        self.kernel, self._named = kernel, {"num_warps": num_warps, "fuse": fuse, **constants}
+        self._constants = [constants[name] for name in kernel.arg_names if name in constants]
+        self._compiled: dict[tuple[object, ...], Any] = {}
+
+    def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
+        if INTERPRETED:
+            launch(self.kernel, grid, *args, **self._named)
+            return
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        found = (
+            driver.active.get_current_device(),
+            *map(_dtype, tensors),
+            *[address % 16 == 0 for address in map(_address, tensors)],
+        )
+        compiled = self._compiled.get(found)
+        if compiled is None:
+            self._compiled[found] = launch(self.kernel, grid, *args, **self._named)
+        else:
+            compiled[grid](*args, *self._constants)
+
+
+_address, _dtype = Tensor.data_ptr, Tensor.dtype.__get__
 
 
 @triton.jit

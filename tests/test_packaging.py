@@ -406,7 +406,7 @@ from alrao_fast import _extension
 from alrao_fast.ops import feature_adam, feature_sgd, gradient_clip, plan, switch_update
 assert _extension.ERROR is None, _extension.ERROR
 ops = ["feature_sgd_", "feature_adam_", "gradient_clip_", "switch_update_"]
-ops += ["_feature_plan", "_feature_plan_step_"]
+ops += ["_feature_plan_step_"]
 for op in ops:
     for key in ("CPU", "CUDA"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key("alrao_fast::" + op, key), (op, key)

@@ -1,6 +1,7 @@
 """Protects the Triton kernels' plan that an optimizer's binding keeps:
 
 - the bits of the list op, while gradients move, with strides of their own, and rates change in place;
+- the same with and without the compiled extension, which looks after the tensors where it is there;
 - a parameter or state that is no longer what the plan saw is noticed, and nothing is written;
 - gradients, scalars and options that do not fit are refused; an optimizer's step goes through the plan.
 """
@@ -8,7 +9,7 @@
 import pytest
 import torch
 
-from alrao_fast import AlraoSGD, Constant, backends, testing
+from alrao_fast import AlraoSGD, Constant, _extension, backends, testing
 from alrao_fast.ops.feature import Lists, Scalars
 from alrao_fast.ops.feature_adam import OP as ADAM
 from alrao_fast.ops.feature_sgd import OP as SGD
@@ -28,6 +29,16 @@ AMSGRAD = {"amsgrad": True, "decoupled": False, "authors_eps": False}
 MOMENTS = dict.fromkeys(ADAM.options, 0.5) | AMSGRAD
 
 
+@pytest.fixture(autouse=True, params=["extension", "python"])
+def watched_by(request, monkeypatch):
+    """Who looks after the tensors: the compiled extension, or Python where there is none."""
+    if request.param == "python":
+        monkeypatch.setattr(_extension, "ERROR", "not built")
+    elif _extension.ERROR:
+        pytest.skip(_extension.ERROR)
+    return request.param
+
+
 def lists_of(op, options):
     problem = testing.feature_problem(device=DEVICE)
     params = problem.params
@@ -38,7 +49,9 @@ def lists_of(op, options):
 
 
 @pytest.mark.parametrize("op, options", [(SGD, MOMENTUM), (ADAM, MOMENTS)], ids=["sgd", "adam"])
-def test_the_bits_of_the_list_op(op, options):
+def test_the_bits_of_the_list_op(op, options, watched_by):
+    if op is ADAM and watched_by == "python":
+        pytest.skip("who watches does not depend on the op")
     (lists, grads), (others, other_grads) = lists_of(op, options), lists_of(op, options)
     plan = TritonPlan(op, lists)
     for step in range(3):
@@ -52,6 +65,19 @@ def test_the_bits_of_the_list_op(op, options):
     assert torch.equal(lists.steps, others.steps)
     for got, want in ((lists.params, others.params), *zip(lists.states, others.states)):
         assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_who_watches(watched_by):
+    plan, *_ = one()
+    assert (plan._number is None) == (watched_by == "python")
+
+
+def test_wrong_addresses_are_refused(watched_by):
+    plan, _, grad = one()
+    if watched_by == "extension":
+        for wrong in (torch.zeros(2, dtype=torch.int64), torch.zeros(1)):
+            with pytest.raises(RuntimeError, match=r"addresses has shape \[\d\]"):
+                torch.ops.alrao_fast._feature_plan_gradients(plan._number, [grad], wrong)
 
 
 def one():

@@ -15,6 +15,7 @@ from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import _disable_current_modes
 
+from alrao_fast import _extension
 from alrao_fast.ops import dispatch
 from alrao_fast.ops.feature import FeatureOp, Lists, Options, Scalars
 
@@ -24,14 +25,20 @@ dispatch.define(
 )
 dispatch.define("_feature_plan_options(int plan, float[] options) -> ()")
 dispatch.define("_feature_plan_free(int plan) -> ()")
+dispatch.define("_feature_plan_release(int plan) -> ()")
 dispatch.outside_graphs(
     dispatch.define(
         "_feature_plan_step_(int plan, Tensor[] grads, Tensor? lr, Tensor? grad_scale, Tensor? found_inf) -> bool"
-    )
+    ),
+    dispatch.define(
+        "_feature_plan_gradients(int plan, Tensor[] grads, Tensor(a!) addresses) -> int"
+    ),
 )
 _make = torch.ops.alrao_fast._feature_plan.default
 _set_options = torch.ops.alrao_fast._feature_plan_options.default
 _step = torch.ops.alrao_fast._feature_plan_step_.default
+_gradients = torch.ops.alrao_fast._feature_plan_gradients.default
+_release = torch.ops.alrao_fast._feature_plan_release.default
 _free_op = torch.ops.alrao_fast._feature_plan_free.default
 
 
@@ -40,6 +47,17 @@ def _free(number: int) -> None:
     modes = torch._C._len_torch_dispatch_stack() + _len_torch_dispatch_stack_pre_dispatch()
     with _disable_current_modes() if modes else contextlib.nullcontext():
         _free_op(number)
+
+
+def _registered(op: FeatureOp, lists: Lists, owner: object) -> int:
+    """The number by which C++ knows tensors that it has found to fit together, for as long as `owner` lives."""
+    params, states, masters, rates, inners, seeds, steps, averages = lists
+    kept = [*params, *(tensor for state in states for tensor in state)]
+    tensors = [*kept, *masters, *averages, *rates]
+    counts = len(params), len(states), bool(masters), bool(averages)
+    number: int = _make(f"{op.stem}_", tensors, *counts, inners, seeds, steps)
+    weakref.finalize(owner, _free, number).atexit = False
+    return number
 
 
 class Plan(Protocol):
@@ -64,16 +82,11 @@ class CompiledPlan:
     __slots__ = ("__weakref__", "_given", "_names", "_number", "_params")
 
     def __init__(self, op: FeatureOp, lists: Lists) -> None:
-        params, states, masters, rates, inners, seeds, steps, averages = lists
-        kept = [*params, *(tensor for state in states for tensor in state)]
-        tensors = [*kept, *masters, *averages, *rates]
-        counts = len(params), len(states), bool(masters), bool(averages)
-        self._number: int = _make(f"{op.stem}_", tensors, *counts, inners, seeds, steps)
+        self._number = _registered(op, lists, self)
         self._names = tuple(op.options)
-        self._params = [*params]
+        self._params = [*lists.params]
         # The options that C++ holds: they seldom change, and to parse them costs as much as thousands of entries.
         self._given: tuple[Any, ...] | None = None
-        weakref.finalize(self, _free, self._number).atexit = False
 
     def step(self, grads: list[Tensor], options: Options, scalars: Scalars) -> bool:
         lr, maximize, grad_scale, found_inf, warmup_steps, averaging, factor = scalars
@@ -95,24 +108,38 @@ class CompiledPlan:
 
 
 class TritonPlan:
-    """The plan of the Triton kernels: tables of the tensors on their device, which stay for as long as it lives."""
+    """The plan of the Triton kernels: tables of the tensors on their device, which stay for as long as it lives.
+
+    Where there is a compiled extension it looks after the tensors: asked one by one from Python, hundreds of them take
+    longer than all else in a step.
+    """
 
     def __init__(self, op: FeatureOp, lists: Lists) -> None:
         self._op, self._lists = op, lists
         self._frame = import_module("alrao_fast.kernels.feature.frame")
         # Made with the first gradients: what is checked are all arguments together.
         self._plan: Any = None
+        self._number: int | None = None
+        self._addresses = torch.empty(len(lists.params), dtype=torch.int64, device="cpu")
 
     def step(self, grads: list[Tensor], options: Options, scalars: Scalars) -> bool:
-        op, lists = self._op, self._lists
+        op, lists, number = self._op, self._lists, self._number
         check = partial(op.check, lists, grads, options, scalars)
+        addresses, copies = None, 0
         if self._plan is None:
             check()
             with dispatch.device_of(lists.steps):
                 self._plan = self._frame.Plan(lists)
+            if _extension.ERROR is None and not params_are_swapped():
+                self._number = _registered(op, lists, self)
+        elif number is not None:
+            copies = _gradients(number, grads, self._addresses)
+            if copies < 0:
+                return False
+            addresses = self._addresses.tolist()
         elif not self._plan.unchanged(lists):
             return False
-        elif len(lists.states) != op.num_states(options):
+        if len(lists.states) != op.num_states(options):
             check()
         with dispatch.device_of(lists.steps):
             self._frame.run_plan(
@@ -123,7 +150,10 @@ class TritonPlan:
                 options,
                 **scalars.arguments(),
                 check=check,
+                addresses=addresses,
             )
+        if copies:
+            _release(number)
         increment_version(lists.params)
         return True
 

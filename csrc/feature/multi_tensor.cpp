@@ -274,7 +274,7 @@ bool MultiTensor::is_here(AtenTensorHandle tensor) const {
   return index == device_index_;
 }
 
-void MultiTensor::bind(const std::vector<AtenTensorHandle>& grads) {
+int64_t MultiTensor::bind(const std::vector<AtenTensorHandle>& grads) {
   if (grads.size() != records_.size())
     fail(op(), "grads has ", grads.size(), " entries, expected ", records_.size(),
          ", one for each of params");
@@ -309,6 +309,7 @@ void MultiTensor::bind(const std::vector<AtenTensorHandle>& grads) {
     TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(grad, &data));
     records_[t].grad = data;
   }
+  return static_cast<int64_t>(copies_.size());
 }
 
 void MultiTensor::read_steps(double averaging) {

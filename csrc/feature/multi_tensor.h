@@ -74,8 +74,9 @@ class MultiTensor {
   bool unchanged() const;
 
   // Checks the gradients and points the records at them, through copies where the strides differ
-  // from the parameter's. The gradients must outlive the update, on a GPU until it is queued.
-  void bind(const std::vector<AtenTensorHandle>& grads);
+  // from the parameter's: how many. The gradients must outlive the update, on a GPU until it is
+  // queued.
+  int64_t bind(const std::vector<AtenTensorHandle>& grads);
 
   // Lets go of the copies.
   void release() { copies_.clear(); }

@@ -33,6 +33,39 @@ void feature_plan_options(int64_t number, std::vector<double> options) {
   plan->options = std::move(options);
 }
 
+// The op _feature_plan_gradients, for kernels that are started elsewhere: writes the gradients'
+// addresses; how many of them are of copies, which stay until _feature_plan_release, or -1 where a
+// tensor is no longer what the plan saw. Unboxed by hand, as run_plan.
+void feature_plan_gradients(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::detail::to;
+  const auto number = to<int64_t>(stack[0]);
+  const HandleList grads(stack[1]);
+  const auto addresses = to<Tensor>(stack[2]);
+  const auto plan = find_plan(number);
+  const std::lock_guard<std::mutex> lock(plan->mutex);
+  const auto& records = plan->records();
+  const bool fits = addresses.is_cpu() && addresses.is_contiguous() &&
+                    dtype_of(addresses.get()) == aoti_torch_dtype_int64() &&
+                    addresses.numel() == static_cast<int64_t>(records.size());
+  if (!fits)
+    fail(plan->op(), "addresses has ", text(shape_of(addresses.get())),
+         ", expected a contiguous int64 vector on the CPU with ", records.size(), " entries");
+  int64_t copies = -1;
+  if (plan->unchanged()) {
+    copies = plan->bind(grads.handles());
+    auto* const found = static_cast<int64_t*>(data_of(addresses.get()));
+    for (size_t t = 0; t < records.size(); ++t)
+      found[t] = reinterpret_cast<int64_t>(records[t].grad);
+  }
+  stack[0] = torch::stable::detail::from(copies);
+}
+
+void feature_plan_release(int64_t number) {
+  const auto plan = find_plan(number);
+  const std::lock_guard<std::mutex> lock(plan->mutex);
+  plan->release();
+}
+
 void feature_plan_free(int64_t number) {
   PlanTable& table = plan_table();
   std::shared_ptr<MultiTensor> last;  // released after the lock
@@ -91,11 +124,13 @@ std::shared_ptr<MultiTensor> find_plan(int64_t number) {
   return found->second;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CPU, m) { m.impl("_feature_plan", TORCH_BOX(&feature_plan)); }
-
+// Of tensors of any device.
 STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CompositeExplicitAutograd, m) {
+  m.impl("_feature_plan", TORCH_BOX(&feature_plan));
   m.impl("_feature_plan_options", TORCH_BOX(&feature_plan_options));
   m.impl("_feature_plan_free", TORCH_BOX(&feature_plan_free));
+  m.impl("_feature_plan_gradients", feature_plan_gradients);
+  m.impl("_feature_plan_release", TORCH_BOX(&feature_plan_release));
 }
 
 }  // namespace alrao

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import Prepared
 from .multi_tensor import (
     AVERAGE,
     INDEX,
@@ -31,7 +31,7 @@ from .multi_tensor import (
     stochastic_round,
     write,
 )
-from .plan import Lists, Plan, count_steps, find_plan, in_memory_order
+from .plan import Group, Lists, Plan, count_steps, find_plan, in_memory_order
 
 Options = Mapping[str, float | bool]
 
@@ -246,6 +246,30 @@ def feature_kernel(
             )
 
 
+def _prepare(
+    update: Update, group: Group, states: int, flags: Sequence[bool], there: Sequence[bool]
+) -> Prepared:
+    """The kernel of a group of tensors; `there`: whether the learning rate, the gradients' scale and found_inf are
+    tensors."""
+    own = group.constants["P_DTYPE"]
+    constants = {f"S{k}_DTYPE": own for k in (1, 2, 3)} | group.constants
+    # With a third state of float32, or a master and one state, registers spill in blocks of 1024 (Triton 3.6).
+    if (states == 3 and own is tl.float32) or (states == 1 and constants["HAS_MASTER"]):
+        constants["BLOCK"] = 512
+    return Prepared(
+        feature_kernel,
+        num_warps=group.num_warps,
+        # As in the reference, every operation is rounded.
+        fuse=False,
+        PREPARE=update.prepare,
+        UPDATE=update.update,
+        STATES=states,
+        **dict(zip("ABC", flags)),
+        **dict(zip(("HAS_LR", "HAS_SCALE", "HAS_FOUND"), there)),
+        **constants,
+    )
+
+
 def run_plan(
     plan: Plan,
     update: Update,
@@ -261,54 +285,43 @@ def run_plan(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     check: Callable[[], None],
+    addresses: list[int] | None = None,
 ) -> None:
     """One step by the plan of these lists; `check` raises where the other arguments do not fit it.
 
-    Nothing waits for the device.
+    addresses: the gradients', where these are known to fit. Nothing waits for the device.
     """
     steps = lists.steps
-    if not plan.fits(grads) or not scalars_fit(lr_tensor, grad_scale, found_inf):
+    known = addresses is not None or plan.fits(grads)
+    if not known or not scalars_fit(lr_tensor, grad_scale, found_inf):
         check()
+    if addresses is None:
         # Copies live until the launch.
-        grads = in_memory_order(grads, lists.params)
-    pointers = plan.gradients(grads, steps.device)
+        grads = grads if known else in_memory_order(grads, lists.params)
+        addresses = [grad.data_ptr() for grad in grads]
+    pointers = plan.on_device(addresses, steps.device)
     numbers = [*map(float, update.numbers(options))]
-    flags = dict(zip("ABC", update.flags(options)))
+    given = [
+        pointers,
+        steps,
+        steps if lr_tensor is None else lr_tensor,
+        steps if grad_scale is None else grad_scale,
+        steps if found_inf is None else found_inf,
+        float(lr),
+        -1.0 if maximize else 1.0,
+        float(warmup_steps),
+        float(averaging),
+        *numbers,
+        *[0.0] * (8 - len(numbers)),
+    ]
+    there = tuple(scalar is not None for scalar in (lr_tensor, grad_scale, found_inf))
+    flags = tuple(update.flags(options))
     for group in plan.groups:
-        own = group.constants["P_DTYPE"]
-        constants = {f"S{k}_DTYPE": own for k in (1, 2, 3)} | group.constants
-        # With a third state of float32, or a master and one state, registers spill in blocks of 1024 (Triton 3.6).
-        states = len(lists.states)
-        if (states == 3 and own is tl.float32) or (states == 1 and constants["HAS_MASTER"]):
-            constants["BLOCK"] = 512
-        launch(
-            feature_kernel,
-            (group.num_chunks,),
-            group.table,
-            group.chunks,
-            pointers,
-            steps,
-            steps if lr_tensor is None else lr_tensor,
-            steps if grad_scale is None else grad_scale,
-            steps if found_inf is None else found_inf,
-            float(lr),
-            -1.0 if maximize else 1.0,
-            float(warmup_steps),
-            float(averaging),
-            *numbers,
-            *[0.0] * (8 - len(numbers)),
-            num_warps=group.num_warps,
-            # As in the reference, every operation is rounded.
-            fuse=False,
-            PREPARE=update.prepare,
-            UPDATE=update.update,
-            STATES=states,
-            HAS_LR=lr_tensor is not None,
-            HAS_SCALE=grad_scale is not None,
-            HAS_FOUND=found_inf is not None,
-            **flags,
-            **constants,
-        )
+        kernel = group.kernels.get((flags, there))
+        if kernel is None:
+            kernel = _prepare(update, group, len(lists.states), flags, there)
+            group.kernels[flags, there] = kernel
+        kernel((group.num_chunks, 1, 1), group.table, group.chunks, *given)
     count_steps(steps, found_inf)
 
 

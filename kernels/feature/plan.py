@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import TYPES, accumulator, launch
+from ..launch import TYPES, Prepared, accumulator
 
 
 @triton.jit(do_not_specialize=["num"])
@@ -24,19 +24,20 @@ def count_steps_kernel(steps_ptr, found_inf_ptr, num, HAS_FOUND: tl.constexpr, B
     tl.store(steps_ptr + offs, tl.load(steps_ptr + offs, mask=mask, other=0) + one, mask=mask)
 
 
+_COUNT = 256
+# By whether there is a found_inf.
+_count_steps = [
+    Prepared(count_steps_kernel, num_warps=1, HAS_FOUND=has_found, BLOCK=_COUNT)
+    for has_found in (False, True)
+]
+
+
 def count_steps(steps: Tensor, found_inf: Tensor | None) -> None:
     """steps += 1 on the device, unless found_inf is not 0."""
     num = steps.numel()
-    launch(
-        count_steps_kernel,
-        (triton.cdiv(num, 256),),
-        steps,
-        steps if found_inf is None else found_inf,
-        num,
-        num_warps=1,
-        HAS_FOUND=found_inf is not None,
-        BLOCK=256,
-    )
+    blocks = triton.cdiv(num, _COUNT)
+    given = steps if found_inf is None else found_inf
+    _count_steps[found_inf is not None]((blocks, 1, 1), steps, given, num)
 
 
 def reciprocal(divisor: int) -> tuple[int, int]:
@@ -59,13 +60,15 @@ class Lists(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Tensors that one launch serves: those of the same dtypes."""
+    """Tensors that one launch serves: those of the same dtypes; and the kernels for them."""
 
     table: Tensor
     chunks: Tensor
     num_chunks: int
     constants: dict[str, object]
     num_warps: int
+    # By what the optimizer's options, and the scalars that are tensors, make of it.
+    kernels: dict[object, Prepared]
 
 
 # Below this many entries in all, small chunks give every multiprocessor its share.
@@ -191,13 +194,13 @@ class Plan:
                     owner.numel(),
                     constants,
                     warps,
+                    {},
                 )
             )
         return groups
 
-    def gradients(self, grads: Sequence[Tensor], device: torch.device) -> Tensor:
+    def on_device(self, pointers: list[int], device: torch.device) -> Tensor:
         """Device vector of the gradients' addresses; uploaded only when one has changed."""
-        pointers = [grad.data_ptr() for grad in grads]
         if pointers != self._pointers or self._grads is None:
             staged = torch.tensor(pointers, dtype=torch.int64, device="cpu")
             if device.type == "cuda":

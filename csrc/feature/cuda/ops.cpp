@@ -124,10 +124,7 @@ ALRAO_DEFINE_FEATURE_OPS
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CUDA, m) {
-  register_feature_ops(m);
-  m.impl("_feature_plan", TORCH_BOX(&feature_plan));
-}
+STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CUDA, m) { register_feature_ops(m); }
 
 // One sparse gradient sends the call here; the checks say which one it is.
 STABLE_TORCH_LIBRARY_IMPL(alrao_fast, SparseCUDA, m) { register_feature_ops(m); }
