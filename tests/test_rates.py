@@ -2,7 +2,7 @@
 
 - LogUniform: the logarithm is uniform (Kolmogorov-Smirnov), within bounds, whatever the seed; float32 on the CPU;
 - clone rates: both ends exact, geometric steps, N = 1 the geometric mean (one case computed by hand);
-- LogTriangular: the logarithm has the triangular law, clones the rates of LogUniform;
+- LogTriangular: the logarithm has the triangular law, clones its quantiles;
 - PerWeight, Fraction and Constant draw what they say; the same seed gives the same rates;
 - invalid bounds, probabilities and rates are refused by name; a sampler that returns nonsense is refused.
 """
@@ -56,8 +56,16 @@ def test_log_triangular(seed):
     uniform = torch.where(u < 0.5, 2 * u * u, 1 - 2 * (1 - u) * (1 - u))
     assert uniform_distance(uniform) < 2.23 / math.sqrt(n)
     assert uniform_distance(u) > 0.1
-    clones = LogTriangular(lo, hi).clone_rates(7)
-    assert torch.equal(clones, LogUniform(lo, hi).clone_rates(7))
+
+
+@pytest.mark.parametrize("n", [1, 2, 10])
+def test_clones_are_quantiles_of_the_triangular_law(n):
+    clones = LogTriangular(1e-4, 0.1).clone_rates(n)
+    assert clones.shape == (n,) and clones.dtype == torch.float32
+    u = (clones.double() / 1e-4).log() / math.log(1e3)
+    distribution = torch.where(u < 0.5, 2 * u * u, 1 - 2 * (1 - u) * (1 - u))
+    expected = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    torch.testing.assert_close(distribution, expected, atol=1e-6, rtol=0)
 
 
 def test_distance_notices_a_linear_scale():

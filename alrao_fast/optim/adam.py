@@ -18,7 +18,7 @@ class AlraoAdam(AlraoOptimizer):
 
         p = p - lr * r(i) * m_hat / (sqrt(v_hat) + eps)
 
-    log r is drawn per feature from a triangular law on [log lo, log hi]; clone n of N has lo * (hi/lo)^(n/(N-1)).
+    log r is drawn per feature from a triangular law on [log lo, log hi]; clone n of N has its quantile (n + 1/2) / N.
 
     Args:
         betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.Adam.

@@ -1,6 +1,6 @@
 """The interval of the rates, narrowed during a run around what the clones have found.
 
-The clones measure which rates serve: the switch's posterior over their log-spaced rates. With q the part of the run
+The clones measure which rates serve: the switch's posterior over the rates that they have. With q the part of the run
 that is over and w the width that is left at its end, a rate drawn as log r becomes
 
     log r(q) = k log r + (1 - k) c(q),    k = 1 - q (1 - w)

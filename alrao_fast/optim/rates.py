@@ -71,13 +71,22 @@ class LogUniform:
 class LogTriangular(LogUniform):
     """Rates whose logarithm has a triangular density on [log lo, log hi], highest in the middle.
 
-    Fewer features than of `LogUniform` have rates near the ends, where they move next to nothing or too far. The clones
-    have the rates that they have with `LogUniform`: log-spaced, both ends included.
+    Fewer features than of `LogUniform` have rates near the ends, where they move next to nothing or too far. Clone n of
+    N has the quantile (n + 1/2) / N of the same law: clones are close together where most features are, and a wider
+    interval adds none that cannot learn.
     """
 
     def __call__(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        # The mean of two uniform numbers would need two draws; this is the inverse of the distribution function.
-        u = _uniform(n, generator)
+        # The mean of two uniform numbers would need two draws.
+        return self._quantiles(_uniform(n, generator))
+
+    def clone_rates(self, num_clones: int) -> Tensor:
+        """Rates `[N]` of the clones: the law's quantiles (n + 1/2) / N; the geometric mean for one."""
+        numbers = torch.arange(num_clones, dtype=torch.float64, device="cpu")
+        return self._quantiles((numbers + 0.5) / num_clones)
+
+    def _quantiles(self, u: Tensor) -> Tensor:
+        """The rates below which the parts `u` of all are: the inverse of the distribution function."""
         below, above = (u / 2).sqrt(), 1 - ((1 - u) / 2).sqrt()
         log_lo, log_hi = math.log(self.lo), math.log(self.hi)
         rates = torch.where(u < 0.5, below, above).mul_(log_hi - log_lo).add_(log_lo).exp_()
