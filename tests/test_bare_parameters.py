@@ -93,7 +93,7 @@ def test_as_if_the_model_had_been_passed(way, optimizer_type):
     optimizer = optimizer_type(WAYS[way](net), generator=generator())
     if way != "a module among them":
         assert_as_if_passed(net, optimizer, optimizer_type)
-    interval = LogUniform(*optimizer.defaults["lr_range"])
+    interval = optimizer_type._from_interval(*optimizer.defaults["lr_range"])
     assert torch.equal(net.head.clone_lr, interval.clone_rates(5))
     rates = [optimizer.state[p]["rate"] for p in (net.head.weight, net.head.bias)]
     assert rates[0] is rates[1] and torch.equal(rates[0], net.head.clone_lr)

@@ -23,8 +23,8 @@ def build(num_clones=5):
     return AlraoModel(nn.Linear(3, 4), ClassifierClones(4, 2, num_clones))
 
 
-def rates(lr_range, num_clones=5):
-    return LogUniform(*lr_range).clone_rates(num_clones)
+def rates(lr_range, num_clones=5, sampler=LogUniform):
+    return sampler(*lr_range).clone_rates(num_clones)
 
 
 def assert_rates(net, expected):
@@ -46,8 +46,9 @@ def test_loading_another_networks_state(optimizer_type):
     net = build()
     optimizer = optimizer_type(net, WIDE)
     net.load_state_dict(other.state_dict())
-    assert_rates(net, rates(WIDE))
-    assert torch.equal(optimizer.state[net.head.weight]["rate"], rates(WIDE))
+    own = rates(WIDE, sampler=optimizer_type._from_interval)
+    assert_rates(net, own)
+    assert torch.equal(optimizer.state[net.head.weight]["rate"], own)
     # The rates of the other's optimizer come with the optimizer's state.
     if optimizer_type is AlraoSGD:
         optimizer.load_state_dict(optimizer_of_other.state_dict())
