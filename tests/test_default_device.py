@@ -259,7 +259,7 @@ def test_made_on_the_meta_device(optimizer_type):
             if hasattr(module, name):
                 getattr(module, name)()
     optimizer = optimizer_type(net, generator=generator())
-    interval = LogUniform(*optimizer.defaults["lr_range"])
+    interval = optimizer_type._from_interval(*optimizer.defaults["lr_range"])
     assert torch.equal(net.head.clone_lr, interval.clone_rates(4))
     x, y = batch()
     loss = net(x, targets=y)
