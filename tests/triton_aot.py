@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -66,11 +66,12 @@ class Start(NamedTuple):
 
 
 class Resources(NamedTuple):
+    """Of a compiled kernel. `spills`: for NVIDIA accesses to local memory, for AMD registers."""
+
     registers: int
     spills: int
     shared: int
-    wide_loads: int
-    wide_stores: int
+    compiled: CompiledKernel
 
 
 def record(call: Callable[[], object]) -> list[Start]:
@@ -128,28 +129,30 @@ def compile_for(start: Start, target: str) -> Resources:
         def field(name: str) -> int:
             return int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))
 
-        spills = field("vgpr_spill_count")
-        wide = re.compile(r"\b(global|flat|buffer)_(load|store)_(dwordx4|b128)")
-        kinds = [match.group(2) for match in wide.finditer(text)]
-        return Resources(
-            field("vgpr_count"), spills, shared, kinds.count("load"), kinds.count("store")
-        )
+        return Resources(field("vgpr_count"), field("vgpr_spill_count"), shared, compiled)
+    usage = _read(compiled, "cuobjdump", "-res-usage")
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
+    # Without local memory there is nothing to look for in the code; of what is set aside not all is used.
+    code = _code(compiled) if int(stack) + int(local) else ""
+    return Resources(int(registers), len(re.findall(r"\b(STL|LDL)\b", code)), shared, compiled)
+
+
+def wide_accesses(compiled: CompiledKernel) -> tuple[int, int]:
+    """How many loads and stores of 16 bytes the machine code for an NVIDIA GPU has."""
+    code = _code(compiled)
+    loads, stores = (re.findall(rf"\b{name}\.E\.(?:\w+\.)*128\b", code) for name in ("LDG", "STG"))
+    return len(loads), len(stores)
+
+
+def _code(compiled: CompiledKernel) -> str:
+    # It takes a third of a second.
+    return _read(compiled, "nvdisasm", "-c")
+
+
+def _read(compiled: CompiledKernel, tool: str, option: str) -> str:
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _run(tools / "cuobjdump", "-res-usage", file.name)
-        code = _run(tools / "nvdisasm", "-c", file.name)
-    return Resources(
-        int(re.search(r"REG:(\d+)", usage).group(1)),
-        len(re.findall(r"\b(STL|LDL)\b", code)),
-        shared,
-        len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", code)),
-        len(re.findall(r"\bSTG\.E\.(?:\w+\.)*128\b", code)),
-    )
-
-
-def _run(*command: object) -> str:
-    return subprocess.run(
-        [str(word) for word in command], check=True, capture_output=True, text=True
-    ).stdout
+        command = [str(tools / tool), option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
