@@ -23,7 +23,7 @@ SHAPES = {
     "joint, all of shared memory": (3, 4, 2038, 6, None),
     "streamed, ragged last block": (19, 6, 2500, 2, None),
     "streamed, many chunks": (50, 5, 2100, 3, 1),
-    "streamed for its many clones": (9, 4, 500, 40, None),
+    "streamed for its many clones": (7, 4, 397, 33, None),
 }
 # Without the one of hundreds of launches, and that of one large block.
 SHORT_SHAPES = [

@@ -7,6 +7,7 @@
 // of the orders. A deadlock, lanes in different operations and a read from an absent lane end the
 // launch with an exception that names the line. Shared memory is all ones, a NaN, before each
 // block. Under ThreadSanitizer a fiber is a thread, ordered with others by barriers alone.
+// It watches the first and the last blocks of a launch (ALRAO_CUDA_ON_CPU_WATCHED=all: every one).
 //
 // What it cannot show: speed, registers, banks and coalescing; tensor cores, asynchronous copies
 // and inline PTX; a warp split by divergence; the memory model, as one thread runs at a time;

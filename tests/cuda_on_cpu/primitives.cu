@@ -274,8 +274,10 @@ __global__ void no_syncwarp_kernel(float* out, int n) {
   __shfl_xor_sync(~0u, 0, 1);  // orders no memory
   out[threadIdx.x] = values[(threadIdx.x + n) % 32];
 }
-__global__ void blocks_race_kernel(float* out, int) {
-  if (threadIdx.x == 0) out[0] += 1;
+// The blocks from n on.
+__global__ void blocks_race_kernel(float* out, int n) {
+  const int block = blockIdx.x;
+  if (threadIdx.x == 0) out[block < n ? block : n] += 1;
 }
 
 std::vector<float> planted(void (*kernel)(float*, int), int grid, int threads, int n,
@@ -309,7 +311,8 @@ const std::map<std::string, std::function<void()>> kTests{
     {"planted_misaligned", [] { planted(misaligned_kernel, 1, 1, 1); }},
     {"planted_no_barrier", no_barrier},
     {"planted_no_syncwarp", [] { planted(no_syncwarp_kernel, 1, 32, 1); }},
-    {"planted_blocks_race", [] { planted(blocks_race_kernel, 2, 32, 1); }},
+    {"planted_blocks_race", [] { planted(blocks_race_kernel, 2, 32, 0); }},
+    {"planted_last_blocks_race", [] { planted(blocks_race_kernel, 64, 32, 62); }},
 };
 
 }  // namespace
