@@ -35,7 +35,7 @@ from alrao_fast.kernels.mixture import problem as mixture_problem
 from alrao_fast.kernels.mixture import weights as mixture_weights
 from triton_aot import TARGETS, Resources, Start, compile_for, record, wide_accesses
 
-pytestmark = [pytest.mark.xdist_group("triton_compile"), pytest.mark.long(90)]
+pytestmark = [pytest.mark.xdist_group("triton_compile"), pytest.mark.long(200)]
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 TYPES = {tl.float64: 8, tl.float32: 4, tl.bfloat16: 2, tl.float16: 2}
 LARGE = SMALL
