@@ -129,6 +129,22 @@ def test_costs(summary):
     assert found[Row("sgd")].runs == 2 and found[Row("adam")] == (1, 1, 1)
 
 
+def test_times_are_compared_on_one_machine():
+    records = some_records()
+    for record in records:
+        if record["case"]["method"] in ("sgd", "alrao-adam-run"):
+            record["machine"] = record["machine"] | {"cpu": "another"}
+    # Adam has run on the text there, too: the recipe takes half of its time.
+    there = fake("text", "adam", None, 0, 4.0, 4.0, step_ms=10.0, size=800)
+    there["case"]["seed"], there["machine"]["cpu"] = 1, "another"
+    found = figures.costs(figures.summarise([*records, there]))
+    assert found[Row("alrao-adam-run")] == (pytest.approx(0.5), pytest.approx(1), 1)
+    there["machine"]["cpu"] = "a third"
+    summary = figures.summarise([*records, there])
+    assert figures.costs(summary)[Row("alrao-adam-run")].step is None
+    assert next(tables.main_tables(summary, {})).rows[0][-3:] == ["1", "", "1.00"]
+
+
 def test_tables(summary):
     missing = [record for record in some_records() if "missing" in record]
     shown = [*tables.main_tables(summary, {}), *tables.detail_tables(summary, {}, missing)]

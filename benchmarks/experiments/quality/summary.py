@@ -49,8 +49,13 @@ class Cell(NamedTuple):
         return sum(record["diverged"] for record in self.best.values())
 
     @property
-    def step_ms(self) -> float:
-        return min(record["step_ms"] for record in self.all)
+    def step_ms(self) -> dict[str, float]:
+        """By the machines that it has run on."""
+        found: dict[str, float] = {}
+        for record in self.all:
+            device = record["machine"]["gpu"] or record["machine"]["cpu"]
+            found[device] = min(record["step_ms"], found.get(device, math.inf))
+        return found
 
     @property
     def bytes(self) -> int:
@@ -208,10 +213,10 @@ def sensitivity(summary: Summary) -> dict[str, dict[Interval, dict[str, list[flo
 
 
 class Cost(NamedTuple):
-    """Of a method, in multiples of Adam's, geometric means over the tasks: time of a step, bytes that it keeps; and
-    how many runs a task takes."""
+    """Of a method, in multiples of Adam's, geometric means over the tasks: time of a step on the same machine, None
+    where no task has run both there, and bytes that it keeps; and how many runs a task takes."""
 
-    step: float
+    step: float | None
     bytes: float
     runs: float
 
@@ -221,18 +226,24 @@ ADAM = Row("adam")
 
 def costs(summary: Summary) -> dict[Row, Cost]:
     """On the tasks that Adam has run on too."""
-    ratios: dict[Row, list[tuple[float, float, float]]] = {}
+    times: dict[Row, list[float]] = {}
+    others: dict[Row, list[tuple[float, float]]] = {}
     for cells in summary.values():
         adam = cells.get(ADAM)
         for row, own in cells.items():
             if adam is not None and row.interval is None:
-                time, kept = own.step_ms / adam.step_ms, own.bytes / adam.bytes
-                ratios.setdefault(row, []).append((time, kept, len(own.all) / len(own.best)))
+                others.setdefault(row, []).append(
+                    (own.bytes / adam.bytes, len(own.all) / len(own.best))
+                )
+                base, there = adam.step_ms, own.step_ms
+                times.setdefault(row, []).extend(
+                    there[device] / base[device] for device in there if device in base
+                )
     result = {}
-    for row, found in ratios.items():
-        time, kept, runs = zip(*found)
-        means = statistics.geometric_mean(time), statistics.geometric_mean(kept)
-        result[row] = Cost(*means, statistics.fmean(runs))
+    for row, found in others.items():
+        kept, runs = zip(*found)
+        step = statistics.geometric_mean(times[row]) if times[row] else None
+        result[row] = Cost(step, statistics.geometric_mean(kept), statistics.fmean(runs))
     return result
 
 

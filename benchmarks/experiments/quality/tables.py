@@ -76,7 +76,8 @@ def standings_table(summary: Summary, found: figures.Gaps) -> Table:
         if cost is None:
             rows.append([*line, "", "", ""])
         else:
-            rows.append([*line, f"{cost.runs:.3g}", f"{cost.step:.2f}", f"{cost.bytes:.2f}"])
+            step = "" if cost.step is None else f"{cost.step:.2f}"
+            rows.append([*line, f"{cost.runs:.3g}", step, f"{cost.bytes:.2f}"])
     columns = [
         "method",
         "worst gap",
