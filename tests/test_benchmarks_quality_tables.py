@@ -129,6 +129,12 @@ def test_costs(summary):
     assert found[Row("sgd")].runs == 2 and found[Row("adam")] == (1, 1, 1)
 
 
+def test_changes_have_a_standard_error():
+    assert tables.change([0.5]) == "+50.0 %"
+    assert tables.change([0.5, 0.25]) == "+37.5 +- 12.5 %"
+    assert tables.change([0.5, math.inf]) == "diverged"
+
+
 def test_times_are_compared_on_one_machine():
     records = some_records()
     for record in records:

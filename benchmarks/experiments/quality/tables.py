@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from benchmarks.experiments.quality import summary as figures
 from benchmarks.experiments.quality.methods import METHODS, TUNED
@@ -55,6 +55,14 @@ def nats(value: float, *, sign: bool = True) -> str:
 def percent(value: float) -> str:
     """A relative change."""
     return DIVERGED if math.isinf(value) else f"{100 * value:+.1f} %"
+
+
+def change(values: Sequence[float]) -> str:
+    """Mean of relative changes +- its standard error."""
+    center, deviation = mean_and_spread(values)
+    if len(values) == 1 or center == math.inf:
+        return percent(center)
+    return f"{100 * center:+.1f} +- {100 * deviation / math.sqrt(len(values)):.1f} %"
 
 
 def spread(values: Iterable[float], *, sign: bool = True) -> str:
@@ -146,13 +154,14 @@ def sensitivity_tables(summary: Summary) -> Iterator[Table]:
         for interval in sorted(by_interval, key=lambda ends: math.log(ends[1] / ends[0])):
             changes = by_interval[interval]
             means = {task: statistics.fmean(own) for task, own in changes.items() if own}
-            shown = [percent(means[task]) if task in means else "" for task in summary]
+            shown = [change(changes[task]) if task in means else "" for task in summary]
             worst = percent(max(means.values())) if means else ""
             rows.append(["({:g}, {:g})".format(*interval), worst, *shown])
         own = METHODS[method].lr_range
         setting = "its own interval" if own is None else "({:g}, {:g})".format(*own)
         title = (
-            f"{METHODS[method].label}: change of the test loss by the interval, against {setting}"
+            f"{METHODS[method].label}: change of the test loss by the interval, against {setting}, mean +- standard "
+            "error"
         )
         yield Table(title, ["interval", "worst", *summary], rows)
 
