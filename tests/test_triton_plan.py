@@ -1,6 +1,7 @@
 """Protects the Triton kernels' plan that an optimizer's binding keeps:
 
 - the bits of the list op, while gradients move, with strides of their own, and rates change in place;
+- gradients with the negative bit, and those of zeros without memory, which no address tells;
 - the same with and without the compiled extension, which looks after the tensors where it is there;
 - a parameter or state that is no longer what the plan saw is noticed, and nothing is written;
 - gradients, scalars and options that do not fit are refused; an optimizer's step goes through the plan.
@@ -25,6 +26,7 @@ DEVICE = backends.device_of("triton")
 # Flags are no numbers: Triton compiles no `if` for a float, and takes one that equals a known flag for that.
 PLAIN = {"nesterov": False, "authors_momentum": False}
 MOMENTUM = dict.fromkeys(SGD.options, 0.0) | {"momentum": 0.5} | PLAIN
+PLAIN_SGD = MOMENTUM | {"momentum": 0.0}
 AMSGRAD = {"amsgrad": True, "decoupled": False, "authors_eps": False}
 MOMENTS = dict.fromkeys(ADAM.options, 0.5) | AMSGRAD
 
@@ -65,6 +67,22 @@ def test_the_bits_of_the_list_op(op, options, watched_by):
     assert torch.equal(lists.steps, others.steps)
     for got, want in ((lists.params, others.params), *zip(lists.states, others.states)):
         assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_gradients_that_are_not_in_memory():
+    problem = testing.feature_problem(device=DEVICE)
+    param = problem.params[0]
+    steps = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    rates = [torch.ones(1, device=DEVICE)]
+    plan = TritonPlan(SGD, Lists([param], [], [], rates, [1], [], steps))
+    for step in range(3):
+        before = param.clone()
+        grad = torch.full_like(param, 1.0 + step)
+        assert plan.step([torch._neg_view(grad)], PLAIN_SGD, Scalars())
+        assert torch.equal(param, before + grad)
+        zero = torch._efficientzerotensor(param.shape, dtype=param.dtype, device=DEVICE)
+        assert plan.step([zero], PLAIN_SGD, Scalars())
+        assert torch.equal(param, before + grad)
 
 
 def test_who_watches(watched_by):

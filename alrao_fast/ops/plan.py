@@ -34,6 +34,11 @@ dispatch.outside_graphs(
         "_feature_plan_gradients(int plan, Tensor[] grads, Tensor(a!) addresses) -> int"
     ),
 )
+# Of what has the negative bit, as the imaginary part of a conjugate, or is zero without memory, the dispatcher would
+# pass on a copy that is gone before a kernel reads it.
+_LAZY = -2
+for _key in ("Negative", "ZeroTensor"):
+    dispatch.LIB.impl("_feature_plan_gradients", lambda *_: _LAZY, _key)
 _make = torch.ops.alrao_fast._feature_plan.default
 _set_options = torch.ops.alrao_fast._feature_plan_options.default
 _step = torch.ops.alrao_fast._feature_plan_step_.default
@@ -47,6 +52,11 @@ def _free(number: int) -> None:
     modes = torch._C._len_torch_dispatch_stack() + _len_torch_dispatch_stack_pre_dispatch()
     with _disable_current_modes() if modes else contextlib.nullcontext():
         _free_op(number)
+
+
+def _in_memory(grads: list[Tensor]) -> list[Tensor]:
+    """The gradients, or what they stand for, as their memory has them."""
+    return [g.clone() if torch._is_zerotensor(g) else g.resolve_neg() for g in grads]
 
 
 def _registered(op: FeatureOp, lists: Lists, owner: object) -> int:
@@ -126,6 +136,8 @@ class TritonPlan:
         op, lists, number = self._op, self._lists, self._number
         check = partial(op.check, lists, grads, options, scalars)
         addresses, copies = None, 0
+        if number is None:
+            grads = _in_memory(grads)
         if self._plan is None:
             check()
             with dispatch.device_of(lists.steps):
@@ -134,6 +146,10 @@ class TritonPlan:
                 self._number = _registered(op, lists, self)
         elif number is not None:
             copies = _gradients(number, grads, self._addresses)
+            if copies == _LAZY:
+                # These live until the launch.
+                grads = _in_memory(grads)
+                copies = _gradients(number, grads, self._addresses)
             if copies < 0:
                 return False
             addresses = self._addresses.tolist()
@@ -141,19 +157,21 @@ class TritonPlan:
             return False
         if len(lists.states) != op.num_states(options):
             check()
-        with dispatch.device_of(lists.steps):
-            self._frame.run_plan(
-                self._plan,
-                op.kernels.UPDATE,
-                lists,
-                grads,
-                options,
-                **scalars.arguments(),
-                check=check,
-                addresses=addresses,
-            )
-        if copies:
-            _release(number)
+        try:
+            with dispatch.device_of(lists.steps):
+                self._frame.run_plan(
+                    self._plan,
+                    op.kernels.UPDATE,
+                    lists,
+                    grads,
+                    options,
+                    **scalars.arguments(),
+                    check=check,
+                    addresses=addresses,
+                )
+        finally:
+            if copies:
+                _release(number)
         increment_version(lists.params)
         return True
 
