@@ -58,8 +58,8 @@ class AlraoMuon(AlraoOptimizer):
         p = p - lr * r(i) * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p)       of all else
 
     A feature is a row of a matrix. log r is drawn per feature from a triangular law on [log lo, log hi]; clone n of N
-    has its quantile (n + 1/2) / N. `orthogonal` is the iteration of Newton and Schulz of torch.optim.Muon, five steps with
-    its coefficients (K. Jordan and others, Muon: an optimizer for hidden layers in neural networks, 2024), for all
+    has its quantile (n + 1/2) / N. `orthogonal` is the iteration of Newton and Schulz of torch.optim.Muon, five steps
+    with its coefficients (K. Jordan and others, Muon: an optimizer for hidden layers in neural networks, 2024), for all
     matrices of one shape together: in bfloat16 on a GPU, in float32 on a CPU, in float64 for float64 parameters.
 
     Which parameters are matrices follows the feature layouts: weights of linear layers, of convolutions, flattened to
