@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -19,6 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -109,7 +111,8 @@ def record(call: Callable[[], object]) -> list[Start]:
             signature.append((param.name, kind))
         starts.append(Start(self, tuple(signature), tuple(constants), tuple(aligned), options))
 
-    with mock.patch.object(JITFunction, "run", run):
+    nowhere = SimpleNamespace(get_current_device=lambda: None)
+    with mock.patch.object(JITFunction, "run", run), mock.patch.object(driver, "_active", nowhere):
         call()
     return starts
 
