@@ -72,10 +72,16 @@ class _Random:
         return 5
 
 
-def _check_clones(net: Any, opt: Any, low: float = 1e-5, high: float = 10.0) -> None:
+def _check_clones(net: Any, opt: Any) -> None:
     own = [opt.state[p]["rate"] for p in (net.head.weight, net.head.bias)]
+    low, high = opt.defaults["lr_range"]
+    right = spread(low, high)
+    if isinstance(opt, alrao.AlraoAdam):
+        # The triangular law's quantiles 1/6, 1/2 and 5/6.
+        first = (1 / 12) ** 0.5
+        right = low * (high / low) ** torch.tensor([first, 0.5, 1 - first]).double()
     for rate in own:
-        ratio = rate.double() / spread(low, high)
+        ratio = rate.double() / right
         assert_near(ratio, torch.ones(3).double(), "clone rates over right ones", 1e-5)
     assert_near(net.head.clone_lr, own[0], "clone_lr")
     x, y = data()
@@ -108,7 +114,7 @@ def decay_groups() -> None:
     matrices = [net.backbone.linear.weight, net.head.weight]
     vectors = [net.backbone.linear.bias, net.head.bias]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors}]
-    _check_clones(net, alrao.AlraoAdam(groups), 1e-4, 1.0)
+    _check_clones(net, alrao.AlraoAdam(groups))
 
 
 def _ordinary_loops() -> dict[str, Callable[[Any, Tensor, Tensor], Tensor]]:

@@ -19,6 +19,7 @@ POSITIVE = Number((1e-3, 0.5), outside=(0.0, -0.1, 1e-60))
 LEARNING_RATE = Number((0.0, 0.5, 1e-3), outside=(-0.1,))
 SAMPLERS: dict[str, dict[str, Any]] = {
     "LogUniform": {"lo": POSITIVE, "hi": Number((1.0, 2.0), outside=(0.0, -1.0, 1e39, 1e-5))},
+    "LogTriangular": {"lo": POSITIVE, "hi": Number((1.0, 2.0), outside=(0.0, -1.0, 1e39, 1e-5))},
     "PerWeight": {"lo": POSITIVE, "hi": Number((1.0, 2.0), outside=(0.0, -1.0, 1e39, 1e-5))},
     "Fraction": {"p": Number((0.0, 0.5, 1.0), outside=(-0.1, 1.1)), "lr": LEARNING_RATE},
     "Constant": {"lr": LEARNING_RATE},
@@ -43,8 +44,10 @@ def samplers(rng: Random) -> Trial:
             low, high = torch.tensor([given["lo"], given["hi"]]).float()
             assert ((rates >= low) & (rates <= high)).all(), "a rate outside"
             clones = sampler.clone_rates(3).double()
-            middle = (given["lo"] * given["hi"]) ** 0.5
-            expected = torch.tensor([given["lo"], middle, given["hi"]], dtype=torch.float64)
+            # Of the logarithm: both ends and the middle; of the triangular law the quantiles 1/6, 1/2 and 5/6.
+            first = (1 / 12) ** 0.5 if kind == "LogTriangular" else 0.0
+            places = torch.tensor([first, 0.5, 1 - first], dtype=torch.float64)
+            expected = given["lo"] * (given["hi"] / given["lo"]) ** places
             assert_near(clones / expected, torch.ones(3), "clone_rates", 1e-5)
             return
         allowed = {0.0, given["lr"]} if "p" in given and given["p"] < 1 else {given["lr"]}
