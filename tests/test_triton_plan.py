@@ -85,6 +85,18 @@ def test_gradients_that_are_not_in_memory():
         assert torch.equal(param, before + grad)
 
 
+def test_made_in_inference_mode():
+    param, buffer = torch.ones(8, 6, device=DEVICE), torch.zeros(8, 6, device=DEVICE)
+    rates, steps = torch.ones(8, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    lists = Lists([param], [[buffer]], [], [rates], [6], [], steps)
+    with torch.inference_mode():
+        plan = TritonPlan(SGD, lists)
+        assert plan.step([torch.ones(8, 6, device=DEVICE)], MOMENTUM, Scalars())
+    assert plan.step([torch.ones(8, 6, device=DEVICE)], MOMENTUM, Scalars())
+    # Buffers 1 and 1.5.
+    assert torch.equal(param, torch.full_like(param, 1 - 2.5))
+
+
 def test_who_watches(watched_by):
     plan, *_ = one()
     assert (plan._number is None) == (watched_by == "python")

@@ -130,7 +130,9 @@ class TritonPlan:
         # Made with the first gradients: what is checked are all arguments together.
         self._plan: Any = None
         self._number: int | None = None
-        self._addresses = torch.empty(len(lists.params), dtype=torch.int64, device="cpu")
+        # Written by steps in inference mode and outside of it.
+        with torch.inference_mode(False):
+            self._addresses = torch.empty(len(lists.params), dtype=torch.int64, device="cpu")
 
     def step(self, grads: list[Tensor], options: Options, scalars: Scalars) -> bool:
         op, lists, number = self._op, self._lists, self._number

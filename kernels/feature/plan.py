@@ -208,7 +208,9 @@ class Plan:
             # A vector that a captured graph reads is never written again.
             frozen = any(entry[0] is self._grads for entry in self._captured)
             if self._grads is None or frozen or _capturing(device):
-                self._grads = torch.empty(len(pointers), dtype=torch.int64, device=device)
+                # Steps outside of inference mode write into it, too.
+                with torch.inference_mode(False):
+                    self._grads = torch.empty(len(pointers), dtype=torch.int64, device=device)
             self._grads.copy_(staged, non_blocking=True)
             self._pointers = pointers
             if _capturing(device):
