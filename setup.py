@@ -12,7 +12,8 @@ ALRAO_CPP=0           pure Python: every op runs through the reference.
 TORCH_CUDA_ARCH_LIST  as for torch's own extensions: "9.0" or "8.0;9.0+PTX"; "native": the GPUs of this machine, which
                       is also what a build in place (editable) takes where there are any; else, and for a wheel,
                       which may travel, 8.0 to 12.0 and PTX.
-CUDA_HOME, CXX, CXXFLAGS, LDFLAGS, NVCC_APPEND_FLAGS and MAX_JOBS have their usual meaning.
+CUDA_HOME, CXX, CXXFLAGS, LDFLAGS, NVCC_APPEND_FLAGS and MAX_JOBS have their usual meaning;
+NVCC_APPEND_FLAGS=-lineinfo shows a profiler the sources' lines, in a binary of 2.5 times the size.
 """
 
 from __future__ import annotations
@@ -63,7 +64,6 @@ KERNEL_FLAGS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 NVCC_FLAGS = [
     "-std=c++17",
     "-O3",
-    "-lineinfo",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
 ]
 STRICT_NVCC_FLAGS = ["-Werror=all-warnings"]

@@ -1,7 +1,7 @@
 """Protects: what is built where, and the one line that says what was left out; the contents of sdist and wheel; an
 install without a compiler; a binary that does not load; the choice of the CPU instruction set; that the binary uses
-only torch's stable ABI, and that code for a newer processor stays in its namespace; that the CUDA kernels compile
-without warnings and spills, and load on a machine without a driver."""
+only torch's stable ABI, that code for a newer processor stays in its namespace, and that no path of the machine that
+built it is in it; that the CUDA kernels compile without warnings and spills, and load on a machine without a driver."""
 
 import importlib.util
 import json
@@ -9,11 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from cuda_machine_code import USUAL_ARCHS
 
 from alrao_fast import _extension
@@ -369,6 +371,17 @@ def test_only_the_stable_abi_of_torch_is_used():
     assert any(name.startswith(("torch_", "aoti_torch_")) for name in names)
 
 
+def hold_no_path(binary):
+    contents = binary.read_bytes()
+    for folder in (ROOT, Path(torch.__file__).parent, Path(sysconfig.get_path("include"))):
+        assert bytes(folder) not in contents
+
+
+@needs_extension
+def test_the_binary_holds_no_path_of_the_machine():
+    hold_no_path(ROOT / "alrao_fast" / "_C.abi3.so")
+
+
 def test_no_wide_instructions_leak_out_of_a_kernel():
     # The linker keeps one copy of a weak function: perhaps the one compiled for a newer processor.
     objects = sorted((ROOT / "build" / "ext").glob("*/cpu/*_kernel.cpp.v*.o"))
@@ -394,6 +407,7 @@ def test_cuda_kernels_compile_link_and_load(tmp_path):
     info = json.loads((tmp_path / "alrao_fast" / "_build_info.json").read_text())
     assert info["cuda_skipped"] is None
     assert {"sm_80", "sm_90"} <= set(info["cuda_archs"])
+    hold_no_path(tmp_path / "alrao_fast" / "_C.abi3.so")
     shutil.copytree(
         ROOT / "alrao_fast",
         tmp_path / "alrao_fast",
