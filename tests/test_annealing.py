@@ -7,6 +7,7 @@
 """
 
 import copy
+import math
 
 import pytest
 import torch
@@ -30,8 +31,9 @@ def log_rates(opt, param):
 def test_by_hand():
     """The interval (1e-4, 1), in powers of ten: middle -2, half width 2; clones at -4, -8/3, -4/3, 0.
 
-    All mass is at -4/3, which stays where it is. Half way with a tenth of the width left k = .55: the middle goes to
-    .55 * -2 + .45 * -4/3 = -1.7, a rate at -4 to -2.8, one at 0 to -0.6. At the end k = .1: the middle at -1.4.
+    All mass is at -4/3, which stays where it is. 0.4 of four decades are a tenth, so after a third of the run k = 1/4:
+    the middle goes to 1/4 * -2 + 3/4 * -4/3 = -1.5, a rate at -4 to -2, one at 0 to -1. At the end k = .1: the middle
+    at -1.4.
     """
     model = build()
     opt = AlraoSGD(model, (1e-4, 1.0), generator=generator(0))
@@ -40,7 +42,7 @@ def test_by_hand():
     tensor, shared = opt.state[weight]["rate"], opt.state[model.backbone[0].bias]["rate"]
     set_posterior(model, [0.0, 0.0, 1.0, 0.0])
     close = {"rtol": 0, "atol": 1e-6}
-    for progress, middle, keep in ((0.5, -1.7, 0.55), (1.0, -1.4, 0.1), (0.0, -2, 1)):
+    for progress, middle, keep in ((1 / 3, -1.5, 0.25), (1.0, -1.4, 0.1), (0.0, -2, 1)):
         opt.anneal_rates(progress)
         torch.testing.assert_close(log_rates(opt, weight), middle + keep * (drawn + 2), **close)
         ends = torch.tensor([middle - 2 * keep, middle + 2 * keep], dtype=torch.float64)
@@ -49,6 +51,22 @@ def test_by_hand():
     assert opt.state[weight]["rate"] is tensor and shared is tensor
     opt.anneal_rates(1.0, width=0.0)
     assert log_rates(opt, weight).unique().numel() == 1
+    opt.anneal_rates(0.0, width=0.0)
+    assert torch.equal(log_rates(opt, weight), drawn)
+
+
+@pytest.mark.parametrize("interval", [(1e-6, 1e3), (1e-4, 1.0), (1e-3, 1e-2), (0.1, 0.2)])
+def test_intervals_end_equally_wide(interval):
+    """In decades, where they were wider; k = 1 / (1 + q (1 / w - 1)) on the way, with w = 0.4 / decades."""
+    model = build()
+    opt = AlraoSGD(model, interval, generator=generator(0))
+    weight = model.backbone[0].weight
+    drawn, decades = log_rates(opt, weight), math.log10(interval[1] / interval[0])
+    for q in (0.1, 0.5, 1.0):
+        opt.anneal_rates(q)
+        kept = float(log_rates(opt, weight).std() / drawn.std())
+        expected = 1 / (1 + q * (decades / 0.4 - 1)) if decades > 0.4 else 1
+        assert kept == pytest.approx(expected, rel=1e-4)
 
 
 def test_rates_stay_in_the_interval_they_were_drawn_from():
@@ -274,10 +292,10 @@ def test_triangular_rates_narrow_alike():
     weight = model.backbone[0].weight
     drawn, clones = log_rates(opt, weight), model.head.clone_lr.clone()
     opt.anneal_rates(1.0)
-    expected = (drawn + 1.5) * 0.1
+    expected = (drawn + 1.5) * 0.4 / 3
     actual = log_rates(opt, weight)
     torch.testing.assert_close(
         actual - actual.mean(), expected - expected.mean(), rtol=0, atol=1e-6
     )
     before, after = (rates.log10().diff() for rates in (clones, model.head.clone_lr))
-    torch.testing.assert_close(after, 0.1 * before, rtol=1e-4, atol=0)
+    torch.testing.assert_close(after, 0.4 / 3 * before, rtol=1e-4, atol=0)

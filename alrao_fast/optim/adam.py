@@ -36,9 +36,9 @@ class AlraoAdam(AlraoOptimizer):
             the meta device, count as drawn as torch's layers do. Clones are not bounded, nor are the rates of samplers
             without an interval. None: no bound, as in the paper.
         total_steps: the length of the run in steps, where it is known, and with it the whole recipe: a warm-up over 5 %
-            of it, an interval that narrows to a tenth around the clones' posterior mean (`anneal_rates`, 40 times), and
-            averages, which `with opt.averaged():` evaluates. Needs clones among the parameters; steps beyond it keep
-            the last rates.
+            of it, an interval that narrows to 0.4 decades around the clones' posterior mean (`anneal_rates`, 40 times),
+            and averages, which `with opt.averaged():` evaluates. Needs clones among the parameters; steps beyond it
+            keep the last rates.
         warmup_steps, averaging: as in `AlraoSGD`; None: as `total_steps` says, or neither. `averaging=False`: none in
             any case.
         sampler: `LogTriangular(*lr_range)` if None.

@@ -1,12 +1,13 @@
 """The interval of the rates, narrowed during a run around what the clones have found.
 
 The clones measure which rates serve: the switch's posterior over the rates that they have. With q the part of the run
-that is over and w the width that is left at its end, a rate drawn as log r becomes
+that is over and w the share of the interval's width that is left at its end, a rate drawn as log r becomes
 
-    log r(q) = k log r + (1 - k) c(q),    k = 1 - q (1 - w)
+    log r(q) = k log r + (1 - k) c(q),    1 / k = 1 + q (1 / w - 1)
 
 where c(q) is the posterior mean of the clones' log-rates as drawn: what the clones agree on stays where it is, and all
-rates stay in their interval. Where they come from another interval than the clones', c is as far from its middle.
+rates stay in their interval. Where they come from another interval than the clones', c is as far from its middle. All
+intervals narrow to the same width in decades, wide ones faster: within a tenth of a run, nine to 2.9 and four to 2.1.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from alrao_fast.optim.states import rates_in
 if TYPE_CHECKING:
     from alrao_fast.optim.base import AlraoOptimizer
 
-# The share of the log-interval's width that is left at the end, and how often in a run it is narrowed.
-WIDTH, TIMES = 0.1, 40
+# The decades that are left at the end of a run, and how often in it rates are narrowed.
+WIDTH, TIMES = 0.4, 40
 
 
 class Run:
@@ -71,10 +72,10 @@ def anneal(optimizer: AlraoOptimizer, progress: float, width: float) -> None:
     optimizer.refresh()
     intervals = list(_intervals(optimizer))
     shift = _shift(optimizer, intervals)
-    keep = 1 - progress * (1 - width)
     originals: dict[int, Tensor] = {}
     for sampler, params in intervals:
         lo, hi = math.log(sampler.lo), math.log(sampler.hi)
+        keep = _kept(progress, width * math.log(10), hi - lo)
         centre = (0.5 * (lo + hi) + shift).clamp(lo, hi)
         for param in params:
             own = optimizer.state[param]
@@ -90,6 +91,13 @@ def anneal(optimizer: AlraoOptimizer, progress: float, width: float) -> None:
             optimizer._rates[param] = rates_in(own)
     for head in live.heads:
         head.follow_optimizer()
+
+
+def _kept(progress: float, left: float, whole: float) -> float:
+    """The share of a log-interval's width `whole` that is kept, where `left` is left at the end."""
+    if progress == 0 or left >= whole:
+        return 1.0
+    return left / (left + progress * (whole - left))
 
 
 def _intervals(optimizer: AlraoOptimizer) -> Iterator[tuple[LogUniform, list[Tensor]]]:

@@ -51,7 +51,7 @@ from alrao_fast.optim.rated import Rated
 from alrao_fast.optim.rates import Constant, Sampler
 from alrao_fast.optim.states import complete, rates_in
 
-_SHARES = {name: Number(low=0, high=1) for name in ("progress", "width")}
+_NARROWING = {"progress": Number(low=0, high=1), "width": Number(low=0)}
 # The arguments of a constructor that are no options of a param group.
 _OWN = {
     "sampler": SAMPLER,
@@ -348,19 +348,19 @@ class AlraoOptimizer(Rated):
     def anneal_rates(self, progress: float, *, width: float = annealing.WIDTH) -> None:
         """Narrow the interval of the rates around what the clones have found, in place and without waiting.
 
-        A log-rate keeps its place in the interval, whose width shrinks linearly to `width` of what it was and whose
+        A log-rate keeps its place in the interval, whose width falls to `width` decades, fastest at first, and whose
         centre moves to the posterior mean of the clones' log-rates, within the interval of the draw. A few dozen
         calls in a run are enough. The rates as they were drawn stay in the state, as "drawn_rate", from which each call
         starts: what was written into "rate" by hand is lost. Those of samplers without an interval stay as they are.
 
         Args:
             progress: the part of the run that is over, from 0 (the rates as they were drawn) to 1.
-            width: the share of the log-interval's width that is left at the end, from 0 to 1.
+            width: the decades that are left at the end, at least 0; a narrower interval stays as it is.
 
         Under a CUDA graph: call it once before the capture, then between replays. Raises ValueError for a number out of
         range or where no clones are among the parameters.
         """
-        given = checked(_SHARES, {"progress": progress, "width": width})
+        given = checked(_NARROWING, {"progress": progress, "width": width})
         annealing.anneal(self, given["progress"], given["width"])
 
     # The step.
