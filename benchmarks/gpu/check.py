@@ -188,10 +188,11 @@ def steps(check: Check) -> None:
 
     build = [python, "setup.py", "build_ext", "--inplace"]
     archs = sorted({device["capability"] for device in check.result["devices"]})
-    # Lines of the sources, for the sanitizer's reports.
-    wanted = {"NVCC_APPEND_FLAGS": f"{os.environ.get('NVCC_APPEND_FLAGS', '')} -lineinfo"}
+    wanted = {}
     if check.on_gpu:
-        wanted |= {"ALRAO_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ";".join(archs)}
+        wanted = {"ALRAO_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ";".join(archs)}
+        # Lines of the sources, for the sanitizer's reports.
+        wanted["NVCC_APPEND_FLAGS"] = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} -lineinfo"
     run("build", build, 150, env=wanted, after=_built)
     if check.result["steps"][-1]["verdict"] != "passed":
         # What needs no CUDA kernels can still be seen.
