@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from alrao_fast import backends, testing
 
@@ -41,9 +42,9 @@ pytestmark = [pytest.mark.xdist_group("triton_compile"), pytest.mark.long(200)]
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 TYPES = {tl.float64: 8, tl.float32: 4, tl.bfloat16: 2, tl.float16: 2}
 LARGE = SMALL
-# Accesses to local memory, or registers of AMD. Before 3.9 five configurations have a few: of float64, of float16 on
-# sm_90, of gfx942.
-SPILLS = 0 if torch.torch_version.TorchVersion(triton.__version__) >= "3.9" else 6
+# The most of a kernel (accesses to local memory, or registers of AMD), and how many kernels have any: before 3.9 three
+# of float64, one of float16, one of gfx942.
+SPILLS, SPILLING = (0, 0) if TorchVersion(triton.__version__) >= "3.9" else (6, 5)
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
@@ -297,6 +298,7 @@ def test_everything_compiles_without_spills(compiled, capsys):
     print("\ntarget  regs spil shared  kernel")
     print("\n".join(rows))
     assert not wrong, "\n".join(wrong)
+    assert sum(not isinstance(r, str) and r.spills > 0 for r in compiled.values()) <= SPILLING
 
 
 def test_full_chunks_move_16_bytes_at_a_time(compiled):
