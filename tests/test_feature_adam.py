@@ -76,12 +76,12 @@ def test_float32_moments_of_low_precision_parameters(backend, device, dtype):
 @pytest.mark.interpreted
 @pytest.mark.sanitized
 def test_by_hand(backend, device):
-    """betas (1/2, 1/2), eps 0, one step from m = v = 0 with g = 2 and rates 1/2 and 1/4.
+    """betas (1/2, 1/2), eps 0, one step from m = v = 0 with g = 2 and rates 1/2, 1/4 and 6.
 
     m = 1, v = 2; both corrections are 1/2, so m / (1 - beta1) = 2 and sqrt(v / (1 - beta2)) = 2: the change is the
-    rate itself. Decoupled decay 1/2 first: p = 4 * (1 - r/2) - r = 2.5 and 3.25.
+    rate itself. Decoupled decay 1/2 first: p = 4 * (1 - r/2) - r = 2.5 and 3.25; the third factor, -2, counts as 0.
     """
-    param = torch.full((2, 1), 4.0, dtype=torch.float64, device=device)
+    param = torch.full((3, 1), 4.0, dtype=torch.float64, device=device)
     m, v = torch.zeros_like(param), torch.zeros_like(param)
     steps = torch.zeros(1, dtype=torch.int64, device=device)
     feature_adam_(
@@ -89,7 +89,7 @@ def test_by_hand(backend, device):
         [torch.full_like(param, 2.0)],
         [m],
         [v],
-        [torch.tensor([0.5, 0.25], device=device)],
+        [torch.tensor([0.5, 0.25, 6.0], device=device)],
         steps=steps,
         betas=(0.5, 0.5),
         eps=0.0,
@@ -97,8 +97,8 @@ def test_by_hand(backend, device):
         decoupled_weight_decay=True,
         impl=backend,
     )
-    torch.testing.assert_close(param.flatten().tolist(), [2.5, 3.25], rtol=1e-15, atol=0)
-    assert m.tolist() == [[1.0], [1.0]] and v.tolist() == [[2.0], [2.0]] and steps.tolist() == [1]
+    torch.testing.assert_close(param.flatten().tolist(), [2.5, 3.25, -6.0], rtol=1e-15, atol=0)
+    assert m.tolist() == [[1.0]] * 3 and v.tolist() == [[2.0]] * 3 and steps.tolist() == [1]
 
 
 @pytest.mark.parametrize(

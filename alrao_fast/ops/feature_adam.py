@@ -67,7 +67,7 @@ def feature_adam_(
     With r(i) the rate of entry i and t the number of this update, from 1:
 
         g = (-g if maximize else g) / grad_scale
-        p = p * (1 - lr * r(i) * weight_decay) if decoupled_weight_decay, else g = g + weight_decay * p
+        p = p * max(0, 1 - lr * r(i) * weight_decay) if decoupled_weight_decay, else g = g + weight_decay * p
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g^2                        (amsgrad: v_max = max(v_max, v) in place of v below)
         p = p - lr * r(i) / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)

@@ -22,8 +22,8 @@ class AlraoAdam(AlraoOptimizer):
 
     Args:
         betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.Adam.
-        decoupled_weight_decay: decay the weights as AdamW does, by lr * r(i) * weight_decay, instead of adding the
-            decay to the gradient.
+        decoupled_weight_decay: decay the weights as AdamW does, by the factor 1 - lr * r(i) * weight_decay, at least 0,
+            instead of adding the decay to the gradient.
         eps_rule: "torch", or "authors" for that of the paper's code, where eps is not rescaled by the bias
             correction; it is for the pre-classifier only: clones keep torch's and get a param group of their own.
         master_weights: keep a float32 copy of bfloat16 and float16 parameters in the state, which follows what is

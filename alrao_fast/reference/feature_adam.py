@@ -5,7 +5,8 @@ With t the number of this update, from 1:
     m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2          (amsgrad: v_max = max(v_max, v))
     p = p - s r(i) / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-Decoupled weight decay (AdamW) multiplies p by 1 - s r(i) weight_decay first; otherwise it is added to the gradient.
+Decoupled weight decay (AdamW) multiplies p by max(0, 1 - s r(i) weight_decay) first; otherwise it is added to the
+gradient. Below 0 the factor would flip the weights, below -1 drive them to infinity: rates span orders of magnitude.
 Layouts, rounding, skipped steps, warm-up and averages are those of `feature_sgd`.
 """
 
@@ -71,7 +72,7 @@ def feature_adam_(
 
         g = scaled_gradient(grads[t], param, dtype, maximize, grad_scale)
         if decoupled:
-            p = p * (1 - rate * weight_decay)
+            p = p * (1 - rate * weight_decay).clamp(min=0)
         elif weight_decay:
             g = g + weight_decay * p
 

@@ -37,7 +37,7 @@ struct AdamOptions : FeatureOptions {
 enum class Decay {
   kNone,
   kGradient,  // weight_decay * p is added to the gradient (Adam)
-  kWeights,   // p is multiplied by 1 - rate * weight_decay first (AdamW)
+  kWeights,   // p is multiplied by max(0, 1 - rate * weight_decay) first (AdamW)
 };
 
 // base^exponent for 0 <= base <= 1 and exponent >= 1, to nearest almost always, by squaring in
@@ -82,7 +82,10 @@ ALRAO_HOST_DEVICE static inline void adam_element(acc& p, acc g, acc& m, acc& v,
                                                   Decay decay) {
   g *= s.grad_factor;
   if (decay == Decay::kGradient) g += s.weight_decay * p;
-  if (decay == Decay::kWeights) p *= 1 - rate * s.weight_decay;
+  if (decay == Decay::kWeights) {
+    const acc kept = 1 - rate * s.weight_decay;
+    p *= kept > 0 ? kept : 0;
+  }
   m = s.beta1 * m + s.one_minus_beta1 * g;
   v = s.beta2 * v + s.one_minus_beta2 * g * g;
   acc second = v;

@@ -47,7 +47,7 @@ def update(
 ):
     beta1, rest1, correction1, beta2, rest2, root_correction2, eps, weight_decay = ready
     if DECOUPLED:
-        p = p * (1 - rate * weight_decay)
+        p = p * tl.maximum(1 - rate * weight_decay, 0)
     else:
         # Left out where it is 0: 0 * inf would be NaN.
         g = tl.where(weight_decay != 0, g + weight_decay * p, g)
