@@ -64,8 +64,6 @@ void check_extras(const LossArguments& arguments, const MixtureSizes& sizes, Sca
   const LossOptions& options = arguments.options;
   ALRAO_CHECK(!options.mean || !(extras.row_weight || extras.per_sample),
               "mean: got True, expected False with row_weight or per_sample");
-  ALRAO_CHECK(!extras.per_sample || !(options.need_dx || options.need_dw),
-              "per_sample: got True, expected False where gradients are needed");
   ALRAO_CHECK(extras.divisor > 0, "divisor: got ", extras.divisor, ", expected a number > 0");
   if (extras.num_items) check_num_items(*extras.num_items, wide, x);
   ALRAO_CHECK(!extras.divides() || !(options.mean || extras.row_weight || extras.per_sample),

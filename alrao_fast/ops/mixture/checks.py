@@ -104,6 +104,14 @@ def gradient_dtypes(
     )
 
 
+def in_dtype(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """A gradient in the dtype that autograd expects, None for what is not needed."""
+    if gradient is None or dtype is None:
+        return None
+    # No call that does nothing: this runs in every training step.
+    return gradient if gradient.dtype is dtype else gradient.to(dtype)
+
+
 def check_weight(weight: Tensor) -> None:
     # A tracer warns of sizes that are looked at.
     if torch.jit.is_tracing():

@@ -2,7 +2,7 @@
 
 Mathematics: reference/switch_mixture.py. The op computes the gradients along with the loss, since
 one pass over the logits serves all of them; the backward only scales them. Losses per sample wait
-for the factors of theirs: their backward calls the op again. The gradients are not those of one
+for the factors of theirs (per_sample.py). The gradients are not those of one
 function: x gets the mixture's, each clone its own, so there is no second derivative, and no
 forward-mode one. Both raise.
 """
@@ -113,7 +113,7 @@ def _save_op(op: _Op, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     ctx.per_sample = inputs[op.per_sample]
     ctx.num_others = len(inputs) - 3
     if ctx.per_sample:
-        per_sample.save(ctx, op, inputs)
+        per_sample.save(ctx, op, inputs, output[2:])
     else:
         _save(ctx, op.find(inputs), output)
 
@@ -136,17 +136,10 @@ def _scaled_gradients(ctx: Any, grad: Tensor | None) -> Sequence[Tensor | None]:
 
 def _gradients(ctx: Any, scaled: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The same, scaled already, in the dtypes that autograd expects."""
-    gradients = [_to(g, dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)]
+    gradients = [checks.in_dtype(g, dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)]
     if torch.is_grad_enabled():
         return derivatives.final(gradients, ctx.sources, NO_OTHER_DERIVATIVE)
     return gradients
-
-
-def _to(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    if gradient is None or dtype is None:
-        return None
-    # No call that does nothing: this runs in every training step.
-    return gradient if gradient.dtype is dtype else gradient.to(dtype)
 
 
 class _EagerGradients(torch.autograd.Function):
@@ -197,10 +190,10 @@ class _EagerLosses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         op, others, *_ = call
         inputs = x, weight, bias, *others
-        losses, stats, *_ = op.run(inputs)
+        losses, stats, *made = op.run(inputs)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        per_sample.save(ctx, op, inputs)
+        per_sample.save(ctx, op, inputs, made)
         return losses, stats
 
     @staticmethod
@@ -235,6 +228,8 @@ def _define(likelihood: type[Likelihood]) -> None:
             # Where the dispatcher calls Python, it leaves out defaults at the end.
             inputs = (*inputs, *defaults[len(inputs) :])
             x, weight, bias, need_dx, need_dw = find(inputs)
+            if inputs[place] and (need_dx or need_dw):
+                raise NotImplementedError(f"{likelihood.OP}: {per_sample.IN_NO_GRAPH}")
             losses = x.shape[:1] if inputs[place] else ()
             return (
                 x.new_empty(losses, dtype=checks.accumulator(x.dtype)),
@@ -330,13 +325,13 @@ def prepared_stats(
     inputs: tuple[Tensor, Tensor, Tensor | None, Tensor],
     target: Tensor,
     mean: bool,
-    per_sample: bool,
+    one_by_one: bool,
     memory: int,
     backend: str,
     observer: Observer | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same of inputs and a target that are checked and in rows, with the options that `weighed` has made, of which
-    `per_sample` is one: then the losses are `[B]`."""
+    `one_by_one` is one: then the losses are `[B]`."""
     x, weight, bias, log_posterior = inputs
     if backend == "reference" or derivatives.transformed():
         checks.check_inputs(x, weight, bias, log_posterior, memory)
@@ -352,15 +347,15 @@ def prepared_stats(
 
     # Whether the gradient to x, and those to weight and bias, are wanted.
     need_dx = need_dw = False
-    if per_sample:
-        # Its backward mixes by the posterior that this forward saw.
-        log_posterior = log_posterior.clone()
-    elif torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (not one_by_one or per_sample.keeps(x, weight, memory, backend)):
         need_dx = x.requires_grad
         need_dw = weight.requires_grad or (bias is not None and bias.requires_grad)
+    elif one_by_one:
+        # The backward runs the op again, with the posterior that this forward saw.
+        log_posterior = log_posterior.clone()
     data = x, weight, bias, log_posterior, target
     needs = mean, need_dx, need_dw, memory
-    one_launch = backend == "cuda" and not per_sample
+    one_launch = backend == "cuda" and not one_by_one
     if observer is not None and one_launch and not torch.compiler.is_compiling():
         # The update is the tail of the op's last kernel.
         logw, _, t, running, mean, theta = observer
@@ -375,7 +370,7 @@ def prepared_stats(
     else:
         op = _ops[likelihood.OP, backend == "triton", False]
         call = op, arguments[3:], need_dx, need_dw
-        function = _EagerLosses if per_sample else _EagerGradients
+        function = _EagerLosses if one_by_one else _EagerGradients
         loss, stats = function.apply(call, x, weight, bias)
     if observer is not None:
         # Its tensors are checked.

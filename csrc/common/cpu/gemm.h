@@ -55,6 +55,14 @@ void run_tasks(int64_t count, const Body& body) {
   });
 }
 
+// Into how many tasks, at most `limit`, a product is cut.
+inline int64_t task_count(double flops, int64_t limit) {
+  // A task smaller than this costs more to hand out than it saves.
+  constexpr double kTaskFlops = 4e6;
+  return std::clamp<int64_t>(static_cast<int64_t>(flops / kTaskFlops), 1,
+                             std::max<int64_t>(limit, 1));
+}
+
 // out = a b, or out += a b; to be called within run_tasks. The CPU kernels are called below the
 // dispatcher: about 1 us a call, and neither autograd nor a dispatch mode of the calling thread
 // matters in the other threads.

@@ -8,15 +8,8 @@
 namespace alrao::cpu {
 namespace {
 
-// A task smaller than this costs more to hand out than it saves.
-constexpr double kTaskFlops = 4e6;
 // The product that gives dx reads all weights for each task.
 constexpr int64_t kTaskLanes = 64;
-
-int64_t task_count(double flops, int64_t limit) {
-  return std::clamp<int64_t>(static_cast<int64_t>(flops / kTaskFlops), 1,
-                             std::max<int64_t>(limit, 1));
-}
 
 template <class T>
 class Joint {
@@ -27,7 +20,7 @@ class Joint {
         rows_(p.size.clones * p.size.classes),
         chunks_(p, samples_per_chunk(p)),
         ld_(chunks_.ld()),
-        z_(rows_ * ld_ * (p.options.need_dx ? 2 : 1)),
+        z_(rows_ * ld_ * ((p.keeps_dlogits ? 0 : 1) + (p.options.need_dx ? 1 : 0))),
         log_likelihood_(p.size.clones * ld_ + 2 * ld_),
         lane_(p.size.clones * ld_ * 5),
         option_lane_(p.has_options ? p.size.clones * ld_ * kOptionLanes : 0),
@@ -40,6 +33,7 @@ class Joint {
   }
 
   void run() {
+    if (p_.keeps_dlogits) out_.dlogits.emplace({chunks_.count(), rows_, ld_});
     bool first = true;
     for (const auto& chunk : chunks_) {
       logits(chunk, first);
@@ -67,6 +61,12 @@ class Joint {
            kLaneTile * kLaneTile;
   }
 
+  // The logits of the chunk, then their gradients, [N C][ld].
+  T* z(const Chunk& chunk) const {
+    return p_.keeps_dlogits ? out_.dlogits->data() + chunk.begin * rows_ : z_.data();
+  }
+  T* weighted() const { return z_.data() + (p_.keeps_dlogits ? 0 : rows_ * ld_); }
+
   Matrix<const T> samples(const Chunk& chunk) const {
     return row_major(p_.x + chunk.begin * p_.size.features, chunk.size, p_.size.features,
                      p_.size.features);
@@ -79,7 +79,7 @@ class Joint {
     run_tasks(tasks, [&](int64_t i) {
       const int64_t n0 = i * clones_per_task_, n1 = std::min(n0 + clones_per_task_, clones);
       const int64_t rows = (n1 - n0) * p_.size.classes;
-      gemm<T>(row_major(z_.data() + n0 * p_.size.classes * ld_, rows, chunk.size, ld_),
+      gemm<T>(row_major(z(chunk) + n0 * p_.size.classes * ld_, rows, chunk.size, ld_),
               row_major(p_.clone_weight(n0), rows, features, features), samples(chunk).transposed(),
               false);
       for (int64_t n = n0; n < n1; ++n) clone(chunk, n, first);
@@ -88,7 +88,7 @@ class Joint {
 
   void clone(const Chunk& chunk, int64_t n, bool first) {
     const int64_t classes = p_.size.classes;
-    T* z = z_.data() + n * classes * ld_;
+    T* z = this->z(chunk) + n * classes * ld_;
     T* lane = lane_.data() + n * ld_ * 4;
     LaneSums<T> sums{lane, lane + ld_, lane + 2 * ld_, is_argmax_.data() + n * ld_};
     T* factor = lane + 3 * ld_;
@@ -104,9 +104,9 @@ class Joint {
       softmax_rows(SoftmaxRows<T>{z, classes, ld_, ld_, p_.clone_bias(n), chunk.target, 0, sums.max,
                                   sums.sum, sums.target_logit, sums.is_argmax});
     }
-    finish_clone<T>(p_, chunk, n, ld_, sums, log_likelihood_.data() + n * ld_, factor, out_.stats,
+    finish_clone<T>(p_, chunk, n, ld_, sums, log_likelihood_.data() + n * ld_, factor, out_,
                     &health_[n]);
-    if (!p_.options.need_dx && !p_.options.need_dw) return;
+    if (!p_.needs_dlogits()) return;
     gradient_rows(GradientRows<T>{z, classes, ld_, ld_, factor,
                                   p_.expected ? nullptr : chunk.target, 0, static_cast<T>(p_.norm),
                                   chunk.weights,
@@ -128,8 +128,8 @@ class Joint {
     T* lane = sums.options + kOptionSums * ld_;
     const OptionFactors<T> factors{lane, lane + ld_, lane + 2 * ld_};
     finish_clone_with_options<T>(p_, chunk, n, ld_, sums, log_likelihood_.data() + n * ld_, factor,
-                                 factors, out_.stats, &health_[n]);
-    if (!p_.options.need_dx && !p_.options.need_dw) return;
+                                 factors, out_, &health_[n]);
+    if (!p_.needs_dlogits()) return;
     option_gradient_rows(OptionGradientRows<T>{
         z, classes, ld_, ld_, factor, factors.spread, factors.hit, factors.live, chunk.target, 0,
         p_.class_weight, q, softcap, sums.max, sums.target_logit,
@@ -165,8 +165,8 @@ class Joint {
                                 lanes, responsibility + lane, max + lane, max + ld_ + lane});
     const int64_t count = std::min(lanes, chunk.size - lane);
     if (!p_.options.need_dx || count <= 0) return;
-    const T* z = z_.data() + lane;
-    T* weighted = z_.data() + rows_ * ld_ + lane;
+    const T* z = this->z(chunk) + lane;
+    T* weighted = this->weighted() + lane;
     weight_rows(
         WeightRows<T>{weighted, z, clones, p_.size.classes, ld_, lanes, responsibility + lane});
     gemm<T>(row_major(out_.dx + (chunk.begin + lane) * features, count, features, features),
@@ -178,8 +178,8 @@ class Joint {
     const int64_t features = p_.size.features, classes = p_.size.classes;
     const int64_t rows = std::min(clones_per_task_, p_.size.clones - n) * classes;
     gemm<T>(row_major(out_.dweight + n * classes * features, rows, features, features),
-            row_major<const T>(z_.data() + n * classes * ld_, rows, chunk.size, ld_),
-            samples(chunk), !first);
+            row_major<const T>(z(chunk) + n * classes * ld_, rows, chunk.size, ld_), samples(chunk),
+            !first);
   }
 
   const MixtureProblem<T>& p_;
@@ -187,7 +187,7 @@ class Joint {
   int64_t rows_;
   Chunks<T> chunks_;
   int64_t ld_;
-  Buffer<T> z_;                    // [N C][ld], and again weighted by the responsibilities
+  Buffer<T> z_;                    // [N C][ld] unless kept; again weighted by the responsibilities
   Buffer<double> log_likelihood_;  // [N][ld], then the mixture's max and sum
   Buffer<T> lane_;         // [N][max, sum, target logit, factor][ld], responsibility [N][ld]
   Buffer<T> option_lane_;  // [N][option sums, spread, hit, live][ld]

@@ -34,7 +34,7 @@ int64_t count_samples(const MixtureProblem<T>& p) {
 template <class T>
 MixtureOutputs run(const LossArguments& a, const MixtureSizes& size) {
   const auto [samples, features, clones, classes] = size;
-  const auto [mean, need_dx, need_dw, _] = a.options;
+  const bool mean = a.options.mean;
   const bool gaussian = a.likelihood.gaussian, soft = !gaussian && is_soft(a.target);
   const Tensor target = gaussian ? in_type<T>(a.target) : dense(a.target);
   const auto optional_data = [](std::optional<Tensor>& tensor) {
@@ -60,11 +60,15 @@ MixtureOutputs run(const LossArguments& a, const MixtureSizes& size) {
   p.softcap = extras.softcap;
   // Of one class nothing is left of the gradients; the kernels with options say so to the bit.
   p.has_options = !gaussian && (soft || extras.change_losses() || classes == 1);
+  if (extras.per_sample) {
+    // The weights wait for the factors of the losses: switch_mixture_losses_backward.
+    p.keeps_dlogits = std::exchange(p.options.need_dw, false);
+  }
   const int64_t counted = count_samples(p);
 
   Tensor loss = extras.per_sample ? empty_tensor<T>({samples}) : empty_tensor<T>({});
   Tensor stats = empty_tensor<double>({3, clones});
-  auto [dx, dweight, dbias] = empty_gradients<T>(size, need_dx, need_dw);
+  auto [dx, dweight, dbias] = empty_gradients<T>(size, p.options.need_dx, p.options.need_dw);
 
   MixtureResult<T> out;
   out.stats = static_cast<double*>(stats.mutable_data_ptr());
@@ -78,16 +82,26 @@ MixtureOutputs run(const LossArguments& a, const MixtureSizes& size) {
     out.losses = static_cast<T*>(loss.mutable_data_ptr());
     std::fill_n(out.losses, samples, T(0));
   }
+  std::optional<Buffer<T>> dead;
+  if (p.keeps_dlogits) {
+    dead.emplace({clones, samples});
+    out.dead = dead->data();
+    std::fill_n(out.dead, dead->size(), T(0));
+  }
   if (counted == 0) {
     std::fill_n(out.dx, dx.numel(), T(0));
     std::fill_n(out.dweight, dweight.numel(), T(0));
     std::fill_n(out.dbias, dbias.numel(), T(0));
+    if (p.keeps_dlogits) {
+      out.dlogits.emplace({int64_t{1}, clones * classes, samples});
+      std::fill_n(out.dlogits->data(), out.dlogits->size(), T(0));
+    }
   } else {
     p.log_posterior = as_doubles(a.inputs.log_posterior);
     const double divisor = extras.divisor * (extras.num_items ? number_in(*extras.num_items) : 1);
     p.norm = 1 / (mean ? static_cast<double>(counted) : divisor);
     Tensor x = in_type<T>(a.inputs.x);
-    if (counted < samples && need_dw) {
+    if (counted < samples && p.options.need_dw) {
       x = with_finite_rows<T>(x, [&](int64_t b) { return !p.counts(b); });
     }
     p.x = static_cast<const T*>(x.const_data_ptr());
@@ -103,6 +117,7 @@ MixtureOutputs run(const LossArguments& a, const MixtureSizes& size) {
     }
   }
   if (!extras.per_sample) *static_cast<T*>(loss.mutable_data_ptr()) = static_cast<T>(out.loss);
+  if (out.dlogits) return {loss, stats, dx, out.dlogits->tensor(), dead->tensor()};
   if (!a.inputs.bias) dbias = empty_tensor<T>({0});
   if (a.inputs.x.scalar_type() == ScalarType::BFloat16) {
     dweight = torch::stable::to(dweight, ScalarType::BFloat16);

@@ -80,9 +80,11 @@ MixtureGradients empty_gradients(const MixtureSizes& size, bool need_dx, bool ne
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size)
-      : tensor_(empty_tensor<T>({size})), data_(static_cast<T*>(tensor_.mutable_data_ptr())) {}
+  explicit Buffer(int64_t size) : Buffer({size}) {}
+  Buffer(std::initializer_list<int64_t> sizes)
+      : tensor_(empty_tensor<T>(sizes)), data_(static_cast<T*>(tensor_.mutable_data_ptr())) {}
   T* data() const { return data_; }
+  const torch::stable::Tensor& tensor() const { return tensor_; }
   int64_t size() const { return tensor_.numel(); }
 
  private:
@@ -111,6 +113,11 @@ struct MixtureProblem {
   double label_smoothing, z_loss, softcap;
   // Whether the row kernels with options are taken.
   bool has_options;
+  // Whether the gradients of the clones' own losses to the logits are results; those to the weights
+  // are none then.
+  bool keeps_dlogits = false;
+
+  bool needs_dlogits() const { return options.need_dx || options.need_dw || keeps_dlogits; }
 
   // Of sample b.
   double weight_of(int64_t b) const { return row_weight ? double(row_weight[b]) : norm; }
@@ -131,6 +138,11 @@ struct MixtureResult {
   T* dx;                // [B, D] if needed
   T* dweight;           // [N, C, D] if needed
   T* dbias;             // [N, C] if needed
+  // Where they are kept: gradients to the logits [chunks, N C, ld], made by the driver, which cuts
+  // the samples into chunks of ld lanes, and 1 for the samples that a clone is dead for, [N, B],
+  // zeros.
+  std::optional<Buffer<T>> dlogits;
+  T* dead = nullptr;
 };
 
 // Of the first of the largest values; any place where some are NaN.
@@ -210,6 +222,7 @@ class Chunks {
   Chunks& operator=(const Chunks&) = delete;
 
   int64_t ld() const { return ld_; }
+  int64_t count() const { return static_cast<int64_t>(chunks_.size()); }
   auto begin() const { return chunks_.begin(); }
   auto end() const { return chunks_.end(); }
 
@@ -258,7 +271,7 @@ struct CloneHealth {
 template <class T>
 void finish_clone(const MixtureProblem<T>& p, const typename Chunks<T>::Chunk& chunk, int64_t n,
                   int64_t ld, const LaneSums<T>& sums, double* log_likelihood, T* factor,
-                  double* stats, CloneHealth* health) {
+                  MixtureResult<T>& out, CloneHealth* health) {
   const bool gaussian = p.likelihood.gaussian;
   const ClassesOptions& classes = p.likelihood.classes;
   const ValuesOptions& values = p.likelihood.values;
@@ -276,6 +289,7 @@ void finish_clone(const MixtureProblem<T>& p, const typename Chunks<T>::Chunk& c
                                   : classes.log_likelihood(double(sums.target_logit[lane]), logits);
     if (!is_alive(value)) {
       health->dead = health->suspect = true;
+      if (out.dead) out.dead[n * p.size.samples + chunk.begin + lane] = 1;
       own = INFINITY;
       if (gaussian) score = INFINITY;
       continue;
@@ -287,8 +301,8 @@ void finish_clone(const MixtureProblem<T>& p, const typename Chunks<T>::Chunk& c
     own -= value;
     score += gaussian ? sum : sums.is_argmax[lane];
   }
-  stats[n] += own;
-  stats[p.size.clones + n] += score;
+  out.stats[n] += own;
+  out.stats[p.size.clones + n] += score;
 }
 
 // The same with the loss's options (alrao_fast/reference/switch_mixture.py has the formulas): what
@@ -296,7 +310,7 @@ void finish_clone(const MixtureProblem<T>& p, const typename Chunks<T>::Chunk& c
 template <class T>
 void finish_clone_with_options(const MixtureProblem<T>& p, const typename Chunks<T>::Chunk& chunk,
                                int64_t n, int64_t ld, const LaneSums<T>& sums, double* objective,
-                               T* factor, const OptionFactors<T>& factors, double* stats,
+                               T* factor, const OptionFactors<T>& factors, MixtureResult<T>& out,
                                CloneHealth* health) {
   const double classes = static_cast<double>(p.size.classes);
   double own = 0, score = 0;
@@ -323,6 +337,7 @@ void finish_clone_with_options(const MixtureProblem<T>& p, const typename Chunks
     const double value = smoothed.log_likelihood(class_weight) - p.z_loss * lse * lse;
     if (!is_alive(value) || !is_alive(likelihood)) {
       health->dead = health->suspect = true;
+      if (out.dead) out.dead[n * p.size.samples + chunk.begin + lane] = 1;
       own = INFINITY;
       continue;
     }
@@ -338,15 +353,20 @@ void finish_clone_with_options(const MixtureProblem<T>& p, const typename Chunks
     own -= likelihood;
     score += sums.is_argmax[lane];
   }
-  stats[n] += own;
-  stats[p.size.clones + n] += score;
+  out.stats[n] += own;
+  out.stats[p.size.clones + n] += score;
 }
 
 template <class T>
 bool all_finite(const T* values, int64_t count) {
-  T wrong = 0;
-  for (int64_t i = 0; i < count; ++i) wrong += values[i] * 0;
-  return wrong == 0;
+  constexpr int64_t kLanes = 16;
+  T wrong[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) wrong[lane] += values[i + lane] * 0;
+  }
+  for (; i < count; ++i) wrong[0] += values[i] * 0;
+  return std::all_of(wrong, wrong + kLanes, [](T w) { return w == 0; });
 }
 
 // The contents of a tensor in one type, dense.

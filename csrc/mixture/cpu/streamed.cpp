@@ -33,7 +33,7 @@ class Streamed {
         groups_(ceil_div(blocks_, blocks_per_group_)),
         chunks_(p, samples_per_chunk()),
         ld_(chunks_.ld()),
-        z_(classes_ * ld_),
+        z_(p.keeps_dlogits ? 0 : classes_ * ld_),
         part_(p.options.need_dx ? groups_ * ld_ * features_ : 0),
         block_(blocks_ * ld_ * 4),
         option_block_(p.has_options ? blocks_ * ld_ * kOptionSums : 0),
@@ -44,14 +44,19 @@ class Streamed {
         mixture_(p.size.samples, empty_mixture<double>()) {}
 
   void run() {
+    if (p_.keeps_dlogits) {
+      out_.dlogits.emplace({chunks_.count(), p_.size.clones * classes_, ld_});
+    }
     for (int64_t n = 0; n < p_.size.clones; ++n) {
       CloneHealth health;
       bool first = true;
       for (const auto& chunk : chunks_) {
         const bool alive = logits(chunk, n, &health);
-        if (alive && (p_.options.need_dx || p_.options.need_dw)) {
+        if (alive && p_.needs_dlogits()) {
           gradients(chunk, n, first);
           first = false;
+        } else if (p_.keeps_dlogits) {
+          std::fill_n(z(chunk, n), classes_ * ld_, T(0));
         }
         mix(chunk, n);
       }
@@ -78,6 +83,12 @@ class Streamed {
         std::min(p_.options.memory_budget, std::max(kCacheBytes, classes_ * features_ * bytes));
     const int64_t per_sample = (classes_ + (p_.options.need_dx ? groups_ * features_ : 0)) * bytes;
     return budget / per_sample / kLaneTile * kLaneTile;
+  }
+
+  // The logits of a clone for the chunk, then their gradients, [C][ld].
+  T* z(const Chunk& chunk, int64_t n) const {
+    if (!p_.keeps_dlogits) return z_.data();
+    return out_.dlogits->data() + classes_ * (chunk.begin * p_.size.clones + n * ld_);
   }
 
   int64_t rows(int64_t block) const { return std::min(kBlockRows, classes_ - block * kBlockRows); }
@@ -114,7 +125,7 @@ class Streamed {
   bool logits(const Chunk& chunk, int64_t n, CloneHealth* health) {
     for_each_group([&](int64_t, int64_t block) {
       const int64_t row = block * kBlockRows;
-      T* z = z_.data() + row * ld_;
+      T* z = this->z(chunk, n) + row * ld_;
       gemm<T>(row_major(z, rows(block), chunk.size, ld_),
               row_major(p_.clone_weight(n) + row * features_, rows(block), features_, features_),
               samples(chunk).transposed(), false);
@@ -146,7 +157,7 @@ class Streamed {
       for (int64_t lane = 0; lane < ld_; ++lane) total.sum[lane] += sums(block).sum[lane];
     }
     T* common = lane_.data() + 3 * ld_;
-    finish_clone<T>(p_, chunk, n, ld_, total, log_likelihood_.data(), common, out_.stats, health);
+    finish_clone<T>(p_, chunk, n, ld_, total, log_likelihood_.data(), common, out_, health);
     for (int64_t block = 0; block < blocks_; ++block) std::copy_n(common, ld_, factor(block));
     return std::any_of(common, common + ld_, [](T f) { return f != 0; });
   }
@@ -182,7 +193,7 @@ class Streamed {
     }
     T* common = p + 3 * ld_;
     if (p_.has_options) return finish_options(chunk, n, total, common, health);
-    finish_clone<T>(p_, chunk, n, ld_, total, log_likelihood_.data(), common, out_.stats, health);
+    finish_clone<T>(p_, chunk, n, ld_, total, log_likelihood_.data(), common, out_, health);
     bool any = false;
     for (int64_t lane = 0; lane < ld_; ++lane) any = any || common[lane] != 0;
     for (int64_t block = 0; block < blocks_; ++block) {
@@ -224,7 +235,7 @@ class Streamed {
     }
     const OptionFactors<T> factors = option_factors();
     finish_clone_with_options<T>(p_, chunk, n, ld_, total, log_likelihood_.data(), common, factors,
-                                 out_.stats, health);
+                                 out_, health);
     for (int64_t block = 0; block < blocks_; ++block) {
       T* scale = factor(block);
       for (int64_t lane = 0; lane < ld_; ++lane) scale[lane] *= common[lane];
@@ -236,7 +247,7 @@ class Streamed {
   void gradients(const Chunk& chunk, int64_t n, bool first) {
     for_each_group([&](int64_t group, int64_t block) {
       const int64_t row = block * kBlockRows;
-      T* z = z_.data() + row * ld_;
+      T* z = this->z(chunk, n) + row * ld_;
       T* bias_grad = p_.options.need_dw ? out_.dbias + n * classes_ + row : nullptr;
       if (p_.has_options) {
         const OptionFactors<T> f = option_factors();
@@ -293,7 +304,7 @@ class Streamed {
   int64_t classes_, features_, blocks_, blocks_per_group_, groups_;
   Chunks<T> chunks_;
   int64_t ld_;
-  Buffer<T> z_;             // [C][ld]
+  Buffer<T> z_;             // [C][ld] unless kept
   Buffer<T> part_;          // [groups][ld][D]
   Buffer<T> block_;         // [blocks][max, sum, target logit, factor][ld]
   Buffer<T> option_block_;  // [blocks][option sums][ld]

@@ -136,6 +136,9 @@ MixtureOutputs run(const LossArguments& arguments, const MixtureSizes& size,
 MixtureOutputs mixture_loss(const LossArguments& arguments, const SwitchObservation& observation,
                             cudaStream_t stream) {
   const MixtureSizes size = check_loss(arguments);
+  const auto& [mean, need_dx, need_dw, memory_budget] = arguments.options;
+  ALRAO_CHECK(!arguments.extras.per_sample || !(need_dx || need_dw),
+              "per_sample: got True, expected False where gradients are needed");
   return in_type_of(arguments.inputs, [&](auto zero) {
     return run<decltype(zero)>(arguments, size, observation, stream);
   });
