@@ -133,9 +133,11 @@ MixtureOutputs run(const LossArguments& arguments, const MixtureSizes& size,
 
 }  // namespace
 
-MixtureOutputs mixture_loss(const LossArguments& arguments, const SwitchObservation& observation,
+MixtureOutputs mixture_loss(const LossArguments& given, const SwitchObservation& observation,
                             cudaStream_t stream) {
-  const MixtureSizes size = check_loss(arguments);
+  const MixtureSizes size = check_loss(given);
+  const auto weigh = [&](const WeightArguments& a) { return mixture_weights(a, stream); };
+  const LossArguments arguments = given.extras.make_factors ? with_factors(given, weigh) : given;
   return in_type_of(arguments.inputs, [&](auto zero) {
     return run<decltype(zero)>(arguments, size, observation, stream);
   });
