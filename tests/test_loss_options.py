@@ -316,6 +316,9 @@ def test_opcheck(compiled, soft, per_sample):
     options = rows, w.to(rows), 0.1, 0.02, 2.5, per_sample
     overload = torch.ops.alrao_fast.switch_mixture_nll.default
     torch.library.opcheck(overload, (*leaves, *inputs[3:], -100, *needs, *options))
+    if not per_sample:
+        options = *options, 1.0, None, None, True
+        torch.library.opcheck(overload, (*leaves, *inputs[3:], -100, True, *needs[1:], *options))
 
 
 def test_nothing_counts(backend, device):

@@ -1,6 +1,7 @@
 """Protects what the losses of samples are weighed by, `switch_mixture_weights`, and what their sum is divided by.
 
-- The op against the same in operations of PyTorch; when it copies probabilities.
+- The op against the same in operations of PyTorch; when it copies probabilities. The op of the loss makes the same
+  factors, to the bit, and refuses to make them of nothing; a compiled step refuses what is not finite, too.
 - A number of items, wherever it is, needs no weights; weights below 0 turn the gradients round.
 """
 
@@ -9,6 +10,7 @@ import torch
 from mixture_harness import NAMES, NAN, SHAPES, TILED_SHAPES, device_of, gradients
 
 from alrao_fast import testing
+from alrao_fast.functional import switch_mixture_nll
 from alrao_fast.ops import dispatch
 from alrao_fast.ops.mixture import weighting
 
@@ -86,6 +88,71 @@ def test_probabilities_are_copied_for_a_reason_alone():
         found = op(target, weight, None, -100, 0.0, True, 1.0, None, False)[0]
         assert found.shape == q.shape
         torch.testing.assert_close(found[:2], q[:2])
+
+
+@pytest.mark.interpreted(shape=["ragged lanes, joint"])
+@pytest.mark.sanitized
+@pytest.mark.parametrize("shape", ["ragged lanes, joint", "streamed, ragged last block"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("name", WEIGHED)
+def test_the_loss_makes_its_factors(compiled, name, smoothing, shape):
+    """To the bit those of the other op."""
+    given = {"soft": False, "mean": True, "divisor": 1.0, "items": None, **WEIGHED[name]}
+    *sizes, _ = SHAPES[shape]
+    device = device_of(compiled)
+    inputs = testing.mixture_inputs(*sizes, device=device)
+    batch, classes = sizes[0], sizes[2]
+    target = inputs.target
+    if given["soft"]:
+        target = torch.rand(batch, classes, device=device)
+        target[-1] = 0
+    weights = (
+        torch.rand(batch, device=device) if given.get("sample_weight") else None,
+        torch.rand(classes, device=device) if given.get("class_weight") else None,
+    )
+    items = None if given["items"] is None else torch.tensor(given["items"], device=device)
+    divisors = given["divisor"], items
+    weigh = dispatch.overload("switch_mixture_weights", compiled)
+    found, rows, scaled, likeliest = weigh(
+        target, *weights, -100, smoothing, given["mean"], *divisors
+    )
+    op = dispatch.overload("switch_mixture_nll", compiled)
+    needs, regularisers = (True, True, 1 << 30), (smoothing, 0.01, 0.0, False)
+    made = rows, scaled if scaled.numel() else None, *regularisers, 1.0, None
+    made += (likeliest,) if given["soft"] else ()
+    expected = op(*inputs[:4], found if given["soft"] else target, -100, False, *needs, *made)
+    options = *weights, *regularisers, *divisors, None, True
+    results = op(*inputs[:4], target, -100, given["mean"], *needs, *options)
+    assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.interpreted
+def test_factors_of_nothing(compiled):
+    device = device_of(compiled)
+    inputs = testing.mixture_inputs(5, 3, 4, 2, device=device)
+    op = dispatch.overload("switch_mixture_nll", compiled)
+    v, soft = torch.ones(5, device=device), torch.ones(5, 4, device=device)
+    likeliest = torch.zeros(5, dtype=torch.int64, device=device)
+    for target, weight, per_sample, classes in (
+        (inputs.target, None, False, None),
+        (inputs.target, v, True, None),
+        (soft, v, False, likeliest),
+    ):
+        options = weight, None, 0.0, 0.0, 0.0, per_sample, 1.0, None, classes, True
+        with pytest.raises(RuntimeError, match="make_factors: got True, expected False without"):
+            op(*inputs[:4], target, -100, False, False, False, 1 << 20, *options)
+
+
+def test_a_compiled_step_refuses_weights_that_are_not_finite():
+    if reason := testing.require(OP, "cpu"):
+        pytest.skip(reason)
+    inputs = testing.mixture_inputs(5, 3, 4, 2)
+    step = torch.compile(switch_mixture_nll, fullgraph=True, backend="aot_eager")
+    v = torch.ones(5)
+    step(*inputs, impl="cpu", sample_weight=v)
+    v[3] = NAN
+    with pytest.raises(RuntimeError, match="sample_weight: got nan at position 3"):
+        step(*inputs, impl="cpu", sample_weight=v)
 
 
 @pytest.mark.interpreted(shape=["ragged lanes, joint"], kind=["int", "float32"])

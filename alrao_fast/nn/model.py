@@ -115,13 +115,12 @@ class AlraoModel(WithClones):
         if not self.training:
             self.__dict__["_output_in_eval"] = self._output
         options: dict[str, Any] = {}
-        if sample_weight is not None or reduction is not None or num_items_in_batch is not None:
-            given = {
-                "sample_weight": sample_weight,
-                "reduction": reduction,
-                "num_items_in_batch": num_items_in_batch,
-            }
-            options = {name: value for name, value in given.items() if value is not None}
+        if sample_weight is not None:
+            options["sample_weight"] = sample_weight
+        if reduction is not None:
+            options["reduction"] = reduction
+        if num_items_in_batch is not None:
+            options["num_items_in_batch"] = num_items_in_batch
         try:
             value = self.head(features, targets, **options)
         except ValueError as error:

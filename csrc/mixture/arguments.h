@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "mixture/likelihood.h"
 
@@ -38,13 +39,15 @@ struct SwitchObserver {
 // Options at the end of the schemas (alrao_fast/ops/mixture/likelihood.py). row_weight [B] and
 // class_weight [C] are of the type that x is computed in; likeliest [B] are the classes of the
 // largest probabilities. Without row_weight a sum is divided by the divisor and by num_items, a
-// tensor of one. Values have no options of classes.
+// tensor of one. Values have no options of classes. make_factors: with_factors() has yet to make
+// them of the samples' weights, the classes' and the targets that were given.
 struct LossExtras {
   std::optional<torch::stable::Tensor> row_weight, class_weight;
   double label_smoothing = 0, z_loss = 0, softcap = 0;
   bool per_sample = false;
   double divisor = 1;
   std::optional<torch::stable::Tensor> num_items, likeliest;
+  bool make_factors = false;
 
   bool divides() const { return divisor != 1 || num_items; }
 
@@ -94,6 +97,28 @@ struct WeightArguments {
 // classes [B] of distributions.
 using Weights = std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
                            torch::stable::Tensor>;
+
+// The same loss with its factors, which `weigh` makes of WeightArguments.
+template <class Weigh>
+LossArguments with_factors(LossArguments arguments, const Weigh& weigh) {
+  LossExtras& extras = arguments.extras;
+  auto [target, factors, class_weight, likeliest] = weigh(
+      WeightArguments{dense(arguments.target), dense(extras.row_weight), dense(extras.class_weight),
+                      arguments.likelihood.classes.ignore_index, extras.label_smoothing,
+                      arguments.options.mean, extras.divisor, extras.num_items, false});
+  if (is_soft(arguments.target)) {
+    // Without a copy the rows sum to 1 already.
+    if (target.numel() > 0) arguments.target = std::move(target);
+    extras.likeliest = std::move(likeliest);
+  }
+  extras.row_weight = std::move(factors);
+  extras.class_weight.reset();
+  if (class_weight.numel() > 0) extras.class_weight = std::move(class_weight);
+  extras.divisor = 1;
+  extras.num_items.reset();
+  extras.make_factors = arguments.options.mean = false;
+  return arguments;
+}
 
 // Log-probabilities [B, C], and log_mass [B]: the logarithm of what the posterior of the clones
 // alive for the sample adds up to, by which it was normalised.

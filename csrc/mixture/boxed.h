@@ -52,7 +52,7 @@ void boxed_loss(StableIValue* values, uint64_t num_arguments, uint64_t) {
   const auto fields = likelihood.fields();
   static_assert(std::tuple_size_v<decltype(likelihood.fields())> == 1);
   constexpr bool kClasses = std::is_same_v<Options, ClassesOptions>;
-  Stack stack(values, num_arguments, 10 + (kObserved ? 5 : 0) + (kClasses ? 9 : 4));
+  Stack stack(values, num_arguments, 10 + (kObserved ? 5 : 0) + (kClasses ? 10 : 4));
   const auto take_into = [&](auto& option) {
     option = stack.take<std::decay_t<decltype(option)>>();
   };
@@ -78,7 +78,10 @@ void boxed_loss(StableIValue* values, uint64_t num_arguments, uint64_t) {
   take_into(extras.per_sample);
   take_into(extras.divisor);
   take_into(extras.num_items);
-  if constexpr (kClasses) take_into(extras.likeliest);
+  if constexpr (kClasses) {
+    take_into(extras.likeliest);
+    take_into(extras.make_factors);
+  }
   stack.put(kRun({std::move(inputs), std::move(target), likelihood, options, std::move(extras),
                   std::move(observer)}));
 }

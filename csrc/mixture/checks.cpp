@@ -62,12 +62,17 @@ void check_extras(const LossArguments& arguments, const MixtureSizes& sizes, Sca
               ", expected a finite number >= 0");
   check_softcap(extras.softcap);
   const LossOptions& options = arguments.options;
-  ALRAO_CHECK(!options.mean || !(extras.row_weight || extras.per_sample),
+  const bool weighed = extras.row_weight && !extras.make_factors;
+  ALRAO_CHECK(!options.mean || !(weighed || extras.per_sample),
               "mean: got True, expected False with row_weight or per_sample");
   ALRAO_CHECK(extras.divisor > 0, "divisor: got ", extras.divisor, ", expected a number > 0");
   if (extras.num_items) check_num_items(*extras.num_items, wide, x);
-  ALRAO_CHECK(!extras.divides() || !(options.mean || extras.row_weight || extras.per_sample),
+  ALRAO_CHECK(!extras.divides() || !(options.mean || weighed || extras.per_sample),
               "divisor: got one, expected none with mean, row_weight or per_sample");
+  const bool has_weights = extras.row_weight || extras.class_weight || is_soft(arguments.target);
+  ALRAO_CHECK(!extras.make_factors || (has_weights && !extras.per_sample && !extras.likeliest),
+              "make_factors: got True, expected False without weights or probabilities, with "
+              "per_sample and with likeliest");
   if (extras.likeliest) {
     ALRAO_CHECK(is_soft(arguments.target) && !arguments.likelihood.gaussian,
                 "likeliest: got classes, expected None without probabilities");

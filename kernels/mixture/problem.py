@@ -11,6 +11,7 @@ from alrao_fast.ops.mixture.likelihood import Likelihood, Values
 
 from ..launch import INTERPRETED, accumulator
 from .gemm import matmul, sum_rows, tf32
+from .weights import switch_mixture_weights
 
 # The largest tile of [N, C], both padded to powers of two, that stays in registers.
 TILE = 4096
@@ -77,6 +78,8 @@ class Loss:
         self.gaussian = isinstance(options, Values)
         inv_sigma2, log_normaliser = options.density(num_classes) if self.gaussian else (0.0, 0.0)
         given = options.options()
+        if given.get("make_factors"):
+            given = self._with_factors(option, given)
         soft = None
         if not self.gaussian and self.target.is_floating_point():
             # The target's class, which counts in the accuracy alone, is the likeliest.
@@ -131,6 +134,31 @@ class Loss:
         self.dbias = empty(*(weight.shape[:2] if need_db else (0,)))
         # What a bfloat16 gradient is summed in over chunks of samples.
         self.sum: Tensor | None = None
+
+    def _with_factors(self, ignore_index: int, given: dict[str, Any]) -> dict[str, Any]:
+        """The options with the factors of the losses, and a target that sums to 1."""
+        found, factors, class_weight, likeliest = switch_mixture_weights(
+            self.target,
+            given["row_weight"],
+            given["class_weight"],
+            ignore_index,
+            given["label_smoothing"],
+            self.mean,
+            given["divisor"],
+            given["num_items"],
+        )
+        soft = self.target.is_floating_point()
+        if soft:
+            self.target = found
+        self.mean = False
+        made = {
+            "row_weight": factors,
+            "class_weight": class_weight if class_weight.numel() else None,
+            "divisor": 1.0,
+            "num_items": None,
+            "likeliest": likeliest if soft else None,
+        }
+        return given | made
 
     def add_weight_gradient(self, g: Tensor, x: Tensor, part: slice, clone: int = -1) -> None:
         """Take a chunk's logits' gradient, of one clone or of all, into those of the weights, g^T x, and biases."""

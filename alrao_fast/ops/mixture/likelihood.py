@@ -125,8 +125,10 @@ class Likelihood:
         if row_weight is not None:
             wide = (checks.accumulator(x.dtype),)
             check_tensor("row_weight", row_weight, x.shape[:1], wide, x.device)
+        # Samples' weights are no factors yet where these are to be made of them.
+        weighed = row_weight is not None and not options.get("make_factors", False)
         check(
-            not mean or (row_weight is None and not per_sample),
+            not mean or not (weighed or per_sample),
             "mean: got True, expected False with row_weight or per_sample",
         )
         check(
@@ -139,8 +141,7 @@ class Likelihood:
             dtypes = checks.accumulator(x.dtype), torch.int64
             check_tensor("num_items", num_items, (), dtypes, x.device)
         check(
-            not (divisor != 1 or num_items is not None)
-            or not (mean or row_weight is not None or per_sample),
+            not (divisor != 1 or num_items is not None) or not (mean or weighed or per_sample),
             "divisor: got one, expected none with mean, row_weight or per_sample",
         )
 
@@ -155,6 +156,9 @@ class Classes(Likelihood):
 
     Without row_weight a sum is divided by the number `divisor` and by `num_items`, a tensor of one. `likeliest [B]` are
     the classes of the largest probabilities; None: the op looks for them.
+
+    make_factors: row_weight are the samples' weights, class_weight the user's, and probabilities have any sums; the op
+    makes of them what `switch_mixture_weights` does, with the divisors and where `mean` says so the mean's.
     """
 
     OP: ClassVar[str] = "switch_mixture_nll"
@@ -178,6 +182,7 @@ class Classes(Likelihood):
     divisor: float = 1.0
     num_items: Tensor | None = None
     likeliest: Tensor | None = None
+    make_factors: bool = False
 
     @classmethod
     def of(
@@ -204,7 +209,8 @@ class Classes(Likelihood):
 
     def is_plain(self) -> bool:
         return (
-            self.row_weight is None
+            not self.make_factors
+            and self.row_weight is None
             and self.class_weight is None
             and self.label_smoothing == self.z_loss == self.softcap == 0
             and not self.per_sample
@@ -244,6 +250,23 @@ class Classes(Likelihood):
         weights = self.class_weight
         if weights is not None and weights.dtype != wide:
             weights = weights.to(wide)
+        is_weighed = weighting.sample_weight is not None or weights is not None or soft
+        if is_weighed and weighting.is_left_to_op(target, self.ignore_index, backend):
+            sample_weight, mean, divisor, num_items = weighting.given(wide)
+            likelihood = Classes(
+                self.ignore_index,
+                sample_weight,
+                weights,
+                self.label_smoothing,
+                self.z_loss,
+                self.softcap,
+                False,
+                divisor,
+                num_items,
+                None,
+                True,
+            )
+            return likelihood, target, mean
         options = Factors(wide, weights, self.ignore_index, self.label_smoothing)
         found = weighting.factors(target, options, backend)
         likelihood = Classes(
@@ -289,6 +312,14 @@ class Classes(Likelihood):
                 "likeliest: got classes, expected None without probabilities",
             )
             check_tensor("likeliest", self.likeliest, x.shape[:1], (torch.int64,), x.device)
+        given = self.row_weight, self.class_weight
+        has_weights = target.is_floating_point() or any(w is not None for w in given)
+        check(
+            not self.make_factors
+            or (has_weights and not self.per_sample and self.likeliest is None),
+            "make_factors: got True, expected False without weights or probabilities, with per_sample and with "
+            "likeliest",
+        )
         for name, kind in (("label_smoothing", LABEL_SMOOTHING), ("z_loss", Z_LOSS)):
             value = getattr(self, name)
             check(kind.holds(value), f"{name}: got {value:g}, expected {kind.expected}")

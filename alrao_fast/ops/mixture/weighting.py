@@ -90,19 +90,37 @@ class Weighting(NamedTuple):
                 sample_weight = sample_weight.detach()
             if sample_weight.dim() != 1:
                 sample_weight = sample_weight.reshape(-1)
-        return cls(reduction, sample_weight, num_items, per_sample=reduction == "none")
+        return cls(reduction, sample_weight, num_items, False, reduction == "none")
+
+    def is_left_to_op(self, target: Tensor, ignore_index: int, backend: str) -> bool:
+        """Whether the op of the loss makes the factors itself; RuntimeError for values that it would not look at.
+
+        Of losses one by one the backward runs the op again, with other factors.
+        """
+        if backend == "reference" or self.per_sample:
+            return False
+        if backend != "cpu" and derivatives.is_readable(target):
+            check_values(target, self.sample_weight, ignore_index)
+        return True
+
+    def given(self, dtype: torch.dtype) -> tuple[Tensor | None, bool, float, Tensor | None]:
+        """The samples' weights, whether a sum is divided by the mean's divisor, and what else it is divided by: a
+        number, and a tensor of one or None."""
+        weight, items = self.sample_weight, self.num_items
+        if weight is not None and weight.dtype != dtype:
+            weight = weight.to(dtype)
+        if items is None:
+            return weight, self.reduction == "mean", 1.0, None
+        if isinstance(items, Tensor):
+            return weight, False, 1.0, self._live_items(dtype)
+        return weight, False, float(items), None
 
     def factors(self, target: Any, options: Factors, backend: str) -> Prepared:
         """What the op takes of targets in rows and their weights; 1 for every sample that counts is None.
 
         `target` may be None where no sample has a weight; for the backend reference it has a use all the same.
         """
-        divisor, items = 1.0, None
-        if isinstance(self.num_items, Tensor):
-            items = self._live_items(options.dtype)
-        elif self.num_items is not None:
-            divisor = float(self.num_items)
-        weight = self.sample_weight
+        weight, by_mean, divisor, items = self.given(options.dtype)
         if weight is None and options.class_weight is None and not _is_soft(target):
             if self.num_items is None:
                 return Prepared(target, None)
@@ -110,9 +128,6 @@ class Weighting(NamedTuple):
                 return Prepared(target, None, None, None, divisor, items)
             factors = options.full(target, 1 / divisor)
             return Prepared(target, factors if items is None else factors / items)
-        if weight is not None and weight.dtype != options.dtype:
-            weight = weight.to(options.dtype)
-        by_mean = self.num_items is None and self.reduction == "mean"
         arguments: tuple[Any, ...] = (
             target,
             weight,
@@ -125,20 +140,15 @@ class Weighting(NamedTuple):
         )
         if backend == "reference":
             return weights(*arguments)
-        readable = derivatives.is_readable(target)
-        if backend == "cpu" and not readable:
-            # What is not finite is an error here, which a traced op cannot raise.
-            return weights(*arguments)
-        if backend != "cpu" and readable:
+        if backend != "cpu" and derivatives.is_readable(target):
             check_values(target, weight, options.ignore_index)
         op = _twin if backend == "triton" else _op
-        # Losses one by one keep the targets for their backward, and whoever gave them may write into them.
-        found, rows, scaled, likeliest = op(*arguments, backend != "cpu" or self.per_sample)
+        # Losses one by one keep the targets for their backward, and whoever gave them may write into them: a copy.
+        found, rows, scaled, likeliest = op(*arguments)
+        scaled = scaled if scaled.numel() else None
         if not _is_soft(target):
-            return Prepared(target, rows, scaled if scaled.numel() else None)
-        # Without a copy the rows sum to 1 already.
-        found = found if found.numel() else target
-        return Prepared(found, rows, scaled if scaled.numel() else None, likeliest)
+            return Prepared(target, rows, scaled)
+        return Prepared(found, rows, scaled, likeliest)
 
     def _live_items(self, wide: torch.dtype) -> Tensor:
         """The number of items as the ops take it, of which nobody on a GPU has looked at the value."""

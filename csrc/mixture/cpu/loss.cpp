@@ -125,8 +125,10 @@ MixtureOutputs run(const LossArguments& a, const MixtureSizes& size) {
   return {loss, stats, dx, dweight, dbias};
 }
 
-MixtureOutputs loss(const LossArguments& arguments) {
-  const MixtureSizes size = check_loss(arguments);
+MixtureOutputs loss(const LossArguments& given) {
+  const MixtureSizes size = check_loss(given);
+  const LossArguments arguments =
+      given.extras.make_factors ? with_factors(given, &mixture_weights) : given;
   const bool is_double = arguments.inputs.x.scalar_type() == ScalarType::Double;
   return is_double ? run<double>(arguments, size) : run<float>(arguments, size);
 }

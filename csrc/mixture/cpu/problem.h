@@ -443,6 +443,9 @@ class FiniteWeight {
   std::optional<Buffer<T>> copy_;
 };
 
+// switch_mixture_weights.
+Weights mixture_weights(const WeightArguments& arguments);
+
 // All clones of a chunk of samples at once: for few classes.
 template <class T>
 void mixture_joint(const MixtureProblem<T>& p, MixtureResult<T>& out);

@@ -192,14 +192,15 @@ Weights run(const WeightArguments& a) {
   return {target, factors, scaled, likeliest};
 }
 
-Weights weights(const WeightArguments& a) {
-  return a.like().scalar_type() == ScalarType::Double ? run<double>(a) : run<float>(a);
-}
-
 }  // namespace
 
+Weights mixture_weights(const WeightArguments& arguments) {
+  return arguments.like().scalar_type() == ScalarType::Double ? run<double>(arguments)
+                                                              : run<float>(arguments);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(alrao_fast, CPU, m) {
-  m.impl("switch_mixture_weights", &boxed_weights<&weights>);
+  m.impl("switch_mixture_weights", &boxed_weights<&mixture_weights>);
 }
 
 }  // namespace alrao::cpu

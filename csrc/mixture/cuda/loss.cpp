@@ -133,12 +133,14 @@ MixtureOutputs run(const LossArguments& arguments, const MixtureSizes& size,
 
 }  // namespace
 
-MixtureOutputs mixture_loss(const LossArguments& arguments, const SwitchObservation& observation,
+MixtureOutputs mixture_loss(const LossArguments& given, const SwitchObservation& observation,
                             cudaStream_t stream) {
-  const MixtureSizes size = check_loss(arguments);
-  const auto& [mean, need_dx, need_dw, memory_budget] = arguments.options;
-  ALRAO_CHECK(!arguments.extras.per_sample || !(need_dx || need_dw),
+  const MixtureSizes size = check_loss(given);
+  const auto& [mean, need_dx, need_dw, memory_budget] = given.options;
+  ALRAO_CHECK(!given.extras.per_sample || !(need_dx || need_dw),
               "per_sample: got True, expected False where gradients are needed");
+  const auto weigh = [&](const WeightArguments& a) { return mixture_weights(a, stream); };
+  const LossArguments arguments = given.extras.make_factors ? with_factors(given, weigh) : given;
   return in_type_of(arguments.inputs, [&](auto zero) {
     return run<decltype(zero)>(arguments, size, observation, stream);
   });
