@@ -2,7 +2,6 @@
 // samples, and a clone's log-likelihoods.
 #pragma once
 
-#include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -12,6 +11,7 @@
 #include <vector>
 
 #include "common/cpu/gemm.h"
+#include "common/cpu/tensors.h"
 #include "mixture/checks.h"
 #include "mixture/cpu/rows.h"
 
@@ -26,71 +26,12 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
 }
 
 template <class T>
-constexpr torch::headeronly::ScalarType kScalarType = torch::headeronly::ScalarType::Float;
-template <>
-inline constexpr torch::headeronly::ScalarType kScalarType<double> =
-    torch::headeronly::ScalarType::Double;
-
-// Memory of many pages, fresh in every call, comes from the kernel in large ones, where that is
-// allowed: one page fault for each 4 KiB takes as long as writing them.
-inline void advise_large_pages(void* data, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr int64_t kWorthIt = 4 << 20;
-  constexpr uintptr_t kPage = 4096;
-  if (bytes < kWorthIt) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
-// A third of the time of torch::stable::empty, which matters for small heads.
-template <class T>
-torch::stable::Tensor empty_tensor(std::initializer_list<int64_t> sizes) {
-  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double> ||
-                std::is_same_v<T, int64_t>);
-  int64_t strides[3], stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= sizes.begin()[i];
-  }
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                               std::is_same_v<T, float>    ? aoti_torch_dtype_float32()
-                               : std::is_same_v<T, double> ? aoti_torch_dtype_float64()
-                                                           : aoti_torch_dtype_int64(),
-                               aoti_torch_device_type_cpu(), 0, &handle));
-  torch::stable::Tensor tensor(handle);
-  advise_large_pages(tensor.mutable_data_ptr(), stride * static_cast<int64_t>(sizeof(T)));
-  return tensor;
-}
-
-template <class T>
 MixtureGradients empty_gradients(const MixtureSizes& size, bool need_dx, bool need_dw) {
   const auto& [samples, features, clones, classes] = size;
   return {need_dx ? empty_tensor<T>({samples, features}) : empty_tensor<T>({0}),
           need_dw ? empty_tensor<T>({clones, classes, features}) : empty_tensor<T>({0}),
           need_dw ? empty_tensor<T>({clones, classes}) : empty_tensor<T>({0})};
 }
-
-// Uninitialised memory, aligned, poisoned where torch poisons its own.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size) : Buffer({size}) {}
-  Buffer(std::initializer_list<int64_t> sizes)
-      : tensor_(empty_tensor<T>(sizes)), data_(static_cast<T*>(tensor_.mutable_data_ptr())) {}
-  T* data() const { return data_; }
-  const torch::stable::Tensor& tensor() const { return tensor_; }
-  int64_t size() const { return tensor_.numel(); }
-
- private:
-  torch::stable::Tensor tensor_;
-  T* data_;
-};
 
 template <class T>
 struct MixtureProblem {
