@@ -141,9 +141,9 @@ def test_what_is_frozen_gets_no_gradient(backend, frozen):
 
 
 def test_little_memory_takes_the_op_again(backend, calls):
-    """Up to eight times the memory budget is kept, of 4 bytes for each of 9 samples, 5 classes and 3 clones."""
+    """Up to eight times the memory budget is kept, of 4 bytes for each of 16 samples, 5 classes and 3 clones."""
     inputs = testing.mixture_inputs(9, 4, 5, 3)
-    fits = -(-9 * 5 * 3 * 4 // 8)
+    fits = -(-16 * 5 * 3 * 4 // 8)
     results = []
     for memory_budget, kept in ((fits - 1, 0), (fits, 1)):
         results.append(run(inputs, torch.ones(9), reduction="none", memory_budget=memory_budget))

@@ -24,6 +24,8 @@ IN_NO_GRAPH = "per_sample: got True with gradients, expected False in a graph, w
 _POSTERIOR = 3
 # The gradients to the logits are kept up to so many times the memory budget.
 _KEPT = 8
+# They are kept for this many samples at a time (kLaneTile).
+_LANES = 16
 _BACKWARD = "switch_mixture_losses_backward"
 
 
@@ -45,7 +47,8 @@ def keeps(x: Tensor, weight: Tensor, memory_budget: int, backend: str) -> bool:
         return False
     clones, classes, _ = weight.shape
     size = 8 if x.dtype is torch.float64 else 4
-    return x.size(0) * clones * classes * size <= _KEPT * memory_budget
+    samples = -(-x.size(0) // _LANES) * _LANES
+    return samples * clones * classes * size <= _KEPT * memory_budget
 
 
 def save(ctx: Any, op: Any, inputs: tuple[Any, ...], made: Sequence[Tensor]) -> None:
