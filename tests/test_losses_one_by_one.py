@@ -23,13 +23,14 @@ SHAPES = {
 OPTIONS = ["none", "losses one by one", "all, one by one", "all of probabilities, one by one"]
 
 
-def leaves_of(inputs):
-    return [t.detach().clone().requires_grad_() for t in inputs[:3]]
+def leaves_of(inputs, frozen=()):
+    leaves = enumerate(inputs[:3])
+    return [t.detach().clone().requires_grad_(i not in frozen) for i, t in leaves]
 
 
-def run(inputs, factors, function=switch_mixture_stats, impl="cpu", **options):
+def run(inputs, factors, function=switch_mixture_stats, impl="cpu", frozen=(), **options):
     """Losses, statistics and the gradients of the losses' sum times `factors`."""
-    leaves = leaves_of(inputs)
+    leaves = leaves_of(inputs, frozen)
     losses, stats = function(*leaves, *inputs[3:], impl=impl, **options)
     losses.backward(factors.to(losses))
     return losses.detach(), stats, *(t.grad for t in leaves)
@@ -113,6 +114,28 @@ def test_a_clone_learns_nothing_only_if_the_sample_counts(backend):
     assert not dweight[0].any() and not dbias[0].any() and dweight[1].any()
 
 
+@pytest.mark.parametrize("frozen", [set(), {1, 2}], ids=["", "weights frozen"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "again"])
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_sample_that_does_not_count_has_no_gradient(backend, monkeypatch, bad, kept, frozen):
+    """Whatever its loss, which is 0, was multiplied by: as of torch's cross_entropy."""
+    if not kept:
+        again(monkeypatch)
+    inputs = testing.mixture_inputs(9, 4, 5, 3)
+    inputs.target[2] = -100
+    for options in ({}, {"sample_weight": torch.ones(9).index_fill(0, torch.tensor(7), 0)}):
+        factors = torch.linspace(-1, 2, 9)
+        expected = run(inputs, factors, reduction="none", frozen=frozen, **options)
+        factors[[2, 7] if options else [2]] = bad
+        found = run(inputs, factors, reduction="none", frozen=frozen, **options)
+        assert expected[2].isfinite().all() and not found[2][2].any()
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    # Another's factor is seen.
+    factors[4] = bad
+    for gradient in run(inputs, factors, reduction="none", frozen=frozen)[2:]:
+        assert gradient is None or gradient.isfinite().logical_not().any()
+
+
 def test_a_graph_that_is_kept_can_be_used_again(backend, calls):
     inputs = testing.mixture_inputs(9, 4, 5, 3)
     leaves = leaves_of(inputs)
@@ -130,7 +153,7 @@ def test_a_graph_that_is_kept_can_be_used_again(backend, calls):
 @pytest.mark.parametrize("frozen", [{0}, {1, 2}, {1}, {2}, {0, 1}], ids=str)
 def test_what_is_frozen_gets_no_gradient(backend, frozen):
     inputs = testing.mixture_inputs(9, 4, 5, 3)
-    leaves = [t.clone().requires_grad_(i not in frozen) for i, t in enumerate(inputs[:3])]
+    leaves = leaves_of(inputs, frozen)
     losses, _ = switch_mixture_stats(*leaves, *inputs[3:], reduction="none", impl="cpu")
     losses.sum().backward()
     expected = run(inputs, torch.ones(9), reduction="none")[2:]
