@@ -2,8 +2,9 @@
 
 On a CPU the forward keeps the gradients of the clones' own losses to the logits, `dlogits [chunks, N C, lanes]`, the
 gradient to x, and `marks [N, B]`: 1 where a clone is dead for a sample, -1 for samples that do not count. The backward
-multiplies by the losses' factors and makes one product. Where these would take too much memory, and on a GPU, the forward makes no gradients and the
-backward runs the op again, with no use of its loss. What the switch observes is the first one's.
+multiplies by the losses' factors and makes one product. Where these would take too much memory, and on a GPU, the
+forward makes no gradients and the backward runs the op again, with no use of its loss. What the switch observes is the
+first one's.
 """
 
 from collections.abc import Sequence

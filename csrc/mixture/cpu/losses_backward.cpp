@@ -33,14 +33,14 @@ Buffer<T> counted_factors(const Tensor& grad, const T* marks) {
   return factors;
 }
 
-// The samples' rows times their factors; zeros for a factor 0, and for rows that are not finite
-// where `finite` is asked for: no clone has a gradient to their logits, and 0 * inf must not reach
-// the product.
+// The samples' rows times their factors; zeros for a factor 0, also of rows that are not finite.
+// Any other factor of such a row makes the product NaN: all clones are dead for it, and learn
+// nothing.
 template <class T>
-void scale_rows(T* out, const T* in, const T* factors, int64_t rows, int64_t width, bool finite) {
+void scale_rows(T* out, const T* in, const T* factors, int64_t rows, int64_t width) {
   for (int64_t b = 0; b < rows; ++b, in += width, out += width) {
     const T factor = factors[b];
-    if (factor == 0 || (finite && !all_finite(in, width))) {
+    if (factor == 0) {
       std::fill_n(out, width, T(0));
     } else {
       for (int64_t d = 0; d < width; ++d) out[d] = in[d] * factor;
@@ -94,7 +94,7 @@ MixtureGradients run(const Tensor& dlogits, const Tensor& marks, const Tensor& d
   const T* factors = counted.data();
   if (need_dx) {
     scale_rows(static_cast<T*>(scaled_dx.mutable_data_ptr()),
-               static_cast<const T*>(dx.const_data_ptr()), factors, samples, features, false);
+               static_cast<const T*>(dx.const_data_ptr()), factors, samples, features);
   }
   if (!need_dw) return gradients;
   T* const dweights = static_cast<T*>(dweight.mutable_data_ptr());
@@ -106,8 +106,8 @@ MixtureGradients run(const Tensor& dlogits, const Tensor& marks, const Tensor& d
   }
   const Tensor own = in_type<T>(x);
   const Buffer<T> scaled(samples * features);
-  scale_rows(scaled.data(), static_cast<const T*>(own.const_data_ptr()), factors, samples, features,
-             true);
+  scale_rows(scaled.data(), static_cast<const T*>(own.const_data_ptr()), factors, samples,
+             features);
   add_products(dweights, dbiases, dlogits, static_cast<const T*>(scaled.data()), factors, samples,
                features);
   // A clone that is dead for a sample that counts learns nothing.
