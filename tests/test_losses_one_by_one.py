@@ -6,6 +6,7 @@ Their error budgets: test_loss_options.py, among the other options.
 import pytest
 import torch
 from mixture_harness import INF, NAN, case, gaussian_inputs
+from torch.autograd import forward_ad
 
 from alrao_fast import nn, testing
 from alrao_fast.functional import switch_mixture_gaussian_stats, switch_mixture_stats
@@ -17,19 +18,22 @@ pytestmark = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 SHAPES = {
     "joint": (33, 20, 7, 5, None),
     "joint, many chunks": (200, 12, 9, 4, 1 << 13),
+    # The last task of the backward's product has fewer rows than the others.
+    "joint, several tasks": (130, 130, 61, 7, None),
     "streamed": (19, 6, 2500, 2, None),
     "streamed, many chunks": (50, 5, 2100, 3, 1 << 19),
 }
 OPTIONS = ["none", "losses one by one", "all, one by one", "all of probabilities, one by one"]
 
 
-def leaves_of(inputs):
-    return [t.detach().clone().requires_grad_() for t in inputs[:3]]
+def leaves_of(inputs, frozen=()):
+    leaves = enumerate(inputs[:3])
+    return [t.detach().clone().requires_grad_(i not in frozen) for i, t in leaves]
 
 
-def run(inputs, factors, function=switch_mixture_stats, impl="cpu", **options):
+def run(inputs, factors, function=switch_mixture_stats, impl="cpu", frozen=(), **options):
     """Losses, statistics and the gradients of the losses' sum times `factors`."""
-    leaves = leaves_of(inputs)
+    leaves = leaves_of(inputs, frozen)
     losses, stats = function(*leaves, *inputs[3:], impl=impl, **options)
     losses.backward(factors.to(losses))
     return losses.detach(), stats, *(t.grad for t in leaves)
@@ -97,6 +101,40 @@ def test_values(backend, calls, monkeypatch, dtype):
     torch.testing.assert_close(kept, expected)
 
 
+@pytest.mark.parametrize("samples", [0, 9])
+def test_nothing_counted(backend, calls, samples):
+    inputs = testing.mixture_inputs(samples, 4, 5, 3)
+    inputs.target.fill_(-100)
+    losses, _, *gradients = run(
+        inputs, torch.ones(samples), reduction="none", memory_budget=1 << 20
+    )
+    assert len(calls) == 1 and losses.shape == (samples,) and not losses.any()
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("kind", ["not counted", "factor 0", "weights too small"])
+def test_a_chunk_without_gradients(backend, calls, kind):
+    """In the last chunk no sample counts, or all clones are dead, or what a weight leaves of a gradient is 0."""
+    *sizes, memory_budget = SHAPES["streamed, many chunks"]
+    inputs = testing.mixture_inputs(*sizes)
+    factors, last = torch.linspace(1, 2, sizes[0]), slice(32, None)
+    options = {"reduction": "none", "memory_budget": memory_budget}
+    zeros = factors.clone()
+    zeros[last] = 0
+    expected = run(inputs, zeros, **options)[2:]
+    ((dlogits, *_),) = calls
+    assert dlogits.shape[::2] == (2, 32)
+    if kind == "weights too small":
+        options["sample_weight"] = torch.ones(sizes[0])
+        options["sample_weight"][last] = 1e-45
+    else:
+        inputs.x[last] = NAN
+    if kind == "not counted":
+        inputs.target[last] = -100
+    found = run(inputs, zeros if kind == "factor 0" else factors, **options)[2:]
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_clone_learns_nothing_only_if_the_sample_counts(backend):
     """Clone 0 is dead for sample 1, and learns from the others where that one's loss has the factor 0."""
     inputs = testing.mixture_inputs(4, 3, 5, 2, dtype=torch.float64)
@@ -113,6 +151,28 @@ def test_a_clone_learns_nothing_only_if_the_sample_counts(backend):
     assert not dweight[0].any() and not dbias[0].any() and dweight[1].any()
 
 
+@pytest.mark.parametrize("frozen", [set(), {1, 2}], ids=["", "weights frozen"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "again"])
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_sample_that_does_not_count_has_no_gradient(backend, monkeypatch, bad, kept, frozen):
+    """Whatever its loss, which is 0, was multiplied by: as of torch's cross_entropy."""
+    if not kept:
+        again(monkeypatch)
+    inputs = testing.mixture_inputs(9, 4, 5, 3)
+    inputs.target[2] = -100
+    for options in ({}, {"sample_weight": torch.ones(9).index_fill(0, torch.tensor(7), 0)}):
+        factors = torch.linspace(-1, 2, 9)
+        expected = run(inputs, factors, reduction="none", frozen=frozen, **options)
+        factors[[2, 7] if options else [2]] = bad
+        found = run(inputs, factors, reduction="none", frozen=frozen, **options)
+        assert expected[2].isfinite().all() and not found[2][2].any()
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    # Another's factor is seen.
+    factors[4] = bad
+    for gradient in run(inputs, factors, reduction="none", frozen=frozen)[2:]:
+        assert gradient is None or gradient.isfinite().logical_not().any()
+
+
 def test_a_graph_that_is_kept_can_be_used_again(backend, calls):
     inputs = testing.mixture_inputs(9, 4, 5, 3)
     leaves = leaves_of(inputs)
@@ -127,12 +187,16 @@ def test_a_graph_that_is_kept_can_be_used_again(backend, calls):
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "again"])
 @pytest.mark.parametrize("frozen", [{0}, {1, 2}, {1}, {2}, {0, 1}], ids=str)
-def test_what_is_frozen_gets_no_gradient(backend, frozen):
+def test_what_is_frozen_gets_no_gradient(backend, calls, monkeypatch, frozen, kept):
+    if not kept:
+        again(monkeypatch)
     inputs = testing.mixture_inputs(9, 4, 5, 3)
-    leaves = [t.clone().requires_grad_(i not in frozen) for i, t in enumerate(inputs[:3])]
+    leaves = leaves_of(inputs, frozen)
     losses, _ = switch_mixture_stats(*leaves, *inputs[3:], reduction="none", impl="cpu")
     losses.sum().backward()
+    assert len(calls) == kept
     expected = run(inputs, torch.ones(9), reduction="none")[2:]
     for i, (leaf, gradient) in enumerate(zip(leaves, expected)):
         assert (leaf.grad is None) == (i in frozen)
@@ -140,10 +204,12 @@ def test_what_is_frozen_gets_no_gradient(backend, frozen):
             torch.testing.assert_close(leaf.grad, gradient)
 
 
-def test_little_memory_takes_the_op_again(backend, calls):
-    """Up to eight times the memory budget is kept, of 4 bytes for each of 9 samples, 5 classes and 3 clones."""
-    inputs = testing.mixture_inputs(9, 4, 5, 3)
-    fits = -(-9 * 5 * 3 * 4 // 8)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_little_memory_takes_the_op_again(backend, calls, dtype):
+    """Up to eight times the memory budget is kept, of 4 bytes for each of 16 samples, 5 classes and 3 clones, 8 in
+    float64."""
+    inputs = testing.mixture_inputs(9, 4, 5, 3, dtype=dtype)
+    fits = -(-16 * 5 * 3 * (8 if dtype == torch.float64 else 4) // 8)
     results = []
     for memory_budget, kept in ((fits - 1, 0), (fits, 1)):
         results.append(run(inputs, torch.ones(9), reduction="none", memory_budget=memory_budget))
@@ -162,6 +228,42 @@ def test_differentiable_gradients_are_of_the_posterior_that_was_there(backend):
     plain = torch.autograd.grad(losses.sum(), x, retain_graph=True)
     with_graph = torch.autograd.grad(losses.sum(), x, create_graph=True)
     torch.testing.assert_close(with_graph, plain)
+
+
+def test_batched_and_dual_factors(backend, calls):
+    """Of the reference, with the posterior that was there; what was kept says the same of each."""
+    torch.manual_seed(0)
+    head = nn.ClassifierClones(4, 5, 3, reduction="none", dtype=torch.float64)
+    x = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    losses = head(x, torch.randint(5, (9,)))
+    leaves = [x, head.weight, head.bias]
+
+    def of(factors, **options):
+        return torch.autograd.grad(losses, leaves, factors, retain_graph=True, **options)
+
+    every = torch.eye(9, dtype=torch.float64)
+    batch = of(every, is_grads_batched=True)
+    for i in range(9):
+        torch.testing.assert_close(of(every[i]), tuple(g[i] for g in batch))
+    assert len(calls) == 9
+    with forward_ad.dual_level():
+        duals = of(forward_ad.make_dual(every[0], every[1]))
+        tangents = [forward_ad.unpack_dual(g).tangent for g in duals]
+    torch.testing.assert_close(tangents, [g[1] for g in batch])
+
+
+def test_no_factors(backend):
+    """A function behind the losses may say that it has no gradient."""
+
+    class Constant(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, losses: losses.clone())
+        backward = staticmethod(lambda ctx, grad: None)
+
+    inputs = testing.mixture_inputs(9, 4, 5, 3)
+    leaves = leaves_of(inputs)
+    losses, _ = switch_mixture_stats(*leaves, *inputs[3:], reduction="none", impl="cpu")
+    Constant.apply(losses).sum().backward()
+    assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves)
 
 
 def test_a_written_input_is_noticed(backend):

@@ -76,7 +76,7 @@ class AlraoMuon(AlraoOptimizer):
             "match_rms_adamw", 0.2 sqrt(max(A, B)), makes its entries as large as Adam's updates usually are, so that
             one interval serves all parameters; "original", sqrt(max(1, A / B)).
         betas, eps: of all other parameters, as in torch.optim.AdamW.
-        weight_decay: of all parameters, decoupled.
+        weight_decay: of all parameters, decoupled. The factor is at least 0 as in `AlraoAdam`, but not of matrices.
         orthogonalize: None: the matrices as above. True: all parameters of the group, which need two features of two
             entries or more. False: none. Its value stays what it is once a group is there.
         rate_bound: the share of a feature that a step changes at most, about: as in `AlraoAdam`, and of matrices, whose

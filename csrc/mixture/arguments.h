@@ -139,7 +139,7 @@ using MixtureGradients =
     std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>;
 
 // Loss, statistics and the gradients. On a CPU losses one by one keep for their backward, in the
-// place of the gradients to weight and bias, those to the logits and what marks dead clones
+// place of the gradients to weight and bias, those to the logits and marks of dead clones
 // (alrao_fast/ops/mixture/per_sample.py).
 using MixtureOutputs =
     std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,

@@ -104,15 +104,15 @@ void boxed_weights(StableIValue* values, uint64_t num_arguments, uint64_t) {
 }
 
 template <MixtureGradients (*kRun)(const torch::stable::Tensor& dlogits,
-                                   const torch::stable::Tensor& dead,
+                                   const torch::stable::Tensor& marks,
                                    const torch::stable::Tensor& dx, const torch::stable::Tensor& x,
                                    const torch::stable::Tensor& grad)>
 void boxed_losses_backward(StableIValue* values, uint64_t num_arguments, uint64_t) {
   using torch::stable::Tensor;
   Stack stack(values, num_arguments, 5);
-  const Tensor dlogits = stack.take<Tensor>(), dead = stack.take<Tensor>();
+  const Tensor dlogits = stack.take<Tensor>(), marks = stack.take<Tensor>();
   const Tensor dx = stack.take<Tensor>(), x = stack.take<Tensor>();
-  stack.put(kRun(dlogits, dead, dx, x, stack.take<Tensor>()));
+  stack.put(kRun(dlogits, marks, dx, x, stack.take<Tensor>()));
 }
 
 template <LogProbOutputs (*kRun)(const MixtureInputs&, int64_t memory_budget, double softcap)>

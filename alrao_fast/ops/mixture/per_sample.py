@@ -1,9 +1,10 @@
 """The backward of losses that are not summed: what they are multiplied by is known only there.
 
 On a CPU the forward keeps the gradients of the clones' own losses to the logits, `dlogits [chunks, N C, lanes]`, the
-gradient to x, and `dead [N, B]`, 1 where a clone is dead for a sample; the backward multiplies by the losses' factors
-and makes one product. Where these would take too much memory, and on a GPU, the forward makes no gradients and the
-backward runs the op again, with no use of its loss. What the switch observes is the first one's.
+gradient to x, and `marks [N, B]`: 1 where a clone is dead for a sample, -1 for samples that do not count. The backward
+multiplies by the losses' factors and makes one product. Where these would take too much memory, and on a GPU, the
+forward makes no gradients and the backward runs the op again, with no use of its loss. What the switch observes is the
+first one's.
 """
 
 from collections.abc import Sequence
@@ -24,15 +25,17 @@ IN_NO_GRAPH = "per_sample: got True with gradients, expected False in a graph, w
 _POSTERIOR = 3
 # The gradients to the logits are kept up to so many times the memory budget.
 _KEPT = 8
+# They are kept for this many samples at a time (kLaneTile).
+_LANES = 16
 _BACKWARD = "switch_mixture_losses_backward"
 
 
-def _fake(dlogits: Tensor, dead: Tensor, dx: Tensor, x: Tensor, grad: Tensor) -> Any:
+def _fake(dlogits: Tensor, marks: Tensor, dx: Tensor, x: Tensor, grad: Tensor) -> Any:
     raise NotImplementedError(f"{_BACKWARD}: {IN_NO_GRAPH}")
 
 
 define(
-    f"{_BACKWARD}(Tensor dlogits, Tensor dead, Tensor dx, Tensor x, Tensor grad)"
+    f"{_BACKWARD}(Tensor dlogits, Tensor marks, Tensor dx, Tensor x, Tensor grad)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _fake,
 )
@@ -45,7 +48,8 @@ def keeps(x: Tensor, weight: Tensor, memory_budget: int, backend: str) -> bool:
         return False
     clones, classes, _ = weight.shape
     size = 8 if x.dtype is torch.float64 else 4
-    return x.size(0) * clones * classes * size <= _KEPT * memory_budget
+    samples = -(-x.size(0) // _LANES) * _LANES
+    return samples * clones * classes * size <= _KEPT * memory_budget
 
 
 def save(ctx: Any, op: Any, inputs: tuple[Any, ...], made: Sequence[Tensor]) -> None:
@@ -73,9 +77,9 @@ def gradients(
     saved = ctx.saved_tensors
     plain = torch.is_grad_enabled() or derivatives.transformed() or derivatives.is_batch(grad)
     if ctx.kept and not plain:
-        *_, dx, dlogits, dead = saved
+        *_, dx, dlogits, marks = saved
         with torch._C._AutoDispatchBelowAutograd():
-            found = _backward(dlogits, dead, dx, saved[0], grad)
+            found = _backward(dlogits, marks, dx, saved[0], grad)
         return [checks.in_dtype(g, dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)]
     op, is_tensor, others = ctx.call
     tensors = iter(saved)
@@ -97,7 +101,11 @@ def _again(
 ) -> Sequence[Tensor]:
     """The op's gradients, of the sum of the losses times `grad`."""
     row_weight = arguments["row_weight"]
-    factors = grad.contiguous() if row_weight is None else row_weight * grad
+    if row_weight is None:
+        factors = grad.contiguous()
+    else:
+        # A sample that does not count has no gradient, whatever comes: 0 * inf would be NaN.
+        factors = torch.where(row_weight == 0, 0, row_weight * grad)
     arguments |= {"need_dx": need_dx, "need_dw": need_dw}
     arguments |= {"row_weight": factors, "per_sample": False}
     _loss, _stats, *found = op.run(tuple(arguments.values()))

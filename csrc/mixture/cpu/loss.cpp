@@ -82,11 +82,12 @@ MixtureOutputs run(const LossArguments& a, const MixtureSizes& size) {
     out.losses = static_cast<T*>(loss.mutable_data_ptr());
     std::fill_n(out.losses, samples, T(0));
   }
-  std::optional<Buffer<T>> dead;
-  if (p.keeps_dlogits) {
-    dead.emplace({clones, samples});
-    out.dead = dead->data();
-    std::fill_n(out.dead, dead->size(), T(0));
+  std::optional<Buffer<T>> marks;
+  if (extras.per_sample && p.needs_dlogits()) {
+    marks.emplace({clones, samples});
+    out.marks = marks->data();
+    for (int64_t b = 0; b < samples; ++b) out.marks[b] = p.counts(b) ? 0 : kNotCountedMark;
+    for (int64_t n = 1; n < clones; ++n) std::copy_n(out.marks, samples, out.marks + n * samples);
   }
   if (counted == 0) {
     std::fill_n(out.dx, dx.numel(), T(0));
@@ -117,7 +118,8 @@ MixtureOutputs run(const LossArguments& a, const MixtureSizes& size) {
     }
   }
   if (!extras.per_sample) *static_cast<T*>(loss.mutable_data_ptr()) = static_cast<T>(out.loss);
-  if (out.dlogits) return {loss, stats, dx, out.dlogits->tensor(), dead->tensor()};
+  if (marks)
+    return {loss, stats, dx, out.dlogits ? out.dlogits->tensor() : dweight, marks->tensor()};
   if (!a.inputs.bias) dbias = empty_tensor<T>({0});
   if (a.inputs.x.scalar_type() == ScalarType::BFloat16) {
     dweight = torch::stable::to(dweight, ScalarType::BFloat16);

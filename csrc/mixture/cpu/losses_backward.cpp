@@ -22,14 +22,25 @@ using torch::stable::Tensor;
 // 30 was calls.
 constexpr int64_t kTaskRows = 128;
 
-// The samples' rows times their factors; zeros for a factor 0, and for rows that are not finite
-// where `finite` is asked for: no clone has a gradient to their logits, and 0 * inf must not reach
-// the product.
+// The factors of the losses: 0 for samples that do not count, whose gradient is 0 whatever comes.
 template <class T>
-void scale_rows(T* out, const T* in, const T* factors, int64_t rows, int64_t width, bool finite) {
+Buffer<T> counted_factors(const Tensor& grad, const T* marks) {
+  const T* in = static_cast<const T*>(grad.const_data_ptr());
+  Buffer<T> factors(grad.numel());
+  for (int64_t b = 0; b < factors.size(); ++b) {
+    factors.data()[b] = marks[b] == kNotCountedMark ? T(0) : in[b];
+  }
+  return factors;
+}
+
+// The samples' rows times their factors; zeros for a factor 0, also of rows that are not finite.
+// Any other factor of such a row makes the product NaN: all clones are dead for it, and learn
+// nothing.
+template <class T>
+void scale_rows(T* out, const T* in, const T* factors, int64_t rows, int64_t width) {
   for (int64_t b = 0; b < rows; ++b, in += width, out += width) {
     const T factor = factors[b];
-    if (factor == 0 || (finite && !all_finite(in, width))) {
+    if (factor == 0) {
       std::fill_n(out, width, T(0));
     } else {
       for (int64_t d = 0; d < width; ++d) out[d] = in[d] * factor;
@@ -71,17 +82,19 @@ void add_products(T* dweight, T* dbias, const Tensor& dlogits, const T* scaled, 
 }
 
 template <class T>
-MixtureGradients run(const Tensor& dlogits, const Tensor& dead, const Tensor& dx, const Tensor& x,
+MixtureGradients run(const Tensor& dlogits, const Tensor& marks, const Tensor& dx, const Tensor& x,
                      const Tensor& grad) {
   const int64_t samples = x.size(0), features = x.size(1);
   const bool need_dx = dx.dim() == 2, need_dw = dlogits.dim() == 3;
-  const int64_t clones = need_dw ? dead.size(0) : 1, rows = need_dw ? dlogits.size(1) : 0;
+  const int64_t clones = marks.size(0), rows = need_dw ? dlogits.size(1) : 0;
   auto gradients = empty_gradients<T>({samples, features, clones, rows / clones}, need_dx, need_dw);
   auto& [scaled_dx, dweight, dbias] = gradients;
-  const T* factors = static_cast<const T*>(grad.const_data_ptr());
+  const T* mark = static_cast<const T*>(marks.const_data_ptr());
+  const Buffer<T> counted = counted_factors(grad, mark);
+  const T* factors = counted.data();
   if (need_dx) {
     scale_rows(static_cast<T*>(scaled_dx.mutable_data_ptr()),
-               static_cast<const T*>(dx.const_data_ptr()), factors, samples, features, false);
+               static_cast<const T*>(dx.const_data_ptr()), factors, samples, features);
   }
   if (!need_dw) return gradients;
   T* const dweights = static_cast<T*>(dweight.mutable_data_ptr());
@@ -93,16 +106,15 @@ MixtureGradients run(const Tensor& dlogits, const Tensor& dead, const Tensor& dx
   }
   const Tensor own = in_type<T>(x);
   const Buffer<T> scaled(samples * features);
-  scale_rows(scaled.data(), static_cast<const T*>(own.const_data_ptr()), factors, samples, features,
-             true);
+  scale_rows(scaled.data(), static_cast<const T*>(own.const_data_ptr()), factors, samples,
+             features);
   add_products(dweights, dbiases, dlogits, static_cast<const T*>(scaled.data()), factors, samples,
                features);
   // A clone that is dead for a sample that counts learns nothing.
-  const T* marks = static_cast<const T*>(dead.const_data_ptr());
   const int64_t own_rows = rows / clones;
-  for (int64_t n = 0; n < clones; ++n, marks += samples) {
+  for (int64_t n = 0; n < clones; ++n, mark += samples) {
     bool any = false;
-    for (int64_t b = 0; b < samples; ++b) any |= marks[b] != 0 && factors[b] != 0;
+    for (int64_t b = 0; b < samples; ++b) any |= mark[b] == kDeadMark && factors[b] != 0;
     if (!any) continue;
     std::fill_n(dweights + n * own_rows * features, own_rows * features, T(0));
     std::fill_n(dbiases + n * own_rows, own_rows, T(0));
@@ -110,14 +122,14 @@ MixtureGradients run(const Tensor& dlogits, const Tensor& dead, const Tensor& dx
   return gradients;
 }
 
-MixtureGradients losses_backward(const Tensor& dlogits, const Tensor& dead, const Tensor& dx,
+MixtureGradients losses_backward(const Tensor& dlogits, const Tensor& marks, const Tensor& dx,
                                  const Tensor& x, const Tensor& grad) {
   check_shape("grad", grad, {x.size(0)});
   const bool is_double = x.scalar_type() == ScalarType::Double;
   check_dtype("grad", grad, {is_double ? ScalarType::Double : ScalarType::Float});
   const Tensor factors = dense(grad);
-  return is_double ? run<double>(dlogits, dead, dx, x, factors)
-                   : run<float>(dlogits, dead, dx, x, factors);
+  return is_double ? run<double>(dlogits, marks, dx, x, factors)
+                   : run<float>(dlogits, marks, dx, x, factors);
 }
 
 }  // namespace

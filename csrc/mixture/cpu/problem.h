@@ -71,6 +71,10 @@ struct MixtureProblem {
   const T* clone_bias(int64_t n) const { return bias ? bias + n * size.classes : nullptr; }
 };
 
+// What losses one by one keep for their backward of a clone and a sample; else 0.
+constexpr int kDeadMark = 1;         // the clone is dead for it
+constexpr int kNotCountedMark = -1;  // it does not count, for any clone
+
 template <class T>
 struct MixtureResult {
   double loss = 0;
@@ -80,10 +84,9 @@ struct MixtureResult {
   T* dweight;           // [N, C, D] if needed
   T* dbias;             // [N, C] if needed
   // Where they are kept: gradients to the logits [chunks, N C, ld], made by the driver, which cuts
-  // the samples into chunks of ld lanes, and 1 for the samples that a clone is dead for, [N, B],
-  // zeros.
+  // the samples into chunks of ld lanes.
   std::optional<Buffer<T>> dlogits;
-  T* dead = nullptr;
+  T* marks = nullptr;  // [N, B] or null: the driver writes kDeadMark where a clone is dead for one
 };
 
 // Of the first of the largest values; any place where some are NaN.
@@ -230,7 +233,7 @@ void finish_clone(const MixtureProblem<T>& p, const typename Chunks<T>::Chunk& c
                                   : classes.log_likelihood(double(sums.target_logit[lane]), logits);
     if (!is_alive(value)) {
       health->dead = health->suspect = true;
-      if (out.dead) out.dead[n * p.size.samples + chunk.begin + lane] = 1;
+      if (out.marks) out.marks[n * p.size.samples + chunk.begin + lane] = kDeadMark;
       own = INFINITY;
       if (gaussian) score = INFINITY;
       continue;
@@ -278,7 +281,7 @@ void finish_clone_with_options(const MixtureProblem<T>& p, const typename Chunks
     const double value = smoothed.log_likelihood(class_weight) - p.z_loss * lse * lse;
     if (!is_alive(value) || !is_alive(likelihood)) {
       health->dead = health->suspect = true;
-      if (out.dead) out.dead[n * p.size.samples + chunk.begin + lane] = 1;
+      if (out.marks) out.marks[n * p.size.samples + chunk.begin + lane] = kDeadMark;
       own = INFINITY;
       continue;
     }

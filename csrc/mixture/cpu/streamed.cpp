@@ -159,7 +159,7 @@ class Streamed {
     T* common = lane_.data() + 3 * ld_;
     finish_clone<T>(p_, chunk, n, ld_, total, log_likelihood_.data(), common, out_, health);
     for (int64_t block = 0; block < blocks_; ++block) std::copy_n(common, ld_, factor(block));
-    return std::any_of(common, common + ld_, [](T f) { return f != 0; });
+    return is_alive_for_any();
   }
 
   bool finish_classes(const Chunk& chunk, int64_t n, CloneHealth* health) {
@@ -194,8 +194,6 @@ class Streamed {
     T* common = p + 3 * ld_;
     if (p_.has_options) return finish_options(chunk, n, total, common, health);
     finish_clone<T>(p_, chunk, n, ld_, total, log_likelihood_.data(), common, out_, health);
-    bool any = false;
-    for (int64_t lane = 0; lane < ld_; ++lane) any = any || common[lane] != 0;
     for (int64_t block = 0; block < blocks_; ++block) {
       T* scale = factor(block);
       for (int64_t lane = 0; lane < ld_; ++lane) {
@@ -206,7 +204,14 @@ class Streamed {
         scale[lane] = common[lane] == 0 ? T(0) : std::copysign(kept, common[lane]);
       }
     }
-    return any;
+    return is_alive_for_any();
+  }
+
+  // Not by the factors: one may underflow, and the mixture takes the clone's part of dx all the
+  // same.
+  bool is_alive_for_any() const {
+    return std::any_of(log_likelihood_.begin(), log_likelihood_.end(),
+                       [](double value) { return value > -INFINITY; });
   }
 
   OptionFactors<T> option_factors() const {
@@ -240,7 +245,7 @@ class Streamed {
       T* scale = factor(block);
       for (int64_t lane = 0; lane < ld_; ++lane) scale[lane] *= common[lane];
     }
-    return std::any_of(factors.live, factors.live + ld_, [](T live) { return live != 0; });
+    return is_alive_for_any();
   }
 
   // Second pass.
