@@ -145,6 +145,8 @@ def test_times_are_compared_on_one_machine():
     there["case"]["seed"], there["machine"]["cpu"] = 1, "another"
     found = figures.costs(figures.summarise([*records, there]))
     assert found[Row("alrao-adam-run")] == (pytest.approx(0.5), pytest.approx(1), 1)
+    untimed = [{k: v for k, v in r.items() if k != "step_ms"} for r in records]
+    assert figures.costs(figures.summarise([*untimed, there]))[Row("alrao-adam-run")].step is None
     there["machine"]["cpu"] = "a third"
     summary = figures.summarise([*records, there])
     assert figures.costs(summary)[Row("alrao-adam-run")].step is None

@@ -50,11 +50,12 @@ class Cell(NamedTuple):
 
     @property
     def step_ms(self) -> dict[str, float]:
-        """By the machines that it has run on."""
+        """By the machines that it has run on; records without a time are of runs on another day than the rest."""
         found: dict[str, float] = {}
         for record in self.all:
-            device = record["machine"]["gpu"] or record["machine"]["cpu"]
-            found[device] = min(record["step_ms"], found.get(device, math.inf))
+            if "step_ms" in record:
+                device = record["machine"]["gpu"] or record["machine"]["cpu"]
+                found[device] = min(record["step_ms"], found.get(device, math.inf))
         return found
 
     @property
