@@ -149,7 +149,7 @@ def test_adam(
         if decay == "gradient":
             g = g + weight_decay * p
         if decay == "weights":
-            p = p * (1 + sign * rate * weight_decay)
+            p = p * np.maximum(1 + sign * rate * weight_decay, 0)
         m = beta1 * m + (1 - beta1) * g
         new = beta2 * v + (1 - beta2) * g * g
         new_largest = np.maximum(largest, new) if amsgrad else largest
