@@ -10,7 +10,7 @@ import torch
 from mixture_harness import NAMES, NAN, SHAPES, TILED_SHAPES, device_of, gradients
 
 from alrao_fast import testing
-from alrao_fast.functional import switch_mixture_nll
+from alrao_fast.functional import switch_mixture_nll, switch_mixture_stats
 from alrao_fast.ops import dispatch
 from alrao_fast.ops.mixture import weighting
 
@@ -124,6 +124,23 @@ def test_the_loss_makes_its_factors(compiled, name, smoothing, shape):
     options = *weights, *regularisers, *divisors, None, True
     results = op(*inputs[:4], target, -100, given["mean"], *needs, *options)
     assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_denormal_weights_count(reduction, soft):
+    """The CPU's kernels flush denormal numbers within their tasks; a weight is one all the same."""
+    if reason := testing.require(OP, "cpu"):
+        pytest.skip(reason)
+    inputs = testing.mixture_inputs(5, 4, 10, 3)
+    target = torch.rand(5, 10) if soft else inputs.target
+    weight = torch.tensor([1e-39, -3e-40, 0, 2e-39, 1e-38])
+    options = {"sample_weight": weight, "reduction": reduction}
+    expected, all_stats = switch_mixture_stats(*inputs[:4], target, **options, impl="reference")
+    loss, stats = switch_mixture_stats(*inputs[:4], target, **options, impl="cpu")
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(stats, all_stats, rtol=1e-4, atol=0)
+    assert (stats[2] == 4).all()
 
 
 @pytest.mark.interpreted

@@ -39,15 +39,18 @@ T sample_weight_at(const T* weights, int64_t b) {
   return weights[b];
 }
 
+// Factors are doubles until all that makes them is known: in float32 a product of small weights, or
+// a small weight where denormal numbers are flushed, would be 0, and its sample not count.
+
 // The factors of classes, without the norm; returns what a mean divides by.
 template <class T>
 double weigh_classes(const WeightArguments& a, const T* sample_weights, const T* class_weights,
-                     int64_t classes, Smoothed smoothed, T* factors) {
+                     int64_t classes, Smoothed smoothed, double* factors) {
   const int64_t* target = static_cast<const int64_t*>(a.target.const_data_ptr());
   double divided = 0;
   for (int64_t b = 0; b < a.target.size(0); ++b) {
     if (target[b] == a.ignore_index) {
-      factors[b] = T(0);
+      factors[b] = 0;
       continue;
     }
     const double given = sample_weight_at(sample_weights, b);
@@ -55,7 +58,7 @@ double weigh_classes(const WeightArguments& a, const T* sample_weights, const T*
     const double w =
         class_weights ? class_weights[std::clamp<int64_t>(target[b], 0, classes - 1)] : 1.0;
     divided += given * w;
-    factors[b] = static_cast<T>(given * (class_weights ? smoothed(w) : 1.0));
+    factors[b] = given * (class_weights ? smoothed(w) : 1.0);
   }
   return divided;
 }
@@ -104,7 +107,7 @@ bool is_one(double sum) {
 template <class T>
 std::pair<bool, double> weigh_distributions(const WeightArguments& a, const T* sample_weights,
                                             const T* class_weights, Smoothed smoothed,
-                                            int64_t* likeliest, T* factors, double* totals) {
+                                            int64_t* likeliest, double* factors, double* totals) {
   const int64_t samples = a.target.size(0), classes = a.target.size(1);
   const T* given = static_cast<const T*>(a.target.const_data_ptr());
   double divided = 0;
@@ -115,15 +118,15 @@ std::pair<bool, double> weigh_distributions(const WeightArguments& a, const T* s
   run_tasks(samples, [&](int64_t b) {
     const T* from = given + b * classes;
     TargetSums<T> sums;
-    if (factors[b] != T(0)) sums = sum_target(from, class_weights, classes);
+    if (factors[b] != 0) sums = sum_target(from, class_weights, classes);
     totals[b] = sums.sum;
     likeliest[b] = sums.sum == 0 ? 0 : place_of_largest(from, classes);
     if (!sums.valid()) {
-      factors[b] = T(NAN);
+      factors[b] = NAN;
     } else {
       const double weight =
           class_weights && sums.sum != 0 ? smoothed(sums.weighted / sums.sum) : 1.0;
-      factors[b] *= static_cast<T>(sums.sum * weight);
+      factors[b] *= sums.sum * weight;
     }
   });
   bool whole = true;
@@ -168,23 +171,23 @@ Weights run(const WeightArguments& a) {
   Tensor factors = empty_tensor<T>({samples});
   Tensor likeliest = empty_tensor<int64_t>({soft ? samples : 0});
   Tensor scaled = empty_tensor<T>({within ? classes : 0});
-  T* factor = static_cast<T*>(factors.mutable_data_ptr());
-  std::vector<double> totals(soft ? samples : 0);
+  std::vector<double> weighed(samples), totals(soft ? samples : 0);
   bool whole = true;
   double divided = 0;
   if (soft) {
     std::tie(whole, divided) = weigh_distributions(
         a, sample_weights, class_weights, smoothed,
-        static_cast<int64_t*>(likeliest.mutable_data_ptr()), factor, totals.data());
+        static_cast<int64_t*>(likeliest.mutable_data_ptr()), weighed.data(), totals.data());
   } else {
-    divided = weigh_classes(a, sample_weights, class_weights, classes, smoothed, factor);
+    divided = weigh_classes(a, sample_weights, class_weights, classes, smoothed, weighed.data());
   }
   const bool copies = soft && (a.copy || !whole);
   Tensor target = copies ? empty_tensor<T>({samples, classes}) : empty_tensor<T>({0});
   if (copies) normalise(a.target, totals.data(), static_cast<T*>(target.mutable_data_ptr()));
   const double items = a.num_items ? number_in(*a.num_items) : 1.0;
   const double norm = (!a.mean ? a.divisor : divided == 0 ? 1.0 : divided) * items;
-  for (int64_t b = 0; b < samples; ++b) factor[b] = static_cast<T>(factor[b] / norm);
+  T* factor = static_cast<T*>(factors.mutable_data_ptr());
+  for (int64_t b = 0; b < samples; ++b) factor[b] = static_cast<T>(weighed[b] / norm);
   T* out = static_cast<T*>(scaled.mutable_data_ptr());
   for (int64_t c = 0; within && c < classes; ++c) {
     out[c] = static_cast<T>(class_weights[c] / mean_weight);
