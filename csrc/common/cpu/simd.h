@@ -33,6 +33,7 @@ template <>
 struct Simd<float> {
   typedef float Vector __attribute__((vector_size(ALRAO_VECTOR_BYTES)));
   typedef int32_t Bits __attribute__((vector_size(ALRAO_VECTOR_BYTES)));
+  typedef uint32_t Words __attribute__((vector_size(ALRAO_VECTOR_BYTES)));
   static constexpr int64_t kWidth = ALRAO_VECTOR_BYTES / 4;
 };
 
@@ -40,6 +41,7 @@ template <>
 struct Simd<double> {
   typedef double Vector __attribute__((vector_size(ALRAO_VECTOR_BYTES)));
   typedef int64_t Bits __attribute__((vector_size(ALRAO_VECTOR_BYTES)));
+  typedef uint64_t Words __attribute__((vector_size(ALRAO_VECTOR_BYTES)));
   static constexpr int64_t kWidth = ALRAO_VECTOR_BYTES / 8;
 };
 
@@ -79,7 +81,7 @@ ALRAO_INLINE T sum_lanes(Vector<T> v) {
 // exp to about 1 ulp. The argument is at most a few; what would be denormal becomes 0, NaN becomes
 // 0.
 ALRAO_INLINE Vector<float> exp_below(Vector<float> x) {
-  typedef Simd<float>::Bits Bits;
+  typedef Simd<float>::Words Words;
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the bits
   const Vector<float> shifted = x * 1.44269504088896341f + round;
   const Vector<float> k = shifted - round;
@@ -92,12 +94,12 @@ ALRAO_INLINE Vector<float> exp_below(Vector<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const Vector<float> value = (Vector<float>)((Bits)p + ((Bits)shifted << 23));
+  const Vector<float> value = (Vector<float>)((Words)p + ((Words)shifted << 23));
   return x > -87.3f ? value : splat(0.0f);
 }
 
 ALRAO_INLINE Vector<double> exp_below(Vector<double> x) {
-  typedef Simd<double>::Bits Bits;
+  typedef Simd<double>::Words Words;
   const double round = 6755399441055744.0;  // 1.5 * 2^52
   const Vector<double> shifted = x * 1.4426950408889634074 + round;
   const Vector<double> k = shifted - round;
@@ -116,7 +118,7 @@ ALRAO_INLINE Vector<double> exp_below(Vector<double> x) {
   p = p * r + 1.0 / 6.0;
   p = p * r + 0.5;
   p = p * (r * r) + r + 1.0;
-  const Vector<double> value = (Vector<double>)((Bits)p + ((Bits)shifted << 52));
+  const Vector<double> value = (Vector<double>)((Words)p + ((Words)shifted << 52));
   return x > -708.0 ? value : splat(0.0);
 }
 

@@ -16,7 +16,7 @@ namespace alrao::cpu::ALRAO_ISA {
 namespace {
 
 // Words of Philox in the low halves of 64-bit lanes; what the high halves hold does not count.
-typedef uint64_t Words __attribute__((vector_size(ALRAO_VECTOR_BYTES)));
+using Words = Simd<double>::Words;
 
 // All 64 bits of the low halves' products. The compilers do not find the instruction by themselves.
 ALRAO_INLINE Words wide_product(Words a, uint32_t factor) {
