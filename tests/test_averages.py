@@ -80,7 +80,9 @@ def test_averages_switched_off_and_on_begin_anew(backend, device, kind):
         before = [p.detach().clone() for p in model.parameters()]
         give_gradients(step, model)
         opt.step()
-        assert all(("average" in opt.state[p]) == (step < 3 or step > 5) for p in model.parameters())
+        assert all(
+            ("average" in opt.state[p]) == (step < 3 or step > 5) for p in model.parameters()
+        )
         if step == 6:
             for param, old in zip(model.parameters(), before):
                 expected = old + 4 / (6 + 4) * (param - old)

@@ -73,8 +73,6 @@ class AlraoOptimizer(Rated):
     _float32_states = False
     # Options that checkpoints did not have once, as they were then.
     _of_old: Mapping[str, Any] = MappingProxyType({})
-    # Of a run whose length is known.
-    _run: annealing.Run | None = None
     # Within averaged().
     _shows_averages = False
 
