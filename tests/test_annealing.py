@@ -2,6 +2,7 @@
 
 - the formula by hand: where log-rates lie for a posterior, a progress and a width, and that they stay in the interval;
 - rates rewritten in place, shared vectors once, Constant's not; the heads show the clones' present rates;
+- parameters added during a run have rates as narrow as the others';
 - `total_steps`: warm-up, averages and narrowing together, checkpoints that go on bit for bit, refusals;
 - a captured step counts its replays.
 """
@@ -164,6 +165,34 @@ def test_groups_of_other_samplers():
     # What the clones agree on stays where it is.
     clones = log_rates(opt, model.head.weight)
     torch.testing.assert_close(float(clones[-1]), -1.0, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["add_param_group", "by hand"])
+@pytest.mark.parametrize("taken", [0, 7, 30, 100, 250])
+def test_parameters_added_during_a_run(taken, how):
+    """Their rates are those of the narrowing before, and the others stay what they are."""
+    model = build()
+    opt = AlraoAdam(model, total_steps=100, rate_bound=None, generator=generator(0))
+    set_posterior(model, [0.0, 0.0, 1.0, 0.0])
+    opt._run.taken = taken
+    last = min(taken, 100) * 40 // 100 * 100 / 40
+    opt.anneal_rates(math.ceil(last) / 100)
+    before = {p: opt.state[p]["rate"].clone() for p in model.parameters()}
+    layer = nn.Linear(5, 400)
+    if how == "by hand":
+        opt.param_groups[0]["params"] += [layer.weight, layer.bias]
+        with pytest.warns(UserWarning, match="bare tensors"):
+            opt.refresh()
+    else:
+        opt.add_param_group({"params": layer})
+    assert all(torch.equal(opt.state[p]["rate"], rate) for p, rate in before.items())
+    own = opt.state[layer.weight]
+    found = own["rate"].clone()
+    assert found.log().std() < 0.7 * own["drawn_rate"].log().std() or taken < 7
+    opt.anneal_rates(math.ceil(last) / 100)
+    assert torch.equal(own["rate"], found)
+    assert torch.equal(own["rate"], own["drawn_rate"]) == (taken == 0)
+    opt.load_state_dict(opt.state_dict())
 
 
 def test_refusals():

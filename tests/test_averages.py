@@ -2,6 +2,7 @@
 
 - a step with both is torch's optimizer under a linear LambdaLR, and its average torch's own AveragedModel;
 - `averaged()`: what it shows, clones too, and that parameters, masters and BatchNorm come back bit for bit;
+- averages that are switched off and on again begin anew;
 - checkpoints with averages, older ones without; parameters of low precision, compiled steps, skipped steps;
 - momentum that is normalised: torch.optim.SGD at a tenth of the rate.
 """
@@ -66,6 +67,26 @@ def test_torch_with_a_scheduler_and_an_averaged_model(backend, device, kind):
         for mine, mean in zip(ours.parameters(), expected.parameters()):
             torch.testing.assert_close(mine, mean, **close)
     assert all(map(torch.equal, before, ours.parameters()))
+
+
+@pytest.mark.parametrize("kind", [AlraoSGD, AlraoAdam, AlraoMuon])
+def test_averages_switched_off_and_on_begin_anew(backend, device, kind):
+    """As they do where there were none before: what they held then is no average of the steps since."""
+    model = net(device)
+    opt = kind(model, averaging=3.0)
+    for step in range(8):
+        for group in opt.param_groups:
+            group["averaging"] = None if 3 <= step < 6 else 3.0
+        before = [p.detach().clone() for p in model.parameters()]
+        give_gradients(step, model)
+        opt.step()
+        assert all(
+            ("average" in opt.state[p]) == (step < 3 or step > 5) for p in model.parameters()
+        )
+        if step == 6:
+            for param, old in zip(model.parameters(), before):
+                expected = old + 4 / (6 + 4) * (param - old)
+                torch.testing.assert_close(opt.state[param]["average"], expected)
 
 
 def test_the_average_of_low_precision_is_that_of_float32(backend, device):

@@ -1,8 +1,11 @@
 """Protects the running averages and the warm-up of the feature optimizers, on every backend:
 
 - by hand; equal to the reference's with masters, stochastic rounding, tensors without an average and unaligned ones;
+- in a long run: which values count, and that a float32 average follows them;
 - what a skipped step leaves alone, and averages that do not fit.
 """
+
+import math
 
 import pytest
 import torch
@@ -94,6 +97,97 @@ def test_equal_to_the_references(backend, device, dtype, masters, adam):
             torch.testing.assert_close(a, b, rtol=2**-8, atol=1e-4)
         else:
             torch.testing.assert_close(a, b, **tolerance)
+
+
+def average_after(backend, device, step, averaging, dtype=torch.float32, average=0.0):
+    """An average of 0 after the update to 1 that follows `step` others."""
+    param = torch.full((9,), 2.0, dtype=dtype, device=device)
+    averages = [torch.full_like(param, average)]
+    steps = torch.tensor([step], device=device)
+    ones = torch.ones_like(param), torch.ones(1, device=device)
+    feature_sgd_(
+        [param],
+        [ones[0]],
+        [ones[1]],
+        steps=steps,
+        averages=averages,
+        averaging=averaging,
+        impl=backend,
+    )
+    assert steps.tolist() == [step + 1] and param.tolist() == [1.0] * 9
+    return averages[0][0].item()
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("averaging", [8.0, 0.0, 0.5, 1e300])
+def test_which_values_count_in_a_long_run(backend, device, averaging):
+    """Every k-th, k the power of two by which a value weighs 2^-11 to 2^-10."""
+    power = averaging + 1
+    first = int(2048 * power) if power < 1e9 else 2**62
+    for step in (1, 1024, first - 1, first, first + 1, 2 * first - 2, 2 * first, 2 * first + 2):
+        double = 1 if step < first else 2 if step < 2 * first else 4
+        stride = double if power < 1e9 else 1
+        if step >= 2**63:
+            continue
+        expected = 0.0 if step % stride else power / (step // stride + power)
+        found = average_after(backend, device, step, averaging)
+        assert found == pytest.approx(expected, rel=1e-6, abs=0), step
+    late = [2**24, 2**31, 2**32 + 2**21, 10**12, 2**53] if power < 1e9 else []
+    for step in late:
+        stride = 1
+        while 2 * stride * 1024 * power <= step:
+            stride *= 2
+        for at in (step - step % stride, step - step % stride + 1):
+            expected = 0.0 if at % stride else power / (at // stride + power)
+            assert not expected or 2**-11 < expected <= 2**-10
+            found = average_after(backend, device, at, averaging, torch.float64)
+            assert found == pytest.approx(expected, rel=1e-12, abs=0), at
+
+
+@pytest.mark.interpreted
+def test_a_value_that_does_not_count_leaves_the_average(backend, device):
+    """Whatever the value is."""
+    for value in (math.nan, math.inf):
+        param, average = (
+            torch.full((9,), value, device=device),
+            torch.full((9,), 3.0, device=device),
+        )
+        feature_sgd_(
+            [param],
+            [torch.zeros_like(param)],
+            [torch.ones(1, device=device)],
+            steps=torch.tensor([10**6 + 1], device=device),
+            averages=[average],
+            impl=backend,
+        )
+        assert average.tolist() == [3.0] * 9
+
+
+def test_a_float32_average_follows_in_a_long_run(backend, device):
+    """Weights that move by 3 thousandths of themselves, 10^6 updates from the start: with a weight of 9e-6 for each of
+    them a float32 average would be stuck up to 7e-3 away."""
+    size, count, begin = 64, 1280, 10**6
+    rates = torch.ones(1, device=device)
+    generator = torch.Generator().manual_seed(0)
+    start = (0.5 + torch.rand(size, generator=generator)).to(device)
+    param, average = start.clone(), start.clone()
+    exact = start.double()
+    moved = start * 1.003
+    steps = torch.tensor([begin], device=device)
+    for step in range(begin, begin + count):
+        # The gradient takes it to `moved`.
+        feature_sgd_(
+            [param],
+            [param - moved],
+            [rates],
+            steps=steps,
+            averages=[average],
+            averaging=8.0,
+            impl=backend,
+        )
+        exact += 9 / (step + 9) * (param.double() - exact)
+    way = (exact - start.double()).abs()
+    assert (average.double() - exact).abs().max() < 0.1 * way.max()
 
 
 def test_a_skipped_step_leaves_averages_alone(backend, device):

@@ -3,16 +3,18 @@
 - one in the place of another of its shape goes on with that one's rates, or those that were moved over, and the old one
   is left alone; the numbers are torch.optim's; whole lists and group dicts may be exchanged, before the first step too;
 - any other is given rates as add_param_group would, by the group's own sampler, with the same warning;
+- parameters that were replaced in their modules, which nothing updates then, are warned of;
 - what was taken out is no longer updated, nor saved; the authors' optimizers do alike.
 """
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from alrao_fast import AlraoAdam, AlraoSGD, Constant, LogUniform
+from alrao_fast import AlraoAdam, AlraoMuon, AlraoSGD, Constant, LogUniform
 from alrao_fast.compat import AdamAlrao, SGDAlrao
 from alrao_fast.compat.optim_spec import AdamSpec, SGDSpec
 
@@ -276,3 +278,78 @@ def test_the_authors_clones(kind):
             for one in (*opt.opt_last_layers, *peers):
                 group = one.param_groups[0]
                 group["params"] = [nn.Parameter(p.detach()) for p in group["params"]]
+
+
+def network():
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+def train(net, opt):
+    opt.zero_grad()
+    net(torch.ones(5, 3)).sum().backward()
+    opt.step()
+
+
+def loaded_by_assignment(net):
+    net.load_state_dict({k: v.clone() for k, v in net.state_dict().items()}, assign=True)
+
+
+def emptied(net):
+    weights = {k: v.clone() for k, v in net.state_dict().items()}
+    net.to("meta").to_empty(device="cpu").load_state_dict(weights)
+
+
+def another_layer(net):
+    net[1] = nn.Linear(4, 2)
+
+
+REPLACED = pytest.mark.parametrize(
+    "replace, count",
+    [(loaded_by_assignment, 4), (emptied, 4), (another_layer, 2)],
+    ids=["assign", "to_empty", "module"],
+)
+
+
+@REPLACED
+@pytest.mark.parametrize("make", [AlraoSGD, AlraoAdam, AlraoMuon])
+def test_a_warning_of_parameters_replaced_in_their_modules(make, replace, count):
+    """Once; put into param_groups they are trained, with the rates of the old ones."""
+    net = network()
+    opt = make(net)
+    train(net, opt)
+    old = list(net.parameters())
+    replace(net)
+    with pytest.warns(
+        UserWarning, match=rf"^{count} parameters of the optimizer .*1\.weight"
+    ) as told:
+        train(net, opt)
+    assert [warning.filename for warning in told] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(net, opt)
+        before = net[1].weight.detach().clone()
+        rates = [opt.state[p]["rate"] for p in params_of(opt)]
+        new = dict(zip(old, net.parameters()))
+        for group in opt.param_groups:
+            group["params"] = [new[param] for param in group["params"]]
+        train(net, opt)
+    assert (net[1].weight != before).any()
+    assert all(opt.state[p]["rate"] is rate for p, rate in zip(params_of(opt), rates))
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_warning_of_replaced_parameters_that_somebody_trains():
+    """Those that are in a group, that are frozen, or whose layer is gone; and of parameters without gradients."""
+    net = network()
+    opt = AlraoSGD(net)
+    train(net, opt)
+    net[0].weight.requires_grad_(False)
+    train(net, opt)
+    net[1] = nn.Linear(4, 2)
+    opt.add_param_group({"params": net[1]})
+    train(net, opt)
+    net[0] = nn.Linear(3, 4).requires_grad_(False)
+    train(net, opt)
+    net[0] = nn.Identity()
+    net(torch.ones(5, 4)).sum().backward()
+    opt.step()

@@ -83,7 +83,9 @@ def feature_sgd_(
             random bits depend on seed, step and element only.
         averages: per parameter the running average of its values, float32 (float64 for float64 parameters): with t the
             updates that the parameter has had before, average += (averaging + 1) / (t + averaging + 1) * (p - average),
-            p the updated value before it is rounded. Or an empty tensor.
+            p the updated value before it is rounded. From t = 2048 (averaging + 1) on only every k-th value counts,
+            with t / k in place of t: k is the largest power of two up to t / (1024 (averaging + 1)). Beside smaller
+            weights than that a float32 average would stand still. Or an empty tensor.
         lr: multiplier of every rate; a one-element tensor is read without synchronising.
         warmup_steps: lr grows linearly over so many updates of a parameter: update t, from 0, has
             lr * min(1, (t + 1) / warmup_steps). 0: no warm-up.

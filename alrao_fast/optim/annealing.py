@@ -13,7 +13,7 @@ intervals narrow to the same width in decades, wide ones faster: within a tenth 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ from alrao_fast.optim.rates import LogUniform
 from alrao_fast.optim.states import rates_in
 
 if TYPE_CHECKING:
-    from alrao_fast.optim.base import AlraoOptimizer
+    from alrao_fast.optim.rated import Rated
 
 # The decades that are left at the end of a run, and how often in it rates are narrowed.
 WIDTH, TIMES = 0.4, 40
@@ -43,12 +43,18 @@ class Run:
         self.taken = max(steps, default=0) if taken is None else taken
 
     @compiler.disable("the steps of the run are counted")
-    def count(self, optimizer: AlraoOptimizer) -> None:
+    def count(self, optimizer: Rated) -> None:
         """After a step."""
         total, before = self.total_steps, self.taken
         self.taken += 1
         if before < total and self.taken * TIMES // total != before * TIMES // total:
             anneal(optimizer, self.taken / total, WIDTH)
+
+    def catch_up(self, optimizer: Rated, params: Collection[Tensor]) -> None:
+        """Narrow the rates of `params`, drawn just now, as far as those of the others are."""
+        narrowings = min(self.taken, self.total_steps) * TIMES // self.total_steps
+        last = math.ceil(narrowings * self.total_steps / TIMES)
+        narrow(optimizer, last / self.total_steps, WIDTH, params)
 
 
 def recipe(
@@ -66,10 +72,21 @@ def recipe(
     return run, {"warmup_steps": warmup_steps, "averaging": averaging}
 
 
-@torch.no_grad()
-def anneal(optimizer: AlraoOptimizer, progress: float, width: float) -> None:
+def anneal(optimizer: Rated, progress: float, width: float) -> None:
     """Rewrite the rates in place, on their devices: nothing waits."""
     optimizer.refresh()
+    narrow(optimizer, progress, width)
+
+
+@torch.no_grad()
+def narrow(
+    optimizer: Rated,
+    progress: float,
+    width: float,
+    among: Collection[Tensor] | None = None,
+) -> None:
+    """The same for parameters that all have rates, or for those `among` them."""
+    chosen = None if among is None else set(among)
     intervals = list(_intervals(optimizer))
     shift = _shift(optimizer, intervals)
     originals: dict[int, Tensor] = {}
@@ -77,7 +94,7 @@ def anneal(optimizer: AlraoOptimizer, progress: float, width: float) -> None:
         lo, hi = math.log(sampler.lo), math.log(sampler.hi)
         keep = _kept(progress, width * math.log(10), hi - lo)
         centre = (0.5 * (lo + hi) + shift).clamp(lo, hi)
-        for param in params:
+        for param in params if chosen is None else [p for p in params if p in chosen]:
             own = optimizer.state[param]
             rate = own["rate"]
             if id(rate) in originals:
@@ -100,7 +117,7 @@ def _kept(progress: float, left: float, whole: float) -> float:
     return left / (left + progress * (whole - left))
 
 
-def _intervals(optimizer: AlraoOptimizer) -> Iterator[tuple[LogUniform, list[Tensor]]]:
+def _intervals(optimizer: Rated) -> Iterator[tuple[LogUniform, list[Tensor]]]:
     """The param groups whose rates come from an interval, and it; those of other samplers, such as `Constant`, stay."""
     for number, group in enumerate(optimizer.param_groups):
         sampler = optimizer._sampler_of(number)
@@ -108,7 +125,7 @@ def _intervals(optimizer: AlraoOptimizer) -> Iterator[tuple[LogUniform, list[Ten
             yield sampler, group["params"]
 
 
-def _shift(optimizer: AlraoOptimizer, intervals: list[tuple[LogUniform, list[Tensor]]]) -> Tensor:
+def _shift(optimizer: Rated, intervals: list[tuple[LogUniform, list[Tensor]]]) -> Tensor:
     """How far the posterior mean of the clones' log-rates is from the middle of their interval; of several heads the
     mean."""
     shifts = []

@@ -73,8 +73,6 @@ class AlraoOptimizer(Rated):
     _float32_states = False
     # Options that checkpoints did not have once, as they were then.
     _of_old: Mapping[str, Any] = MappingProxyType({})
-    # Of a run whose length is known.
-    _run: annealing.Run | None = None
     # Within averaged().
     _shows_averages = False
 
@@ -328,7 +326,8 @@ class AlraoOptimizer(Rated):
                 accuracy = evaluate(net.eval())
                 torch.save(net.state_dict(), "averaged.pt")
 
-        Needs `averaging` in at least one param group. A parameter that no step has updated stays as it is.
+        Needs `averaging` in at least one param group. A parameter that no step has updated stays as it is; one that
+        was frozen later is the average of the updates that it had.
 
         Args:
             model: whose running statistics in BatchNorm are of other weights than the averages: they are estimated

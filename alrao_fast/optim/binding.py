@@ -344,6 +344,9 @@ def _lists(
             own["master"] = like(own["master"], param, torch.float32)
         if needs.averages:
             own["average"] = like(own["average"], param, average_dtype(param))
+        else:
+            # One that steps leave behind would count as if it had followed.
+            own.pop("average", None)
     stochastic = low_precision and not with_masters and needs.rounding != "nearest"
     kept = [[own[key] for own in owns] for key in needs.states]
     masters = [own["master"] for own in owns] if with_masters else []

@@ -83,6 +83,17 @@ def warn_of_default_rule(
     )
 
 
+def warn_of_replaced(names: Sequence[str], stacklevel: int) -> None:
+    """Warn that parameters are in their modules no more, and what is there is trained by nobody."""
+    warnings.warn(
+        f"{len(names)} parameters of the optimizer ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) were "
+        "replaced in their modules by others, which have gradients and are in no param group: nothing updates them. "
+        "load_state_dict(assign=True), to_empty() and assignments do so: construct the optimizer afterwards, or put "
+        "the new parameters into the places of the old ones in param_groups, where they take over the rates",
+        stacklevel=stacklevel + 1,
+    )
+
+
 def warn_of_no_averages(groups: Iterable[Mapping[str, Any]], stacklevel: int) -> None:
     """Of options that a checkpoint brings into a run that was to have averages."""
     if all(group.get("averaging") is None for group in groups):

@@ -16,6 +16,7 @@ from alrao_fast.optim.binding import Binding, gradients
 from alrao_fast.optim.flat_layouts import FlatLayout, flat_layout
 from alrao_fast.optim.homes import Homes
 from alrao_fast.optim.layouts import Layout, resolve
+from alrao_fast.optim.notices import warn_of_replaced
 from alrao_fast.optim.states import rates_in
 
 # Of this process, in the order in which they made their first step.
@@ -34,11 +35,14 @@ class AcrossRanks(Optimizer):
     _notice: "_Notice"
     # The process groups, by id, whose ranks have the same rates.
     _agreed: set[int]
+    # Whether a warning has told of parameters that others have replaced.
+    _told_of_replaced: bool
 
     def _alone(self) -> None:
         """As an optimizer begins, and a copy, whose parameters are in no module that is known."""
         self._homes, self._counts, self._notice = Homes(), {}, _Notice()
         self._agreed = set()
+        self._told_of_replaced = False
 
     def refresh(self) -> None:
         """Give rates and states to parameters that were put into `param_groups` by hand, or whose state was cleared."""
@@ -78,6 +82,7 @@ class AcrossRanks(Optimizer):
             # On every rank, also where nothing of them is.
             self._adopt()
         grads = gradients(params)
+        self._look_for_replaced()
         if not grads and any(p.requires_grad for p in params):
             for root in self._homes.roots():
                 fsdp1.check_not_later(root, self._layouts)
@@ -85,6 +90,17 @@ class AcrossRanks(Optimizer):
         if not self._notice.look(self, number, grads):
             self._counts[number] = len(grads)
         return grads
+
+    def _look_for_replaced(self) -> None:
+        """Warn, once, of parameters that have no gradient any more because others are in their places."""
+        if self._told_of_replaced:
+            return
+        own = dict.fromkeys(p for group in self.param_groups for p in group["params"])
+        lacking = (p for p in own if p.grad is None and p.requires_grad)
+        found = [p for p, new in self._homes.replaced(lacking) if new not in own]
+        if found:
+            self._told_of_replaced = True
+            warn_of_replaced([self._layouts[p].name for p in found], stacklevel=7)
 
     def _follow_sharding(self, *, without_gradient: bool = False) -> None:
         """Put DTensors that are in the modules now into the groups, in the places of what they were made of."""

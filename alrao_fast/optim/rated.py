@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from alrao_fast import fsdp1, live, sharding
 from alrao_fast.flat_shards import check_exchange, flat_of, parts_of
+from alrao_fast.optim.annealing import Run
 from alrao_fast.optim.binding import Binding
 from alrao_fast.optim.drawing import draw_all
 from alrao_fast.optim.flat_layouts import (
@@ -45,6 +46,8 @@ class Rated(AcrossRanks):
     # Rates are drawn once all groups are there, in the model's order whatever the groups.
     _undrawn: dict[Tensor, tuple[Sampler | None, tuple[float, float]]]
     _places: Places
+    # Of a run whose length is known.
+    _run: Run | None = None
     _constructing: bool
     # The names of tensors that no module has laid out, to be warned of.
     _bare: list[str]
@@ -132,6 +135,7 @@ class Rated(AcrossRanks):
         `sharded`, all rates, which each rank had drawn by itself, become the first one's.
         """
         pending, self._undrawn = self._undrawn, {}
+        fresh = [*pending]
         flats = [p for p in pending if isinstance(self._layouts[p], FlatLayout)]
         inside = self._pending_inside(flats, pending)
         own = self._sampler or self._from_interval(*self.defaults["lr_range"])
@@ -162,6 +166,8 @@ class Rated(AcrossRanks):
             whole = [self._rates[part.param] for part in layout.features()]
             self._rates[flat] = combined(layout, whole, flat.device)
             self.state[flat].update(self._rates[flat])
+        if self._run and fresh and not self._constructing:
+            self._run.catch_up(self, fresh)
         self._tell_heads()
 
     def _pending_inside(self, flats: list[Tensor], pending: dict[Tensor, Any]) -> set[Tensor]:

@@ -50,8 +50,9 @@ class AlraoSGD(AlraoOptimizer):
             scheduler is needed for it, and one that is there multiplies.
         averaging: keep a running average of every parameter, in which later values count more: after t updates
             average += (a + 1) / (t + a) * (p - average), a the number given, 8 being usual (polynomial-decay averaging,
-            Shamir and Zhang, ICML 2013). `with opt.averaged():` evaluates it. A step moves 8 bytes an entry more, the
-            state has 4. None: no averages.
+            Shamir and Zhang, ICML 2013). From 2048 (a + 1) updates on only every 2nd, later every 4th value counts, and
+            so on, or float32 would lose what is new. `with opt.averaged():` evaluates it. A step moves 8 bytes an entry
+            more, the state has 4. None: no averages.
         model: the module whose feature layouts apply where `params` are bare tensors. Those of an `AlraoModel`, or of
             clones in any module, need none: `AlraoSGD(net.parameters())` is `AlraoSGD(net)`. Without it other bare
             tensors get one rate per index of dimension 0, and a warning says so.

@@ -12,7 +12,10 @@ for float64 parameters), storage in each tensor's dtype. Where found_inf is not 
 
 Over the first `warmup_steps` updates s grows linearly: s min(1, (t + 1) / warmup_steps), t the updates before this one.
 The running average of the values, before they are rounded, counts later ones more (polynomial-decay averaging, Shamir
-and Zhang, ICML 2013): average += (averaging + 1) / (t + averaging + 1) * (p - average).
+and Zhang, ICML 2013): average += (averaging + 1) / (t + averaging + 1) * (p - average). That weight falls for ever,
+and a float32 average would stand still beside it: from t = 2048 (averaging + 1) on only every k-th value counts, with
+t / k in place of t, where k is the largest power of two up to t / (1024 (averaging + 1)). A value then weighs 2^-11 to
+2^-10.
 
 With a float32 master, p is the master's entry as long as the parameter's is that entry rounded; where it is not, the
 parameter was written by someone else, and p is what it holds.
@@ -70,14 +73,24 @@ def warmed_up(scale: float, step: int, warmup_steps: float) -> float:
     return scale * min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else scale
 
 
+def average_weight(step: int, averaging: float) -> float:
+    """What the value after the update that follows `step` others weighs in its average, 0 where it does not count."""
+    stride = 1
+    while 2 * stride <= step / (1024 * (averaging + 1)):
+        stride *= 2
+    return 0.0 if step % stride else (averaging + 1) / (step // stride + averaging + 1)
+
+
 def update_average(average: Tensor, value: Tensor, step: int, averaging: float) -> None:
-    """Take `value` (memory order) into the running average; nothing where there is none."""
-    if average.numel():
+    """Take `value` (memory order) into the running average; nothing where there is none, or the value does not
+    count."""
+    weight = average_weight(step, averaging)
+    if average.numel() and weight:
         stored = memory_order(average)
         if step == 0:
             stored.copy_(value)
         else:
-            stored.add_(value - stored, alpha=(averaging + 1) / (step + averaging + 1))
+            stored.add_(value - stored, alpha=weight)
 
 
 def scaled_gradient(

@@ -24,15 +24,22 @@ ALRAO_HOST_DEVICE static inline acc warmup_factor(acc warmup_steps, int64_t step
   return updates < warmup_steps ? updates * (1 / warmup_steps) : 1;
 }
 
-// What the value after that update weighs in the running average.
-template <typename acc>
-ALRAO_HOST_DEVICE static inline acc average_weight(acc averaging, int64_t step) {
-  return (averaging + 1) / (static_cast<acc>(step) + averaging + 1);
+// What the value after that update weighs in the running average. In the long run only every k-th
+// value counts, k the power of two by which it weighs 2^-11 to 2^-10: beside smaller shares of what
+// is new a float32 average would stand still.
+ALRAO_HOST_DEVICE static inline double average_weight(double averaging, int64_t step) {
+  int64_t stride = static_cast<int64_t>(static_cast<double>(step) / (1024 * (averaging + 1)));
+  for (int shift = 1; shift < 64; shift *= 2) stride |= stride >> shift;
+  stride -= stride >> 1;
+  if (stride == 0) stride = 1;
+  if ((step & (stride - 1)) != 0) return 0;
+  return (averaging + 1) / (static_cast<double>(step / stride) + averaging + 1);
 }
 
 // The first value takes the place of whatever was there, NaN included.
 template <typename acc>
 ALRAO_HOST_DEVICE static inline acc averaged(acc average, acc value, acc weight) {
+  if (weight == 0) return average;
   return weight == 1 ? value : average + weight * (value - average);
 }
 

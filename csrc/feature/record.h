@@ -22,7 +22,7 @@ struct FeatureRecord {
   int64_t inner;
   int64_t period;
   int64_t step;           // updates the parameter has had before this one
-  double average_weight;  // of the value after this update
+  double average_weight;  // of the value after this update, 0 where it does not count
   uint64_t seed;
   bool stochastic;  // round stochastically into the parameter (bf16 and fp16 without master)
   Dtype param_dtype;

@@ -22,6 +22,7 @@ from .multi_tensor import (
     PARAM,
     SEED,
     STATE,
+    average_weight,
     cell,
     chunk_is_wide,
     chunk_rates,
@@ -129,8 +130,10 @@ def chunk_update(
             write(master_ptr, offs, mask, p, tl.float32, MASKED)
         if HAS_AVERAGE:
             average = read(average_ptr, offs, mask, ACC, MASKED)
-            # The first value takes the place of whatever was there, NaN included.
-            average = tl.where(weight == 1, p, average + weight * (p - average))
+            # The first value takes the place of whatever was there, NaN included; one without weight leaves it, NaN
+            # or not.
+            change = tl.where(weight == 0, 0.0, weight * (p - average))
+            average = tl.where(weight == 1, p, average + change)
             write(average_ptr, offs, mask, average, ACC, MASKED)
 
 
@@ -197,8 +200,7 @@ def feature_kernel(
         # Without a warm-up 1 is divided.
         steps_left = tl.maximum(tl.full([], warmup_steps, tl.float64), updates)
         lr *= (updates / steps_left).to(ACC)
-        power = tl.full([], averaging, tl.float64) + 1
-        weight = (power / (updates - 1 + power)).to(ACC)
+        weight = average_weight(step, tl.full([], averaging, tl.float64)).to(ACC)
         ready = PREPARE(step, n0, n1, n2, n3, n4, n5, n6, n7, ACC)
         if chunk_is_wide(table, row, grad_address, start, numel, CHUNK):
             chunk_update(

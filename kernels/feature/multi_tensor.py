@@ -147,6 +147,19 @@ def master_value(master, param, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def average_weight(step, averaging):
+    """What the value after that update weighs in the running average (reference/feature_sgd.py), float64."""
+    power = averaging + 1
+    stride = (step.to(tl.float64) / (1024 * power)).to(tl.int64)
+    # The largest power of two up to that.
+    for bits in tl.static_range(6):
+        stride |= stride >> (1 << bits)
+    stride = tl.maximum(stride - (stride >> 1), 1)
+    values = (step // stride).to(tl.float64)
+    return tl.where((step & (stride - 1)) == 0, power / (values + power), 0.0)
+
+
+@triton.jit
 def root(value):
     """The square root, rounded to nearest."""
     if value.dtype == tl.float64:

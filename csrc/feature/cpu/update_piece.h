@@ -192,7 +192,7 @@ static void update_entries(const FeatureRecord& record, Place& place, int64_t n,
 template <typename acc>
 static void average_entries(const FeatureRecord& record, int64_t begin, const acc* values,
                             int64_t n) {
-  if (!record.average) return;
+  if (!record.average || record.average_weight == 0) return;
   acc* const averages = static_cast<acc*>(record.average) + begin;
   const acc weight = static_cast<acc>(record.average_weight);
 #pragma omp simd

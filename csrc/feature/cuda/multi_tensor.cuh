@@ -209,7 +209,7 @@ __device__ unsigned update_chunk(const KernelArguments<L, Op>& a) {
   const int64_t step = *global<int64_t>(row.step);
   const Acc lr = a.options.scalars.lr * read_scalar<Acc>(a.scalars.lr, 1) *
                  warmup_factor(static_cast<Acc>(a.warmup_steps), step);
-  const Acc weight = L::has_average(row) ? average_weight(static_cast<Acc>(a.averaging), step) : 0;
+  const Acc weight = L::has_average(row) ? static_cast<Acc>(average_weight(a.averaging, step)) : 0;
   const Op op(a.options, lr,
               a.options.scalars.grad_factor / read_scalar<Acc>(a.scalars.grad_scale, 1), step);
   __syncthreads();
