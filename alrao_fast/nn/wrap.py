@@ -31,8 +31,9 @@ def wrap(
     """Exchange the output layer of a model for `num_clones` clones of it.
 
     Args:
-        model: any module that ends in an `nn.Linear`: of Hugging Face's transformers (causal and masked language
-            models, classification of sequences, tokens and images), timm, torchvision, or your own.
+        model: any module that ends in an `nn.Linear` whose outputs are logits of classes: of Hugging Face's
+            transformers (causal and masked language models, classification of sequences, tokens and images; regression,
+            too), timm, torchvision, or your own.
         num_clones: N.
         output: the name of the output layer, as in `model.named_modules()`; None finds it: what
             `get_output_embeddings()` or timm's `get_classifier()` says, the last linear layer if it has a usual name,
@@ -40,7 +41,8 @@ def wrap(
         start: "layer": every clone starts with the weights of the layer that it replaces, so a trained one loses
             nothing; "fresh": each is drawn anew, as `nn.Linear` does.
         training_logits: of Hugging Face's models, whether the output has logits in training mode with labels, too.
-        head_options: options of `ClassifierClones` (of a regression `RegressorClones`), such as `label_smoothing`.
+        head_options: options of `ClassifierClones` (of a regression `RegressorClones`), such as `label_smoothing`;
+            not the sizes, which are the layer's.
 
     Returns:
         Of a model of Hugging Face's the very object, which now is of a subclass: `model(**inputs, labels=y)` has the
