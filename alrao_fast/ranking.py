@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from alrao_fast.arguments import checked
+from alrao_fast.clip_grad import clip_grad_norm_
 from alrao_fast.nn import AlraoModel, ClassifierClones
 from alrao_fast.nn.clones import LinearClones
 from alrao_fast.optim import AlraoSGD
@@ -142,7 +143,7 @@ def rank(
             candidates. That generator is left as it was.
         lr_range: the interval of the rates. The paper's recurrent networks use (1e-3, 100).
         optimizer: (model, generator of its rates) -> optimizer, in place of `AlraoSGD(model, lr_range)`.
-        clip_grad_norm: bound on the norm of all gradients.
+        clip_grad_norm: bound on the norms of the gradients, by `alrao_fast.clip_grad_norm_`.
         device: None is the GPU where there is one, else the CPU.
         progress: show a bar, where tqdm is installed.
 
@@ -169,7 +170,7 @@ def rank(
         generator = torch.Generator().manual_seed(seed)
         if optimizer is None:
             return AlraoSGD(net, lr_range, generator=generator)
-        with naming(name, "optimizer"):
+        with naming(name, "optimizer(model, generator)"):
             made = optimizer(net, generator)
         check_optimizer(name, net, made)
         return made
@@ -234,7 +235,7 @@ def _build(
         raise ValueError(
             f"models[{name!r}]: the backbone returned {shape}, expected features [batch, ..., D]"
         )
-    with naming(name, "head"):
+    with naming(name, f"head({features.size(-1)})"):
         return AlraoModel(net, head(features.size(-1))).to(device)
 
 
@@ -304,7 +305,7 @@ class _Training(NamedTuple):
             loss = _loss(net(*inputs, targets=targets))
             loss.backward()
             if self.clip_grad_norm is not None:
-                nn.utils.clip_grad_norm_(net.parameters(), self.clip_grad_norm)
+                clip_grad_norm_(net, self.clip_grad_norm)
             opt.step()
             total += loss.detach()
             count += 1

@@ -144,7 +144,7 @@ def test_state_dict():
         (lambda: classifier(memory_budget=0), "memory_budget: got 0"),
         (
             lambda: classifier()(torch.randn(2, 5, D), torch.zeros(5, 2, dtype=torch.long)),
-            r"target: got shape \[5, 2\], expected \[2, 5\]",
+            r"target: got shape \[5, 2\], expected \[2, 5\], that of x without the features, its last dimension",
         ),
         (
             lambda: regressor()(torch.randn(5, D), torch.randn(5)),

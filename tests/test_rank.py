@@ -42,8 +42,9 @@ def rank(models, train=TRAIN, valid=VALID, **options):
     return alrao.rank(models, train, valid, **options)
 
 
-def test_is_the_loop_written_out():
-    row = rank({"mlp": lambda: mlp(8)}, epochs=2)[0]
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_is_the_loop_written_out(max_norm):
+    row = rank({"mlp": lambda: mlp(8)}, epochs=2, clip_grad_norm=max_norm)[0]
     torch.manual_seed(0)
     net = alrao.AlraoModel(mlp(8), alrao.ClassifierClones(8, 3))
     opt = alrao.AlraoSGD(net, generator=torch.Generator().manual_seed(0))
@@ -52,6 +53,8 @@ def test_is_the_loop_written_out():
         for x, y in TRAIN:
             opt.zero_grad()
             net(x, targets=y).backward()
+            if max_norm:
+                alrao.clip_grad_norm_(net, max_norm)
             opt.step()
         net.eval()
         with torch.no_grad():
@@ -203,6 +206,11 @@ X, Y = VALID[0]
             "optimizer: got <class 'torch.optim.sgd.SGD'>, expected a function",
         ),
         (
+            {"optimizer": alrao.AlraoMuon},
+            ValueError,
+            r"models\['a'\]: optimizer\(model, generator\) failed: lr_range: got <torch",
+        ),
+        (
             {"optimizer": lambda net, generator: None},
             TypeError,
             r"optimizer: returned None for models\['a'\], expected an AlraoSGD, AlraoAdam or AlraoMuon",
@@ -247,7 +255,7 @@ X, Y = VALID[0]
         (
             {"num_classes": None, "head": lambda features: nn.Linear(features, 3)},
             ValueError,
-            r"models\['a'\]: head failed: head: got Linear",
+            r"models\['a'\]: head\(4\) failed: head: got Linear",
         ),
         ({"train": [{"x": X, "y": Y}]}, TypeError, "train: a batch is a dict, expected"),
         ({"valid": [{"x": X, "y": Y}]}, TypeError, "valid: a batch is a dict, expected"),

@@ -26,6 +26,15 @@ class Named(nn.Module):
         return getattr(self, self.name)(self.second(self.first(x).relu()).relu())
 
 
+class HiddenFc(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.out = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.out(self.fc(x).relu())
+
+
 def sequential():
     return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
 
@@ -79,6 +88,11 @@ def test_options_go_to_the_head():
     [
         ((3,), TypeError, "^model: got 3, expected a torch.nn.Module"),
         ((Named("last"),), ValueError, "^output: found no output layer in the Named; name it"),
+        (
+            (HiddenFc(),),
+            ValueError,
+            "^output: found no output layer in the HiddenFc; name it.* fc, out$",
+        ),
         ((nn.Sequential(nn.ReLU()),), ValueError, "it has no linear layer at all"),
         (
             (Named("fc"), 3, "gone"),
@@ -94,7 +108,17 @@ def test_options_go_to_the_head():
         ((alrao.wrap(sequential(), 2),), TypeError, "that has clones already"),
         ((torch.compile(sequential()),), TypeError, "a Sequential compiled .* torch.compile.wrap"),
     ],
-    ids=["kind", "ambiguous", "none", "missing", "no linear", "clones", "twice", "compiled"],
+    ids=[
+        "kind",
+        "ambiguous",
+        "hidden",
+        "none",
+        "missing",
+        "no linear",
+        "clones",
+        "twice",
+        "compiled",
+    ],
 )
 def test_refusals(arguments, error, message):
     model, num_clones, output = (
@@ -102,6 +126,15 @@ def test_refusals(arguments, error, message):
     )
     with pytest.raises(error, match=message):
         alrao.wrap(model, num_clones, output=output)
+
+
+def test_sizes_are_those_of_the_layer():
+    model = sequential()
+    with pytest.raises(
+        TypeError, match=r"^num_classes: got 7, expected none: .* they replace, 5 and 4"
+    ):
+        alrao.wrap(model, num_classes=7)
+    assert isinstance(model[-1], nn.Linear)
 
 
 def test_start_of_another_kind():
@@ -175,9 +208,35 @@ class EndsInSoftmax(torch.nn.Module):
         return self.fc(self.body(x)).log_softmax(-1)
 
 
+class EndsInModule(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+        self.act = torch.nn.Softmax(-1)
+
+    def forward(self, x):
+        return self.act(self.net(x))
+
+
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.softmax = torch.nn.Softmax(-1)
+
+    def forward(self, x):
+        return self.softmax(x @ x.T) @ x
+
+
 def test_a_softmax_in_the_forward_warns():
-    with pytest.warns(UserWarning, match="the EndsInSoftmax has a softmax in its forward"):
-        alrao.wrap(EndsInSoftmax())
+    for model, output in (
+        (EndsInSoftmax(), None),
+        (EndsInModule(), "net.1"),
+        (nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(-1)), "0"),
+        (nn.Sequential(nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(-1))), "0.0"),
+    ):
+        with pytest.warns(UserWarning, match=f"the {type(model).__name__} has a softmax"):
+            alrao.wrap(model, output=output)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        alrao.wrap(nn.Sequential(Attention(), nn.Linear(4, 3)))
         alrao.wrap(Auxiliary())

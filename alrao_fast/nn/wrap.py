@@ -31,15 +31,18 @@ def wrap(
     """Exchange the output layer of a model for `num_clones` clones of it.
 
     Args:
-        model: any module that ends in an `nn.Linear`: of Hugging Face's transformers (causal and masked language
-            models, classification of sequences, tokens and images), timm, torchvision, or your own.
+        model: any module that ends in an `nn.Linear` whose outputs are logits of classes: of Hugging Face's
+            transformers (causal and masked language models, classification of sequences, tokens and images; regression,
+            too), timm, torchvision, or your own.
         num_clones: N.
         output: the name of the output layer, as in `model.named_modules()`; None finds it: what
-            `get_output_embeddings()` or timm's `get_classifier()` says, a usual name, or the only candidate.
+            `get_output_embeddings()` or timm's `get_classifier()` says, the last linear layer if it has a usual name,
+            or the only candidate.
         start: "layer": every clone starts with the weights of the layer that it replaces, so a trained one loses
             nothing; "fresh": each is drawn anew, as `nn.Linear` does.
         training_logits: of Hugging Face's models, whether the output has logits in training mode with labels, too.
-        head_options: options of `ClassifierClones` (of a regression `RegressorClones`), such as `label_smoothing`.
+        head_options: options of `ClassifierClones` (of a regression `RegressorClones`), such as `label_smoothing`;
+            not the sizes, which are the layer's.
 
     Returns:
         Of a model of Hugging Face's the very object, which now is of a subclass: `model(**inputs, labels=y)` has the
@@ -88,7 +91,7 @@ def wrap(
         return convert(model, name, layer, head, options["training_logits"])
     if name == "":
         return AlraoModel(nn.Identity(), head)
-    if forward_names(model) & {"softmax", "log_softmax", "logsoftmax"}:
+    if _has_softmax(model, name):
         warnings.warn(
             f"wrap: the {type(model).__name__} has a softmax in its forward. If that comes after its output layer, it "
             "now acts on the features of the clones: let the forward return what the layer gives, the clones take the "
@@ -99,9 +102,25 @@ def wrap(
     return AlraoModel(model, head)
 
 
+def _has_softmax(model: nn.Module, name: str) -> bool:
+    """In the forward's code, or as a module in the model or around its output layer; attention has its own deeper."""
+    parents = name.split(".")[:-1]
+    around = [model.get_submodule(".".join(parents[:depth])) for depth in range(len(parents) + 1)]
+    softmax = nn.Softmax, nn.LogSoftmax
+    return bool(forward_names(model) & {"softmax", "log_softmax", "logsoftmax"}) or any(
+        isinstance(child, softmax) for module in around for child in module.children()
+    )
+
+
 def _head(
     kind: Any, layer: nn.Linear, num_clones: int, start: str, options: dict[str, Any]
 ) -> LinearClones:
+    for size in ("in_features", "num_classes", "out_features"):
+        if size in options:
+            raise TypeError(
+                f"{size}: got {shown(options[size])}, expected none: the clones have the sizes of the layer that they "
+                f"replace, {layer.in_features} and {layer.out_features}; for others exchange that layer before"
+            )
     own = {
         "bias": layer.bias is not None,
         "device": layer.weight.device,
@@ -164,13 +183,17 @@ def _output_name(model: Any, pretrained: bool) -> str:
     modules = dict(model.named_modules())
     if isinstance(model, nn.Sequential) and len(model) and _is_linear(model[-1]):
         return str(len(model) - 1)
+    candidates = _candidates(model)
     for name in _NAMES:
         found = modules.get(name)
         if isinstance(found, nn.Sequential) and len(found) and _is_linear(found[-1]):
-            return f"{name}.{len(found) - 1}"
-        if _is_linear(found):
+            name = f"{name}.{len(found) - 1}"
+        elif not _is_linear(found):
+            continue
+        # Before linear layers of other sizes it may be hidden, whatever its name.
+        sizes = [modules[other].weight.shape for other in candidates[candidates.index(name) :]]
+        if len(set(sizes)) == 1:
             return name
-    candidates = _candidates(model)
     if len(candidates) == 1:
         return candidates[0]
     named = f"name it: wrap(model, output=...), one of its linear layers {_listed(candidates)}"

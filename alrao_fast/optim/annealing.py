@@ -147,6 +147,6 @@ def _shift(optimizer: Rated, intervals: list[tuple[LogUniform, list[Tensor]]]) -
     if not shifts:
         raise ValueError(
             "params: got no clones whose rates come from an interval, expected those of a head: their posterior says "
-            "where the rates go"
+            "where the rates go; a network without any takes warmup_steps= and averaging= in place of total_steps="
         )
     return torch.stack([shift.to(shifts[0].device) for shift in shifts]).mean()

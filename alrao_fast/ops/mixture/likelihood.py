@@ -229,7 +229,7 @@ class Classes(Likelihood):
             if target.dim() != 2:
                 target = target.reshape(-1, weight.size(1))
             return target if target.dtype == wide else target.to(wide)
-        _check_shape(target, samples, ", that of x without the features")
+        _check_shape(target, samples, ", that of x without the features, its last dimension")
         if target.is_floating_point():
             # For the op it would be one dimension short.
             raise RuntimeError(
