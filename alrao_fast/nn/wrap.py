@@ -11,7 +11,14 @@ from torch import nn
 from alrao_fast.arguments import COUNT, Choice, Flag, checked, shown
 from alrao_fast.nn.clones import ClassifierClones, LinearClones
 from alrao_fast.nn.model import AlraoModel
-from alrao_fast.nn.pretrained import SOFTCAP, Pretrained, convert, forward_names, is_pretrained
+from alrao_fast.nn.pretrained import (
+    SOFTCAP,
+    Pretrained,
+    check_loss,
+    convert,
+    forward_names,
+    is_pretrained,
+)
 from alrao_fast.nn.regressor import RegressorClones
 
 _KINDS = {"num_clones": COUNT, "start": Choice("layer", "fresh"), "training_logits": Flag()}
@@ -52,8 +59,9 @@ def wrap(
     Raises:
         TypeError, ValueError: an argument of another type or out of range; an output layer that is no `nn.Linear`, that
             is not found, or that is ambiguous; a Hugging Face model whose task has no mixture (several labels per
-            sample), or which is in PEFT's wrapper already: wrap first, and name the layer in `modules_to_save`; a model
-            that was compiled before: compile what this returns.
+            sample), whose `loss_function` is the user's own, or which is in PEFT's wrapper already: wrap first, and
+            name the layer in `modules_to_save`; a model that was compiled, or prepared by Accelerate for mixed
+            precision, before: compile and prepare what this returns.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {shown(model)}, expected a torch.nn.Module")
@@ -82,6 +90,8 @@ def wrap(
     if output is None and not pretrained:
         _check_alone(model, name, layer)
     if pretrained:
+        check_loss(model)
+        _check_own_forward(model, layer)
         _check_last(model, name, layer)
     head = _head(kind, layer, options["num_clones"], options["start"], head_options)
     if pretrained:
@@ -241,6 +251,22 @@ def _check_alone(model: nn.Module, name: str, layer: nn.Linear) -> None:
         "alrao_fast.AlraoModel of the model without them (of timm: num_classes=0) and a head, or name the only one "
         "that it uses: wrap(model, output=...)"
     )
+
+
+def _check_own_forward(model: Any, layer: nn.Linear) -> None:
+    """What was put in the place of an object's forward calls that of its class as it was, without the clones."""
+    name = type(model).__name__
+    if "_old_forward" in model.__dict__:
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"model: got a {name} whose output layer is offloaded by a hook of Accelerate's, expected it on a "
+                "device: give it one in device_map"
+            )
+    elif "forward" in model.__dict__:
+        raise ValueError(
+            f"model: got a {name} with a forward of its own in place of its class's, as accelerator.prepare() puts one "
+            "under mixed precision, expected it before: accelerator.prepare(wrap(model))"
+        )
 
 
 def _check_last(model: Any, name: str, layer: nn.Linear) -> None:
