@@ -152,3 +152,87 @@ def test_clones_of_another_size_have_no_rates_before_an_optimizer_has_them():
     with pytest.raises(RuntimeError, match="the clones have no learning rates yet"):
         net.suggested_lr()
     assert 1e-3 <= observed(net).suggested_lr() <= 1.0
+
+
+SIZES = {
+    "vocab_size": 50,
+    "pad_token_id": 0,
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "final_logit_softcapping": 0.5,
+}
+IMAGES = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+    "projection_dim": 16,
+}
+CAPPED = {
+    "Gemma2ForCausalLM": lambda: transformers.Gemma2Config(**SIZES),
+    # The softcap of its text's config, which also that of the whole tells.
+    "PaliGemmaForConditionalGeneration": lambda: transformers.PaliGemmaConfig(
+        text_config={**SIZES, "model_type": "gemma2"},
+        vision_config=IMAGES,
+        projection_dim=16,
+        hidden_size=16,
+        image_token_index=49,
+    ),
+    # A classification's logits have none.
+    "Gemma2ForSequenceClassification": lambda: transformers.Gemma2Config(**SIZES, num_labels=3),
+}
+
+
+def capped(name, config):
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_softcaps_of_logits(name, tmp_path):
+    model = capped(name, CAPPED[name]())
+    expected = model(TOKENS).logits
+    net = alrao.wrap(model, num_clones=2)
+    torch.testing.assert_close(net(TOKENS).logits, expected.log_softmax(-1))
+    if "Classification" in name:
+        net.train()(TOKENS, labels=TOKENS[:, 0] % 3)
+    else:
+        net.train()(TOKENS, labels=TOKENS)
+    plain = net.eval().collapse("best")
+    plain.save_pretrained(tmp_path)
+    loaded = type(plain).from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(TOKENS).logits, expected)
+
+
+def test_a_checkpoints_config_makes_the_model_that_its_clones_fit(tmp_path):
+    net = alrao.wrap(capped("Gemma2ForCausalLM", CAPPED["Gemma2ForCausalLM"]()), num_clones=2)
+    expected = net(TOKENS).logits
+    net.save_pretrained(tmp_path)
+    torch.testing.assert_close(net(TOKENS).logits, expected, rtol=0, atol=0)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    again = alrao.wrap(transformers.Gemma2ForCausalLM(config), num_clones=2).eval()
+    again.load_state_dict(net.state_dict())
+    torch.testing.assert_close(again(TOKENS).logits, expected, rtol=0, atol=0)
+
+
+def test_models_of_one_config():
+    config = CAPPED["Gemma2ForCausalLM"]()
+    one, other = (capped("Gemma2ForCausalLM", config) for _ in range(2))
+    expected, settings = other(TOKENS).logits, config.to_dict()
+    net = alrao.wrap(one, num_clones=2)
+    torch.testing.assert_close(other(TOKENS).logits, expected, rtol=0, atol=0)
+    assert other.config is config and config.to_dict() == settings
+    # Its parts follow its config, as those of any model.
+    net.config.use_cache = False
+    assert net.model.config.use_cache is False and config.use_cache

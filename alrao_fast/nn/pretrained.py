@@ -187,8 +187,19 @@ class Pretrained(WithClones):
         plain.set_submodule(settings["output"], layer)
         plain.__class__ = settings["class"]
         if settings["softcap"] is not None and which == "best":
-            setattr(plain.config, SOFTCAP, settings["softcap"])
+            setattr(_bends(plain.config), SOFTCAP, settings["softcap"])
         return plain.eval()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, whose config has the softcap of the logits that the clones have taken over."""
+        softcap = self.__dict__["_alrao"]["softcap"]
+        if softcap is None:
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        setattr(_bends(self.config), SOFTCAP, softcap)
+        try:
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            setattr(_bends(self.config), SOFTCAP, None)
 
     def _get_resized_lm_head(
         self, old_lm_head: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
@@ -248,11 +259,12 @@ def convert(
         and getattr(model.config, "problem_type", None) is None,
         "training_logits": training_logits,
         "arguments": [*inspect.signature(model.forward).parameters],
-        "softcap": getattr(model.config, SOFTCAP, None),
+        "softcap": softcap_of(model),
     }
+    _own_config(model)
     if settings["softcap"] is not None:
         # The clones' business from now on.
-        setattr(model.config, SOFTCAP, None)
+        setattr(_bends(model.config), SOFTCAP, None)
     _untie(model, name)
     model.set_submodule(name, Passed(head.to(layer.weight.device)))
     model.__dict__["_alrao"] = settings
@@ -262,6 +274,31 @@ def convert(
         model._old_forward = types.MethodType(type(model).forward, model)
     live.models.enter(model)
     return model
+
+
+def softcap_of(model: Any) -> float | None:
+    """The softcap of the model's logits; those of a classification have none, whatever the config says."""
+    if "Classification" in type(model).__name__:
+        return None
+    softcap: float | None = getattr(_bends(model.config), SOFTCAP, None)
+    return softcap
+
+
+def _bends(config: Any) -> Any:
+    """The config that says how logits are bent: the model's, or that of its text, of several its decoder's."""
+    if hasattr(config, SOFTCAP) or not hasattr(config, "get_text_config"):
+        return config
+    return config.get_text_config(decoder=True)
+
+
+def _own_config(model: Any) -> None:
+    """Give the model and its parts copies of their configs, which other models may share: `wrap` changes them."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if id(config) in copies:
+            module.config = copies[id(config)]
 
 
 def check_loss(model: Any) -> None:

@@ -18,6 +18,7 @@ from alrao_fast.nn.pretrained import (
     convert,
     forward_names,
     is_pretrained,
+    softcap_of,
 )
 from alrao_fast.nn.regressor import RegressorClones
 
@@ -229,7 +230,7 @@ def _task(model: Any, options: dict[str, Any]) -> tuple[type[LinearClones], dict
         )
     if labelled and (problem == "regression" or (problem is None and config.num_labels == 1)):
         return RegressorClones, options
-    softcap = getattr(config, SOFTCAP, None)
+    softcap = softcap_of(model)
     if softcap is not None:
         options = {"logit_softcap": softcap, **options}
     return ClassifierClones, options
@@ -275,7 +276,7 @@ def _check_last(model: Any, name: str, layer: nn.Linear) -> None:
     biased = layer.bias is None and isinstance(getattr(parent, "bias", None), torch.Tensor)
     if biased or isinstance(getattr(model, "final_logits_bias", None), torch.Tensor):
         behind = "adds a bias of its own to"
-    elif any(
+    elif getattr(model, SOFTCAP, None) is not None or any(
         "softcap" in used.replace("_", "") and used != SOFTCAP for used in forward_names(model)
     ):
         behind = "bends by a function of its own"
