@@ -177,13 +177,17 @@ IMAGES = {
 }
 CAPPED = {
     "Gemma2ForCausalLM": lambda: transformers.Gemma2Config(**SIZES),
-    # The softcap of its text's config, which also that of the whole tells.
+    # The softcap is in the config of its text.
     "PaliGemmaForConditionalGeneration": lambda: transformers.PaliGemmaConfig(
         text_config={**SIZES, "model_type": "gemma2"},
         vision_config=IMAGES,
         projection_dim=16,
         hidden_size=16,
         image_token_index=49,
+    ),
+    # Another class that does not look at it.
+    "Gemma3ForConditionalGeneration": lambda: transformers.Gemma3Config(
+        text_config=SIZES, vision_config=IMAGES, mm_tokens_per_image=4, image_token_index=49
     ),
     # A classification's logits have none.
     "Gemma2ForSequenceClassification": lambda: transformers.Gemma2Config(**SIZES, num_labels=3),

@@ -277,10 +277,12 @@ def convert(
 
 
 def softcap_of(model: Any) -> float | None:
-    """The softcap of the model's logits; those of a classification have none, whatever the config says."""
-    if "Classification" in type(model).__name__:
+    """The softcap of the model's logits: not all classes heed what their config, or that of their text, says."""
+    config = _bends(model.config)
+    unheeded = config is not model.config and SOFTCAP not in forward_names(model)
+    if unheeded or "Classification" in type(model).__name__:
         return None
-    softcap: float | None = getattr(_bends(model.config), SOFTCAP, None)
+    softcap: float | None = getattr(config, SOFTCAP, None)
     return softcap
 
 
