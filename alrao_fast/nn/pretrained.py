@@ -11,7 +11,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from alrao_fast import live
+from alrao_fast.arguments import shown
 from alrao_fast.nn.clones import ClassifierClones, LinearClones
 from alrao_fast.nn.collapse import WHICH, best_layer, collapsed_head, refuse_shards
 from alrao_fast.nn.regressor import RegressorClones
@@ -70,7 +73,13 @@ class Pretrained(WithClones):
 
     def _clones(self) -> LinearClones:
         # Of several, as PEFT keeps copies, the place itself tells the active one.
-        clones: LinearClones = self._place().clones
+        place = self._place()
+        clones = getattr(place, "clones", None)
+        if not isinstance(clones, LinearClones):
+            raise TypeError(
+                f"output: got a {type(place).__name__} in the clones' place {self.__dict__['_alrao']['output']!r}, "
+                "expected what wrap has put there"
+            )
         return clones
 
     @property
@@ -88,6 +97,8 @@ class Pretrained(WithClones):
         labels = kwargs.pop("labels", None)
         shifted = kwargs.pop("shift_labels", None)
         self._check_labels(labels)
+        if labels is not None:
+            check_loss(self)
         options = {
             name: kwargs.pop(name)
             for name in ("num_items_in_batch", "sample_weight", "reduction")
@@ -176,16 +187,28 @@ class Pretrained(WithClones):
         plain.set_submodule(settings["output"], layer)
         plain.__class__ = settings["class"]
         if settings["softcap"] is not None and which == "best":
-            setattr(plain.config, SOFTCAP, settings["softcap"])
+            setattr(_bends(plain.config), SOFTCAP, settings["softcap"])
         return plain.eval()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, whose config has the softcap of the logits that the clones have taken over."""
+        softcap = self.__dict__["_alrao"]["softcap"]
+        if softcap is None:
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        setattr(_bends(self.config), SOFTCAP, softcap)
+        try:
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            setattr(_bends(self.config), SOFTCAP, None)
 
     def _get_resized_lm_head(
         self, old_lm_head: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """What resize_token_embeddings puts in the clones' place: their weights, and those of new tokens the mean."""
-        if new_num_tokens is None or not hasattr(old_lm_head, "clones"):
+        clones = getattr(old_lm_head, "clones", None)
+        if new_num_tokens is None or clones is None or clones.num_classes == new_num_tokens:
             return old_lm_head
-        return Passed(resized(old_lm_head.clones, new_num_tokens))
+        return Passed(resized(clones, new_num_tokens))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _new, (self.__dict__["_alrao"]["class"],), self.__dict__
@@ -209,6 +232,8 @@ def resized(head: LinearClones, num_classes: int) -> LinearClones:
             tensor[:, kept:] = old.mean(1, keepdim=True)
             setattr(new, name, nn.Parameter(tensor, requires_grad=old.requires_grad))
     new.num_classes = num_classes  # type: ignore[assignment]
+    # No optimizer moves the new parameters yet.
+    new.clone_lr.fill_(math.nan)
     return new
 
 
@@ -234,17 +259,59 @@ def convert(
         and getattr(model.config, "problem_type", None) is None,
         "training_logits": training_logits,
         "arguments": [*inspect.signature(model.forward).parameters],
-        "softcap": getattr(model.config, SOFTCAP, None),
+        "softcap": softcap_of(model),
     }
+    _own_config(model)
     if settings["softcap"] is not None:
         # The clones' business from now on.
-        setattr(model.config, SOFTCAP, None)
+        setattr(_bends(model.config), SOFTCAP, None)
     _untie(model, name)
     model.set_submodule(name, Passed(head.to(layer.weight.device)))
     model.__dict__["_alrao"] = settings
     model.__class__ = _subclass(type(model))
+    if "_old_forward" in model.__dict__:
+        # What a hook of Accelerate's calls.
+        model._old_forward = types.MethodType(type(model).forward, model)
     live.models.enter(model)
     return model
+
+
+def softcap_of(model: Any) -> float | None:
+    """The softcap of the model's logits: not all classes heed what their config, or that of their text, says."""
+    config = _bends(model.config)
+    unheeded = config is not model.config and SOFTCAP not in forward_names(model)
+    if unheeded or "Classification" in type(model).__name__:
+        return None
+    softcap: float | None = getattr(config, SOFTCAP, None)
+    return softcap
+
+
+def _bends(config: Any) -> Any:
+    """The config that says how logits are bent: the model's, or that of its text, of several its decoder's."""
+    if hasattr(config, SOFTCAP) or not hasattr(config, "get_text_config"):
+        return config
+    return config.get_text_config(decoder=True)
+
+
+def _own_config(model: Any) -> None:
+    """Give the model and its parts copies of their configs, which other models may share: `wrap` changes them."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if id(config) in copies:
+            module.config = copies[id(config)]
+
+
+def check_loss(model: Any) -> None:
+    """Raise ValueError for a loss function of the user's own: the clones' loss is that of their mixture."""
+    own = getattr(model, "_loss_function", None)
+    if own is not None and not getattr(own, "__module__", "").startswith("transformers."):
+        raise ValueError(
+            f"loss_function: the {type(model).__name__} has {shown(own)}, expected transformers' own: clones have the "
+            "loss of their mixture, which options of wrap change; for another build an alrao_fast.AlraoModel of the "
+            "base model and a head, whose clone_loss takes a criterion"
+        )
 
 
 def _shifts(model: Any, output: str) -> bool:
@@ -331,6 +398,9 @@ def _subclass(cls: Any) -> Any:
         return _subclasses[cls]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "_alrao" not in self.__dict__:
+            # A collapsed copy: what was put around this function (autocast, hooks) is around its own forward.
+            return cls.forward(self, *args, **kwargs)
         return self._forward(*args, **kwargs)
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -340,6 +410,9 @@ def _subclass(cls: Any) -> Any:
         )
 
     functools.update_wrapper(forward, cls.forward)
+    # Accelerate unwraps a forward as far as it can, and would leave the clones out.
+    del forward.__wrapped__  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
     names = {
         "__init__": __init__,
         "forward": forward,

@@ -11,7 +11,15 @@ from torch import nn
 from alrao_fast.arguments import COUNT, Choice, Flag, checked, shown
 from alrao_fast.nn.clones import ClassifierClones, LinearClones
 from alrao_fast.nn.model import AlraoModel
-from alrao_fast.nn.pretrained import SOFTCAP, Pretrained, convert, forward_names, is_pretrained
+from alrao_fast.nn.pretrained import (
+    SOFTCAP,
+    Pretrained,
+    check_loss,
+    convert,
+    forward_names,
+    is_pretrained,
+    softcap_of,
+)
 from alrao_fast.nn.regressor import RegressorClones
 
 _KINDS = {"num_clones": COUNT, "start": Choice("layer", "fresh"), "training_logits": Flag()}
@@ -55,8 +63,9 @@ def wrap(
     Raises:
         TypeError, ValueError: an argument of another type or out of range; an output layer that is no `nn.Linear`, that
             is not found, or that is ambiguous; a Hugging Face model whose task has no mixture (several labels per
-            sample), or which is in PEFT's wrapper already: wrap first, and name the layer in `modules_to_save`; a model
-            that was compiled before: compile what this returns.
+            sample), whose `loss_function` is the user's own, or which is in PEFT's wrapper already: wrap first, and
+            name the layer in `modules_to_save`; a model that was compiled, or prepared by Accelerate for mixed
+            precision, before: compile and prepare what this returns.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {shown(model)}, expected a torch.nn.Module")
@@ -85,6 +94,8 @@ def wrap(
     if output is None and not pretrained:
         _check_alone(model, name, layer)
     if pretrained:
+        check_loss(model)
+        _check_own_forward(model, layer)
         _check_last(model, name, layer)
     head = _head(kind, layer, options["num_clones"], options["start"], head_options)
     if pretrained:
@@ -242,7 +253,7 @@ def _task(model: Any, options: dict[str, Any]) -> tuple[type[LinearClones], dict
         )
     if labelled and (problem == "regression" or (problem is None and config.num_labels == 1)):
         return RegressorClones, options
-    softcap = getattr(config, SOFTCAP, None)
+    softcap = softcap_of(model)
     if softcap is not None:
         options = {"logit_softcap": softcap, **options}
     return ClassifierClones, options
@@ -266,13 +277,29 @@ def _check_alone(model: nn.Module, name: str, layer: nn.Linear) -> None:
     )
 
 
+def _check_own_forward(model: Any, layer: nn.Linear) -> None:
+    """What was put in the place of an object's forward calls that of its class as it was, without the clones."""
+    name = type(model).__name__
+    if "_old_forward" in model.__dict__:
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"model: got a {name} whose output layer is offloaded by a hook of Accelerate's, expected it on a "
+                "device: give it one in device_map"
+            )
+    elif "forward" in model.__dict__:
+        raise ValueError(
+            f"model: got a {name} with a forward of its own in place of its class's, as accelerator.prepare() puts one "
+            "under mixed precision, expected it before: accelerator.prepare(wrap(model))"
+        )
+
+
 def _check_last(model: Any, name: str, layer: nn.Linear) -> None:
     """Nothing may come between the output layer and the logits that would not do the same to the clones' features."""
     parent = model.get_submodule(name.rpartition(".")[0])
     biased = layer.bias is None and isinstance(getattr(parent, "bias", None), torch.Tensor)
     if biased or isinstance(getattr(model, "final_logits_bias", None), torch.Tensor):
         behind = "adds a bias of its own to"
-    elif any(
+    elif getattr(model, SOFTCAP, None) is not None or any(
         "softcap" in used.replace("_", "") and used != SOFTCAP for used in forward_names(model)
     ):
         behind = "bends by a function of its own"

@@ -34,6 +34,7 @@ from alrao_fast.optim.binding import (
     gradients,
 )
 from alrao_fast.optim.flat_layouts import gathered, spread
+from alrao_fast.optim.imitations import itself
 from alrao_fast.optim.layouts import Layout
 from alrao_fast.optim.notices import warn_of_default_rule, warn_of_no_averages
 from alrao_fast.optim.owners import warn_of_unobserved
@@ -149,6 +150,7 @@ class AlraoOptimizer(Rated):
         or it is in an `AlraoModel` or a head, else one rate per index of dim 0.
         Raises, and adds nothing, where an option or a parameter is not valid.
         """
+        self = itself(self)
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group: got a {type(param_group).__name__}, expected a dict")
         group = dict(param_group)
@@ -192,6 +194,7 @@ class AlraoOptimizer(Rated):
 
         `step()`, `state_dict()` and `load_state_dict()` do so by themselves.
         """
+        self = itself(self)
         self._follow_sharding()
         self._adopt()
         self._complete(self.param_groups)
@@ -225,6 +228,7 @@ class AlraoOptimizer(Rated):
         groups are left out. Of flat shards of FullyShardedDataParallel the rates are saved for each entry, as FSDP
         gathers them; `load_state_dict`, which all ranks have to call then, takes them for whole parameters, too.
         """
+        self = itself(self)
         self.refresh()
         own = {p for group in self.param_groups for p in group["params"]}
         whole = self.state
@@ -248,6 +252,7 @@ class AlraoOptimizer(Rated):
         Tensors are copied. Rates stay float32, step counts int64 and master weights float32, whatever the parameters'
         dtype; the groups' options, the rounding seeds among them, are taken from `state_dict`.
         """
+        self = itself(self)
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
@@ -342,7 +347,7 @@ class AlraoOptimizer(Rated):
         on. Raises ValueError where there are no averages or one argument comes without the other; RuntimeError at a
         `step()` within.
         """
-        return averages.averaged(self, model, loader)
+        return averages.averaged(itself(self), model, loader)
 
     def anneal_rates(self, progress: float, *, width: float = annealing.WIDTH) -> None:
         """Narrow the interval of the rates around what the clones have found, in place and without waiting.
@@ -360,7 +365,7 @@ class AlraoOptimizer(Rated):
         range or where no clones are among the parameters.
         """
         given = checked(_NARROWING, {"progress": progress, "width": width})
-        annealing.anneal(self, given["progress"], given["width"])
+        annealing.anneal(itself(self), given["progress"], given["width"])
 
     # The step.
 
