@@ -9,6 +9,7 @@
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -122,6 +123,23 @@ def data(count):
     drawn = generator(9)
     for _ in range(count):
         yield torch.randn(10, 6, generator=drawn), torch.randint(3, (10,), generator=drawn)
+
+
+def test_statistics_of_other_weights_are_told_of():
+    model, opt = trained(20)
+    with (
+        pytest.warns(UserWarning, match=r"averaged\(net, loader\) estimates them") as found,
+        opt.averaged(),
+    ):
+        model.eval()(torch.randn(2, 6))
+    assert found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with opt.averaged():
+            update_bn(data(10), model)
+        model.backbone[1].requires_grad_(False)
+        with opt.averaged():
+            model.eval()(torch.randn(2, 6))
 
 
 def test_statistics_of_batch_normalisation():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ def averaged(
         raise RuntimeError("averaged() within averaged(): leave the outer block first")
     shown = _shown(optimizer)
     buffers = [] if model is None else list(model.buffers())
+    statistics = _statistics(optimizer) if model is None else []
     with torch.no_grad():
         kept = [(param, param.detach().clone()) for param, _ in shown]
         before = [(buffer, buffer._version, buffer.clone()) for buffer in buffers]
@@ -55,6 +57,23 @@ def averaged(
                 tensor.copy_(value)
         optimizer._shows_averages = False
         _forget_gathered(optimizer, model)
+    if statistics and all(mean._version == version for mean, version in statistics):
+        # Of the block that the context manager's __exit__ leaves.
+        warnings.warn(
+            "averaged(): BatchNorm's running statistics were those of the weights in training, not of their averages: "
+            "averaged(net, loader) estimates them",
+            stacklevel=3,
+        )
+
+
+def _statistics(optimizer: AlraoOptimizer) -> list[tuple[Tensor, int]]:
+    """The running means of batch normalisation that is trained, and their versions."""
+    modules = (module for root in optimizer._homes.roots() for module in root.modules())
+    norms = (module for module in modules if isinstance(module, _BatchNorm))
+    means = (
+        norm.running_mean for norm in norms if norm.weight is None or norm.weight.requires_grad
+    )
+    return [(mean, mean._version) for mean in means if mean is not None and not mean.is_inference()]
 
 
 def _forget_gathered(optimizer: AlraoOptimizer, model: nn.Module | None) -> None:

@@ -23,7 +23,7 @@ from torch.optim.optimizer import (
 from alrao_fast import compiler
 from alrao_fast.arguments import Generator, Instance, Kind, Number, Optional, checked
 from alrao_fast.ops.feature import FeatureOp, Options, Scalars
-from alrao_fast.optim import annealing, averages, checkpoint
+from alrao_fast.optim import averages, checkpoint
 from alrao_fast.optim.binding import (
     Binding,
     Call,
@@ -52,7 +52,6 @@ from alrao_fast.optim.rated import Rated
 from alrao_fast.optim.rates import Constant, Sampler
 from alrao_fast.optim.states import complete, rates_in
 
-_NARROWING = {"progress": Number(low=0, high=1), "width": Number(low=0)}
 # The arguments of a constructor that are no options of a param group.
 _OWN = {
     "sampler": SAMPLER,
@@ -341,6 +340,8 @@ class AlraoOptimizer(Rated):
                 them change none that are drawn afterwards.
             loader: the batches for that, tensors or tuples that begin with the inputs. Some dozens are enough:
                 `itertools.islice(loader, 40)`. Needed if and only if a model is given, read if that has BatchNorm.
+                Without either, a warning at the end of the block tells of BatchNorm whose statistics nothing in it
+                has estimated.
 
         What `state_dict()` of a module returns shares the parameters' memory: save it, or copy it, within the block.
         Resume from what was saved outside. Weights that were written by hand count in the average from the next step
@@ -348,24 +349,6 @@ class AlraoOptimizer(Rated):
         `step()` within.
         """
         return averages.averaged(itself(self), model, loader)
-
-    def anneal_rates(self, progress: float, *, width: float = annealing.WIDTH) -> None:
-        """Narrow the interval of the rates around what the clones have found, in place and without waiting.
-
-        A log-rate keeps its place in the interval, whose width falls to `width` decades, fastest at first, and whose
-        centre moves to the posterior mean of the clones' log-rates, within the interval of the draw. A few dozen
-        calls in a run are enough. The rates as they were drawn stay in the state, as "drawn_rate", from which each call
-        starts: what was written into "rate" by hand is lost. Those of samplers without an interval stay as they are.
-
-        Args:
-            progress: the part of the run that is over, from 0 (the rates as they were drawn) to 1.
-            width: the decades that are left at the end, at least 0; a narrower interval stays as it is.
-
-        Under a CUDA graph: call it once before the capture, then between replays. Raises ValueError for a number out of
-        range or where no clones are among the parameters.
-        """
-        given = checked(_NARROWING, {"progress": progress, "width": width})
-        annealing.anneal(itself(self), given["progress"], given["width"])
 
     # The step.
 

@@ -1,4 +1,4 @@
-"""Which learning rates parameters have: their layouts, the draw, and what is put into the groups by hand."""
+"""Which learning rates parameters have: layouts, the draw, the narrowing, and what is put into the groups by hand."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from alrao_fast import fsdp1, live, sharding
+from alrao_fast.arguments import Number, checked
 from alrao_fast.flat_shards import check_exchange, flat_of, parts_of
-from alrao_fast.optim.annealing import Run
+from alrao_fast.optim import annealing
 from alrao_fast.optim.binding import Binding
 from alrao_fast.optim.drawing import draw_all
 from alrao_fast.optim.flat_layouts import (
@@ -18,6 +19,7 @@ from alrao_fast.optim.flat_layouts import (
     slices_of_states,
     sums_of_squares,
 )
+from alrao_fast.optim.imitations import itself
 from alrao_fast.optim.layouts import Layout, check_param, default_layout
 from alrao_fast.optim.limits import limited, rate_limits
 from alrao_fast.optim.notices import warn_of_bare_tensors, warn_of_small_multiplier
@@ -27,6 +29,8 @@ from alrao_fast.optim.places import Places
 from alrao_fast.optim.ranks import AcrossRanks
 from alrao_fast.optim.rates import LogUniform, Sampler
 from alrao_fast.optim.states import RATES, rates_in
+
+_NARROWING = {"progress": Number(low=0, high=1), "width": Number(low=0)}
 
 
 class Rated(AcrossRanks):
@@ -47,7 +51,7 @@ class Rated(AcrossRanks):
     _undrawn: dict[Tensor, tuple[Sampler | None, tuple[float, float]]]
     _places: Places
     # Of a run whose length is known.
-    _run: Run | None = None
+    _run: annealing.Run | None = None
     _constructing: bool
     # The names of tensors that no module has laid out, to be warned of.
     _bare: list[str]
@@ -324,6 +328,24 @@ class Rated(AcrossRanks):
                     whole = rates_in(self.state[param])
                     return {key: part.rates(rate) for key, rate in whole.items()}
         return {}
+
+    def anneal_rates(self, progress: float, *, width: float = annealing.WIDTH) -> None:
+        """Narrow the interval of the rates around what the clones have found, in place and without waiting.
+
+        A log-rate keeps its place in the interval, whose width falls to `width` decades, fastest at first, and whose
+        centre moves to the posterior mean of the clones' log-rates, within the interval of the draw. A few dozen
+        calls in a run are enough. The rates as they were drawn stay in the state, as "drawn_rate", from which each call
+        starts: what was written into "rate" by hand is lost. Those of samplers without an interval stay as they are.
+
+        Args:
+            progress: the part of the run that is over, from 0 (the rates as they were drawn) to 1.
+            width: the decades that are left at the end, at least 0; a narrower interval stays as it is.
+
+        Under a CUDA graph: call it once before the capture, then between replays. Raises ValueError for a number out of
+        range or where no clones are among the parameters.
+        """
+        given = checked(_NARROWING, {"progress": progress, "width": width})
+        annealing.anneal(itself(self), given["progress"], given["width"])
 
     def layout_of(self, param: Tensor) -> Layout:
         """The feature layout of one of the optimizer's parameters."""
