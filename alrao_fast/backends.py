@@ -19,6 +19,17 @@ import torch
 from alrao_fast import _extension
 from alrao_fast.compiler import assume_constant_result
 
+# What users may call; the rest serves the package.
+__all__ = [
+    "BACKENDS",
+    "BackendUnavailableError",
+    "Status",
+    "available",
+    "in_use",
+    "status",
+    "use_backend",
+]
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 # Each op's stem and the dispatcher op whose kernel shows that a compiled backend implements it; the modules of the
 # ops enter theirs.

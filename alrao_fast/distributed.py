@@ -2,10 +2,10 @@
 `parallelize_module`, where each rank has some of the clones, or of the classes; what flat partitions of other engines
 hold.
 
-from torch.distributed.tensor.parallel import parallelize_module
-from alrao_fast.distributed import ClonesParallel
+    from torch.distributed.tensor.parallel import parallelize_module
+    from alrao_fast.distributed import ClonesParallel
 
-parallelize_module(net, mesh["tp"], {"head": ClonesParallel()})
+    parallelize_module(net, mesh["tp"], {"head": ClonesParallel()})
 """
 
 from __future__ import annotations

@@ -47,9 +47,8 @@ class GraphedStep:
         scaler: a `torch.amp.GradScaler`; scaling, the search for infinities and the scale's update are captured too. As
             with `fused=True` the kernels take the scale, whatever the optimizer's `fused` is.
         warmup: steps taken before the capture, so that kernels and workspaces are there; at least 1.
-        before_step: called between backward and optimizer step, without waiting for the device: gradient clipping,
-            `lambda: alrao.clip_grad_norm_(net, 0.25)`, under a scaler after
-            `scaler.unscale_(opt)`.
+        before_step: called between backward and optimizer step; it must not wait for the device. Gradient clipping is
+            `lambda: alrao.clip_grad_norm_(net, 0.25)`, under a scaler after `scaler.unscale_(opt)`.
 
     Construction leaves parameters, buffers (the switch among them), optimizer state, scaler and random generators as
     they were; gradients that were there are dropped. Afterwards every call takes one step and returns what the forward

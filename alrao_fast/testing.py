@@ -1,4 +1,4 @@
-"""Inputs and error budgets, shared by the tests and the benchmarks.
+"""Inputs and error budgets, shared by the tests, the benchmarks and the doctor's self-test.
 
 Budget: a backend may be as far from the float64 truth as the same-dtype reference is, plus a small constant. No
 tolerance is guessed per test.

@@ -126,10 +126,11 @@ class LinearClones(Retiring):
 
         Returns the mixture's loss `-reduction_b logsumexp_n(log_posterior[n] - losses[n, b])`, with the reduction
         "none" `[...]`. Its gradient goes to the features; each clone gets the gradient of its own mean (or sum) loss.
-        Of the head's other options only `logit_softcap` has a part in it. In training mode the switch is
-        updated, as by `forward`. A clone with a non-finite loss or output gradient is dead for the sample, as there.
-        As there the loss has one backward, and no second or forward-mode derivative. TypeError or ValueError for a
-        criterion, or losses, of another kind.
+        Of the head's other options only `logit_softcap` has a part in it.
+
+        As with `forward`, the switch is updated in training mode, a clone with a non-finite loss or output gradient is
+        dead for the sample, and the loss has one backward and no second or forward-mode derivative. TypeError or
+        ValueError for a criterion, or losses, of another kind.
         """
         CRITERION.check("criterion", criterion)
         weight, bias = all_clones(self)

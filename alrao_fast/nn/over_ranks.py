@@ -14,7 +14,7 @@ from torch import Tensor
 
 from alrao_fast import compiler
 from alrao_fast.arguments import FLOATS
-from alrao_fast.nn.switch import _all_gather
+from alrao_fast.nn.switch import gathered
 from alrao_fast.ops.checks import check, check_dtype, check_together
 from alrao_fast.ops.mixture import checks
 from alrao_fast.ops.mixture.likelihood import Likelihood
@@ -34,9 +34,7 @@ class Ranks(NamedTuple):
 
     def gathered(self, values: Tensor) -> Tensor:
         """`values [...]` of every rank, `[R, ...]`, in the order of the ranks: the same bits everywhere."""
-        found = values.new_empty(self.size * values.numel())
-        _all_gather(found, values.flatten().contiguous(), group=self.group)
-        return found.view(self.size, *values.shape)
+        return gathered(values, self.group)
 
     def largest_(self, values: Tensor) -> None:
         """Replace `values` by the largest over the ranks, entry by entry."""

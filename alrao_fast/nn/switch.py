@@ -31,6 +31,14 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
 )
 
 
+def gathered(values: Tensor, group: Any) -> Tensor:
+    """`values [...]` of every process of the group, `[R, ...]`, in the order of the ranks: the same bits everywhere."""
+    world = dist.get_world_size(group)
+    found = values.new_empty(world * values.numel())
+    _all_gather(found, values.flatten().contiguous(), group=group)
+    return found.view(world, *values.shape)
+
+
 def normalized(log_posterior: Tensor) -> Tensor:
     """`log_posterior [N]` with probabilities that sum to 1; NaN counts as -inf, and where all are -inf all are NaN."""
     return log_posterior.nan_to_num(-math.inf, math.inf, -math.inf).log_softmax(0)
@@ -205,10 +213,7 @@ class Switch(FixedDtypeBuffers):
 
     def gathered(self, values: Tensor) -> tuple[Tensor, ...]:
         """`values` of every process of the group, in the order of the ranks."""
-        world = dist.get_world_size(self.process_group)
-        gathered = values.new_empty(world * values.numel())
-        _all_gather(gathered, values.flatten().contiguous(), group=self.process_group)
-        return gathered.view(world, *values.shape).unbind()
+        return gathered(values, self.process_group).unbind()
 
     def extra_repr(self) -> str:
         return f"num_clones={self.num_clones}, theta={self.theta}"

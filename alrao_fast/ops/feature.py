@@ -98,8 +98,8 @@ class FeatureOp:
     stem: the op is `<stem>_`, its reference reference/<stem>.py; without "feature_" it names the files of the kernels.
     states: what is kept per parameter, by its name in an optimizer's state; the op's argument has the plural.
     options: name and kind, a number or a flag, of what the update depends on besides lr, maximize and AMP's scalars.
-    fixed_states, switch: the first `fixed_states` states are there always, the others where the option `switch`, if
-        there is one, is on.
+    fixed_states, states_option: the first `fixed_states` states are there always, the others where the option named
+        `states_option`, if there is one, is on or not 0.
     first_state: the state, if there is one, that the first update (count 0) sets whatever it holds.
     """
 
@@ -108,7 +108,7 @@ class FeatureOp:
     options: dict[str, Number | Flag]
     fixed_states: int
     reference: Callable[..., None]
-    switch: str = ""
+    states_option: str = ""
     first_state: str = ""
 
     def __post_init__(self) -> None:
@@ -150,7 +150,7 @@ class FeatureOp:
 
     def num_states(self, options: Options) -> int:
         """How many of `states`, from the first on, the options need."""
-        return len(self.states) if options.get(self.switch) else self.fixed_states
+        return len(self.states) if options.get(self.states_option) else self.fixed_states
 
     def numbers(self, options: Options) -> Options:
         """The options as plain numbers: one in a tensor as its value of now."""
@@ -171,10 +171,10 @@ class FeatureOp:
         scalars: Scalars,
     ) -> None:
         """Raise RuntimeError, naming the argument, unless all fit together: for the implementations in Python."""
-        count, on = self.num_states(options), bool(options.get(self.switch))
-        is_flag = isinstance(self.options.get(self.switch), Flag)
+        count, on = self.num_states(options), bool(options.get(self.states_option))
+        is_flag = isinstance(self.options.get(self.states_option), Flag)
         why = ("on" if on else "off") if is_flag else ("not 0" if on else "0")
-        because = f"{self.switch} is {why}"
+        because = f"{self.states_option} is {why}"
         states = {}
         for number, state in enumerate(self.states):
             given = lists.states[number] if number < len(lists.states) else []

@@ -23,7 +23,7 @@ OP = FeatureOp(
         "authors_eps": Flag(),
     },
     fixed_states=2,
-    switch="amsgrad",
+    states_option="amsgrad",
     reference=reference,
 )
 # The same under the names by which users know them; whether v_max is kept says amsgrad.

@@ -21,7 +21,7 @@ OP = FeatureOp(
         "authors_momentum": Flag(),
     },
     fixed_states=0,
-    switch="momentum",
+    states_option="momentum",
     first_state="momentum_buffer",
     reference=reference,
 )

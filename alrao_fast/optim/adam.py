@@ -29,12 +29,11 @@ class AlraoAdam(AlraoOptimizer):
         master_weights: keep a float32 copy of bfloat16 and float16 parameters in the state, which follows what is
             written into them, as in `AlraoSGD`; a step moves 30 bytes an entry instead of 22. The moments of such
             parameters are float32 in any case: at beta2 = 0.999 a bfloat16 second moment would never come down.
-
-        rate_bound: the most that a feature's rate may be, in relation to the root mean square of its weights at
-            construction: about the share of a feature that Adam changes in a step. It follows the width of a layer, as
-            weights do, and makes the upper end of the interval nearly irrelevant. Features of zeros, and parameters on
-            the meta device, count as drawn as torch's layers do. Clones are not bounded, nor are the rates of samplers
-            without an interval. None: no bound, as in the paper.
+        rate_bound: the largest rate of a feature, as a multiple of the root mean square of its weights at construction:
+            about the share of a feature that Adam changes in a step. It follows the width of a layer, as weights do,
+            and makes the upper end of the interval nearly irrelevant. Features whose weights are all 0, and parameters
+            on the meta device, are taken to be as large as torch's layers draw them. Clones are not bounded, nor are
+            the rates of samplers without an interval. None: no bound, as in the paper.
         total_steps: the length of the run in steps, where it is known, and with it the whole recipe: a warm-up over 5 %
             of it, an interval that narrows to 0.4 decades around the clones' posterior mean (`anneal_rates`, 40 times),
             and averages, which `with opt.averaged():` evaluates. Needs clones among the parameters; steps beyond it
@@ -49,6 +48,8 @@ class AlraoAdam(AlraoOptimizer):
     State per parameter, made at construction: "rate" (float32), "step" (int64), "exp_avg", "exp_avg_sq",
     "max_exp_avg_sq", "master", "average", and where rates are bounded "drawn_rate" and "rate_limit" (float32); of
     frozen ones only these and the rate.
+
+    Raises as `AlraoSGD` does; ValueError also for `total_steps` without clones among the parameters.
     """
 
     _op = OP

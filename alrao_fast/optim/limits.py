@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from alrao_fast import sharding
+from alrao_fast.arguments import FLOATS
 from alrao_fast.optim.layouts import Layout, Vector
 
 # The least size that a feature counts as, in relation to what torch's layers would draw.
 SMALLEST = 0.1
-# Frozen parameters of other dtypes, such as quantized ones, have no size.
-_MEASURED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
@@ -74,7 +73,8 @@ def rate_limits(
 def _squares(param: Tensor, layout: Layout) -> Tensor:
     """The sum of the squares of the entries at each position along the dimensions of the features, float64."""
     sizes = [param.size(dim) for dim in layout.dims]
-    if param.is_meta or not param.numel() or param.dtype not in _MEASURED:
+    # Frozen parameters of other dtypes, such as quantized ones, have no size.
+    if param.is_meta or not param.numel() or param.dtype not in FLOATS:
         return _zeros(param.numel() if layout.per_weight else math.prod(sizes))
     others = [dim for dim in range(param.dim()) if dim not in layout.dims]
     values = param.detach()

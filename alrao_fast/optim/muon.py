@@ -51,8 +51,7 @@ _PLAIN: Options = MappingProxyType(
 
 
 class AlraoMuon(AlraoOptimizer):
-    """Muon, which orthogonalises the momentum of matrices, and AdamW for all other parameters, with a learning rate for
-    every feature, drawn once (arXiv 1810.01322).
+    """Muon for matrices, AdamW for all else, with a learning rate per feature, drawn once (arXiv 1810.01322).
 
         p = p - lr * r(i) * (s * orthogonal(momentum) + weight_decay * p)          of matrices
         p = p - lr * r(i) * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p)       of all else
@@ -79,8 +78,8 @@ class AlraoMuon(AlraoOptimizer):
         weight_decay: of all parameters, decoupled. The factor is at least 0 as in `AlraoAdam`, but not of matrices.
         orthogonalize: None: the matrices as above. True: all parameters of the group, which need two features of two
             entries or more. False: none. Its value stays what it is once a group is there.
-        rate_bound: the share of a feature that a step changes at most, about: as in `AlraoAdam`, and of matrices, whose
-            updates have a known size, whatever s is.
+        rate_bound: about the largest share of a feature that a step may change: as in `AlraoAdam`, and of matrices,
+            whose updates have a known size, whatever s is.
 
     lr_range, lr, generator, rounding, model, foreach, fused, capturable and differentiable are those of `AlraoSGD`, but
     for the default of lr_range; maximize, master_weights, total_steps, warmup_steps, averaging and sampler those of
@@ -93,8 +92,8 @@ class AlraoMuon(AlraoOptimizer):
     "exp_avg_sq" (of others), "master", "average", and where rates are bounded "drawn_rate" and "rate_limit" (float32);
     of frozen ones only these and the rate. "exp_avg" and "exp_avg_sq" of bfloat16 and float16 parameters are float32.
 
-    Raises ValueError, naming `orthogonalize`, for True with a parameter that is no matrix, and for flat shards (FSDP1)
-    with matrices in them.
+    Raises as `AlraoAdam` does; ValueError, naming `orthogonalize`, for True with a parameter that is no matrix, and for
+    flat shards (FSDP1) with matrices in them.
     """
 
     _op = feature_adam.OP

@@ -29,10 +29,11 @@ class AlraoSGD(AlraoOptimizer):
         lr_range: (lo, hi), the interval of the rates, 0 < lo <= hi. Clone n of N has lo * (hi/lo)^(n/(N-1)).
         lr: the multiplier of all drawn rates, float or one-element tensor: what LR schedulers move.
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
-        normalized_momentum: multiply the rates by 1 - momentum, so that a rate says how far a gradient moves a
-            parameter in all: torch.optim.SGD with lr = s * r(i) * (1 - momentum). Without it a momentum of 0.9 makes
-            steps ten times as large as the interval says, and networks without normalisation diverge. None: on, unless
-            momentum_rule is "authors" or a group's sampler is `Constant`, with which this is torch.optim.SGD.
+        normalized_momentum: multiply the rates by 1 - momentum, so that a rate says how far one gradient moves a
+            parameter over all the steps in which it counts: an entry has the learning rate lr * r(i) * (1 - momentum)
+            of torch.optim.SGD. Without it a momentum of 0.9 makes steps ten times as large as the interval says, and
+            networks without normalisation diverge. None: on, unless momentum_rule is "authors" or a group's sampler is
+            `Constant`, with which this is torch.optim.SGD.
         sampler: `LogUniform(*lr_range)` if None; `PerWeight`, `Fraction`, `Constant` or a function `(n, generator) ->
             [n]` of rates.
         generator: a CPU torch.Generator to draw from; the same seed gives the same rates on any device. Ranks whose

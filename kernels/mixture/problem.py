@@ -107,8 +107,6 @@ class Loss:
             "HAS_CLASS_WEIGHT": class_weight is not None,
             "SOFT": soft is not None,
             "CAPPED": added["softcap"] != 0,
-            # Whether the loss looks at other classes than the target's.
-            "SUMS": added["label_smoothing"] != 0 or soft is not None,
         }
         # Of the likelihood, likewise.
         self.likelihood = {

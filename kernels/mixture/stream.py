@@ -355,6 +355,8 @@ def mixture_stream(loss: Loss) -> None:
     need_g, in_place = need_dx or need_dw, x.dtype == inputs.dtype
     narrow = 0 if in_place or not need_g else x.element_size()
     block, warps = row_block(num_classes, x.dtype, loss.options["OPTIONS"])
+    # Whether the loss looks at other classes than the target's.
+    sums = loss.options["SOFT"] or loss.options["smoothing"] != 0
     norm = None if loss.folds else loss.norm
     samples = finite(x) if need_dw else x
     state = loss.norm.new_empty((4, num_samples))
@@ -386,6 +388,7 @@ def mixture_stream(loss: Loss) -> None:
                 FOLD=loss.folds,
                 LOWEST=lowest(x.dtype),
                 BLOCK=block,
+                SUMS=sums,
                 **loss.likelihood,
                 **loss.options,
             )

@@ -71,7 +71,6 @@ def mixture_tile_kernel(
     HAS_CLASS_WEIGHT: tl.constexpr,
     SOFT: tl.constexpr,
     CAPPED: tl.constexpr,
-    SUMS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NEED_G: tl.constexpr,
     NEED_RG: tl.constexpr,

@@ -5,7 +5,7 @@ from torch import Tensor
 from alrao_fast.ops.checks import check_together
 from alrao_fast.ops.mixture.checks import check_weight
 from alrao_fast.ops.mixture.likelihood import Classes, Values
-from alrao_fast.ops.mixture.loss import Observer, mixture_stats
+from alrao_fast.ops.mixture.loss import mixture_stats
 from alrao_fast.ops.mixture.weighting import ClassWeight, Weighting
 
 
@@ -25,15 +25,13 @@ def switch_mixture_stats(
     z_loss: float = 0.0,
     logit_softcap: float | None = None,
     memory_budget: int | None = None,
-    observer: Observer | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`switch_mixture_nll` with the sums behind its second result, for running statistics.
 
     Returns the loss and float64 `stats [3, N]`, detached: per clone the sum of its own -log p over
     the counted samples (inf if it was dead for one), its correct predictions, and the number of
-    counted samples. An `observer`, whose log-posterior must be the one given, takes them as
-    `switch_observe_` does after the mixture was computed; in C++/CUDA without a launch of its own.
+    counted samples.
     """
     if class_weight is not None:
         check_together(x=x, class_weight=class_weight)
@@ -47,7 +45,6 @@ def switch_mixture_stats(
         Weighting.of(reduction, sample_weight, num_items_in_batch, x),
         memory_budget,
         impl,
-        observer,
     )
 
 
@@ -146,7 +143,6 @@ def switch_mixture_gaussian_stats(
     sample_weight: Tensor | None = None,
     num_items_in_batch: float | Tensor | None = None,
     memory_budget: int | None = None,
-    observer: Observer | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`switch_mixture_gaussian_nll` with the sums behind its second result.
@@ -160,7 +156,6 @@ def switch_mixture_gaussian_stats(
         Weighting.of(reduction, sample_weight, num_items_in_batch, x),
         memory_budget,
         impl,
-        observer,
     )
 
 

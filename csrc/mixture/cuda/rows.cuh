@@ -12,8 +12,6 @@
 
 namespace alrao::cuda {
 
-constexpr int kMaxWarps = 32;
-
 // Of a launch: one dimension, and no more blocks than a grid holds.
 inline unsigned grid_of(int64_t blocks) {
   constexpr int64_t kMost = 0x7fffffff;
