@@ -108,6 +108,8 @@ def test_resumed_copied_and_compiled(no_warning):
     call = torch.compile(compiled, backend="eager", fullgraph=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        # Dynamo's of Python 3.13.0.
+        warnings.filterwarnings("ignore", "Guards may run slower", RuntimeWarning)
         optimizer = AlraoSGD(compiled)
         steps(compiled, optimizer, lambda _, x, y: call(x, targets=y))
     assert compiled.head.switch.has_observed and compiled.head.switch.t.item() == 4
