@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from alrao_fast.compat._evaluation import Stacked
+from alrao_fast.compat._fused_pass import keep_outputs
 from alrao_fast.compat._stack import ParameterStack, stack
 from alrao_fast.ops.feature import Lists, Scalars
 from alrao_fast.optim import adam, sgd
@@ -87,6 +88,9 @@ class CloneOptimizers:
     @torch.no_grad()
     def step(self) -> None:
         """Update every last layer that has gradients."""
+        keep_outputs(
+            p for opt in self.optimizers for group in opt.param_groups for p in group["params"]
+        )
         together = self._step_together()
         self.stacked = []
         if not together:
@@ -152,6 +156,8 @@ class CloneOptimizers:
             raise RuntimeError("internal error: an update plan is stale right after it was made")
         if self._shown is not None:
             self._shown += 1
+        # The op has written to the stacked tensors.
+        torch.autograd.graph.increment_version(self._owners)
         for optimizer in self.optimizers:
             # What a learning-rate scheduler looks at to see that there has been a step.
             optimizer._opt_called = True  # type: ignore[attr-defined]

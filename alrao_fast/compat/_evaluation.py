@@ -66,6 +66,7 @@ class Evaluation:
         remove_non_numerical: a layer whose loss is not finite gets a zero gradient.
         """
         clone_pass = self.clone_pass
+        clone_pass.check_unchanged()
         key = self._ignoring(criterion, targets)
         if key is not None:
             own = clone_pass.own_nll(targets, key, masked=remove_non_numerical)

@@ -6,6 +6,9 @@ fast as keeping them or faster, from 10 classes to 2000, and it needs no memory 
 
 import functools
 import math
+import weakref
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +22,18 @@ from alrao_fast.ops.mixture.checks import CPU_MEMORY_BUDGET
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 
+# The last pass over some layers, by the identity of the first parameter, which it keeps alive.
+_LATEST: weakref.WeakValueDictionary[int, "FusedPass"] = weakref.WeakValueDictionary()
+
+
+def keep_outputs(params: Iterable[Tensor]) -> None:
+    """Have the last pass over these parameters ready for a change of them."""
+    for param in params:
+        latest = _LATEST.pop(id(param), None)
+        if latest is not None:
+            latest.keep()
+
+
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels are there and take these tensors."""
     if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
@@ -28,6 +43,25 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 class FusedPass(LinearPass):
     """`LinearPass` with log_softmax; the outputs themselves are only computed if somebody asks for them."""
+
+    _kept = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _LATEST[id(self.params[0])] = self
+
+    def keep(self) -> None:
+        """Make ready for a change of the parameters: the outputs remain those of this forward."""
+        if not self._kept and "_rows" not in self.__dict__:
+            self._weight = self._weight.clone()
+            self._bias = None if self._bias is None else self._bias.clone()
+        self._kept = True
+
+    @functools.cached_property
+    def _rows(self) -> Tensor:  # type: ignore[override]
+        if not self._kept:
+            self.check_unchanged()
+        return super()._rows
 
     def check_finite(self, x: Tensor) -> None:
         # Dead layers are the kernels' business.

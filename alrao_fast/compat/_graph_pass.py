@@ -22,9 +22,9 @@ class GraphPass(ClonePass):
         by_layer = [dict(layer.named_parameters()) for layer in layers]
         self._names = list(by_layer[0]) if batched else []
         if batched:
-            self.params = tuple(own[name] for name in self._names for own in by_layer)
+            super().__init__(own[name] for name in self._names for own in by_layer)
         else:
-            self.params = tuple(dict.fromkeys(p for own in by_layer for p in own.values()))
+            super().__init__(dict.fromkeys(p for own in by_layer for p in own.values()))
         self._run()
         self.outputs = self._graph.detach()
 

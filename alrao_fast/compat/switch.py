@@ -149,6 +149,7 @@ class Switch(FixedDtypeBuffers):
 
         A model whose loss is not finite counts as impossible.
         """
+        losses = losses.to(self.logw.dtype)
         if self.nb_models > 1:
             switch_update_(self.logw, self.logposterior, self._t, -losses, theta=self.theta)
         if not self.save_ll_perf:
