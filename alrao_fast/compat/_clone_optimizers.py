@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from alrao_fast.arguments import Number
 from alrao_fast.compat._evaluation import Stacked
 from alrao_fast.compat._fused_pass import keep_outputs
 from alrao_fast.compat._stack import ParameterStack, stack
@@ -26,6 +27,9 @@ _OPTIONS: dict[type[Optimizer], tuple[str, ...]] = {
 }
 
 
+_RATE = Number(low=0.0)
+
+
 class CloneOptimizers:
     """`optimizers`: one per last layer, of `kind` torch.optim.SGD or Adam, with the rates `lrs`."""
 
@@ -36,7 +40,8 @@ class CloneOptimizers:
         lrs: Iterable[float],
         options: dict[str, Any],
     ) -> None:
-        lists, rates = [list(params) for params in params_list], [float(lr) for lr in lrs]
+        lists = [list(params) for params in params_list]
+        rates = [_RATE.check(f"last_layers_lr[{k}]", lr) for k, lr in enumerate(lrs)]
         if len(lists) != len(rates):
             raise ValueError(
                 f"last_layers_lr has {len(rates)} entries for {len(lists)} last layers; expected one for each"

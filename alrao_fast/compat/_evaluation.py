@@ -61,7 +61,8 @@ class Evaluation:
     def own_gradients(
         self, criterion: Criterion, targets: Any, remove_non_numerical: bool
     ) -> list[Stacked]:
-        """Set the gradients of the layers to those of their own losses on the features as they are.
+        """Set the gradients of the layers to those of their own losses on the features as they are; a frozen parameter has
+        none.
 
         remove_non_numerical: a layer whose loss is not finite gets a zero gradient.
         """
@@ -81,8 +82,7 @@ class Evaluation:
         self._losses[criterion if key is None else key] = targets, losses
         grads = clone_pass.split(slots)
         for param, grad in zip(clone_pass.params, grads):
-            if param.requires_grad:
-                param.grad = grad
+            param.grad = grad if param.requires_grad else None
         if len(slots) == len(grads):
             return []
         n = len(grads) // len(slots)

@@ -227,8 +227,11 @@ def alrao_step(
     own = net.loss if isinstance(criterion, L2LossAdditional) else criterion
     stacked = net.last_evaluation().own_gradients(own, targets, remove_non_numerical)
     optimizer.expect(stacked)
+    # The switch first, from the outputs that are there: what cannot be scored changes nothing.
+    net.update_switch(targets)
     optimizer.step()
-    net.update_switch(targets, catch_up=catch_up)
+    if catch_up:
+        net.hard_catch_up()
     optimizer.update_posterior(net.posterior())
 
 

@@ -1,5 +1,6 @@
 """The Bayesian average over the last layers."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -194,3 +195,9 @@ class Switch(FixedDtypeBuffers):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if "t" in local_metadata:
             self.t = local_metadata["t"]
+        elif prefix + "logw" in state_dict and bool((self.logw[0] != self.logw[0, 0]).any()):
+            warnings.warn(
+                f"this state_dict has a posterior and not the number of its observations (it is in the _metadata, which "
+                f"a copy as a plain dict loses): switch.t stays {self.t}; set it to their number + 1",
+                stacklevel=2,
+            )
