@@ -4,7 +4,7 @@ parameters that processes share, gradients of frozen parameters."""
 import pytest
 import torch
 import torch.nn.functional as F
-from compat_cases import B, C, D, N, Deep, Loose, batch, model, sgd
+from compat_cases import B, C, D, Deep, Loose, N, batch, model, sgd
 from torch import nn
 
 import alrao_fast.compat as alrao
@@ -167,6 +167,7 @@ def test_the_first_forward_may_be_in_inference_mode(layer):
     optimizer = sgd(net)
     CRITERION(net(x), y).backward()
     alrao.alrao_step(net, optimizer, CRITERION, y)
+    net.zero_grad()
     net.last_layer_0(net.last_x.detach()).sum().backward()
 
 

@@ -61,8 +61,9 @@ class Evaluation:
     def own_gradients(
         self, criterion: Criterion, targets: Any, remove_non_numerical: bool
     ) -> list[Stacked]:
-        """Set the gradients of the layers to those of their own losses on the features as they are; a frozen parameter has
-        none.
+        """Set the gradients of the layers to those of their own losses on the features as they are.
+
+        A frozen parameter has none.
 
         remove_non_numerical: a layer whose loss is not finite gets a zero gradient.
         """

@@ -58,7 +58,7 @@ class FusedPass(LinearPass):
         self._kept = True
 
     @functools.cached_property
-    def _rows(self) -> Tensor:  # type: ignore[override]
+    def _rows(self) -> Tensor:
         if not self._kept:
             self.check_unchanged()
         return super()._rows

@@ -197,7 +197,7 @@ class Switch(FixedDtypeBuffers):
             self.t = local_metadata["t"]
         elif prefix + "logw" in state_dict and bool((self.logw[0] != self.logw[0, 0]).any()):
             warnings.warn(
-                f"this state_dict has a posterior and not the number of its observations (it is in the _metadata, which "
-                f"a copy as a plain dict loses): switch.t stays {self.t}; set it to their number + 1",
+                "this state_dict has a posterior but not the number of its observations, which travels in _metadata "
+                f"and is lost in a plain dict: switch.t stays {self.t}; set it to that number + 1",
                 stacklevel=2,
             )
