@@ -223,6 +223,12 @@ def test_checkpoints():
     assert other.switch.logw.dtype == torch.float64 and other.switch.t == 1
 
 
+def test_a_model_pickled_whole_by_another_package_is_refused():
+    state = {k: v for k, v in model().__getstate__().items() if k != "_layer_names"}
+    with pytest.raises(RuntimeError, match="save its state_dict there"):
+        alrao.AlraoModel.__new__(alrao.AlraoModel).__setstate__(state)
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "to", "flat vector", "replaced"])
 def test_parameters_that_were_moved_are_found_again(how):
     net, (x, y) = model(), batch()

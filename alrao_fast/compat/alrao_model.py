@@ -262,6 +262,13 @@ class AlraoModel(nn.Module):
         # A copy or a pickle has no last forward: its graph cannot travel.
         return {**self.__dict__, "_runners": {}, "_last": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_layer_names" not in state:
+            raise RuntimeError(
+                "this AlraoModel was pickled whole by the package alrao: save its state_dict there, and load that here"
+            )
+        super().__setstate__(state)
+
     # The older names.
 
     @property
