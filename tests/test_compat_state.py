@@ -223,3 +223,26 @@ def test_what_cannot_be_scored_changes_nothing():
     with pytest.raises(ValueError, match=rf"shape \[{B}\]; expected a scalar"):
         alrao.alrao_step(net, sgd(net), CRITERION, y)
     assert all(map(torch.equal, net.parameters(), before)) and net.switch.t == 1
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_hooks_of_parameters_see_their_gradients(layer):
+    net, (x, y) = model(layer), batch()
+    net(x).sum().backward()
+    net.last_evaluation().own_gradients(CRITERION, y, True)
+    params = [p for own in net.last_layers_parameters_list() for p in own]
+    expected = [p.grad / 3 for p in params]
+    for p in params:
+        p.register_hook(lambda grad: grad / 3)
+    net(x).sum().backward()
+    net.last_evaluation().own_gradients(CRITERION, y, True)
+    torch.testing.assert_close([p.grad for p in params], expected)
+
+
+def test_a_hook_before_a_backward_is_called():
+    net, (x, y) = model(), batch()
+    net(x)
+    calls = []
+    net.last_layer_1.fc.register_full_backward_pre_hook(lambda *args: calls.append(1))
+    CRITERION(net(x), y).backward()
+    assert calls

@@ -26,6 +26,7 @@ _KNOWN = {
 _PLAIN = {nn.Linear, *_KNOWN}
 # A rule that only holds near zero (a clamp, a threshold) shows at other scales.
 _PROBE_SCALES = (1.0, 1e-3, 100.0)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_ANY_MODULE = set(nn.Module().__dict__) - {"training"}
 _IMMUTABLE = (
     int,
@@ -64,19 +65,19 @@ def signature(layers: Sequence[nn.Module], x: Tensor) -> Hashable:
 def _describe(module: nn.Module, parts: list[Hashable], classes: set[type]) -> None:
     # Called for every layer in every forward: one look-up each, past nn.Module's __getattr__.
     kind, own = type(module), module.__dict__
-    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
+    hooked = any(map(own.__getitem__, _HOOKS))
     if kind in _PLAIN:
         parts.append(
             (
                 kind,
                 id(module),
-                bool(hooked),
+                hooked,
                 "forward" in own,
                 own["_parameters"].get("bias") is None,
             )
         )
     else:
-        parts.append((kind, id(module), bool(hooked)))
+        parts.append((kind, id(module), hooked))
         # An attribute may change what the module computes: a temperature, the training mode.
         parts += [_shown(value) for key, value in own.items() if key not in _OF_ANY_MODULE]
         if kind not in classes:
@@ -115,7 +116,7 @@ def choose(layers: Sequence[nn.Module], x: Tensor) -> Runner:
     if signature(layers, x) is None:
         return loop
     modules = [m for layer in layers for m in layer.modules()]
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules):
+    if any(m.__dict__[name] for m in modules for name in _HOOKS):
         return loop
     known = _KNOWN.get(type(layers[0]))
     overridden = any("forward" in m.__dict__ for m in modules)

@@ -63,7 +63,7 @@ class Evaluation:
     ) -> list[Stacked]:
         """Set the gradients of the layers to those of their own losses on the features as they are.
 
-        A frozen parameter has none.
+        A frozen parameter has none; hooks of a parameter see its gradient, as in a backward.
 
         remove_non_numerical: a layer whose loss is not finite gets a zero gradient.
         """
@@ -83,6 +83,10 @@ class Evaluation:
         self._losses[criterion if key is None else key] = targets, losses
         grads = clone_pass.split(slots)
         for param, grad in zip(clone_pass.params, grads):
+            if param._backward_hooks and grad is not None and not clone_pass.calls_hooks:
+                for hook in param._backward_hooks.values():
+                    changed = hook(grad)
+                    grad = grad if changed is None else changed
             param.grad = grad if param.requires_grad else None
         if len(slots) == len(grads):
             return []

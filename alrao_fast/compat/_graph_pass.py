@@ -18,6 +18,7 @@ class GraphPass(ClonePass):
     def __init__(self, x: Tensor, layers: Sequence[nn.Module], *, batched: bool) -> None:
         self._layers = list(layers)
         self._batched = batched
+        self.calls_hooks = not batched
         self._x = x.detach()
         by_layer = [dict(layer.named_parameters()) for layer in layers]
         self._names = list(by_layer[0]) if batched else []

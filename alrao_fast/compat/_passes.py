@@ -48,6 +48,8 @@ class ClonePass:
     outputs: Tensor
     alive: Tensor | None = None
     normalised = False
+    # Whether the parameters' own hooks have seen what `pull` gives.
+    calls_hooks = False
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         self.params = tuple(params)
