@@ -246,3 +246,19 @@ def test_a_hook_before_a_backward_is_called():
     net.last_layer_1.fc.register_full_backward_pre_hook(lambda *args: calls.append(1))
     CRITERION(net(x), y).backward()
     assert calls
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_weights_may_be_tied_later(layer):
+    net, (x, y) = model(layer), batch()
+    net(x)
+    first, second = (list(net.last_layer(k).modules())[-1] for k in (1, 2))
+    second.weight = first.weight
+    optimizer = sgd(net)
+    CRITERION(net(x), y).backward()
+    torch.testing.assert_close(torch.stack(net.last_lst_ll_out), called(net, x))
+    features = net.last_x.detach()
+    losses = [CRITERION(net.last_layer(k)(features), y) for k in (1, 2)]
+    (expected,) = torch.autograd.grad(sum(losses), first.weight)
+    alrao.alrao_step(net, optimizer, CRITERION, y)
+    torch.testing.assert_close(first.weight.grad, expected)

@@ -127,7 +127,7 @@ def choose(layers: Sequence[nn.Module], x: Tensor) -> Runner:
         # LinearClassifier normalises over dim 1, which is the classes only in a matrix.
         fits = x.dim() == 2 or type(layers[0]) is not LinearClassifier
         if fits and not overridden and linears is not None:
-            return LinearRunner(linears, **known)
+            return LinearRunner(layers, linears, **known)
         linears = None
     stackable = _stackable(layers)
     if linears is None and not stackable:
@@ -164,7 +164,7 @@ def _first_that_agrees(
 def _linear(layers: Sequence[nn.Module], log_softmax: bool, flatten: bool) -> Runner:
     linears = _linears(layers)
     assert linears is not None
-    return LinearRunner(linears, log_softmax, flatten)
+    return LinearRunner(layers, linears, log_softmax, flatten)
 
 
 def loop_over(layers: Sequence[nn.Module]) -> Runner:
@@ -177,22 +177,30 @@ def _batched(layers: Sequence[nn.Module]) -> Runner:
 
 
 class LinearRunner:
-    """Evaluates layers that are each one Linear of `linears`, with or without log_softmax."""
+    """Evaluates layers that are each one Linear of `linears`, with or without log_softmax.
 
-    def __init__(self, linears: Sequence[nn.Linear], log_softmax: bool, flatten: bool) -> None:
+    Parameters that can no longer lie together, tied ones for instance: the layers are called.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        linears: Sequence[nn.Linear],
+        log_softmax: bool,
+        flatten: bool,
+    ) -> None:
+        self._loop = loop_over(layers)
         self._parameters = [linear._parameters for linear in linears]
         self._log_softmax, self._flatten = log_softmax, flatten
         self._weight, self._bias = ParameterStack(), ParameterStack()
 
-    def __call__(self, x: Tensor) -> LinearPass:
+    def __call__(self, x: Tensor) -> ClonePass:
         weights = [own["weight"] for own in self._parameters]
         biases = [own["bias"] for own in self._parameters]
         weight = self._weight(weights)  # type: ignore[arg-type]
         bias = None if biases[0] is None else self._bias(biases)  # type: ignore[arg-type]
         if weight is None or (bias is None and biases[0] is not None):
-            raise RuntimeError(
-                "the last layers' parameters no longer have the same shape and device"
-            )
+            return self._loop(x)
         fused = self._log_softmax and (self._flatten or x.dim() == 2) and fits(x, weight)
         return (FusedPass if fused else LinearPass)(
             x,

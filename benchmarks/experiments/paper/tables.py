@@ -81,7 +81,7 @@ def best_sgd(records: Records, network: str, width: float | None = None) -> floa
 
 
 def results_table(title: str, records: Records, tasks: Mapping[str, Task]) -> Table:
-    """A row per network, width and method; the paper's figures of table 1 for its rate, its interval and no wider network."""
+    """A row per network, width and method; the figures of table 1 for its rate and interval, and no wider network."""
     rows = []
     for runs in by_setting(records).values():
         case, task = runs[0][0], tasks[runs[0][0].network]
