@@ -81,10 +81,11 @@ def test_after_a_step_the_outputs_are_those_of_the_forward(layer):
     assert not torch.allclose(called(net, x), expected)
 
 
+@pytest.mark.parametrize("optimizer_of", [sgd, lambda net: torch.optim.SGD(net.parameters(), 0.1)])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_the_switch_updated_after_the_step_observes_the_forward(layer):
+def test_the_switch_updated_after_the_step_observes_the_forward(layer, optimizer_of):
     net, (x, y) = model(layer), batch()
-    optimizer = sgd(net)
+    optimizer = optimizer_of(net)
     expected = [-CRITERION(out, y) for out in called(net, x)]
     CRITERION(net(x), y).backward()
     optimizer.step()

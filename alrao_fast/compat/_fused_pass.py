@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from alrao_fast import backends
 from alrao_fast.compat._passes import LinearPass, Own, Slots, check_features, living, sum_of
@@ -28,10 +30,18 @@ _LATEST: weakref.WeakValueDictionary[int, "FusedPass"] = weakref.WeakValueDictio
 
 def keep_outputs(params: Iterable[Tensor]) -> None:
     """Have the last pass over these parameters ready for a change of them."""
-    for param in params:
+    for param in params if _LATEST else ():
         latest = _LATEST.pop(id(param), None)
         if latest is not None:
             latest.keep()
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    keep_outputs(param for group in optimizer.param_groups for param in group["params"])
+
+
+# The last layers may be in an optimizer of torch's.
+register_optimizer_step_pre_hook(_before_step)
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
