@@ -28,19 +28,10 @@ _PLAIN = {nn.Linear, *_KNOWN}
 _PROBE_SCALES = (1.0, 1e-3, 100.0)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_ANY_MODULE = set(nn.Module().__dict__) - {"training"}
-_IMMUTABLE = (
-    int,
-    float,
-    str,
-    bytes,
-    Number,
-    NoneType,
-    FunctionType,
-    BuiltinFunctionType,
-    type,
-    torch.dtype,
-    torch.device,
-)
+_IMMUTABLE = {
+    *(int, float, bool, str, bytes, NoneType, FunctionType, BuiltinFunctionType, type),
+    *(torch.dtype, torch.device),
+}
 
 
 class _OpaqueError(Exception):
@@ -65,7 +56,8 @@ def signature(layers: Sequence[nn.Module], x: Tensor) -> Hashable:
 def _describe(module: nn.Module, parts: list[Hashable], classes: set[type]) -> None:
     # Called for every layer in every forward: one look-up each, past nn.Module's __getattr__.
     kind, own = type(module), module.__dict__
-    hooked = any(map(own.__getitem__, _HOOKS))
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
+    hooked = bool(hooked or own["_backward_pre_hooks"])
     if kind in _PLAIN:
         parts.append(
             (
@@ -101,7 +93,7 @@ def _of_class(kind: type) -> list[Hashable]:
 
 def _shown(value: Any) -> Hashable:
     """Another value once `value` has changed; raises _OpaqueError where a change might not show."""
-    if isinstance(value, _IMMUTABLE):
+    if type(value) in _IMMUTABLE or isinstance(value, Number):
         return value
     if isinstance(value, Tensor) and not value.is_inference():
         return id(value), value._version

@@ -34,6 +34,8 @@ def keep_outputs(params: Iterable[Tensor]) -> None:
         latest = _LATEST.pop(id(param), None)
         if latest is not None:
             latest.keep()
+            if not _LATEST:
+                return
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -113,6 +113,8 @@ class ClonePass:
 
     def mixture(self, x: Tensor, log_prior: Tensor) -> Tensor:
         """`log sum_n exp(log_prior[n] + outputs[n])`, differentiable."""
+        if not torch.is_grad_enabled():
+            return self.mix(log_prior)[0]
         return _Mixture.apply(self, log_prior, x, *self.params)
 
     def mix(self, log_prior: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -165,7 +167,11 @@ def sum_of(tensor: Tensor) -> Tensor:
 
 
 def _versions(params: Iterable[Tensor]) -> list[int]:
-    return [0 if p.is_inference() else p._version for p in params]
+    try:
+        return [p._version for p in params]
+    except RuntimeError:
+        # Inference tensors have none.
+        return []
 
 
 class _Outputs(torch.autograd.Function):
