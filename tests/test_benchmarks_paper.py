@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import types
 from pathlib import Path
 
 import benchmarks_package
@@ -150,6 +151,25 @@ def test_table1_has_the_papers_figures():
     assert TABLE1["mobilenet"]["sgd"] == (0.37, 0.01, 90.2, 0.3)
     assert TABLE1["lstm-chars"]["alrao"] == (1.67, 0.01, 64.1, 0.2)
     assert BEST_LR == {"mobilenet": 0.1, "googlenet": 0.01, "vgg19": 0.1, "lstm-chars": 1}
+
+
+def test_the_papers_figures_stand_beside_the_runs_they_are_of():
+    from benchmarks.experiments.paper.cases import Case
+    from benchmarks.experiments.paper.tables import results_table
+
+    task = types.SimpleNamespace(classes=50, per_nat=1.0, lr_range=(1e-3, 100.0))
+    record = {"valid_loss": [1.0], "test_loss": 1.0, "test_accuracy": 50.0}
+    others = dict.fromkeys(("train", "valid", "test", "epochs", "patience"), 1)
+
+    def paper(**fields):
+        case = Case("lstm-chars", data="text", **others, **fields)
+        return results_table("", {case: record}, {"lstm-chars": task}).rows[0][-1]
+
+    assert paper(method="alrao", lr_range=(1e-3, 100.0)) == "1.670±0.010, 64.1±0.2"
+    assert paper(method="alrao", lr_range=(1e-3, 10.0)) == ""
+    assert paper(method="alrao", lr_range=(1e-3, 100.0), width=3) == ""
+    assert paper(method="adam").startswith("1.587") and paper(method="adam", width=0.25)
+    assert paper(method="sgd", lr=1.0).startswith("1.566") and paper(method="sgd", lr=10.0) == ""
 
 
 def test_table2(tmp_path, capsys):

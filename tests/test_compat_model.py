@@ -218,8 +218,15 @@ def test_checkpoints():
     # A checkpoint of the authors' has float32 and no t.
     plain = {key: value.float() for key, value in net.state_dict().items()}
     other = model(seed=6)
-    other.load_state_dict(plain)
+    with pytest.warns(UserWarning, match="switch.t stays 1"):
+        other.load_state_dict(plain)
     assert other.switch.logw.dtype == torch.float64 and other.switch.t == 1
+
+
+def test_a_model_pickled_whole_by_another_package_is_refused():
+    state = {k: v for k, v in model().__getstate__().items() if k != "_layer_names"}
+    with pytest.raises(RuntimeError, match="save its state_dict there"):
+        alrao.AlraoModel.__new__(alrao.AlraoModel).__setstate__(state)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "to", "flat vector", "replaced"])

@@ -380,6 +380,14 @@ def test_invalid_inputs():
         alrao.SGDAlrao(
             net.parameters_internal_nn(), [0.1, 0.1], net.last_layers_parameters_list(), [0.1] * 3
         )
+    for rate in (math.inf, math.nan, -1.0):
+        with pytest.raises(ValueError, match=rf"last_layers_lr\[1\]: got {rate}"):
+            alrao.SGDAlrao(
+                net.parameters_internal_nn(),
+                [0.1, 0.1],
+                net.last_layers_parameters_list(),
+                [0.1, rate, 0.1, 0.1],
+            )
     with pytest.raises(TypeError, match="'lr_internal_nn' is missing"):
         alrao.SGDAlrao(net.parameters_internal_nn())
     with pytest.raises(TypeError, match="positional arguments"):

@@ -59,6 +59,21 @@ def test_a_package_of_that_name_beside_the_script_is_not_used(tmp_path):
     assert "7 ['a', '-b'] alrao_fast.compat.switch" in run(script, "a", "-b")
 
 
+def test_processes_that_are_spawned_find_it_too(tmp_path):
+    (tmp_path / "alrao.py").write_text("raise SystemExit('the wrong package')")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, alrao\n"
+        "from alrao.switch import Switch\n"
+        "def work(switch): print(type(switch) is Switch, alrao.__name__, __name__)\n"
+        "if __name__ == '__main__':\n"
+        "    process = multiprocessing.get_context('spawn').Process(target=work, args=(Switch(2),))\n"
+        "    process.start()\n"
+        "    process.join()\n"
+    )
+    assert "True alrao_fast.compat __mp_main__" in run(script)
+
+
 def test_what_cannot_be_run():
     assert "no such script: nowhere.py" in run("nowhere.py", expect=2)
     command = [sys.executable, "-m", "alrao_fast.compat"]

@@ -4,7 +4,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from alrao_fast.compat import install
+from alrao_fast.compat import _path, install
 
 
 def main() -> None:
@@ -20,6 +20,8 @@ def main() -> None:
     # As `python SCRIPT ARGS` would have it.
     sys.argv = arguments
     sys.path[0] = str(script.resolve().parent)
+    # Processes that are spawned get this path, and nothing else of what was installed.
+    sys.path.insert(0, _path.__path__[0])
     runpy.run_path(str(script), run_name="__main__")
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from alrao_fast.arguments import Number
 from alrao_fast.compat._evaluation import Stacked
+from alrao_fast.compat._fused_pass import keep_outputs
 from alrao_fast.compat._stack import ParameterStack, stack
 from alrao_fast.ops.feature import Lists, Scalars
 from alrao_fast.optim import adam, sgd
@@ -23,6 +25,9 @@ _OPTIONS: dict[type[Optimizer], tuple[str, ...]] = {
     torch.optim.SGD: ("momentum", "dampening", "weight_decay", "nesterov", "maximize"),
     torch.optim.Adam: ("betas", "eps", "weight_decay", "amsgrad", "maximize"),
 }
+
+
+_RATE = Number(low=0.0)
 
 
 class CloneOptimizers:
@@ -35,7 +40,8 @@ class CloneOptimizers:
         lrs: Iterable[float],
         options: dict[str, Any],
     ) -> None:
-        lists, rates = [list(params) for params in params_list], [float(lr) for lr in lrs]
+        lists = [list(params) for params in params_list]
+        rates = [_RATE.check(f"last_layers_lr[{k}]", lr) for k, lr in enumerate(lrs)]
         if len(lists) != len(rates):
             raise ValueError(
                 f"last_layers_lr has {len(rates)} entries for {len(lists)} last layers; expected one for each"
@@ -87,6 +93,9 @@ class CloneOptimizers:
     @torch.no_grad()
     def step(self) -> None:
         """Update every last layer that has gradients."""
+        keep_outputs(
+            p for opt in self.optimizers for group in opt.param_groups for p in group["params"]
+        )
         together = self._step_together()
         self.stacked = []
         if not together:
@@ -152,6 +161,8 @@ class CloneOptimizers:
             raise RuntimeError("internal error: an update plan is stale right after it was made")
         if self._shown is not None:
             self._shown += 1
+        # The op has written to the stacked tensors.
+        torch.autograd.graph.increment_version(self._owners)
         for optimizer in self.optimizers:
             # What a learning-rate scheduler looks at to see that there has been a step.
             optimizer._opt_called = True  # type: ignore[attr-defined]

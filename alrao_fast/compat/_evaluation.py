@@ -63,9 +63,12 @@ class Evaluation:
     ) -> list[Stacked]:
         """Set the gradients of the layers to those of their own losses on the features as they are.
 
+        A frozen parameter has none; hooks of a parameter see its gradient, as in a backward.
+
         remove_non_numerical: a layer whose loss is not finite gets a zero gradient.
         """
         clone_pass = self.clone_pass
+        clone_pass.check_unchanged()
         key = self._ignoring(criterion, targets)
         if key is not None:
             own = clone_pass.own_nll(targets, key, masked=remove_non_numerical)
@@ -80,8 +83,11 @@ class Evaluation:
         self._losses[criterion if key is None else key] = targets, losses
         grads = clone_pass.split(slots)
         for param, grad in zip(clone_pass.params, grads):
-            if param.requires_grad:
-                param.grad = grad
+            if param._backward_hooks and grad is not None and not clone_pass.calls_hooks:
+                for hook in param._backward_hooks.values():
+                    changed = hook(grad)
+                    grad = grad if changed is None else changed
+            param.grad = grad if param.requires_grad else None
         if len(slots) == len(grads):
             return []
         n = len(grads) // len(slots)

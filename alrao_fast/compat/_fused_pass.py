@@ -6,9 +6,14 @@ fast as keeping them or faster, from 10 classes to 2000, and it needs no memory 
 
 import functools
 import math
+import weakref
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from alrao_fast import backends
 from alrao_fast.compat._passes import LinearPass, Own, Slots, check_features, living, sum_of
@@ -17,6 +22,28 @@ from alrao_fast.ops.mixture.checks import CPU_MEMORY_BUDGET
 
 # The pass has its own way back: the one registered for the ops would only cost time.
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
+
+
+# The last pass over some layers, by the identity of the first parameter, which it keeps alive.
+_LATEST: weakref.WeakValueDictionary[int, "FusedPass"] = weakref.WeakValueDictionary()
+
+
+def keep_outputs(params: Iterable[Tensor]) -> None:
+    """Have the last pass over these parameters ready for a change of them."""
+    for param in params if _LATEST else ():
+        latest = _LATEST.pop(id(param), None)
+        if latest is not None:
+            latest.keep()
+            if not _LATEST:
+                return
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    keep_outputs(param for group in optimizer.param_groups for param in group["params"])
+
+
+# The last layers may be in an optimizer of torch's.
+register_optimizer_step_pre_hook(_before_step)
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
@@ -28,6 +55,25 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 class FusedPass(LinearPass):
     """`LinearPass` with log_softmax; the outputs themselves are only computed if somebody asks for them."""
+
+    _kept = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _LATEST[id(self.params[0])] = self
+
+    def keep(self) -> None:
+        """Make ready for a change of the parameters: the outputs remain those of this forward."""
+        if not self._kept and "_rows" not in self.__dict__:
+            self._weight = self._weight.clone()
+            self._bias = None if self._bias is None else self._bias.clone()
+        self._kept = True
+
+    @functools.cached_property
+    def _rows(self) -> Tensor:
+        if not self._kept:
+            self.check_unchanged()
+        return super()._rows
 
     def check_finite(self, x: Tensor) -> None:
         # Dead layers are the kernels' business.

@@ -12,19 +12,23 @@ from alrao_fast.compat._stack import lay_out
 class GraphPass(ClonePass):
     """Any layers: their autograd graph, from one copy of the features per layer, is kept for several ways back.
 
-    batched: evaluate them together by torch.func, on stacked parameters, instead of one after the other.
+    batched: evaluate them together by torch.func, on stacked parameters, where these can lie together.
     """
 
     def __init__(self, x: Tensor, layers: Sequence[nn.Module], *, batched: bool) -> None:
         self._layers = list(layers)
-        self._batched = batched
         self._x = x.detach()
         by_layer = [dict(layer.named_parameters()) for layer in layers]
-        self._names = list(by_layer[0]) if batched else []
-        if batched:
-            self.params = tuple(own[name] for name in self._names for own in by_layer)
+        # By name; None where they have changed so that they cannot be together: tied, for instance.
+        stacks = {name: lay_out([own[name] for own in by_layer]) for name in by_layer[0] if batched}
+        self._stacks = {name: stack for name, stack in stacks.items() if stack is not None}
+        self._batched = batched and len(self._stacks) == len(stacks)
+        self.calls_hooks = not self._batched
+        self._names = list(stacks) if self._batched else []
+        if self._batched:
+            super().__init__(own[name] for name in self._names for own in by_layer)
         else:
-            self.params = tuple(dict.fromkeys(p for own in by_layer for p in own.values()))
+            super().__init__(dict.fromkeys(p for own in by_layer for p in own.values()))
         self._run()
         self.outputs = self._graph.detach()
 
@@ -43,18 +47,15 @@ class GraphPass(ClonePass):
             )
 
     def _run_batched(self) -> Tensor:
-        n, first = len(self._layers), self._layers[0]
-        stacked = {}
-        for k, name in enumerate(self._names):
-            together = lay_out(self.params[k * n : (k + 1) * n])
-            assert together is not None
-            stacked[name] = together.requires_grad_(torch.is_grad_enabled())
-        self._leaves = list(stacked.values())
+        first = self._layers[0]
+        self._leaves = [
+            stack.requires_grad_(torch.is_grad_enabled()) for stack in self._stacks.values()
+        ]
 
         def call(params: dict[str, Tensor], own: Tensor) -> Tensor:
             return torch.func.functional_call(first, params, (own,))
 
-        return torch.func.vmap(call, randomness="different")(stacked, self._copies)
+        return torch.func.vmap(call, randomness="different")(self._stacks, self._copies)
 
     def pull(
         self, grad: Tensor, *, features: bool, masked: bool = True

@@ -12,7 +12,7 @@ gradient [N, *shape]; for the others it is one parameter. `split` gives every pa
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,14 +40,28 @@ class Own(NamedTuple):
 class ClonePass:
     """`outputs [N, ...]` of the layers, detached, and `alive`, None or where the outputs are finite, `[N, ..., 1]`.
 
-    params: the layers' parameters, name by name, each name for layer 0 to N - 1.
+    params: the layers' parameters, name by name, each name for layer 0 to N - 1. They must not change before the way
+    back: `check_unchanged`.
     normalised: the outputs are exact log-probabilities along their last dimension.
     """
 
-    params: tuple[Tensor, ...]
     outputs: Tensor
     alive: Tensor | None = None
     normalised = False
+    # Whether the parameters' own hooks have seen what `pull` gives.
+    calls_hooks = False
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self.params = tuple(params)
+        self._versions = _versions(self.params)
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if a parameter has been modified since."""
+        if _versions(self.params) != self._versions:
+            raise RuntimeError(
+                "the last layers' parameters have been modified since this forward, by a step or in place: call "
+                "backward and alrao_step before, or run the forward again"
+            )
 
     @property
     def classified(self) -> int | None:
@@ -99,6 +113,8 @@ class ClonePass:
 
     def mixture(self, x: Tensor, log_prior: Tensor) -> Tensor:
         """`log sum_n exp(log_prior[n] + outputs[n])`, differentiable."""
+        if not torch.is_grad_enabled():
+            return self.mix(log_prior)[0]
         return _Mixture.apply(self, log_prior, x, *self.params)
 
     def mix(self, log_prior: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -150,6 +166,14 @@ def sum_of(tensor: Tensor) -> Tensor:
     return tensor.sum() if wide else tensor.sum(dtype=torch.float32)
 
 
+def _versions(params: Iterable[Tensor]) -> list[int]:
+    try:
+        return [p._version for p in params]
+    except RuntimeError:
+        # Inference tensors have none.
+        return []
+
+
 class _Outputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, clone_pass: ClonePass, x: Tensor, *params: Tensor) -> Tensor:
@@ -158,6 +182,7 @@ class _Outputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.clone_pass.check_unchanged()
         with torch.no_grad():
             dx, slots = ctx.clone_pass.pull(grad, features=ctx.needs_input_grad[1])
         return None, *_final(ctx, grad, [dx, *ctx.clone_pass.split(slots)])
@@ -176,6 +201,7 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features = ctx.needs_input_grad[2]
+        ctx.clone_pass.check_unchanged()
         with torch.no_grad():
             dx, slots = ctx.clone_pass.pull_mixture(grad, ctx.saved_tensors, features=features)
         return None, None, *_final(ctx, grad, [dx, *ctx.clone_pass.split(slots)])
@@ -205,8 +231,8 @@ class LinearPass(ClonePass):
         log_softmax: bool,
         flatten: bool,
     ) -> None:
+        super().__init__(params)
         x = x.detach()
-        self.params = tuple(params)
         self.normalised = log_softmax
         self._weight, self._bias, self._flatten = weight, bias, flatten
         self._shape = x.shape

@@ -36,7 +36,8 @@ def lay_out(params: Sequence[Tensor]) -> Tensor | None:
     """`stacked_view(params)`, after moving the parameters into a common storage if they are not in one.
 
     Moving, copying or unpickling a model lays its parameters apart: they are brought together again here. The
-    parameters stay the same objects. None where they differ in shape, dtype or device, or are not all distinct.
+    parameters stay the same objects. None where they differ in shape, dtype or device, are not all distinct, or would
+    leave memory that processes share.
     """
     view = stacked_view(params)
     if view is not None:
@@ -49,7 +50,10 @@ def lay_out(params: Sequence[Tensor]) -> Tensor | None:
     )
     if not alike or len({id(p) for p in params}) < len(params) or not first.numel():
         return None
-    together = torch.stack([p.detach() for p in params])
+    if first.device.type == "cpu" and any(p.is_shared() for p in params):
+        return None
+    with torch.inference_mode(False):
+        together = torch.stack([p.detach() for p in params])
     for param, slot in zip(params, together.unbind(0)):
         param.data = slot
     return stacked_view(params)

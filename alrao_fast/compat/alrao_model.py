@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from alrao_fast.arguments import COUNT
-from alrao_fast.compat._choice import Runner, choose, signature
+from alrao_fast.compat._choice import Runner, choose, loop_over, signature
 from alrao_fast.compat._evaluation import Evaluation
 from alrao_fast.compat._losses import Criterion
 from alrao_fast.compat._stack import stack
@@ -15,6 +15,7 @@ from alrao_fast.compat.custom_layers import LinearClassifier
 from alrao_fast.compat.switch import Switch
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
+_MOST_RUNNERS = 32
 
 
 def _parse(
@@ -98,7 +99,7 @@ class AlraoModel(nn.Module):
         out = self.internal_nn(*args, **kwargs)
         x = out[0] if isinstance(out, tuple) else out
         last = self._evaluate(x)
-        if self.task == "classification" and torch.is_grad_enabled() and last.clone_pass.mixes:
+        if self.task == "classification" and last.clone_pass.mixes:
             average = last.clone_pass.mixture(x, self.switch.log_probabilities())
         else:
             average = self.switch.average(last.outputs(), last.clone_pass.alive)
@@ -114,7 +115,11 @@ class AlraoModel(nn.Module):
         key = signature(layers, x)
         runner = self._runners.get(key)
         if runner is None:
-            runner = self._runners[key] = choose(layers, x)
+            # Layers that are new every time are only called: to try something else would cost more.
+            known = len(self._runners) < _MOST_RUNNERS
+            runner = choose(layers, x) if known else loop_over(layers)
+            if known:
+                self._runners[key] = runner
         clone_pass = runner(x)
         clone_pass.check_finite(x)
         own["_last"] = last = Evaluation(x, clone_pass)
@@ -256,6 +261,13 @@ class AlraoModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle has no last forward: its graph cannot travel.
         return {**self.__dict__, "_runners": {}, "_last": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_layer_names" not in state:
+            raise RuntimeError(
+                "this AlraoModel was pickled whole by the package alrao: save its state_dict there, and load that here"
+            )
+        super().__setstate__(state)
 
     # The older names.
 

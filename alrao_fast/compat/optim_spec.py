@@ -217,8 +217,8 @@ def alrao_step(
     """Update the model after `loss.backward()` on the loss of the average of the last layers.
 
     The internal network follows the gradients that are there, clipped or not; each last layer follows its own loss
-    `criterion(output, targets)` on the features of the last forward, which is not run again. Then the switch observes
-    the batch.
+    `criterion(output, targets)` on the features of the last forward, which is not run again; an evaluation between the
+    training forward and this call is one, too. The switch observes the batch.
 
     remove_non_numerical: a last layer whose loss is not finite is given a zero gradient. catch_up: see
     `AlraoModel.hard_catch_up`.
@@ -227,8 +227,11 @@ def alrao_step(
     own = net.loss if isinstance(criterion, L2LossAdditional) else criterion
     stacked = net.last_evaluation().own_gradients(own, targets, remove_non_numerical)
     optimizer.expect(stacked)
+    # The switch first, from the outputs that are there: what cannot be scored changes nothing.
+    net.update_switch(targets)
     optimizer.step()
-    net.update_switch(targets, catch_up=catch_up)
+    if catch_up:
+        net.hard_catch_up()
     optimizer.update_posterior(net.posterior())
 
 

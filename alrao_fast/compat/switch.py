@@ -1,5 +1,6 @@
 """The Bayesian average over the last layers."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,6 +150,7 @@ class Switch(FixedDtypeBuffers):
 
         A model whose loss is not finite counts as impossible.
         """
+        losses = losses.to(self.logw.dtype)
         if self.nb_models > 1:
             switch_update_(self.logw, self.logposterior, self._t, -losses, theta=self.theta)
         if not self.save_ll_perf:
@@ -193,3 +195,9 @@ class Switch(FixedDtypeBuffers):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if "t" in local_metadata:
             self.t = local_metadata["t"]
+        elif prefix + "logw" in state_dict and bool((self.logw[0] != self.logw[0, 0]).any()):
+            warnings.warn(
+                "this state_dict has a posterior but not the number of its observations, which travels in _metadata "
+                f"and is lost in a plain dict: switch.t stays {self.t}; set it to that number + 1",
+                stacklevel=2,
+            )

@@ -81,7 +81,7 @@ def best_sgd(records: Records, network: str, width: float | None = None) -> floa
 
 
 def results_table(title: str, records: Records, tasks: Mapping[str, Task]) -> Table:
-    """A row per network, width and method; the paper's figures of table 1 where they are for this row."""
+    """A row per network, width and method; the figures of table 1 for its rate and interval, and no wider network."""
     rows = []
     for runs in by_setting(records).values():
         case, task = runs[0][0], tasks[runs[0][0].network]
@@ -90,7 +90,11 @@ def results_table(title: str, records: Records, tasks: Mapping[str, Task]) -> Ta
         accuracy = mean_and_spread(record["test_accuracy"] or guessed for _, record in runs)
         best = case.method == "sgd" and case.lr == best_sgd(records, case.network, case.width)
         known = TABLE1.get(case.network, {}).get(case.method)
-        if case.method == "sgd" and case.lr != BEST_LR.get(case.network):
+        chosen = {
+            "sgd": case.lr == BEST_LR.get(case.network),
+            "alrao": case.lr_range == task.lr_range,
+        }
+        if case.width > 1 or not chosen.get(case.method, True):
             known = None
         network = case.network if case.width == 1 else f"{case.network} x{case.width:g}"
         row = [network, case.label() + (", best of grid" if best else ""), str(len(runs))]
