@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from alrao_fast.arguments import Instance
-from alrao_fast.monitor import History, head_of
+from alrao_fast.monitor import History
+from alrao_fast.nn.heads import head_of
 from alrao_fast.optim.base import AlraoOptimizer
 from alrao_fast.optim.flat_layouts import FlatLayout
 

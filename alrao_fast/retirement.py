@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from alrao_fast import live
 from alrao_fast.arguments import COUNT, Number, checked
-from alrao_fast.monitor import heads_of
 from alrao_fast.nn.clones import LinearClones
+from alrao_fast.nn.heads import heads_of
 
 # Of torch.distributed, by module.
 _WRAPPERS = {

@@ -345,13 +345,13 @@ def test_invalid(change, error, message):
 @pytest.mark.parametrize(
     ("net", "error", "message"),
     [
-        (nn.Linear(3, 2), ValueError, "net: got a Linear with 0 heads, expected one"),
+        (nn.Linear(3, 2), ValueError, "net: got a Linear without clones, expected"),
         (
             nn.ModuleList([ClassifierClones(3, 2), RegressorClones(3, 2)]),
             ValueError,
-            "net: got a ModuleList with 2 heads",
+            "net: got one with 2 heads",
         ),
-        (lambda x: x, TypeError, "net: got function, expected a module"),
+        (lambda x: x, TypeError, "net: got .*, expected a torch.nn.Module"),
     ],
 )
 def test_invalid_net(net, error, message):

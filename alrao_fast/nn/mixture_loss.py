@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from alrao_fast import compiler
 from alrao_fast.nn.clones import LinearClones, Reduction
+from alrao_fast.nn.heads import head_of
 from alrao_fast.nn.predictions import origin_of
 from alrao_fast.ops.checks import check_together
 from alrao_fast.ops.mixture.likelihood import Classes, Values
@@ -43,21 +44,9 @@ class MixtureLoss(nn.Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        if not isinstance(net, nn.Module):
-            raise TypeError(f"net: got {type(net).__name__}, expected a module with clones in it")
+        head_of(net)
         # In a tuple nn.Module does not register it.
         self._net = (net,)
-        self._head()
-
-    def _head(self) -> LinearClones:
-        (net,) = self._net
-        heads = [module for module in net.modules() if isinstance(module, LinearClones)]
-        if len(heads) != 1:
-            raise ValueError(
-                f"net: got a {type(net).__name__} with {len(heads)} heads, expected one ClassifierClones or "
-                "RegressorClones in it"
-            )
-        return heads[0]
 
     def forward(
         self,
@@ -83,7 +72,7 @@ class MixtureLoss(nn.Module):
     @compiler.disable("what a prediction is made of is known to Python alone")
     def _loss(self, prediction: Tensor, targets: Tensor, **given: Any) -> Tensor:
         origin = origin_of(prediction)
-        head = self._head() if origin is None else origin.head
+        head = head_of(self._net[0]) if origin is None else origin.head
         if origin is None or origin.features is None:
             if origin is None and head.training:
                 raise RuntimeError(
