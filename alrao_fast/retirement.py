@@ -50,11 +50,12 @@ def retire_clones(net: nn.Module, *, below: float = 0.01, keep: int = 3) -> int:
     those left; `head.clone_numbers` says which they are, and names in `metrics` and columns of `History` keep the old
     numbers.
 
-    A checkpoint of such a run loads into a network made with all clones, and then into its optimizer. A new optimizer
-    gives those left the rates that they have among all. What else holds
-    the old parameters has to be made anew: a `GraphedStep`, which raises until then; copies such as an `AveragedModel`;
-    DistributedDataParallel, which has to be undone before (`net = ddp.module; del ddp`). Under `torch.distributed` all
-    ranks have to call it; they have the same posterior.
+    A checkpoint of such a run loads into a network made with all clones, and then into its optimizer. One that does not
+    fit retires none where an `AlraoModel`, a wrapped model or a head loads it; of another module with several heads,
+    those that stand before the misfit have lost theirs. A new optimizer gives those left the rates that they have among
+    all. What else holds the old parameters has to be made anew: a `GraphedStep`, which raises until then; copies such
+    as an `AveragedModel`; DistributedDataParallel, which has to be undone before (`net = ddp.module; del ddp`). Under
+    `torch.distributed` all ranks have to call it; they have the same posterior.
 
     TypeError or ValueError for arguments of another type or out of range, for a network that DistributedDataParallel
     or ZeroRedundancyOptimizer has, and for heads that lie over ranks (`fully_shard`, FSDP1, `ClonesParallel`,

@@ -1,0 +1,83 @@
+"""Protects the loading of checkpoints with retired clones: where one does not fit, the clones are there again.
+
+- A misfit before the head, in it, of names alone: network, optimizer and the training after it are as they were.
+- A head in a module of the user's, or by itself, is not changed where the misfit is known by then.
+"""
+
+import copy
+
+import pytest
+import torch
+from test_retirement import (
+    LEFT,
+    OPTIMIZERS,
+    N,
+    adaptive,
+    assert_same,
+    build,
+    everything,
+    retired,
+    train,
+)
+from torch import nn
+
+import alrao_fast as alrao
+
+MISFITS = {
+    "another backbone": lambda state: state.update({"backbone.0.weight": torch.zeros(3, 3)}),
+    "no backbone": lambda state: state.pop("backbone.0.weight"),
+    "what is not there": lambda state: state.update({"backbone.7.bias": torch.zeros(3)}),
+    "other classes": lambda state: state.update({"head.bias": torch.zeros(len(LEFT), 9)}),
+    "another number of clones": lambda state: state.update(
+        {"head.switch.logw": torch.zeros(2, 4, dtype=torch.float64)}
+    ),
+}
+
+
+@pytest.mark.parametrize("make", ["run", "momentum"])
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_misfit_anywhere_brings_back_the_clones(misfit, make):
+    net, opt = retired(make)
+    saved = copy.deepcopy([net.state_dict(), opt.state_dict()])
+    whole = build()
+    its = OPTIMIZERS[make](whole)
+    train(whole, its, range(4))
+    twin = build()
+    twins = OPTIMIZERS[make](twin)
+    train(twin, twins, range(4))
+    head = list(whole.head.parameters())
+    MISFITS[misfit](state := copy.copy(saved[0]))
+    with pytest.raises(RuntimeError):
+        whole.load_state_dict(state)
+    assert whole.head.clone_numbers == tuple(range(N)) and "head.kept" not in whole.state_dict()
+    assert whole.head.num_clones == whole.head.switch.num_clones == N
+    assert all(p is q for p, q in zip(whole.head.parameters(), head))
+    # As torch does, what fits outside of the head has been loaded.
+    twin.backbone.load_state_dict(whole.backbone.state_dict())
+    assert_same(everything(whole, its), everything(twin, twins))
+    train(whole, its, range(4, 8))
+    train(twin, twins, range(4, 8))
+    assert_same(everything(whole, its), everything(twin, twins))
+    # What fits still loads.
+    whole.load_state_dict(saved[0])
+    its.load_state_dict(saved[1])
+    assert whole.head.clone_numbers == tuple(LEFT)
+
+
+@pytest.mark.parametrize("root", ["head", "a module of the user's"])
+def test_a_misfit_of_the_head_is_found_before_it_is_changed(root):
+    net, _ = retired()
+    given = build(kind=adaptive if root == "head" else alrao.ClassifierClones)
+    opt = OPTIMIZERS["run"](given)
+    before = everything(given, opt)
+    outer = (
+        given.head if root == "head" else nn.ModuleDict({"first": nn.Linear(2, 2), "net": given})
+    )
+    prefix = "" if root == "head" else "net.head."
+    state = {f"{prefix}{name}": value for name, value in net.head.state_dict().items()}
+    if root != "head":
+        state |= {**outer.state_dict(), **state, "first.weight": torch.zeros(3, 3)}
+    expected = r"kept: got clones \[0, 1, 3\] of a checkpoint that does not fit.*weight"
+    with pytest.raises(RuntimeError, match=expected):
+        outer.load_state_dict(state)
+    assert_same(everything(given, opt), before)
