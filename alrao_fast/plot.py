@@ -36,7 +36,8 @@ def _axes(ax: Axes | None) -> Axes:
 def posterior(history: History, *, ax: Axes | None = None) -> Axes:
     """The posterior over time: how much the switch trusts each learning rate after how many observations.
 
-    The line is the rates' geometric mean under the posterior, which `suggested_lr()` is in the end.
+    The line is the rates' geometric mean under the posterior, which `suggested_lr()` is in the end. Clones are in the
+    order of their rates; by number where these are not known, 0, or shared by several clones.
 
     Args:
         history: with one record at least; ValueError for an empty one.
@@ -53,7 +54,12 @@ def posterior(history: History, *, ax: Axes | None = None) -> Axes:
         history.observations.double(),
         history.clone_lr.double(),
     )
+    # Clones of one rate have no place of their own on its axis.
     known = not bool(rates.isnan().any()) and bool((rates > 0).all())
+    known = known and len(rates.unique()) == len(rates)
+    if known:
+        rates, order = rates.sort()
+        table = table[:, order]
     heights = rates if known else torch.arange(len(rates), dtype=torch.float64)
     mesh = ax.pcolormesh(
         _edges(times, False).numpy(),

@@ -72,6 +72,19 @@ def test_posterior_without_an_optimizer():
     assert ax.get_yscale() == "linear" and ax.get_ylabel() == "clone" and not ax.lines
 
 
+@pytest.mark.parametrize("rates", [[1.0, 0.01, 0.1], [0.1, 0.1, 0.1]])
+def test_posterior_of_rates_in_any_order(rates):
+    net, opt, history = trained()
+    opt.state[net.head.weight]["rate"].copy_(torch.tensor(rates))
+    net.head.follow_optimizer()
+    (mesh,) = alrao.plot.posterior(history).collections
+    drawn = torch.from_numpy(mesh.get_array().data.reshape(3, 6).copy())
+    order = torch.tensor(rates).argsort(stable=True)
+    torch.testing.assert_close(drawn, history.posterior.t()[order], rtol=0, atol=0)
+    edges = torch.from_numpy(mesh.get_coordinates()[:, 0, 1].copy())
+    assert (edges.diff() > 0).all()
+
+
 def test_rates():
     net, opt, _ = trained()
     ax = alrao.plot.rates(net, opt)
