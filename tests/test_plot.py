@@ -112,6 +112,22 @@ def test_rates_of_other_samplers(sampler):
     assert shares == pytest.approx((rates > 0).double().mean().item())
 
 
+@pytest.mark.parametrize(
+    ("backbone", "features"),
+    [
+        # in_proj [24] and out_proj [8]; without biases the three weights have thirds of in_proj.
+        (lambda: nn.MultiheadAttention(8, 2, kdim=5, vdim=3), 24 + 8),
+        (lambda: nn.MultiheadAttention(8, 2, bias=False, kdim=5, vdim=3), 24 + 8),
+        (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2), 6),
+        (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, bias=False), 6),
+    ],
+)
+def test_parts_of_a_vector_are_features_once(backbone, features):
+    net = nn.ModuleList([backbone(), classifier()])
+    ax = alrao.plot.rates(net, alrao.AlraoSGD(net))
+    assert ax.get_legend_handles_labels()[1][0].startswith(f"rates of {features} features")
+
+
 def test_axes_are_taken_and_returned():
     import matplotlib.pyplot as plt
 
