@@ -2,12 +2,14 @@
 
 - A misfit before the head, in it, of names alone: network, optimizer and the training after it are as they were.
 - A head in a module of the user's, or by itself, is not changed where the misfit is known by then.
+- What would go on with the parameters that are exchanged is told of: DistributedDataParallel, another optimizer.
 """
 
 import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_retirement import (
     LEFT,
     OPTIMIZERS,
@@ -20,6 +22,7 @@ from test_retirement import (
     train,
 )
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import alrao_fast as alrao
 
@@ -81,3 +84,29 @@ def test_a_misfit_of_the_head_is_found_before_it_is_changed(root):
     with pytest.raises(RuntimeError, match=expected):
         outer.load_state_dict(state)
     assert_same(everything(given, opt), before)
+
+
+def test_a_wrapper_or_another_optimizer_that_has_the_clones_is_told_of():
+    net, _ = retired()
+    saved = net.state_dict()
+    given = build()
+    before = given.head.weight.detach().clone()
+    other = torch.optim.SGD(given.parameters())
+    with pytest.raises(ValueError, match="parameters that a SGD has"):
+        given.load_state_dict(saved)
+    del other
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(given)
+        inside = {f"module.{name}": value for name, value in saved.items()}
+        with pytest.raises(ValueError, match="parameters that a DistributedDataParallel has"):
+            given.load_state_dict(saved)
+        with pytest.raises(ValueError, match="parameters that a DistributedDataParallel has"):
+            wrapped.load_state_dict(inside)
+        assert given.head.clone_numbers == tuple(range(N))
+        assert torch.equal(given.head.weight, before)
+    finally:
+        dist.destroy_process_group()
+    del wrapped
+    given.load_state_dict(saved)
+    assert given.head.clone_numbers == tuple(LEFT)

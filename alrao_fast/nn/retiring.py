@@ -14,6 +14,7 @@ from alrao_fast import live
 from alrao_fast.flat_shards import is_cut
 from alrao_fast.fsdp1 import is_flattened
 from alrao_fast.nn.clone_parameters import WithParameters
+from alrao_fast.nn.holders import check_holders
 from alrao_fast.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -162,7 +163,8 @@ class Retiring(WithParameters):
         self, prefix: str, kept: Tensor, state_dict: Mapping[str, Any], errors: Sequence[str]
     ) -> None:
         """Retire what a saved head of as many clones had retired; RuntimeError where that cannot be, or where the
-        checkpoint does not fit otherwise as far as it is known here (`errors` are those of other modules)."""
+        checkpoint does not fit otherwise as far as it is known here (`errors` are those of other modules). ValueError
+        as of `retire_clones`."""
         name = f"{prefix}kept"
         own = self._buffers.get("kept")
         total = self.num_clones if own is None else own.numel()
@@ -185,6 +187,7 @@ class Retiring(WithParameters):
                     f"{name}: got clones {numbers} of a checkpoint that does not fit, expected one that does: "
                     + "; ".join(errors)
                 )
+            check_holders(self.parameters())
             undo = self.keep_clones([self.clone_numbers.index(number) for number in numbers])
             steps = _undone.get()
             if steps is not None:
