@@ -70,7 +70,7 @@ def retire_clones(net: nn.Module, *, below: float = 0.01, keep: int = 3) -> int:
         check_holders(param for head in heads for param in head.parameters())
     for head, places in zip(heads, chosen):
         if len(places) < head.num_clones:
-            head.keep_clones(places)
+            head.go_on_with(places)
     return retired
 
 

@@ -3,6 +3,7 @@
 - A misfit before the head, in it, of names alone: network, optimizer and the training after it are as they were.
 - A head in a module of the user's, or by itself, is not changed where the misfit is known by then.
 - What would go on with the parameters that are exchanged is told of: DistributedDataParallel, another optimizer.
+- Clones chosen by hand, in ascending order: `kept` in the state_dict knows no other.
 """
 
 import copy
@@ -110,3 +111,38 @@ def test_a_wrapper_or_another_optimizer_that_has_the_clones_is_told_of():
     del wrapped
     given.load_state_dict(saved)
     assert given.head.clone_numbers == tuple(LEFT)
+
+
+@pytest.mark.parametrize(
+    ("places", "error"),
+    [
+        ([3, 0, 1], ValueError),
+        ([0, 0, 1], ValueError),
+        ([0, N], ValueError),
+        ([-1, 2], ValueError),
+        ([], ValueError),
+        ([0.5], TypeError),
+        (2, TypeError),
+    ],
+)
+def test_clones_chosen_by_hand_have_their_order(places, error):
+    net = build()
+    opt = OPTIMIZERS["run"](net)
+    before = everything(net, opt)
+    with pytest.raises(error, match="places"):
+        net.head.keep_clones(places)
+    assert_same(everything(net, opt), before)
+
+
+def test_clones_chosen_by_hand():
+    net, _ = retired()
+    given = build()
+    opt = OPTIMIZERS["run"](given)
+    given.head.keep_clones(net.head.clone_numbers)
+    given.load_state_dict(net.state_dict())
+    assert given.head.clone_numbers == tuple(LEFT)
+    assert opt.state[given.head.weight]["rate"].shape == (len(LEFT),)
+    hook = given.head.weight.register_hook(lambda grad: None)
+    with pytest.raises(ValueError, match="hooks on its weight"):
+        given.head.keep_clones([0])
+    hook.remove()
