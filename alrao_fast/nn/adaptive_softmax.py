@@ -142,8 +142,9 @@ def _largest(logits: Tensor, own: Tensor, place: Tensor) -> tuple[Tensor, Tensor
     others = logits.scatter_(1, place, -math.inf).amax(1, keepdim=True)
     logits.scatter_(1, place, own)
     first = own > others
-    rows = (own == others).nonzero()[:, 0]
-    if len(rows):
+    tied = own == others
+    if tied.any():
+        rows = tied.nonzero()[:, 0]
         first[rows] = logits[rows].argmax(1, keepdim=True) == place[rows]
     return torch.maximum(own, others), first
 
