@@ -118,7 +118,8 @@ def _described(
     clones = range(len(posterior))
     best = max(clones, key=lambda n: posterior[n])
     yield "observations", t[0] - 1
-    yield "posterior_entropy", -sum(p * math.log(p) for p in posterior if p > 0)
+    # NaN, of a switch that knows of no clone, stays NaN.
+    yield "posterior_entropy", -sum(p * math.log(p) for p in posterior if p != 0)
     yield "best_clone", float(numbers[best])
     yield "best_posterior", posterior[best]
     if not any(map(math.isnan, rates)):
@@ -140,7 +141,7 @@ def _described(
 
 
 def posterior_line(net: nn.Module) -> str:
-    """The posterior as a line of bars, one for each clone, between the least and the largest learning rate.
+    """The posterior as a line of bars, one for each clone, from the least learning rate to the largest.
 
         bar.set_postfix_str(alrao.posterior_line(net))      # tqdm: 1e-05 ▁▁▁▁▁▁▂█▃▁ 10
 
@@ -151,10 +152,11 @@ def posterior_line(net: nn.Module) -> str:
     values = torch.cat([head.switch.posterior(), head.clone_lr.double()]).tolist()
     posterior, rates = values[: head.num_clones], values[head.num_clones :]
     top = len(_BARS) - 1
-    line = "".join("?" if math.isnan(p) else _BARS[round(p * top)] for p in posterior)
+    bars = ["?" if math.isnan(p) else _BARS[round(p * top)] for p in posterior]
     if any(map(math.isnan, rates)):
-        return line
-    return f"{rates[0]:.3g} {line} {rates[-1]:.3g}"
+        return "".join(bars)
+    line = "".join(bars[n] for n in sorted(range(len(rates)), key=rates.__getitem__))
+    return f"{min(rates):.3g} {line} {max(rates):.3g}"
 
 
 class History:

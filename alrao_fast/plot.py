@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ def _axes(ax: Axes | None) -> Axes:
 def posterior(history: History, *, ax: Axes | None = None) -> Axes:
     """The posterior over time: how much the switch trusts each learning rate after how many observations.
 
-    The line is the rates' geometric mean under the posterior, which `suggested_lr()` is in the end.
+    The line is the rates' geometric mean under the posterior, which `suggested_lr()` is in the end. Clones are in the
+    order of their rates; by number where these are not known, 0, or shared by several clones.
 
     Args:
         history: with one record at least; ValueError for an empty one.
@@ -54,7 +55,12 @@ def posterior(history: History, *, ax: Axes | None = None) -> Axes:
         history.observations.double(),
         history.clone_lr.double(),
     )
+    # Clones of one rate have no place of their own on its axis.
     known = not bool(rates.isnan().any()) and bool((rates > 0).all())
+    known = known and len(rates.unique()) == len(rates)
+    if known:
+        rates, order = rates.sort()
+        table = table[:, order]
     heights = rates if known else torch.arange(len(rates), dtype=torch.float64)
     mesh = ax.pcolormesh(
         _edges(times, False).numpy(),
@@ -136,18 +142,29 @@ def rates(net: nn.Module, opt: torch.optim.Optimizer, *, ax: Axes | None = None)
 def _feature_rates(opt: torch.optim.Optimizer, head: nn.Module) -> Tensor:
     """The rate of every feature outside of the clones, each shared vector once, float64, on the CPU."""
     clones = set(head.parameters())
-    vectors: dict[tuple[int, int], Tensor] = {}
-    for group in opt.param_groups:
+    vectors: dict[Any, Tensor] = {}
+    # Of parameters that have a part of a vector each, or its rates more than once.
+    parts: dict[Any, Tensor] = {}
+    whole = set()
+    for number, group in enumerate(opt.param_groups):
         for param in group["params"]:
             rate = opt.state.get(param, {}).get("rate")
             if rate is None or param in clones:
                 continue
             layout = opt.layout_of(param) if isinstance(opt, AlraoOptimizer) else None
-            if not isinstance(layout, FlatLayout):
-                vectors[id(rate), 0] = rate
+            if isinstance(layout, FlatLayout):
+                for part in layout.features():
+                    if part.layout.vector.kind != "clone":
+                        vectors[id(rate), part.first] = part.rates(rate)
                 continue
-            for part in layout.features():
-                if part.layout.vector.kind != "clone":
-                    vectors[id(rate), part.first] = part.rates(rate)
+            key = number, layout and layout.vector
+            if layout is None or layout.feature_of is None or layout.per_weight:
+                vectors[id(rate), 0] = rate
+                whole.add(key)
+                continue
+            own = torch.full((layout.vector.length,), math.nan, dtype=torch.float64)
+            own = parts.setdefault(key, own)
+            own[layout.feature_of.cpu()] = rate.double().cpu()
     flat = [rate.flatten().double().cpu() for rate in vectors.values()]
+    flat += [own[~own.isnan()] for key, own in parts.items() if key not in whole]
     return torch.cat(flat) if flat else torch.empty(0, dtype=torch.float64)

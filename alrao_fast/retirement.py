@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-import sys
-from collections.abc import Iterator
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from alrao_fast import live
 from alrao_fast.arguments import COUNT, Number, checked
 from alrao_fast.nn.clones import LinearClones
 from alrao_fast.nn.heads import heads_of
+from alrao_fast.nn.holders import check_holders, params_of
 
-# Of torch.distributed, by module.
-_WRAPPERS = {
-    "torch.nn.parallel.distributed": "DistributedDataParallel",
-    "torch.distributed.optim.zero_redundancy_optimizer": "ZeroRedundancyOptimizer",
-}
 _KINDS = {"below": Number(above=0, high=1), "keep": COUNT}
 
 
@@ -50,11 +40,13 @@ def retire_clones(net: nn.Module, *, below: float = 0.01, keep: int = 3) -> int:
     those left; `head.clone_numbers` says which they are, and names in `metrics` and columns of `History` keep the old
     numbers.
 
-    A checkpoint of such a run loads into a network made with all clones, and then into its optimizer. A new optimizer
-    gives those left the rates that they have among all. What else holds
-    the old parameters has to be made anew: a `GraphedStep`, which raises until then; copies such as an `AveragedModel`;
-    DistributedDataParallel, which has to be undone before (`net = ddp.module; del ddp`). Under `torch.distributed` all
-    ranks have to call it; they have the same posterior.
+    A checkpoint of such a run loads into a network made with all clones, before DistributedDataParallel has it, and
+    then into its optimizer. One that does not fit retires none where an `AlraoModel`, a wrapped model or a head loads
+    it; of another module with several heads, those that stand before the misfit have lost theirs. A new optimizer gives
+    those left the rates that they have among all. What else holds the old parameters has to be made anew: a
+    `GraphedStep`, which raises until then; copies such as an `AveragedModel`; DistributedDataParallel, which has to be
+    undone before (`net = ddp.module; del ddp`). Under `torch.distributed` all ranks have to call it; they have the same
+    posterior.
 
     TypeError or ValueError for arguments of another type or out of range, for a network that DistributedDataParallel
     or ZeroRedundancyOptimizer has, and for heads that lie over ranks (`fully_shard`, FSDP1, `ClonesParallel`,
@@ -75,10 +67,10 @@ def retire_clones(net: nn.Module, *, below: float = 0.01, keep: int = 3) -> int:
     ]
     retired = sum(head.num_clones - len(places) for head, places in zip(heads, chosen))
     if retired:
-        _check_wrappers(heads)
+        check_holders(param for head in heads for param in head.parameters())
     for head, places in zip(heads, chosen):
         if len(places) < head.num_clones:
-            head.keep_clones(places)
+            head.go_on_with(places)
     return retired
 
 
@@ -94,7 +86,7 @@ def _staying(values: Tensor, below: float, keep: int) -> list[int]:
 
 def _check_owners(net: nn.Module, heads: list[LinearClones]) -> None:
     """Who holds a parameter that is to be exchanged must be known."""
-    trained = {id(p) for opt in live.optimizers for p in _params_of(opt.param_groups)}
+    trained = {id(p) for opt in live.optimizers for p in params_of(opt.param_groups)}
     places: dict[int, int] = {}
     for module in net.modules():
         for param in module._parameters.values():
@@ -110,37 +102,3 @@ def _check_owners(net: nn.Module, heads: list[LinearClones]) -> None:
                     f"net: no Alrao optimizer has the {name} of its {type(head).__name__}, expected one: another "
                     "optimizer would go on with the parameters that are exchanged"
                 )
-
-
-def _check_wrappers(heads: list[LinearClones]) -> None:
-    """What exchanges gradients or updates between ranks has listed the parameters, and would not say that it goes on
-    with the old ones."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    own = {id(param) for head in heads for param in head.parameters()}
-
-    def wrapper() -> str | None:
-        """The name of one; nothing that is alive lists its parameters to those who look for them."""
-        modules = (sys.modules.get(name) for name in _WRAPPERS)
-        kinds = tuple(getattr(m, _WRAPPERS[m.__name__]) for m in modules if m is not None)
-        for holder in gc.get_objects():
-            if issubclass(type(holder), kinds):
-                groups = getattr(holder, "param_groups", None)
-                held = holder.parameters() if groups is None else _params_of(groups)
-                if any(id(param) in own for param in held):
-                    return type(holder).__name__
-        return None
-
-    if wrapper():
-        # One that was let go may be in a cycle.
-        gc.collect()
-        name = wrapper()
-        if name:
-            raise ValueError(
-                f"net: got parameters that a {name} has, expected none: undo it, `net = ddp.module; del ddp`, retire, "
-                "and make a new one"
-            )
-
-
-def _params_of(groups: list[dict[str, Any]]) -> Iterator[nn.Parameter]:
-    return (param for group in groups for param in group["params"])

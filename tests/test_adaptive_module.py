@@ -336,3 +336,24 @@ def test_what_the_losses_are_made_of():
     """The library's nll_loss of the log-probabilities is the loss."""
     head, x, y = make().eval(), *batch(5)
     torch.testing.assert_close(F.nll_loss(head(x), y), head(x, y))
+
+
+@pytest.mark.parametrize("width", [1, 6])
+def test_the_guess_of_equal_classes_is_that_of_a_prediction(width):
+    # Of width 1 the tail projects to nothing, and its classes are equal for good.
+    head = alrao.AdaptiveClassifierClones(width, 5, [2], 2)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.weight[:, 2] = 1
+        head.tail[0].weight.zero_()
+    x, targets = torch.ones(5, width), torch.arange(5)
+    head(x, targets=targets)
+    # Of the cluster, the likeliest place of the head, the first class.
+    assert head.clone_metrics()["greedy_accuracy"].tolist() == [0.2, 0.2]
+    assert head.clone_outputs(x)[:, :, 2:].argmax(-1).eq(0).all()
+    head.clone_metrics(reset=True)
+    with torch.no_grad():
+        head.weight.zero_()
+    head(x, targets=torch.zeros_like(targets))
+    assert head.clone_metrics()["greedy_accuracy"].tolist() == [1, 1]
+    assert head.predict(x).eq(0).all()

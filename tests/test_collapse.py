@@ -11,6 +11,7 @@ import math
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -18,7 +19,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from alrao_fast import backends
-from alrao_fast.nn import AlraoModel, ClassifierClones, RegressorClones
+from alrao_fast.nn import (
+    AdaptiveClassifierClones,
+    AlraoModel,
+    ClassifierClones,
+    RegressorClones,
+)
 
 
 class Recurrent(nn.Module):
@@ -58,8 +64,44 @@ def regressor(**arguments):
     return RegressorClones(8, 4, 3, **arguments)
 
 
+def adaptive(**arguments):
+    return AdaptiveClassifierClones(8, 4, [1, 2], 3, **arguments)
+
+
 def snapshot(net):
     return {name: t.clone() for name, t in (*net.named_parameters(), *net.named_buffers())}
+
+
+@pytest.mark.parametrize("which", ["best", "mixture"])
+@pytest.mark.parametrize("make", [classifier, regressor, adaptive])
+def test_a_backbone_of_another_dtype(make, which):
+    net = trained(make())
+    net.backbone.to(torch.bfloat16)
+    x = torch.randn(5, 3, dtype=torch.bfloat16)
+    result, expected = net.collapse(which)(x), net.eval()(x)
+    assert result.dtype == expected.dtype == torch.float32
+    if which == "best":
+        expected = net.head.clone_outputs(net.backbone(x).float())[1]
+        if make is classifier:
+            expected = expected.log_softmax(-1)
+    torch.testing.assert_close(result, expected)
+
+
+def test_hooks_that_stay_behind_are_told_of():
+    net = trained(classifier())
+    net.backbone[0].register_forward_hook(lambda module, inputs, output: output * 2)
+    x = torch.randn(5, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(net.collapse("mixture")(x), net.eval()(x))
+    for module, register in (
+        (net, net.register_forward_hook),
+        (net.head, net.head.register_forward_pre_hook),
+    ):
+        hook = register(lambda *args: None)
+        with pytest.warns(UserWarning, match=f"hooks on the {type(module).__name__}, which the"):
+            net.collapse("best")
+        hook.remove()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

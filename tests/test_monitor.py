@@ -119,6 +119,12 @@ def test_what_is_not_known_is_left_out():
     assert found["posterior_entropy"] == pytest.approx(math.log(3)) and found["observations"] == 0
 
 
+def test_a_posterior_that_knows_of_no_clone_has_no_entropy():
+    head = classifier()
+    head.switch.log_posterior.fill_(-math.inf)
+    assert math.isnan(alrao.metrics(head, prefix="")["posterior_entropy"])
+
+
 def test_reset_begins_the_losses_anew():
     net, opt = model()
     train(net, opt)
@@ -205,6 +211,21 @@ def test_line():
     assert alrao.posterior_line(net) == "0.01 ▁▁█ 1"
     net.head.switch.log_posterior.fill_(math.nan)
     assert alrao.posterior_line(net) == "0.01 ??? 1"
+
+
+def test_line_of_rates_in_another_order():
+    net, _ = model()
+    with torch.no_grad():
+        net.head.switch.log_posterior.copy_(torch.tensor([0.0, -math.inf, -math.inf]))
+    alrao.AlraoSGD(net, sampler=Descending())
+    assert alrao.posterior_line(net) == "0.01 ▁▁█ 1"
+
+
+class Descending(alrao.LogUniform):
+    """A sampler whose first clone has the largest rate."""
+
+    def clone_rates(self, num_clones):
+        return torch.logspace(0, -2, num_clones)
 
 
 def test_history():

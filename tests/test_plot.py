@@ -72,6 +72,19 @@ def test_posterior_without_an_optimizer():
     assert ax.get_yscale() == "linear" and ax.get_ylabel() == "clone" and not ax.lines
 
 
+@pytest.mark.parametrize("rates", [[1.0, 0.01, 0.1], [0.1, 0.1, 0.1]])
+def test_posterior_of_rates_in_any_order(rates):
+    net, opt, history = trained()
+    opt.state[net.head.weight]["rate"].copy_(torch.tensor(rates))
+    net.head.follow_optimizer()
+    (mesh,) = alrao.plot.posterior(history).collections
+    drawn = torch.from_numpy(mesh.get_array().data.reshape(3, 6).copy())
+    order = torch.tensor(rates).argsort(stable=True)
+    torch.testing.assert_close(drawn, history.posterior.t()[order], rtol=0, atol=0)
+    edges = torch.from_numpy(mesh.get_coordinates()[:, 0, 1].copy())
+    assert (edges.diff() > 0).all()
+
+
 def test_rates():
     net, opt, _ = trained()
     ax = alrao.plot.rates(net, opt)
@@ -97,6 +110,22 @@ def test_rates_of_other_samplers(sampler):
     ax.figure.canvas.draw()
     shares = sum(bar.get_height() for bar in ax.patches)
     assert shares == pytest.approx((rates > 0).double().mean().item())
+
+
+@pytest.mark.parametrize(
+    ("backbone", "features"),
+    [
+        # in_proj [24] and out_proj [8]; without biases the three weights have thirds of in_proj.
+        (lambda: nn.MultiheadAttention(8, 2, kdim=5, vdim=3), 24 + 8),
+        (lambda: nn.MultiheadAttention(8, 2, bias=False, kdim=5, vdim=3), 24 + 8),
+        (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2), 6),
+        (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, bias=False), 6),
+    ],
+)
+def test_parts_of_a_vector_are_features_once(backbone, features):
+    net = nn.ModuleList([backbone(), classifier()])
+    ax = alrao.plot.rates(net, alrao.AlraoSGD(net))
+    assert ax.get_legend_handles_labels()[1][0].startswith(f"rates of {features} features")
 
 
 def test_axes_are_taken_and_returned():

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -92,12 +93,24 @@ def refuse_shards(*modules: nn.Module) -> None:
         )
 
 
+def warn_of_hooks(*modules: nn.Module) -> None:
+    """Warn of forward hooks, of one of our modules, that what it is collapsed to does not have."""
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks:
+            warnings.warn(
+                f"collapse: got forward hooks on the {type(module).__name__}, which the result does not have: where "
+                "they change inputs or outputs, it gives others. Those on the backbone and inside it go along",
+                stacklevel=3,
+            )
+
+
 def add_head(
     graph: fx.Graph, root: dict[str, Any], head: LinearClones, which: str, features: fx.Node
 ) -> Any:
     """Add to `graph` what the head predicts from `features`, with its layers in `root`."""
-    # The clones' outputs are float32 at least, even where their parameters are not.
+    # The clones' outputs are float32 at least, even where their parameters are not, or the backbone's.
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    features = graph.call_method("to", (features, dtype))
     if isinstance(head, AdaptiveClassifierClones):
         return _add_adaptive(graph, root, head, which, features, dtype)
     weight, bias, log_posterior = _living(head, dtype)
@@ -106,8 +119,6 @@ def add_head(
         best = _best([weight, bias], log_posterior)
         weight, bias = weight[best], None if bias is None else bias[best]
     root["head"] = _linear(weight, bias)
-    if dtype != head.weight.dtype:
-        features = graph.call_method("float", (features,))
     result = graph.call_module("head", (features,))
     if which == "mixture":
         root["log_posterior"] = log_posterior.to(dtype).unsqueeze(1)
@@ -130,8 +141,6 @@ def _add_adaptive(
     finite = _finite(head)
     log_posterior = normalized(head.switch.log_posterior[finite])
     living: list[int] = finite.nonzero().flatten().tolist()
-    if dtype != head.weight.dtype:
-        features = graph.call_method("float", (features,))
     if which == "best":
         params = [None if p is None else p.detach()[finite].to(dtype) for p in head.parts()]
         best = living[int(_best(params, log_posterior))]

@@ -14,7 +14,7 @@ from alrao_fast import live
 from alrao_fast.arguments import Instance
 from alrao_fast.nn.backbone_output import Features, check_features, find
 from alrao_fast.nn.clones import LinearClones, Reduction
-from alrao_fast.nn.collapse import WHICH, Output, collapse
+from alrao_fast.nn.collapse import WHICH, Output, collapse, warn_of_hooks
 from alrao_fast.nn.with_clones import WithClones
 from alrao_fast.tracing import backbone_arguments, refuse_script
 
@@ -163,7 +163,8 @@ class AlraoModel(WithClones):
 
         The result holds copies (this model stays as it is), is in eval mode, and takes the arguments that the
         backbone's forward names. Clones with non-finite weights are left out, and "best" is not one that overflows on
-        features between -1 and 1. ValueError if no clone is finite.
+        features between -1 and 1. Forward hooks on this model and on its head are left out, with a warning; the
+        backbone's go along. ValueError if no clone is finite.
         """
         WHICH.check("which", which)
         output = self._output_in_eval or self._output
@@ -176,6 +177,7 @@ class AlraoModel(WithClones):
             )
         if which == "best":
             self._check_observed("collapse('best')")
+        warn_of_hooks(self, self.head)
         return collapse(self.backbone, self.head, which, output)
 
 

@@ -23,7 +23,13 @@ from torch import Tensor, nn
 from alrao_fast import live
 from alrao_fast.arguments import shown
 from alrao_fast.nn.clones import ClassifierClones, LinearClones
-from alrao_fast.nn.collapse import WHICH, best_layer, collapsed_head, refuse_shards
+from alrao_fast.nn.collapse import (
+    WHICH,
+    best_layer,
+    collapsed_head,
+    refuse_shards,
+    warn_of_hooks,
+)
 from alrao_fast.nn.regressor import RegressorClones
 from alrao_fast.nn.with_clones import WithClones
 
@@ -181,6 +187,7 @@ class Pretrained(WithClones):
             self._check_observed("collapse('best')")
         head = self._clones()
         refuse_shards(self)
+        warn_of_hooks(head)
         plain = copy.deepcopy(self)
         settings = plain.__dict__.pop("_alrao")
         layer = best_layer(head) if which == "best" else collapsed_head(head, which)

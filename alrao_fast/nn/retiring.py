@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from alrao_fast import live
+from alrao_fast.arguments import Integer, Kind
 from alrao_fast.flat_shards import is_cut
 from alrao_fast.fsdp1 import is_flattened
 from alrao_fast.nn.clone_parameters import WithParameters
+from alrao_fast.nn.holders import check_holders
 from alrao_fast.sharding import is_sharded
 
 if TYPE_CHECKING:
     from alrao_fast.nn.switch import Switch
+
+# How to undo what a checkpoint has retired so far, while it is loaded by one of our modules.
+_undone: ContextVar[list[Callable[[], None]] | None] = ContextVar("_undone", default=None)
+
+
+@contextmanager
+def undone_on_error() -> Iterator[None]:
+    """A block that loads a checkpoint: where it raises, the clones retired in it are back."""
+    steps: list[Callable[[], None]] = []
+    token = _undone.set(steps)
+    try:
+        yield
+    except BaseException:
+        for step in reversed(steps):
+            step()
+        raise
+    finally:
+        _undone.reset(token)
+
+
+class _Places(Kind):
+    """Which of `num_clones` clones are left."""
+
+    def __init__(self, num_clones: int) -> None:
+        self.num_clones = num_clones
+        self.expected = (
+            f"one or more integers from 0 to {num_clones - 1}, each larger than the one before it"
+        )
+
+    def check(self, name: str, value: Any) -> list[int]:
+        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+            raise self.refuse(TypeError, name, value)
+        number = Integer(words="an integer")
+        found = [number.check(f"{name}[{k}]", entry) for k, entry in enumerate(value)]
+        bounds = [-1, *found, self.num_clones]
+        if not found or any(a >= b for a, b in pairwise(bounds)):
+            raise self.refuse(ValueError, name, found)
+        return found
 
 
 class Retiring(WithParameters):
@@ -62,13 +105,25 @@ class Retiring(WithParameters):
                     "net: its clones cannot be retired within averaged(): leave the block first"
                 )
 
-    @torch.no_grad()
     def keep_clones(self, places: Sequence[int]) -> None:
-        """Go on with the clones at these places `[N']`, in this order; their optimizers follow.
+        """Go on with the clones at these places `[N']`, in ascending order; their optimizers follow.
 
-        Parameters, gradients, statistics and states of the clones that are left keep their bits.
+        Parameters, gradients, statistics and states of the clones that are left keep their bits. `retire_clones`
+        chooses them by the posterior. TypeError or ValueError, with nothing changed, for places that are not ascending
+        integers from 0 to N - 1, and where `retire_clones` raises.
         """
+        found = _Places(self.num_clones).check("places", places)
+        if len(found) < self.num_clones:
+            self.check_retiring()
+            check_holders(self.parameters())
+            self.go_on_with(found)
+
+    @torch.no_grad()
+    def go_on_with(self, places: Sequence[int]) -> Callable[[], None]:
+        """`keep_clones` where all has been checked. What is returned undoes it, with all that was written into what is
+        new."""
         index = torch.tensor(places, dtype=torch.int64)
+        undo = [self._as_it_is()]
         before = self.clone_numbers
         moved: dict[Tensor, Tensor] = {}
         for owner in self.owners():
@@ -85,7 +140,31 @@ class Retiring(WithParameters):
         for optimizer in live.optimizers:
             follow: Any = getattr(optimizer, "_keep_clones", None)
             if follow is not None:
-                follow(moved, index)
+                undo.append(follow(moved, index))
+
+        def undo_all() -> None:
+            for step in undo:
+                step()
+
+        return undo_all
+
+    def _as_it_is(self) -> Callable[[], None]:
+        """What makes the head that of now again; of its optimizers nothing."""
+        owners = [(owner, dict(owner._parameters)) for owner in self.owners()]
+        modules = [(module, dict(module._buffers)) for module in (self, self.switch)]
+        numbers, count, t = self._numbers, self.num_clones, self.switch.t.clone()
+
+        def restore() -> None:
+            for owner, params in owners:
+                owner._parameters.update(params)
+            for module, buffers in modules:
+                module._buffers.clear()
+                module._buffers.update(buffers)
+            self._numbers, self.num_clones, self.switch.num_clones = numbers, count, count
+            # The only one of the state that an observation shares with a checkpoint.
+            self.switch.t.copy_(t)
+
+        return restore
 
     def _note_kept(self, numbers: list[int]) -> None:
         kept = self._buffers.get("kept")
@@ -101,11 +180,24 @@ class Retiring(WithParameters):
     ) -> None:
         kept = state_dict.get(f"{prefix}kept")
         if isinstance(kept, Tensor):
-            self._follow(f"{prefix}kept", kept)
+            *_, errors = arguments
+            self._follow(prefix, kept, state_dict, errors)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    def _follow(self, name: str, kept: Tensor) -> None:
-        """Retire what a saved head of as many clones had retired; RuntimeError where that cannot be."""
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's; where it raises no clone has been retired."""
+        with undone_on_error():
+            return super().load_state_dict(state_dict, strict, assign)
+
+    def _follow(
+        self, prefix: str, kept: Tensor, state_dict: Mapping[str, Any], errors: Sequence[str]
+    ) -> None:
+        """Retire what a saved head of as many clones had retired; RuntimeError where that cannot be, or where the
+        checkpoint does not fit otherwise as far as it is known here (`errors` are those of other modules). ValueError
+        as of `retire_clones`."""
+        name = f"{prefix}kept"
         own = self._buffers.get("kept")
         total = self.num_clones if own is None else own.numel()
         numbers = kept.cpu().flatten().nonzero().flatten().tolist()
@@ -121,7 +213,32 @@ class Retiring(WithParameters):
             )
         if numbers != list(self.clone_numbers):
             self.check_retiring()
-            self.keep_clones([self.clone_numbers.index(number) for number in numbers])
+            errors = [*errors, *self._misfits(prefix, len(numbers), state_dict)]
+            if errors:
+                raise RuntimeError(
+                    f"{name}: got clones {numbers} of a checkpoint that does not fit, expected one that does: "
+                    + "; ".join(errors)
+                )
+            check_holders(self.parameters())
+            undo = self.go_on_with([self.clone_numbers.index(number) for number in numbers])
+            steps = _undone.get()
+            if steps is not None:
+                steps.append(undo)
+
+    def _misfits(self, prefix: str, count: int, state_dict: Mapping[str, Any]) -> list[str]:
+        """What a saved head of `count` clones has in other shapes than this one would have then."""
+        shapes = {name: (count, *param.shape[1:]) for name, param in self.named_parameters()}
+        shapes |= {
+            "clone_lr": (count,),
+            "switch.log_posterior": (count,),
+            "switch.logw": (2, count),
+        }
+        given = {name: state_dict.get(f"{prefix}{name}") for name in shapes}
+        return [
+            f"{prefix}{name} has shape {list(value.shape)}, expected {list(shapes[name])}"
+            for name, value in given.items()
+            if isinstance(value, Tensor) and value.shape != shapes[name]
+        ]
 
 
 def _some_of(param: nn.Parameter, index: Tensor) -> nn.Parameter:

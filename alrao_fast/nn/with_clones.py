@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alrao_fast.nn.clones import LinearClones
+from alrao_fast.nn.retiring import undone_on_error
 from alrao_fast.sharding import whole
 
 
@@ -21,6 +23,13 @@ class WithClones(nn.Module):
     def _backbone_parameters(self) -> Iterator[nn.Parameter]:
         """All parameters but the head's."""
         raise NotImplementedError
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's; where it raises no clone has been retired."""
+        with undone_on_error():
+            return super().load_state_dict(state_dict, strict, assign)
 
     def posterior(self) -> Tensor:
         """Probabilities `[N]` of the clones, float64."""

@@ -15,6 +15,10 @@ from alrao_fast.optim.layouts import Layout, memory_span, resolve_all
 class RateRow(NamedTuple):
     """One parameter's row: `features` rates in vector `vector`, entry i in memory order has rate i // inner % features.
 
+    Not of parameters that have a part of the vector, or its rates more than once: of MultiheadAttention with `kdim` or
+    `vdim` the query's, key's and value's weights have a third each, in that order, and so have `bias_k` and `bias_v`;
+    of a grouped transposed convolution an input channel's rates are those of its group's outputs.
+
     rule: "built-in", "registered" (by `register_feature_layout`), "shape" (no rule, and a parameter that is broadcast
         along dim 0: one rate per index of its last), or "default": no rule, one rate per index of dim 0.
     kind: "feature", "clone" or "weight" (one rate per entry). group, lr_min, lr_max: None where a model was given.

@@ -1,6 +1,6 @@
 """Which learning rates parameters have: layouts, the draw, the narrowing, and what is put into the groups by hand."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -259,14 +259,15 @@ class Rated(AcrossRanks):
         self._places.note(groups)
         self._warn_of_bare_tensors()
 
-    def _keep_clones(self, moved: Mapping[Tensor, Tensor], places: Tensor) -> None:
-        """Go on with clones of which some were retired, if they are the optimizer's.
+    def _keep_clones(self, moved: Mapping[Tensor, Tensor], places: Tensor) -> Callable[[], None]:
+        """Go on with clones of which some were retired, if they are the optimizer's; returns what undoes it.
 
         moved: the new parameters of the old ones, whose rows at these places they have.
         """
         mine = [old for old in moved if old in self._layouts]
         if not mine:
-            return
+            return lambda: None
+        undo = self._as_it_is([moved[old] for old in mine], mine)
         known: dict[int, Any] = {}
 
         def kept(tensor: Tensor) -> Tensor:
@@ -302,6 +303,26 @@ class Rated(AcrossRanks):
         self._places.note(self.param_groups)
         # What was bound holds the old tensors.
         self._binding = Binding()
+        return undo
+
+    def _as_it_is(self, new: list[Tensor], old: list[Tensor]) -> Callable[[], None]:
+        """What puts the `old` parameters, with what is known of them now, into the places of the `new` ones."""
+        layouts, rates, vectors = self._layouts, dict(self._rates), dict(self._vectors)
+        states = {param: dict(self.state[param]) for param in old if param in self.state}
+        lists = [list(group["params"]) for group in self.param_groups]
+
+        def restore() -> None:
+            self._layouts, self._rates, self._vectors = layouts, rates, vectors
+            for param, before in zip(new, old):
+                self.state.pop(param, None)
+                self._homes.exchange(param, before)
+            self.state.update(states)
+            for group, params in zip(self.param_groups, lists):
+                group["params"][:] = params
+            self._places.note(self.param_groups)
+            self._binding = Binding()
+
+        return restore
 
     def _tell_heads(self) -> None:
         """Let the heads, which outlive the optimizer, copy the rates of their clones."""
