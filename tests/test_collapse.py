@@ -87,6 +87,24 @@ def test_a_backbone_of_another_dtype(make, which):
     torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.parametrize("which", ["best", "mixture"])
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [classifier, regressor, adaptive])
+def test_the_result_in_another_dtype(make, own, which):
+    net = trained(make())
+    net.to(own)
+    x = torch.randn(5, 3, dtype=own)
+    plain = net.collapse(which)
+    expected = plain(x)
+    assert ("dtype_of_head" in plain.state_dict()) == (own == torch.bfloat16)
+    if make is not adaptive:
+        assert torch.jit.script(plain)(x).dtype == torch.float32
+    for dtype, tolerance in ((torch.float64, 0.05), (torch.bfloat16, 0.1)):
+        result = copy.deepcopy(plain).to(dtype)(x.to(dtype))
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
 def test_hooks_that_stay_behind_are_told_of():
     net = trained(classifier())
     net.backbone[0].register_forward_hook(lambda module, inputs, output: output * 2)

@@ -60,7 +60,7 @@ def collapse(backbone: nn.Module, head: LinearClones, which: str, output: Output
         features = graph.call_function(output.key, (out,))
     elif output.key is not None:
         features = graph.call_function(operator.getitem, (out, output.key))
-    result = add_head(graph, root, head, which, features)
+    result = add_head(graph, root, head, which, features, backbone)
     if output.length is not None:
         places = range(output.length)
         result = tuple(
@@ -105,12 +105,20 @@ def warn_of_hooks(*modules: nn.Module) -> None:
 
 
 def add_head(
-    graph: fx.Graph, root: dict[str, Any], head: LinearClones, which: str, features: fx.Node
+    graph: fx.Graph,
+    root: dict[str, Any],
+    head: LinearClones,
+    which: str,
+    features: fx.Node,
+    backbone: nn.Module,
 ) -> Any:
-    """Add to `graph` what the head predicts from `features`, with its layers in `root`."""
+    """Add to `graph` what the head predicts from the backbone's `features`, with its layers in `root`."""
     # The clones' outputs are float32 at least, even where their parameters are not, or the backbone's.
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
-    features = graph.call_method("to", (features, dtype))
+    if {p.dtype for p in (head.weight, *backbone.parameters())} != {dtype}:
+        # By a tensor of the result's own, which follows when that is put into another dtype.
+        root["dtype_of_head"] = torch.empty(0, dtype=dtype, device=head.weight.device)
+        features = graph.call_method("to", (features, graph.get_attr("dtype_of_head")))
     if isinstance(head, AdaptiveClassifierClones):
         return _add_adaptive(graph, root, head, which, features, dtype)
     weight, bias, log_posterior = _living(head, dtype)
@@ -151,12 +159,12 @@ def _add_adaptive(
     return _mixture(graph, outputs, True, None)
 
 
-def collapsed_head(head: LinearClones, which: str) -> fx.GraphModule:
-    """The head alone, from features to the prediction, in eval mode."""
+def collapsed_head(head: LinearClones, which: str, backbone: nn.Module) -> fx.GraphModule:
+    """The head alone, from the backbone's features to the prediction, in eval mode."""
     refuse_shards(head)
     root: dict[str, Any] = {}
     graph = fx.Graph()
-    graph.output(add_head(graph, root, head, which, graph.placeholder("features")))
+    graph.output(add_head(graph, root, head, which, graph.placeholder("features"), backbone))
     return fx.GraphModule(root, graph, class_name="CollapsedHead").eval()
 
 

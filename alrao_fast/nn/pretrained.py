@@ -190,7 +190,7 @@ class Pretrained(WithClones):
         warn_of_hooks(head)
         plain = copy.deepcopy(self)
         settings = plain.__dict__.pop("_alrao")
-        layer = best_layer(head) if which == "best" else collapsed_head(head, which)
+        layer = best_layer(head) if which == "best" else collapsed_head(head, which, self)
         plain.set_submodule(settings["output"], layer)
         plain.__class__ = settings["class"]
         if settings["softcap"] is not None and which == "best":
