@@ -5,7 +5,6 @@ entries are on this rank. With `use_orig_params=True` the originals stay in the 
 original there is a twin on the meta device, of its shape: that has the layout and, with it, the rates.
 """
 
-import gc
 import sys
 import weakref
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from alrao_fast import live
 from alrao_fast.flat_shards import Flat, Part, note, parts_of
 
 _WRAPPED = "_fsdp_wrapped_module"
@@ -77,8 +77,7 @@ def describe(params: Iterable[Tensor], root: nn.Module | None = None) -> list[An
     _describe_all(wrapper for wrapper in (root.modules() if root is not None else ()))
     if any(param not in _handles for param in flattened):
         # No way leads from a parameter to a wrapper around its module.
-        cls = _wrapper()
-        _describe_all([o for o in gc.get_objects() if issubclass(type(o), cls)])
+        _describe_all(live.instances(_wrapper()))
     handles = (_handles[param]() for param in flattened if param in _handles)
     return [*{id(handle): handle for handle in handles if handle is not None}.values()]
 

@@ -7,6 +7,7 @@ copied or unpickled; an optimizer, anew, whenever it has drawn or loaded rates.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
@@ -47,3 +48,9 @@ class Live(Generic[T]):
 heads: Live[Any] = Live()
 models: Live[nn.Module] = Live()
 optimizers: Live[Optimizer] = Live()
+
+
+def instances(kinds: type | tuple[type, ...]) -> list[Any]:
+    """What is alive of classes that enter nothing here; looks at every object that there is."""
+    # isinstance would ask objects that imitate a class, which may run code of theirs.
+    return [entry for entry in gc.get_objects() if issubclass(type(entry), kinds)]

@@ -316,6 +316,8 @@ def test_a_warning_of_parameters_replaced_in_their_modules(make, replace, count)
     """Once; put into param_groups they are trained, with the rates of the old ones."""
     net = network()
     opt = make(net)
+    # It puts a function around step().
+    torch.optim.lr_scheduler.ConstantLR(opt)
     train(net, opt)
     old = list(net.parameters())
     replace(net)
@@ -353,3 +355,15 @@ def test_no_warning_of_replaced_parameters_that_somebody_trains():
     net[0] = nn.Identity()
     net(torch.ones(5, 4)).sum().backward()
     opt.step()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("make", [AlraoAdam, lambda net: torch.optim.SGD(net.parameters(), 0.1)])
+def test_no_warning_of_replaced_parameters_that_another_optimizer_has(make):
+    net = network()
+    opt = AlraoSGD(net)
+    train(net, opt)
+    net[1] = nn.Linear(4, 2)
+    other = make(net[1])
+    train(net, opt)
+    other.step()

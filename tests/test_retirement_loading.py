@@ -96,6 +96,10 @@ def test_a_wrapper_or_another_optimizer_that_has_the_clones_is_told_of():
     with pytest.raises(ValueError, match="parameters that a SGD has"):
         given.load_state_dict(saved)
     del other
+    with pytest.raises(ValueError, match="learning rate") as failed:
+        torch.optim.SGD(build().parameters(), lr=-1)
+    assert not hasattr(failed.traceback[-1].frame.f_locals["self"], "param_groups")
+    copy.deepcopy(given).load_state_dict(saved)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         wrapped = DistributedDataParallel(given)

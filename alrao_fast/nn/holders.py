@@ -40,12 +40,14 @@ def check_holders(params: Iterable[nn.Parameter]) -> None:
 
     def holder_of() -> str | None:
         """The name of one; nothing that is alive lists its parameters to those who look for them."""
-        for holder in gc.get_objects():
-            if issubclass(type(holder), kinds):
-                groups = getattr(holder, "param_groups", None)
-                held = holder.parameters() if groups is None else params_of(groups)
-                if any(id(param) in own for param in held):
-                    return type(holder).__name__
+        for holder in live.instances(kinds):
+            # One whose construction has failed may have no groups.
+            if isinstance(holder, Optimizer):
+                held = params_of(getattr(holder, "param_groups", []))
+            else:
+                held = holder.parameters()
+            if any(id(param) in own for param in held):
+                return type(holder).__name__
         return None
 
     if kinds and holder_of():

@@ -1,5 +1,6 @@
 """What the optimizers say of parameters whose rates may not follow their features."""
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from alrao_fast.optim.rates import Constant, LogUniform, Sampler
 _SHARE = 0.01
 # Below it a multiplier of the rates was meant as a learning rate.
 _SMALL_LR = 0.02
+# Whose frames are not the user's.
+_INSIDE = ("alrao_fast", "torch")
 
 
 def warn_of_bare_tensors(names: Sequence[str], stacklevel: int) -> None:
@@ -83,14 +86,23 @@ def warn_of_default_rule(
     )
 
 
-def warn_of_replaced(names: Sequence[str], stacklevel: int) -> None:
+def _outside() -> int:
+    """The `stacklevel` by which the caller warns of the line that has called this package, maybe by way of torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def warn_of_replaced(names: Sequence[str]) -> None:
     """Warn that parameters are in their modules no more, and what is there is trained by nobody."""
     warnings.warn(
         f"{len(names)} parameters of the optimizer ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) were "
         "replaced in their modules by others, which have gradients and are in no param group: nothing updates them. "
         "load_state_dict(assign=True), to_empty() and assignments do so: construct the optimizer afterwards, or put "
         "the new parameters into the places of the old ones in param_groups, where they take over the rates",
-        stacklevel=stacklevel + 1,
+        # What torch puts around step() depends on its compiler and on schedulers.
+        stacklevel=_outside(),
     )
 
 

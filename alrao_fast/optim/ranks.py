@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from alrao_fast import compiler, flat_shards, fsdp1, sharding
+from alrao_fast import compiler, flat_shards, fsdp1, live, sharding
 from alrao_fast.optim.binding import Binding, gradients
 from alrao_fast.optim.flat_layouts import FlatLayout, flat_layout
 from alrao_fast.optim.homes import Homes
@@ -35,14 +35,14 @@ class AcrossRanks(Optimizer):
     _notice: "_Notice"
     # The process groups, by id, whose ranks have the same rates.
     _agreed: set[int]
-    # Whether a warning has told of parameters that others have replaced.
-    _told_of_replaced: bool
+    # Whether parameters have been found that others have replaced: they are looked for until then.
+    _found_replaced: bool
 
     def _alone(self) -> None:
         """As an optimizer begins, and a copy, whose parameters are in no module that is known."""
         self._homes, self._counts, self._notice = Homes(), {}, _Notice()
         self._agreed = set()
-        self._told_of_replaced = False
+        self._found_replaced = False
 
     def refresh(self) -> None:
         """Give rates and states to parameters that were put into `param_groups` by hand, or whose state was cleared."""
@@ -93,14 +93,23 @@ class AcrossRanks(Optimizer):
 
     def _look_for_replaced(self) -> None:
         """Warn, once, of parameters that have no gradient any more because others are in their places."""
-        if self._told_of_replaced:
+        if self._found_replaced:
             return
         own = dict.fromkeys(p for group in self.param_groups for p in group["params"])
         lacking = (p for p in own if p.grad is None and p.requires_grad)
-        found = [p for p, new in self._homes.replaced(lacking) if new not in own]
-        if found:
-            self._told_of_replaced = True
-            warn_of_replaced([self._layouts[p].name for p in found], stacklevel=7)
+        found = [(p, new) for p, new in self._homes.replaced(lacking) if new not in own]
+        if not found:
+            return
+        self._found_replaced = True
+        trained = {
+            id(p)
+            for optimizer in live.instances(Optimizer)
+            for group in getattr(optimizer, "param_groups", ())
+            for p in group["params"]
+        }
+        untrained = [self._layouts[p].name for p, new in found if id(new) not in trained]
+        if untrained:
+            warn_of_replaced(untrained)
 
     def _follow_sharding(self, *, without_gradient: bool = False) -> None:
         """Put DTensors that are in the modules now into the groups, in the places of what they were made of."""
