@@ -137,6 +137,8 @@ def test_statistics_of_other_weights_are_told_of():
         warnings.simplefilter("error")
         with opt.averaged():
             update_bn(data(10), model)
+        with opt.averaged(), torch.no_grad():
+            model.train()(torch.randn(20, 6))
         model.backbone[1].requires_grad_(False)
         with opt.averaged():
             model.eval()(torch.randn(2, 6))

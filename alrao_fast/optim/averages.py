@@ -57,7 +57,7 @@ def averaged(
                 tensor.copy_(value)
         optimizer._shows_averages = False
         _forget_gathered(optimizer, model)
-    if statistics and all(mean._version == version for mean, version in statistics):
+    if statistics and all(tensor._version == version for tensor, version in statistics):
         # Of the block that the context manager's __exit__ leaves.
         warnings.warn(
             "averaged(): BatchNorm's running statistics were those of the weights in training, not of their averages: "
@@ -67,13 +67,17 @@ def averaged(
 
 
 def _statistics(optimizer: AlraoOptimizer) -> list[tuple[Tensor, int]]:
-    """The running means of batch normalisation that is trained, and their versions."""
+    """The statistics of batch normalisation that is trained, and their versions."""
     modules = (module for root in optimizer._homes.roots() for module in root.modules())
     norms = (module for module in modules if isinstance(module, _BatchNorm))
-    means = (
-        norm.running_mean for norm in norms if norm.weight is None or norm.weight.requires_grad
+    # A forward in training leaves the version of the means as it was, and raises that of the count.
+    tensors = (
+        tensor
+        for norm in norms
+        if norm.weight is None or norm.weight.requires_grad
+        for tensor in (norm.running_mean, norm.num_batches_tracked)
     )
-    return [(mean, mean._version) for mean in means if mean is not None and not mean.is_inference()]
+    return [(t, t._version) for t in tensors if t is not None and not t.is_inference()]
 
 
 def _forget_gathered(optimizer: AlraoOptimizer, model: nn.Module | None) -> None:
