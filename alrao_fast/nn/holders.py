@@ -57,5 +57,5 @@ def check_holders(params: Iterable[nn.Parameter]) -> None:
         if name:
             raise ValueError(
                 f"net: got parameters that a {name} has, expected none, for it would go on with those that are "
-                "exchanged: undo it, `net = ddp.module; del ddp`, retire or load, and make a new one"
+                "exchanged: undo it (`net = ddp.module; del ddp`; `del optimizer`), retire or load, and make a new one"
             )
