@@ -43,7 +43,8 @@ def unit_of(network: str) -> Any:
     """As much of a network's task as tables and plots ask for, without its data."""
     if network.startswith("lstm"):
         unit, classes = TextTask.unit_of(network), tables.TOKENS[network]
-        return SimpleNamespace(unit=unit, per_nat=TextTask.per_nat, classes=classes)
+        shared = {"per_nat": TextTask.per_nat, "lr_range": TextTask.lr_range}
+        return SimpleNamespace(unit=unit, classes=classes, **shared)
     return ImageTask
 
 

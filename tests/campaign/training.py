@@ -173,6 +173,16 @@ def rank(rng: Random) -> Trial:
     return Trial(f"rank({name}: {text})", run, expect, right, names, got, quotes=quotes)
 
 
+def _clip(net: nn.Module, bound: float) -> None:
+    """The backbone's gradient, and each clone's, by a norm of its own."""
+    nn.utils.clip_grad_norm_(net.backbone.parameters(), bound)
+    own = [p.grad for p in net.head.parameters()]
+    norms = sum(g.flatten(1).square().sum(1) for g in own).sqrt()
+    factors = (bound / (norms + 1e-6)).clamp(max=1)
+    for grad in own:
+        grad.mul_(factors.view(-1, *[1] * (grad.dim() - 1)))
+
+
 def _first_epoch(seed: int, arguments: dict[str, Any]) -> float:
     """The validation loss after an epoch by a loop written out."""
     clip = arguments.get("clip_grad_norm")
@@ -183,7 +193,7 @@ def _first_epoch(seed: int, arguments: dict[str, Any]) -> float:
         opt.zero_grad()
         net(x, targets=y).backward()
         if clip is not None:
-            nn.utils.clip_grad_norm_(net.parameters(), float(clip))
+            _clip(net, float(clip))
         opt.step()
     net.eval()
     with torch.no_grad():
