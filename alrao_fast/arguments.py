@@ -8,7 +8,8 @@ numbers for those of numpy; a tensor stays a tensor, since it may be changed in 
 import numbers
 import operator
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -177,6 +178,26 @@ class Integer(Kind):
         if (low is not None and value < low) or (high is not None and value > high):
             raise self.refuse(ValueError, name, value)
         return value
+
+
+class Ascending(Kind):
+    """One or more integers from `low` to `high`, each larger than the one before it, as a list."""
+
+    def __init__(self, low: int, high: int) -> None:
+        self.low, self.high = low, high
+        self.expected = (
+            f"one or more integers from {low} to {high}, each larger than the one before it"
+        )
+
+    def check(self, name: str, value: Any) -> list[int]:
+        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+            raise self.refuse(TypeError, name, value)
+        number = Integer()
+        found = [number.check(f"{name}[{k}]", entry) for k, entry in enumerate(value)]
+        bounds = [self.low - 1, *found, self.high + 1]
+        if not found or any(a >= b for a, b in pairwise(bounds)):
+            raise self.refuse(ValueError, name, found)
+        return found
 
 
 class Flag(Kind):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from alrao_fast.arguments import COUNT, Integer, Kind, Number
+from alrao_fast.arguments import COUNT, Ascending, Number
 from alrao_fast.nn.adaptive_losses import adaptive_stats, in_rows, pairs
 from alrao_fast.nn.autocast import without_autocast
 from alrao_fast.nn.chunks import in_chunks
@@ -28,26 +28,6 @@ from alrao_fast.sharding import draw_row_, whole
 # Tensors of the size of all logits of a chunk that stand at a time in a prediction.
 _TENSORS = 4
 _DIV_VALUE = Number(above=0)
-
-
-class Cutoffs(Kind):
-    """Where the clusters of `num_classes` classes begin, as a list."""
-
-    def __init__(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-        self.expected = (
-            f"one or more integers from 1 to {num_classes - 1}, each larger than the one before it"
-        )
-
-    def check(self, name: str, value: Any) -> list[int]:
-        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-            raise self.refuse(TypeError, name, value)
-        number = Integer(words="an integer")
-        found = [number.check(f"{name}[{k}]", entry) for k, entry in enumerate(value)]
-        bounds = [0, *found, self.num_classes]
-        if not found or any(a >= b for a, b in pairwise(bounds)):
-            raise self.refuse(ValueError, name, found)
-        return found
 
 
 class TailClones(nn.Module):
@@ -127,7 +107,7 @@ class AdaptiveClassifierClones(ClassifierClones):
     ) -> None:
         num_classes = COUNT.check("num_classes", num_classes)
         # Before the module's own constructor, which makes the parameters.
-        self.cutoffs = [*Cutoffs(num_classes).check("cutoffs", cutoffs), num_classes]
+        self.cutoffs = [*Ascending(1, num_classes - 1).check("cutoffs", cutoffs), num_classes]
         self.div_value = float(_DIV_VALUE.check("div_value", div_value))
         super().__init__(
             in_features,

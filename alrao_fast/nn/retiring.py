@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from alrao_fast import live
-from alrao_fast.arguments import Integer, Kind
+from alrao_fast.arguments import Ascending
 from alrao_fast.flat_shards import is_cut
 from alrao_fast.fsdp1 import is_flattened
 from alrao_fast.nn.clone_parameters import WithParameters
@@ -39,26 +38,6 @@ def undone_on_error() -> Iterator[None]:
         raise
     finally:
         _undone.reset(token)
-
-
-class _Places(Kind):
-    """Which of `num_clones` clones are left."""
-
-    def __init__(self, num_clones: int) -> None:
-        self.num_clones = num_clones
-        self.expected = (
-            f"one or more integers from 0 to {num_clones - 1}, each larger than the one before it"
-        )
-
-    def check(self, name: str, value: Any) -> list[int]:
-        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-            raise self.refuse(TypeError, name, value)
-        number = Integer(words="an integer")
-        found = [number.check(f"{name}[{k}]", entry) for k, entry in enumerate(value)]
-        bounds = [-1, *found, self.num_clones]
-        if not found or any(a >= b for a, b in pairwise(bounds)):
-            raise self.refuse(ValueError, name, found)
-        return found
 
 
 class Retiring(WithParameters):
@@ -112,7 +91,7 @@ class Retiring(WithParameters):
         chooses them by the posterior. TypeError or ValueError, with nothing changed, for places that are not ascending
         integers from 0 to N - 1, and where `retire_clones` raises.
         """
-        found = _Places(self.num_clones).check("places", places)
+        found = Ascending(0, self.num_clones - 1).check("places", places)
         if len(found) < self.num_clones:
             self.check_retiring()
             check_holders(self.parameters())
